@@ -1,0 +1,399 @@
+"""backbone.py: any Hugging Face causal LM, cut at a layer; and the small one that this file trains itself.
+
+    python backbone.py --preset tiny --out out/tiny/toy          # seconds: a model for trying things
+    python backbone.py                                           # the toy: 8 blocks of width 128, ~3 min on 2 cores
+    torchrun --nproc_per_node 2 backbone.py                      # the same weights up to rounding
+
+The default reaches about 1.8 bits per byte on held-out standard library. Writes an ordinary Hugging Face folder
+(config.json, model.safetensors, tokenizer), log.jsonl and result.json to --out. Other stages use
+
+    lm = load("out/toy", device, dtype)          # or Qwen/Qwen3-8B, meta-llama/Llama-3.1-8B, ...
+    h0 = lm.embed(ids)                           # h[0]
+    hl = lm.run(h0, 0, l)                        # blocks 1..l: the residual stream before the final norm
+    logits = lm.head(lm.run(hl, l, lm.L))        # bit for bit the model's own logits
+
+Letters: B batch, T tokens, D hidden width, L blocks, V vocabulary.
+"""
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import data
+import optim
+from common import StopSignal, UserError, all_reduce_gradients, entry, memory_gib, parse, peak_flops, setup, split_batch
+from run import Run
+
+
+@dataclass
+class Config:
+    preset: Literal["tiny", "toy"] = "toy"  # tiny: seconds, for tests; toy: minutes
+    data: str = "stdlib"        # see data.py
+    out: str = "out/toy"        # run folder; the shards are kept in `data` beside it
+    seed: int = 0               # every draw is keyed by it
+    device: str = "auto"        # auto, cpu, cuda
+    steps: int = 1000           # optimizer steps
+    batch_size: int = 8         # sequences a step, over all processes
+    micro_batch: int = 0        # sequences a forward pass of one process (0: its whole share)
+    seq_len: int = 128          # tokens a sequence
+    layers: int = 8             # blocks
+    width: int = 128            # hidden width D
+    heads: int = 4              # query heads; half as many key/value heads
+    vocab: int = 2048           # vocabulary of the byte-level BPE
+    lr: float = 0.02            # Muon, for the matrices inside the blocks
+    lr_adam: float = 8e-3       # AdamW, for embeddings and norms
+    weight_decay: float = 0.1   # decoupled, on both
+    warmup: int = 50            # steps
+    eval_every: int = 250       # steps between validations
+    log_every: int = 50         # steps between log lines
+    save_every: int = 250       # steps between checkpoints
+    dry_run: bool = False       # print sizes and cost, then leave
+
+
+PRESETS = {"tiny": dict(steps=20, batch_size=4, seq_len=32, layers=4, width=32, heads=2, vocab=512, eval_every=10,
+                        log_every=10, save_every=10, warmup=5)}
+
+
+# ------------------------------------------------------------------------------------------------ cut at a layer
+FAMILIES = {  # model_type: (decoder stack, its blocks, its final norm). Others are refused, never silently wrong.
+    **{name: ("model", "layers", "norm")
+       for name in ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "olmo2")},
+    "gpt2": ("transformer", "h", "ln_f"),
+    "gpt_neox": ("gpt_neox", "layers", "final_layer_norm"),
+}
+
+
+class Backbone(nn.Module):
+    """A causal LM as embed -> blocks 1..L -> head. `h[0]` is the output of the embedding, `h[l]` the residual stream
+    after block l and before the final norm (the library's hidden_states[-1] is after it)."""
+
+    def __init__(self, model, L=None):
+        super().__init__()
+        self.model, self.config = model, model.config
+        if self.config.model_type not in FAMILIES:
+            raise UserError(f"a model of type {self.config.model_type!r} cannot be cut at a layer; "
+                            f"supported are {', '.join(sorted(FAMILIES))}")
+        stack, blocks, norm = FAMILIES[self.config.model_type]
+        self.stack = getattr(model, stack)
+        self.blocks, self.norm = getattr(self.stack, blocks), getattr(self.stack, norm)
+        self.L = L or len(self.blocks)                   # of the whole model, also when only a prefix is loaded
+        self.D, self.V = self.config.hidden_size, self.config.vocab_size
+        types = getattr(self.config, "layer_types", None)
+        window = getattr(self.config, "sliding_window", None) if self.config.model_type == "mistral" else None
+        self.types = types or ["sliding_attention" if window else "full_attention"] * len(self.blocks)
+
+    def embed(self, ids, positions=None):
+        """ids (B, T) int64 -> h[0] (B, T, D). GPT-2 adds its learned positions here."""
+        h = self.model.get_input_embeddings()(ids)                                    # (B, T, D)
+        if self.config.model_type == "gpt2":
+            positions = torch.arange(ids.shape[1], device=ids.device)[None] if positions is None else positions
+            h = h + self.stack.wpe(positions)
+        return h
+
+    def side(self, h, positions=None, attention_mask=None, cache=None, causal=True):
+        """What every block needs beside h: positions (B, T), one mask and one rotary table per attention type.
+
+        attention_mask (B, T) is 1 on tokens and 0 on padding. causal=False lets every token see every other one and
+        lifts sliding windows, by an explicit mask: the library's flags for this fail silently on some families."""
+        from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+        if positions is None:
+            past = cache.get_seq_length() if cache is not None else 0
+            positions = torch.arange(past, past + h.shape[1], device=h.device)[None]      # (1, T)
+        kinds = set(self.types)
+        if causal:
+            make = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+            masks = {k: make[k](config=self.config, inputs_embeds=h, attention_mask=attention_mask,
+                                past_key_values=cache, position_ids=positions) for k in kinds}
+        else:
+            mask = h.new_zeros(1, 1, h.shape[1], h.shape[1])                                 # (1, 1, T, T), additive
+            if attention_mask is not None:
+                mask = mask.masked_fill(attention_mask[:, None, None, :] == 0, torch.finfo(h.dtype).min)
+            masks = dict.fromkeys(kinds, mask)
+        rotary = {k: None for k in kinds}
+        if self.config.model_type == "gemma3_text":  # local and global layers turn at different speeds
+            rotary = {k: self.stack.rotary_emb(h, positions, k) for k in kinds}
+        elif hasattr(self.stack, "rotary_emb"):
+            rotary = dict.fromkeys(kinds, self.stack.rotary_emb(h, positions))
+        return {"positions": positions, "masks": masks, "rotary": rotary, "cache": cache}
+
+    def run(self, h, lo, hi, side=None):
+        """h[lo] -> h[hi] (B, T, D): blocks lo+1..hi. `side` is shared between calls on the same tokens."""
+        side = side or self.side(h)
+        for i in range(lo, hi):
+            h = self.block(h, i, side)
+        return h
+
+    def block(self, h, i, side):
+        """h[i] -> h[i+1]."""
+        kind, cache = self.types[i], side["cache"]
+        extra = {"layer_past" if self.config.model_type == "gpt_neox" else "past_key_values": cache}
+        if side["rotary"][kind] is not None:
+            extra["position_embeddings"] = side["rotary"][kind]
+        h = self.blocks[i](h, attention_mask=side["masks"][kind], position_ids=side["positions"],
+                           use_cache=cache is not None, **extra)
+        return h[0] if isinstance(h, tuple) else h
+
+    def head(self, h):
+        """h[L] (B, T, D) -> logits (B, T, V): final norm, LM head and, for Gemma-2, its soft cap."""
+        logits = self.model.get_output_embeddings()(self.norm(h))                     # (B, T, V)
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return torch.tanh(logits / cap) * cap if cap is not None else logits
+
+
+def resolve(model, out):
+    """`toy` means the folder `toy` beside --out."""
+    if model != "toy":
+        return model
+    folder = Path(out).parent / "toy"
+    if not (folder / "result.json").exists():
+        raise UserError(f"there is no finished backbone in {folder}; make it with: python backbone.py --out {folder}")
+    return str(folder)
+
+
+def identity(name, random_init=False):
+    """16 hex digits of a model's weights: the size and 64 evenly spread 16 KiB pieces of each safetensors file, so that
+    8B weights take milliseconds and no loading. Another model of the same shape differs."""
+    from transformers.utils import cached_file
+    folder = Path(name) if Path(name).exists() else Path(cached_file(name, "config.json")).parent
+    digest = hashlib.sha256(json.dumps(random_init).encode())
+    for file in sorted(folder.glob("*.safetensors")) if not random_init else [folder / "config.json"]:
+        size = file.stat().st_size
+        digest.update(str(size).encode())
+        with open(file, "rb") as f:
+            for i in range(64):
+                f.seek(max(0, size - 2 ** 14) * i // 63)
+                digest.update(f.read(2 ** 14))
+    return digest.hexdigest()[:16]
+
+
+def read_config(name):
+    """The transformers config of a folder or Hub id; raises UserError for what is no causal LM."""
+    from transformers import AutoConfig
+    if Path(name).exists() and not (Path(name) / "config.json").exists():
+        raise UserError(f"{name} is no model folder: it has no config.json")
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"no model could be opened at {name} ({reason}); pass a local folder or a Hub id") from None
+    if config.model_type not in FAMILIES:
+        raise UserError(f"a model of type {config.model_type!r} cannot be cut at a layer; "
+                        f"supported are {', '.join(sorted(FAMILIES))}")
+    return config
+
+
+def load(name, device, dtype, blocks=None, random_init=False):
+    """Backbone of a local folder or Hub id, frozen, in eval mode; with `blocks` only the first so many are read.
+
+    Raises UserError for a folder that is no model, an architecture that cannot be cut, damaged or missing weights.
+    Weights come from safetensors only: pickles and code from the Hub are never run."""
+    from transformers import AutoModelForCausalLM
+    config = read_config(name)
+    L = config.num_hidden_layers
+    if blocks is not None and blocks < L:
+        config.num_hidden_layers = blocks
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:blocks]
+    try:
+        with quiet():
+            if random_init:
+                torch.manual_seed(0)
+                model, missing = AutoModelForCausalLM.from_config(config, dtype=dtype), []
+            else:
+                model, report = AutoModelForCausalLM.from_pretrained(
+                    name, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+                    output_loading_info=True)
+                missing = [*report["missing_keys"], *report["mismatched_keys"]]
+    except UserError:
+        raise
+    except Exception as error:  # safetensors, OSError, RuntimeError: the library has many ways to say no
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"the weights in {name} could not be read ({type(error).__name__}: {reason}); "
+                        "download or make the folder again") from None
+    if missing:
+        raise UserError(f"the weights in {name} lack {len(missing)} tensors, {min(map(str, missing))} among them; "
+                        "download or make the folder again")
+    return Backbone(model.to(device).eval().requires_grad_(False), L)
+
+
+@contextlib.contextmanager
+def quiet():
+    """Without the library's progress bars and its report of the tensors we chose not to load."""
+    from transformers.utils import logging
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()
+
+
+def shards_beside(cfg, tokenizer, world):
+    """The token shards of --data, kept in the folder `data` beside --out. Returns (folder, meta)."""
+    return data.prepare(cfg.data, tokenizer, Path(cfg.out).parent / "data", world)
+
+
+def next_token_loss(logits, ids):
+    """Mean cross-entropy in nats. logits (B, T, V) of ids[:, :-1]; ids (B, T+1)."""
+    return F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
+
+
+def save_model(model, tokenizer, out):
+    """Save as a Hugging Face folder: all files are written apart, then renamed into place, config.json last. The
+    run's own settings stay in config.json under `dihal`."""
+    out, apart = Path(out), Path(out) / ".saving"
+    shutil.rmtree(apart, ignore_errors=True)
+    with quiet():
+        model.save_pretrained(apart)
+    tokenizer.save_pretrained(apart)
+    settings = json.loads((out / "config.json").read_text())["dihal"]
+    config = json.loads((apart / "config.json").read_text())
+    (apart / "config.json").write_text(json.dumps({**config, "dihal": settings}, indent=1))
+    for file in sorted(apart.iterdir(), key=lambda f: f.name == "config.json"):
+        os.replace(file, out / file.name)
+    apart.rmdir()
+
+
+# --------------------------------------------------------------------------------------------------- the toy
+def build_toy(cfg, vocab):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    if cfg.width % cfg.heads or (cfg.width // cfg.heads) % 2:
+        raise UserError(f"--width {cfg.width} must be an even multiple of --heads {cfg.heads}")
+    torch.manual_seed(cfg.seed)
+    return Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=vocab, hidden_size=cfg.width, intermediate_size=3 * cfg.width, num_hidden_layers=cfg.layers,
+        num_attention_heads=cfg.heads, num_key_value_heads=max(1, cfg.heads // 2), head_dim=cfg.width // cfg.heads,
+        max_position_embeddings=max(1024, cfg.seq_len), tie_word_embeddings=True, bos_token_id=0, eos_token_id=0))
+
+
+def flops_per_token(model, T):
+    """Training FLOPs a token: 6 per parameter (forward 2, backward 4) and 6 per attended key and channel, causal.
+    A tied embedding counts once, as the head."""
+    c = model.config
+    n = sum(p.numel() for p in model.parameters())
+    return 6 * n + 6 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * T
+
+
+@torch.no_grad()
+def evaluate(lm, rows, world, micro=32):
+    """Mean next-token loss (nats) over rows (N, T+1), shared out over the processes."""
+    total = 0.0
+    for ids in rows[world.rank::world.size].split(micro):
+        ids = ids.to(world.device)
+        total += next_token_loss(lm.head(lm.run(lm.embed(ids[:, :-1]), 0, lm.L)), ids).item() * len(ids)
+    return world.sum([total])[0] / len(rows)
+
+
+def summary(result):
+    return (f"val loss {result['val_loss']:.3f} nats a token = {result['bits_per_byte']:.3f} bits per byte, "
+            f"{result['tokens']:,} training tokens in {result['seconds']:.0f} s")
+
+
+@entry
+def main(argv):
+    cfg = parse(Config, argv, __doc__, PRESETS)
+
+    # ------------------------------------------------------------------------------------------------- setup
+    world = setup(cfg.device)
+    slots, micro = split_batch(cfg.batch_size, cfg.micro_batch, world)
+    model = build_toy(cfg, cfg.vocab).to(world.device)
+    flops = flops_per_token(model, cfg.seq_len)
+    if cfg.dry_run:
+        tokens = cfg.steps * cfg.batch_size * cfg.seq_len
+        seconds = tokens * flops / (0.4 * peak_flops(world.device) * world.size)
+        print(f"{cfg}\n{sum(p.numel() for p in model.parameters()):,} parameters, {tokens:,} tokens, {flops:.2e} FLOPs "
+              f"a token: about {seconds:.0f} s at 40% MFU")
+        return None
+    run = Run(cfg, world)
+    if run.result:
+        run.say(f"{cfg.out} is finished: " + summary(run.result))
+        return run.result
+
+    # -------------------------------------------------------------------------------------------------- data
+    shards, meta = data.prepare(cfg.data, None, Path(cfg.out).parent / "data", world, vocab=cfg.vocab)
+    if meta["vocab_size"] > cfg.vocab:
+        raise UserError(f"the shards in {shards} have {meta['vocab_size']} token ids, more than --vocab {cfg.vocab}")
+    train = data.Tokens(shards, "train", cfg.seq_len)
+    held_out = data.Tokens(shards, "val", cfg.seq_len).spread(512)                                # (N, T+1)
+
+    # --------------------------------------------------------------------------------------- model, optimizer
+    lm = Backbone(model)
+    params = list(model.parameters())
+    optimizers = optim.build(model.named_parameters(), cfg.lr, cfg.lr_adam, cfg.weight_decay, inside="layers.")
+    first, elapsed = 0, 0.0
+    if state := run.load():
+        first, elapsed = state["step"], state["elapsed"]
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+    run.say(f"training {sum(p.numel() for p in params):,} parameters from step {first}; the corpus has "
+            f"{meta['tokens']['train']:,} tokens")
+
+    # -------------------------------------------------------------------------------------------------- loop
+    stop, peak, clock = StopSignal(world), peak_flops(world.device) * world.size, time.perf_counter()
+    for step in range(first, cfg.steps):
+        # 1 gradient of the mean loss over the global batch
+        loss = 0.0
+        for some in torch.tensor(slots).split(micro):
+            ids = train.batch(cfg.seed, step, some.tolist(), cfg.batch_size).to(world.device)     # (b, T+1)
+            part = next_token_loss(lm.head(lm.run(lm.embed(ids[:, :-1]), 0, lm.L)), ids) * (len(ids) / cfg.batch_size)
+            part.backward()
+            loss += part.item()
+        all_reduce_gradients(params, world)
+        # 2 clip, step
+        norm = nn.utils.clip_grad_norm_(params, 1.0).item()
+        if not math.isfinite(norm):
+            raise UserError(f"the loss or its gradient stopped being finite at step {step}; lower --lr and run again "
+                            f"({cfg.out} keeps the last good state)")
+        optim.step_all(optimizers, optim.share_at(step, cfg.steps, cfg.warmup, cooldown=0.6))
+        for p in params:
+            p.grad = None
+        # 3 report, validate, save
+        done = step + 1
+        if done % cfg.log_every == 0 or done == cfg.steps:
+            now = elapsed + time.perf_counter() - clock
+            speed = cfg.batch_size * cfg.seq_len * done / now
+            run.log(done, cfg.steps, loss=world.sum([loss])[0], lr=optimizers[0].param_groups[0]["lr"], gnorm=norm,
+                    **{"tok/s": speed}, mfu=speed * flops / peak, mem=memory_gib(world.device),
+                    eta=round((cfg.steps - done) * now / done))
+        if done % cfg.eval_every == 0 and done < cfg.steps:
+            pause = time.perf_counter()
+            run.log(done, cfg.steps, val_loss=evaluate(lm, held_out[::4], world))
+            clock += time.perf_counter() - pause
+        leaving = stop.poll()
+        if leaving or done % cfg.save_every == 0:
+            run.save(step=done, elapsed=elapsed + time.perf_counter() - clock, model=model.state_dict(),
+                     optimizers=[o.state_dict() for o in optimizers])
+        if leaving:
+            run.say(f"stopped at step {done}; the same command resumes")
+            raise SystemExit(143)
+    seconds = elapsed + time.perf_counter() - clock
+
+    # ------------------------------------------------------------------------------------------------- result
+    model.eval()
+    val = evaluate(lm, held_out, world)
+    bits = val / math.log(2) * meta["tokens"]["val"] / meta["bytes"]["val"]
+    if world.main:
+        save_model(model, data.load_tokenizer(shards), run.out)
+    world.barrier()
+    run.finish({"val_loss": val, "bits_per_byte": bits, "tokens": cfg.steps * cfg.batch_size * cfg.seq_len,
+                "seconds": seconds, "parameters": sum(p.numel() for p in params), "val_windows": len(held_out),
+                "seed": cfg.seed, "base": identity(run.out)})
+    run.say(f"saved to {run.out}: " + summary(run.result))
+    return run.result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,422 @@
+"""bridge.py: REPLACE. Train a conditional diffusion bridge that produces h[l], so that blocks 1..l can go.
+
+    python bridge.py                                             # the toy at the layer geometry chose: ~1 min, 2 cores
+    torchrun --nproc_per_node 2 bridge.py --layer 2 --model out/toy    # on CPU too: same weights to rounding
+    torchrun --nproc_per_node 8 bridge.py --layer 6 --preset 8b --model meta-llama/Llama-3.1-8B
+
+Expected on the default toy: next-token CE within 0.01 nats of the intact model at NFE 4. Every token is known here, so
+h[l] is a deterministic function of the input and plain regression (`--objective regression`) is a serious rival: train
+both and look. Writes bridge.safetensors (EMA weights), bridge.json, log.jsonl and result.json to --out.
+
+Letters: B batch, T tokens, D hidden width of the backbone, W width of the bridge, L blocks of the backbone, H heads,
+l the replaced layer, z the standardised h[l], c the standardised h[0], x_t = (1-t) z + t e the noisy state.
+"""
+import copy
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import backbone
+import data
+import optim
+from common import (StopSignal, UserError, all_reduce_gradients, entry, generator, memory_gib, normal, parse,
+                    peak_flops, pick_dtype, setup, split_batch)
+from denoiser import Bridge, save
+from run import Run, read_json
+
+
+@dataclass
+class Config:
+    preset: Literal["tiny", "toy", "0.6b", "8b"] = "toy"  # tiny: tests; toy: a minute; 0.6b: one GPU; 8b: eight
+    model: str = "toy"          # toy (the folder beside --out), a folder or a Hub id
+    data: str = "stdlib"        # see data.py
+    out: str = ""               # run folder [out/bridge, or out/bridge_lN when --layer N is given]
+    layer: str = "auto"         # auto: what geometry chose beside --out; a number 1..L; all: one run a layer
+    seed: int = 0               # every draw is keyed by it
+    device: str = "auto"        # auto, cpu, cuda
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the frozen backbone and of autocast
+    compile: bool = False       # torch.compile the bridge block by block
+    random_init: bool = False   # a backbone of this shape with random weights: for throughput without a download
+    objective: Literal["diffusion", "regression"] = "diffusion"  # regression: the same network, once, without noise
+    prediction: Literal["x", "v", "eps"] = "x"  # what the network outputs: z, e - z, or e
+    source: Literal["noise", "embedding"] = "noise"  # e ~ N(0, I), or c + noise / 2: a bridge between the two ends
+    times: Literal["logit-normal", "uniform"] = "logit-normal"  # law of t in training
+    sampler: Literal["euler", "heun"] = "euler"  # on a uniform grid from t = 1 to 0
+    nfe: int = 4                # network calls that the hybrid will use by default
+    width: int = 0              # W (0: D)
+    blocks: int = 0             # of the bridge (0: as many as it replaces)
+    ema: float = 0.995          # decay of the weights' running mean, reached by min(ema, (1+k)/(10+k))
+    steps: int = 400            # optimizer steps
+    batch_size: int = 16        # sequences a step, over all processes
+    micro_batch: int = 0        # sequences a forward pass of one process (0: its whole share)
+    seq_len: int = 128          # tokens a sequence
+    lr: float = 0.02            # Muon, for the matrices inside the blocks
+    lr_adam: float = 2e-3       # AdamW, for everything else
+    weight_decay: float = 0.01  # decoupled
+    warmup: int = 20            # steps
+    clip: float = 1.0           # gradient norm
+    skip: int = 4               # first positions of a sequence (attention sinks): own loss scale, reported apart
+    calibration: int = 64       # sequences for mu and sigma
+    eval_batches: int = 64      # held-out sequences of the final numbers
+    noise_seeds: int = 3        # sampler noises whose spread is reported
+    eval_every: int = 200       # steps between validations
+    log_every: int = 50         # steps between log lines
+    save_every: int = 200       # steps between checkpoints
+    dry_run: bool = False       # print sizes and cost, then leave
+
+
+PRESETS = {
+    "tiny": {"steps": 20, "batch_size": 4, "seq_len": 32, "calibration": 8, "eval_batches": 4, "eval_every": 10,
+             "save_every": 10, "log_every": 10, "warmup": 5},
+    "0.6b": {"steps": 5000, "batch_size": 32, "seq_len": 1024, "calibration": 64, "compile": True, "ema": 0.999,
+             "lr": 0.01, "lr_adam": 6e-4, "warmup": 200, "eval_every": 1000, "save_every": 500},
+    "8b": {"steps": 20000, "batch_size": 256, "micro_batch": 8, "seq_len": 1024, "calibration": 64, "compile": True,
+           "ema": 0.9995, "lr": 0.01, "lr_adam": 3e-4, "warmup": 500, "eval_every": 2000, "save_every": 500},
+}
+NFES = (1, 2, 4, 8)
+
+
+# --------------------------------------------------------------------------------------- path, objective, sampler
+def start(c, noise, source):
+    """e, the t = 1 end of the path (B, T, D): pure noise, or noise around the other end of the replaced blocks."""
+    return noise if source == "noise" else c + 0.5 * noise
+
+
+def times(count, law, seed, step, slots):
+    """t (B,) for the given slots, one per sequence; logit-normal(0, 1) as in Esser et al. 2024, or uniform."""
+    u = [generator(seed, "t", step, s) for s in slots]
+    u = [g.standard_normal() if law == "logit-normal" else g.random() for g in u]
+    u = torch.tensor(u, dtype=torch.float32)
+    return torch.sigmoid(u) if law == "logit-normal" else u
+
+
+def to_z(out, x, t, prediction):
+    """Network output -> estimate of z. t (B,) or a number; x_t = (1-t) z + t e and v = e - z."""
+    t = torch.as_tensor(t, device=x.device, dtype=x.dtype).reshape(-1, 1, 1)
+    if prediction == "x":
+        return out
+    return x - t * out if prediction == "v" else (x - t * out) / (1 - t)
+
+
+def token_loss(net, z, c, t, noise, skip):
+    """Squared error per token (B, T), in units where predicting the mean costs about 1.
+
+    1 noisy state  2 network  3 error against its own target  4 sinks scaled by their own size (one would outweigh
+    the whole sequence otherwise: massive activations)."""
+    kind, t3 = net.shape["prediction"], t[:, None, None]
+    if net.shape["objective"] == "regression":
+        error = net(torch.zeros_like(z), c, torch.ones_like(t)) - z                    # same network, x_t left blank
+    else:
+        e = start(c, noise, net.shape["source"])
+        x = (1 - t3) * z + t3 * e                                                      # (B, T, D)
+        error = net(x, c, t) - {"x": z, "v": e - z, "eps": e}[kind]
+    loss = error.square().mean(-1)                                                     # (B, T)
+    sink = torch.arange(z.shape[1], device=z.device) < skip
+    return torch.where(sink, loss / z.square().mean(-1).clamp_min(1), loss)
+
+
+@torch.no_grad()
+def sample(net, c, nfe, noise, positions=None, mask=None):
+    """z (B, T, D) from c by `nfe` network calls, starting from noise (T, D) or (B, T, D).
+
+    Euler: x <- z_hat + (s/t)(x - z_hat) from t down to s, exact for a straight path. Heun averages the slopes at both
+    ends of a step; its last step is Euler, so nfe = 2 heun + euler calls."""
+    kind = net.shape["prediction"]
+    if net.shape["objective"] == "regression":
+        return net(torch.zeros_like(c), c, torch.ones(len(c), device=c.device), positions, mask)
+
+    def slope(x, t):
+        if kind == "eps":
+            t = min(t, 1 - 1e-3)                                                       # z = (x - t e)/(1 - t) at t = 1
+        out = net(x, c, torch.full((len(x),), t, device=x.device), positions, mask)
+        return (x - to_z(out, x, t, kind)) / t                                         # dx/dt = e - z
+
+    x = start(c, noise.expand_as(c), net.shape["source"])
+    heun = (nfe - 1) // 2 if net.shape["sampler"] == "heun" else 0
+    grid = [1 - i / (nfe - heun) for i in range(nfe - heun)] + [0.0]
+    for i, (t, s) in enumerate(zip(grid, grid[1:])):
+        v = slope(x, t)
+        if i < heun:
+            v = (v + slope(x + (s - t) * v, s)) / 2
+        x = x + (s - t) * v
+    return x
+
+
+def position_noise(seed, positions, D, device):
+    """The sampler's noise (T, D): a function of (seed, position), the same for every row, so that logits are
+    deterministic and a cached step equals recomputation."""
+    return torch.stack([normal((D,), torch.device("cpu"), seed, "sampler", int(p)) for p in positions]).to(device)
+
+
+# -------------------------------------------------------------------------------------------------- train, measure
+@torch.no_grad()
+def targets(lm, net, ids, layer):
+    """ids (B, T) -> (z, c), both (B, T, D): the pair the bridge learns from, by one pass through the frozen prefix."""
+    h0 = lm.embed(ids)
+    return net.standard_z(lm.run(h0, 0, layer)), net.standard_c(h0)
+
+
+@torch.no_grad()
+def calibrate(lm, net, rows, layer, skip):
+    """Set mu, sigma of h[l] and h[0] per dimension from rows (N, T), positions >= skip."""
+    h0 = lm.embed(rows)
+    for letter, h in (("c", h0), ("z", lm.run(h0, 0, layer))):
+        flat = h[:, skip:].flatten(0, 1).float()                                       # (N (T - skip), D)
+        getattr(net, f"mu_{letter}").copy_(flat.mean(0))
+        getattr(net, f"sigma_{letter}").copy_(flat.std(0).clamp_min(1e-4 * flat.std() + 1e-8))
+
+
+@torch.no_grad()
+def measure(lm, net, rows, layer, nfes, noise_seeds, skip, batch=8):
+    """The bridge's numbers on held-out rows (N, T+1), at each NFE, means over positions >= skip and noise seeds:
+    fvu = E|z_hat - z|^2 / E|z|^2, then through the retained blocks kl(original || hybrid), ce_gap (nats over the
+    intact model), agree (top-1). *_noise_sd: spread over sampler noises; ce_gap_se: standard error over sequences."""
+    sums = {n: torch.zeros(noise_seeds, 5, dtype=torch.float64) for n in nfes}         # se, kl, ce, agree, sink se
+    gaps, energy, ce_intact = {n: [] for n in nfes}, torch.zeros(2, dtype=torch.float64), 0.0
+    T = rows.shape[1] - 1
+    noises = [position_noise(s, range(T), lm.D, rows.device) for s in range(noise_seeds)]
+    for ids in rows.split(batch):
+        h0 = lm.embed(ids[:, :-1])
+        side = lm.side(h0)
+        hl = lm.run(h0, 0, layer, side)
+        z, c = net.standard_z(hl), net.standard_c(h0)
+        intact = F.log_softmax(lm.head(lm.run(hl, layer, lm.L, side)).float(), -1)     # (B, T, V)
+        ce = -intact.gather(-1, ids[:, 1:, None])[:, skip:, 0]                         # (B, T - skip)
+        ce_intact += ce.sum().item()
+        energy += torch.stack([z[:, skip:].square().sum(), z[:, :skip].square().sum()]).double().cpu()
+        for n in nfes:
+            for s in range(noise_seeds):
+                z_hat = sample(net, c, n, noises[s])
+                hybrid = F.log_softmax(lm.head(lm.run(net.hidden(z_hat).to(hl.dtype), layer, lm.L, side)).float(), -1)
+                error = (z_hat - z).square()
+                kl = (intact.exp() * (intact - hybrid)).sum(-1)[:, skip:]
+                gap = -hybrid.gather(-1, ids[:, 1:, None])[:, skip:, 0] - ce
+                agree = (hybrid.argmax(-1) == intact.argmax(-1))[:, skip:]
+                sums[n][s] += torch.stack([error[:, skip:].sum(), kl.sum(), gap.sum(), agree.sum(),
+                                           error[:, :skip].sum()]).double().cpu()
+                if s == 0:
+                    gaps[n].append(gap.mean(1))
+    count, out = len(rows) * (T - skip), {}
+    for n in nfes:
+        mean, sd = sums[n].mean(0), sums[n].std(0) if noise_seeds > 1 else torch.zeros(5)
+        out[str(n)] = {"fvu": (mean[0] / energy[0]).item(), "kl": (mean[1] / count).item(),
+                       "ce_gap": (mean[2] / count).item(), "agree": (mean[3] / count).item(),
+                       "ce_gap_se": (torch.cat(gaps[n]).std() / len(rows) ** 0.5).item(),
+                       "fvu_noise_sd": (sd[0] / energy[0]).item(), "ce_gap_noise_sd": (sd[2] / count).item(),
+                       "fvu_sinks": (mean[4] / energy[1].clamp_min(1e-12)).item()}
+    return out, ce_intact / count
+
+
+def choose_layer(cfg, L):
+    """--layer -> a number. `auto` is what geometry.py wrote beside --out."""
+    if cfg.layer == "auto":
+        return read_json(Path(cfg.out).parent / "geometry" / "result.json",
+                         "run python geometry.py first, or pass --layer N")["best_layer"]
+    if not cfg.layer.isdigit() or not 1 <= int(cfg.layer) <= L:
+        raise UserError(f"--layer {cfg.layer} must be auto, all or a number in 1..{L}")
+    return int(cfg.layer)
+
+
+@torch.no_grad()
+def validate(lm, net, rows, layer, cfg, world):
+    """Training loss on held-out rows (N, T+1), shared out over the processes: t on an even grid, noise with its own
+    key, so that how often this runs cannot change training."""
+    total = 0.0
+    for i in range(world.rank, len(rows), world.size):
+        z, c = targets(lm, net, rows[i:i + 1, :-1], layer)
+        t = torch.tensor([(i + 0.5) / len(rows)], device=world.device)
+        noise = normal(z.shape, world.device, cfg.seed, "validate", i)
+        total += token_loss(net, z, c, t, noise, cfg.skip).mean().item()
+    return world.sum([total])[0] / len(rows)
+
+
+def train_flops(net, replaced, T):
+    """FLOPs a training token: forward and backward of the bridge (6 a parameter), forward only of the frozen prefix
+    (2 a parameter), and causal attention (6 and 2 per attended key and channel)."""
+    own = sum(p.numel() for p in net.parameters() if p.ndim == 2 and p is not net.time.weight)
+    blocks, W, D = net.shape["blocks"], net.shape["W"], net.shape["D"]
+    return 6 * (own + blocks * W * T) + 2 * (replaced + blocks * D * T)
+
+
+def report_size(cfg, net, shape, layer, world):
+    """--dry_run: parameters by group and the bytes each component of training holds on one GPU."""
+    print("\n".join(f"  {k} = {v}" for k, v in dataclasses.asdict(cfg).items()))
+    groups = {"blocks": net.blocks, "enter": net.enter, "time": net.time, "leave": net.leave}
+    size = sum(p.numel() for p in net.parameters())
+    print(f"bridge at layer {layer} of {shape.num_hidden_layers}: {size:,} parameters ("
+          + ", ".join(f"{k} {sum(p.numel() for p in m.parameters()):,}" for k, m in groups.items()) + ")")
+    with torch.device("meta"):
+        from transformers import AutoModelForCausalLM
+        lm = backbone.Backbone(AutoModelForCausalLM.from_config(shape))
+    replaced = sum(p.numel() for b in lm.blocks[:layer] for p in b.parameters())
+    embedding = lm.model.get_input_embeddings().weight.numel()
+    flops = train_flops(net, replaced, cfg.seq_len)
+    gigabytes = {"frozen prefix": 2e-9 * (replaced + embedding), "weights": 4e-9 * size, "gradients": 4e-9 * size,
+                 "optimizer": 6e-9 * size, "EMA": 4e-9 * size}
+    print(f"{size / replaced:.2f}x the blocks it replaces; {flops:.2e} FLOPs a token; GB besides activations: "
+          + ", ".join(f"{k} {v:.2f}" for k, v in gigabytes.items()) + f"; sum {sum(gigabytes.values()):.2f}")
+
+
+def summary(result):
+    last = str(max(int(n) for n in result["nfe"] if int(n) <= 4))
+    return (f"layer {result['layer']}, {result['objective']}, NFE {last}: FVU {result['nfe'][last]['fvu']:.4f}, CE gap "
+            f"{result['nfe'][last]['ce_gap']:+.4f} nats, {result['size_ratio']:.2f}x the size it replaces")
+
+
+def print_table(result):
+    print(f"{'NFE':>4} {'FVU':>8} {'KL':>8} {'CE gap':>8} {'+- se':>7} {'agree':>6}   (EMA weights; raw FVU, CE gap)")
+    for n, row in result["nfe"].items():
+        raw = result["raw_nfe"][n]
+        print(f"{n:>4} {row['fvu']:8.4f} {row['kl']:8.4f} {row['ce_gap']:+8.4f} {row['ce_gap_se']:7.4f} "
+              f"{row['agree']:6.1%}   ({raw['fvu']:.4f}, {raw['ce_gap']:+.4f})")
+
+
+@entry
+def main(argv):
+    cfg = parse(Config, argv, __doc__, PRESETS)
+    cfg.out = cfg.out or ("out/bridge" if cfg.layer in ("auto", "all") else f"out/bridge_l{cfg.layer}")
+    if cfg.nfe < 1 or not 0 <= cfg.ema < 1 or not 0 <= cfg.skip < cfg.seq_len:
+        raise UserError("--nfe must be at least 1, --ema in [0, 1) and --skip below --seq_len")
+
+    # -------------------------------------------------------------------------------------------------- setup
+    world = setup(cfg.device)
+    dtype = pick_dtype(cfg.dtype, world.device)
+    slots, micro = split_batch(cfg.batch_size, cfg.micro_batch, world)
+    model = backbone.resolve(cfg.model, cfg.out)
+    shape = backbone.read_config(model)
+    if cfg.layer == "all":  # one run a layer, each in its own folder: a rerun resumes where it stopped
+        return [main([*argv, f"--layer={n}", f"--model={model}", f"--out={cfg.out}/layer{n}"])
+                for n in range(1, shape.num_hidden_layers + 1)]
+    layer = choose_layer(cfg, shape.num_hidden_layers)
+    D = shape.hidden_size
+    W, blocks = cfg.width or D, cfg.blocks or layer
+    H = max(1, W // (64 if W >= 512 else 32))
+    if W % (2 * H):
+        raise UserError(f"--width {W} does not split into {H} heads; use a multiple of {64 if W >= 512 else 32}")
+    torch.manual_seed(cfg.seed)
+    net = Bridge(D, W, blocks, H, cfg.objective, cfg.prediction, cfg.source, cfg.sampler).to(world.device)
+    size = sum(p.numel() for p in net.parameters())
+    if cfg.dry_run:
+        report_size(cfg, net, shape, layer, world)
+        return None
+    run = Run(cfg, world, {"layer_number": layer, "base": backbone.identity(model, cfg.random_init)})
+    if run.result:
+        run.say(f"{cfg.out} is finished: " + summary(run.result))
+        return run.result
+
+    # -------------------------------------------------------------------------------------------- model, data
+    lm = backbone.load(model, world.device, dtype, blocks=layer, random_init=cfg.random_init)     # only the prefix
+    replaced = sum(p.numel() for b in lm.blocks[:layer] for p in b.parameters())
+    tokenizer = data.load_tokenizer(model)
+    shards, _ = backbone.shards_beside(cfg, tokenizer, world)
+    train = data.Tokens(shards, "train", cfg.seq_len)
+    held_out = data.Tokens(shards, "val", cfg.seq_len).spread(cfg.eval_batches).to(world.device)  # (N, T+1)
+    calibrate(lm, net, train.spread(cfg.calibration, cfg.seed)[:, :-1].to(world.device), layer, cfg.skip)
+    mean_net = copy.deepcopy(net).requires_grad_(False)                                           # EMA
+    run.say(f"layer {layer} of {lm.L}: {cfg.objective} bridge of {blocks} blocks of width {W}, {size:,} parameters = "
+            f"{size / replaced:.2f}x the blocks it replaces")
+
+    # ---------------------------------------------------------------------------------------------- optimizer
+    params = [p for p in net.parameters() if p.requires_grad]
+    optimizers = optim.build(net.named_parameters(), cfg.lr, cfg.lr_adam, cfg.weight_decay)
+    first, elapsed = 0, 0.0
+    if state := run.load():
+        first, elapsed = state["step"], state["elapsed"]
+        net.load_state_dict(state["net"])
+        mean_net.load_state_dict(state["ema"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        run.say(f"resuming at step {first}")
+    if cfg.compile:
+        for block in net.blocks:
+            block.compile(dynamic=False)                                    # in place: parameter names stay clean
+
+    # --------------------------------------------------------------------------------------------------- loop
+    flops = train_flops(net, replaced, cfg.seq_len)
+    stop, peak, clock = StopSignal(world), peak_flops(world.device) * world.size, time.perf_counter()
+    bins = torch.zeros(8, 2, dtype=torch.float64)                           # loss sum and count by noise level
+    for step in range(first, cfg.steps):
+        # 1 this process's share of the global batch, in micro-batches
+        loss = 0.0
+        for some in torch.tensor(slots).split(micro):
+            some = some.tolist()
+            ids = train.batch(cfg.seed, step, some, cfg.batch_size)[:, :-1].to(world.device)      # (b, T)
+            z, c = targets(lm, net, ids, layer)                                                   # (b, T, D) each
+            # 2 noise level and noise: functions of (seed, step, slot), so 1, 2 or 8 processes draw the same
+            t = times(len(some), cfg.times, cfg.seed, step, some).to(world.device)                # (b,)
+            noise = torch.stack([normal(z.shape[1:], world.device, cfg.seed, "noise", step, s) for s in some])
+            # 3 gradient of the mean loss over the global batch
+            with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
+                each = token_loss(net, z, c, t, noise, cfg.skip).mean(1)                          # (b,)
+            (each.sum() / cfg.batch_size).backward()
+            each = each.detach().double().cpu()
+            if not torch.isfinite(each).all():
+                slot = some[int((~torch.isfinite(each)).nonzero()[0])]
+                raise UserError(f"the loss stopped being finite at step {step}, slot {slot}; lower --lr and run again "
+                                f"({cfg.out} keeps the last good state)")
+            which = (t.cpu() * 8).long().clamp(max=7)
+            bins.index_add_(0, which, torch.stack([each, torch.ones_like(each)], 1))
+            loss += each.sum().item() / cfg.batch_size
+        # 4 sum over processes, clip, step, running mean
+        all_reduce_gradients(params, world)
+        norm = nn.utils.clip_grad_norm_(params, cfg.clip).item()
+        optim.step_all(optimizers, optim.share_at(step, cfg.steps, cfg.warmup))
+        decay = min(cfg.ema, (1 + step) / (10 + step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(mean_net.parameters()), params, 1 - decay)
+            for p in params:
+                p.grad = None
+        # 5 report, validate, save, leave when asked
+        done = step + 1
+        if done % cfg.log_every == 0 or done == cfg.steps:
+            now = elapsed + time.perf_counter() - clock
+            speed = cfg.batch_size * cfg.seq_len * done / now
+            total, *table = world.sum([loss, *bins.flatten().tolist()])
+            table = torch.tensor(table).view(8, 2)
+            run.log(done, cfg.steps, loss=total, lr=optimizers[0].param_groups[0]["lr"], gnorm=norm, **{"tok/s": speed},
+                    mfu=speed * flops / peak, mem=memory_gib(world.device), eta=round((cfg.steps - done) * now / done),
+                    loss_by_t=(table[:, 0] / table[:, 1].clamp_min(1)).tolist(), count_by_t=table[:, 1].tolist())
+            bins.zero_()
+        if done % cfg.eval_every == 0 and done < cfg.steps:
+            pause = time.perf_counter()
+            run.log(done, cfg.steps, val_loss=validate(lm, mean_net, held_out, layer, cfg, world))
+            clock += time.perf_counter() - pause
+        leaving = stop.poll()
+        if leaving or done % cfg.save_every == 0:
+            run.save(step=done, elapsed=elapsed + time.perf_counter() - clock, net=net.state_dict(),
+                     ema=mean_net.state_dict(), optimizers=[o.state_dict() for o in optimizers])
+        if leaving:
+            run.say(f"stopped at step {done}; the same command resumes")
+            raise SystemExit(143)
+    seconds = elapsed + time.perf_counter() - clock
+
+    # ------------------------------------------------------------------------------------------------- result
+    val_loss = validate(lm, mean_net, held_out, layer, cfg, world)
+    if not world.main:  # the final numbers need the whole backbone: rank 0 alone loads it
+        world.barrier()
+        return None
+    whole = backbone.load(model, world.device, dtype, random_init=cfg.random_init)
+    nfes = NFES if cfg.objective == "diffusion" else (1,)
+    table, ce = measure(whole, mean_net, held_out, layer, nfes, cfg.noise_seeds, cfg.skip)
+    raw, _ = measure(whole, net.requires_grad_(False), held_out, layer, nfes, 1, cfg.skip)
+    settings = {"layer": layer, "objective": cfg.objective, "size_ratio": size / replaced, "nfe_default": cfg.nfe,
+                "seed": cfg.seed, "model": model, "base": backbone.identity(model, cfg.random_init)}
+    save(mean_net, run.out, {**settings, "tokenizer": data.tokenizer_hash(tokenizer)})
+    run.finish({**settings, "nfe": table, "raw_nfe": raw, "val_loss": val_loss, "ce_intact": ce, "parameters": size,
+                "replaced_parameters": replaced, "steps": cfg.steps, "tokens": cfg.steps * cfg.batch_size * cfg.seq_len,
+                "tokens_per_s": cfg.steps * cfg.batch_size * cfg.seq_len / seconds, "seconds": seconds,
+                "mfu": cfg.steps * cfg.batch_size * cfg.seq_len / seconds * flops / peak if peak == peak else None,
+                "flops_per_token": flops, "eval_sequences": len(held_out), "noise_seeds": cfg.noise_seeds,
+                "sampler": cfg.sampler})
+    print_table(run.result)
+    return run.result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""common.py: the plumbing that every stage shares, and no ideas. Nothing here knows about language or diffusion.
+
+    config -> CLI        parse(Config, argv)        a dataclass field is a flag, its trailing comment is the help
+    errors               UserError, @entry          one sentence on stderr and exit code 2, never a traceback
+    randomness           generator(seed, "noise", step, slot)      a draw is a function of its key, never of the rank
+    processes            World, all_reduce_gradients               gloo on CPU, NCCL on GPU
+    speed                peak_flops, matmul_rate    what MFU is a fraction of
+"""
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import functools
+import inspect
+import math
+import os
+import re
+import resource
+import signal
+import sys
+import textwrap
+import time
+import typing
+import zlib
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+# ----------------------------------------------------------------------------------------------------- errors
+class UserError(Exception):
+    """Something the user can mend. The message is one sentence that says what is wrong and what to do."""
+
+
+def entry(main):
+    """Decorate `main(argv)`: a UserError, or an OSError such as a full disk, becomes one sentence and exit code 2."""
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        try:
+            result = main(sys.argv[1:] if argv is None else argv)
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            return result
+        except UserError as error:
+            message = str(error)
+        except OSError as error:
+            if error.errno is None:  # not from the operating system: a bug, so let it be seen whole
+                raise
+            message = f"{error.strerror} ({error.filename or 'while writing'}); free the space or choose another path"
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+    return wrapped
+
+
+# --------------------------------------------------------------------------------------------- config -> CLI
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; see --help")
+
+
+def parse(Config, argv, doc="", presets=None):
+    """Fill the dataclass `Config` from `argv`: field default < preset < flag.
+
+    Types are int, float, str, bool (--flag / --no-flag) and Literal (a choice). Raises UserError naming the nearest
+    flag for one it does not know."""
+    argv = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in argv]
+    argv = ["--no-" + a[5:] if a.startswith("--no_") else a for a in argv]
+    comments = dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(Config), re.M))
+    parser = Parser(description=textwrap.dedent(doc), allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    fields = dataclasses.fields(Config)
+    for f in fields:
+        help_text = f"{comments.get(f.name, '')} [{f.default}]".replace("%", "%%")
+        if f.type is bool:
+            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=help_text)
+        elif typing.get_origin(f.type) is typing.Literal:
+            parser.add_argument(f"--{f.name}", choices=typing.get_args(f.type), help=help_text)
+        else:
+            parser.add_argument(f"--{f.name}", type=f.type, metavar=f.type.__name__.upper(), help=help_text)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].lstrip("-").split("=")[0]
+        near = difflib.get_close_matches(name, [f.name for f in fields], n=1, cutoff=0.5)
+        raise UserError(f"unknown argument {unknown[0]}; " + (f"did you mean --{near[0]}?" if near else "see --help"))
+    preset = (presets or {}).get(getattr(given, "preset", getattr(Config, "preset", None)), {})
+    cfg = Config(**{**preset, **vars(given)})
+    for f in fields:
+        value = getattr(cfg, f.name)
+        if f.type is int and value < min(f.default, 1):  # a count whose default is 1 or more makes no sense below 1
+            raise UserError(f"--{f.name} must be at least {min(f.default, 1)}, not {value}")
+        if f.type is float and not math.isfinite(value):
+            raise UserError(f"--{f.name} must be a finite number, not {value}")
+    return cfg
+
+
+# ------------------------------------------------------------------------------------------------ randomness
+def generator(seed, purpose, *key):
+    """A numpy generator for one draw, keyed by (seed, purpose, step, slot, ...): the same on any rank, in any order.
+
+    Philox from a SeedSequence: torch's CPU generator keeps only 32 bits of its seed, so hashed keys would collide."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), *key])))
+
+
+def normal(shape, device, seed, purpose, *key):
+    """Standard normal float32 tensor of `shape`. Drawn by numpy for the CPU, by the device's own Philox for a GPU:
+    both are functions of the key, but they are not equal to one another."""
+    gen = generator(seed, purpose, *key)
+    if device.type == "cpu":
+        return torch.from_numpy(gen.standard_normal(shape, dtype=np.float32))
+    on_device = torch.Generator(device).manual_seed(int(gen.integers(2 ** 63)))
+    return torch.randn(shape, generator=on_device, device=device)
+
+
+# ------------------------------------------------------------------------------------------------- processes
+@dataclasses.dataclass
+class World:
+    """Who this process is: `rank` of `size`, and the device it computes on."""
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self):
+        return self.rank == 0
+
+    def barrier(self):
+        self.sum([0.0])
+
+    def sum(self, values):
+        """Sum a list of floats over all processes (one small all-reduce)."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+
+def setup(device="auto"):
+    """Join the process group that torchrun describes in the environment (if any) and pick the device by LOCAL_RANK."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("--device cuda was asked for but torch sees no GPU; use --device cpu")
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"--device {device} is not a torch device; use auto, cpu or cuda") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return World(rank, size, device)
+
+
+def pick_dtype(name, device):
+    """--dtype auto: bf16 on a GPU, fp32 on a CPU (bf16 products are ~100x slower on CPUs without AVX512-BF16)."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def split_batch(batch_size, micro_batch, world):
+    """The global batch never depends on the process count. Returns (this rank's slots, sequences per micro-batch)."""
+    per_rank = batch_size // world.size
+    micro = micro_batch or per_rank
+    if batch_size % world.size or per_rank % micro:
+        legal = [m for m in range(1, per_rank + 1) if per_rank % m == 0] if batch_size % world.size == 0 else None
+        raise UserError(f"--batch_size {batch_size} does not split over {world.size} processes"
+                        + (f" in micro-batches of {micro}: use --micro_batch from {legal}" if legal else
+                           f": use a multiple of {world.size}"))
+    return range(world.rank * per_rank, (world.rank + 1) * per_rank), micro
+
+
+def all_reduce_gradients(params, world):
+    """Sum gradients over processes: one flat buffer, one all-reduce. Losses are scaled beforehand, so sum = mean.
+
+    No DDP wrapper: parameter names stay clean and the whole of data parallelism is these few lines."""
+    if world.size == 1:
+        return
+    flat = torch.cat([p.grad.flatten() for p in params])
+    dist.all_reduce(flat)
+    for p, g in zip(params, flat.split([p.numel() for p in params]), strict=True):
+        p.grad.copy_(g.view_as(p))
+
+
+class StopSignal:
+    """SIGTERM and SIGINT ask the loop to save and leave; `poll` makes all processes leave at the same step."""
+    def __init__(self, world):
+        self.world, self.asked = world, False
+        with contextlib.suppress(ValueError):  # signals belong to the main thread: a stage called from another has none
+            for sig in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(sig, lambda *_: setattr(self, "asked", True))
+
+    def poll(self):
+        return self.world.sum([float(self.asked)])[0] > 0
+
+
+# ------------------------------------------------------------------------------------------------------ speed
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16, from the vendors' data sheets
+
+
+@functools.cache
+def matmul_rate(n=2048):
+    """FLOP/s of torch.mm at n x n in fp32 on this CPU: the best of five, about half a second."""
+    a, b, best = torch.randn(n, n), torch.randn(n, n), math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n ** 3 / best
+
+
+def peak_flops(device):
+    """The denominator of MFU: the data sheet on a known GPU, the measured rate on a CPU, NaN when unknown."""
+    if device.type == "cpu":
+        return matmul_rate()
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), math.nan)
+
+
+def memory_gib(device):
+    """Peak memory so far: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform != "darwin" else 30)

@@ -1,0 +1,315 @@
+"""data.py: text -> token shards -> batches that are a pure function of (seed, step, slot).
+
+    python data.py                                        # the Python standard library: offline, ~10 s, 2.7M tokens
+    python data.py --data notes/ --out out/notes          # .txt .md .py .jsonl, a file or a folder
+    python data.py --data HuggingFaceFW/fineweb-edu:sample-10BT --model Qwen/Qwen3-0.6B --max_tokens 1000000000
+
+Writes to --out: train.bin, val.bin (raw uint16 or uint32 token ids, every document ended by EOS), meta.json (tokens,
+dtype, tokenizer hash, source, sha256) and tokenizer.json. Every stage calls `prepare`, which reuses such a folder when
+it holds what the stage asks for and refuses it, naming the difference, when it does not.
+
+Letters: B sequences, T tokens a sequence.
+"""
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import sysconfig
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from common import UserError, entry, generator, parse, setup
+from run import atomic, read_json, write_json
+
+EOS = "<|endoftext|>"
+
+
+@dataclass
+class Config:
+    data: str = "stdlib"        # stdlib, a text file or folder, HUB_ID[:CONFIG[:COLUMN]], or a folder of shards
+    model: str = "toy"          # whose tokenizer: toy (trains a byte-level BPE on the text), a folder or a Hub id
+    out: str = "out/data"       # folder to write
+    vocab: int = 2048           # vocabulary of the toy's BPE
+    max_tokens: int = 0         # stop after this many training tokens (0: the whole corpus)
+    seed: int = 0               # unused by the shards themselves; kept so that every stage takes --seed
+    dry_run: bool = False       # print what would be read and written, then leave
+
+
+# ---------------------------------------------------------------------------------------------- text -> documents
+TEXT = {".txt", ".md", ".py", ".jsonl"}
+TABLES = {".parquet", ".arrow", ".csv"}
+PIECE = 16_000  # characters: a plain text file has no document boundaries, so it is cut at blank lines about here
+
+
+def resolve(data):
+    """--data -> {"kind": stdlib | text | hub | shards, ...}: small enough to compare and to print."""
+    if data == "stdlib":
+        return {"kind": "stdlib", "python": platform.python_version()}
+    path, _, rest = (data, "", "") if Path(data).exists() else data.partition(":")
+    config, _, column = rest.partition(":")
+    path = Path(path)
+    if not path.exists():
+        if path.suffix in TEXT or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)):
+            raise UserError(f"--data {data}: no such file or folder; pass stdlib, a path or a Hub dataset id")
+        return {"kind": "hub", "id": str(path), "config": config or None, "column": column or None}
+    if (path / "meta.json").exists():
+        return {"kind": "shards", "path": str(path)}
+    files = _files(path)
+    if path.is_dir() and any(f.suffix in TABLES for f in files):
+        return {"kind": "hub", "id": str(path.resolve()), "config": config or None, "column": column or None}
+    files = [f for f in files if f.suffix in TEXT or f == path]
+    if not files:
+        raise UserError(f"--data {data}: no {', '.join(sorted(TEXT))} file in that folder; point --data at the text")
+    size = sum(f.stat().st_size for f in files)
+    return {"kind": "text", "path": str(path.resolve()), "files": len(files), "bytes": size}
+
+
+def _files(path):
+    return sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+
+
+def documents(source):
+    """Yield the texts of `source` one by one, in a fixed order; memory holds one file at a time."""
+    if source["kind"] == "stdlib":
+        root = Path(sysconfig.get_paths()["stdlib"])
+        # left out: tests, installed packages, and two folders of generated tables (code pages, help topics)
+        skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}
+        for file in sorted(root.rglob("*.py")):
+            if not skip & set(file.relative_to(root).parts):
+                yield file.read_text(encoding="utf-8", errors="replace")
+    elif source["kind"] == "text":
+        root = Path(source["path"])
+        for file in _files(root):
+            if file.suffix in TEXT or file == root:
+                yield from _read(file)
+    else:
+        yield from _stream(source)
+
+
+def _read(file):
+    try:
+        if file.suffix == ".jsonl":
+            with open(file, encoding="utf-8") as lines:
+                for number, line in enumerate(lines, 1):
+                    try:
+                        yield str(json.loads(line)["text"])
+                    except (ValueError, KeyError, TypeError):
+                        raise UserError(f"{file} line {number} is not a JSON object with a `text` field") from None
+            return
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is not UTF-8 text; convert it or leave it out of --data") from None
+    if "\0" in text:
+        raise UserError(f"{file} is a binary file, not text; leave it out of --data")
+    if file.suffix == ".py":
+        yield text
+        return
+    start = 0
+    while start < len(text):
+        cut = text.find("\n\n", start + PIECE)
+        cut = len(text) if cut < 0 else cut + 2
+        yield text[start:cut]
+        start = cut
+
+
+def _stream(source):
+    """A Hub id or a local folder of parquet, arrow or csv files, streamed: nothing is held but the current rows."""
+    import datasets
+    try:
+        rows = datasets.load_dataset(source["id"], source["config"], split="train", streaming=True)
+        rows = iter(rows)
+        row = next(rows, None)
+    except Exception as error:  # the Hub raises many types; what the user needs is the one line
+        reason = str(error).split("\n")[0]
+        raise UserError(f"dataset {source['id']} could not be opened ({type(error).__name__}: {reason}); "
+                        "without network, pass a text file or folder to --data") from None
+    column = source["column"] or "text"
+    if row is not None and column not in row:
+        raise UserError(f"dataset {source['id']} has no column {column!r}, only {', '.join(row)}; "
+                        "name one as --data ID:CONFIG:COLUMN")
+    while row is not None:
+        yield str(row[column])
+        row = next(rows, None)
+
+
+def held_out(text, first):
+    """Every tenth document by hash of its text goes to val, so twins never straddle the split; the first one always
+    does, so that no corpus is left without."""
+    return first or hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[0] % 10 == 0
+
+
+# ---------------------------------------------------------------------------------------------------- tokenizer
+def train_tokenizer(source, vocab):
+    """Byte-level BPE on the train split only. Returns a transformers fast tokenizer whose id 0 is EOS."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    train = (d for i, d in enumerate(tqdm(documents(source), desc="BPE", unit="doc", leave=False))
+             if not held_out(d, i == 0))
+    bpe.train_from_iterator(train, trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=[EOS], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS)
+
+
+def tokenizer_hash(tokenizer):
+    """16 hex digits that change when any token, merge or id does."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        text = json.dumps(sorted(tokenizer.get_vocab().items()))
+    else:
+        spec = json.loads(backend.to_str())  # padding and truncation are settings of the day, not of the vocabulary
+        text = json.dumps({**spec, "padding": None, "truncation": None}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------------------------- shards
+def write_shards(source, tokenizer, out, max_tokens=0):
+    """Tokenize `source` into out/train.bin, out/val.bin; returns meta. Memory holds one group of documents."""
+    dtype = np.uint16 if len(tokenizer) <= 2 ** 16 else np.uint32
+    tokens, size, sha = {"train": 0, "val": 0}, {"train": 0, "val": 0}, {s: hashlib.sha256() for s in ("train", "val")}
+    with atomic(out / "train.bin") as train, atomic(out / "val.bin") as val:
+        with open(train, "wb") as train_file, open(val, "wb") as val_file:
+            files, group, first = {"train": train_file, "val": val_file}, [], True
+            for text in _with_end(tqdm(documents(source), desc="tokens", unit="doc", leave=False)):
+                group += [text] if text else []
+                if text is not None and len(group) < 256:
+                    continue
+                for doc, ids in zip(group, tokenizer(group, add_special_tokens=False)["input_ids"] if group else []):
+                    split, first = "val" if held_out(doc, first) else "train", False
+                    block = np.asarray([*ids, tokenizer.eos_token_id], dtype).tobytes()
+                    files[split].write(block)
+                    sha[split].update(block)
+                    tokens[split] += len(ids) + 1
+                    size[split] += len(doc.encode("utf-8", "surrogatepass"))
+                group = []
+                if 0 < max_tokens <= tokens["train"]:
+                    break
+        if min(tokens.values()) == 0:
+            raise UserError(f"the corpus {_name(source)} is empty or a single document; it needs two, one to hold out")
+    return {"tokens": tokens, "bytes": size, "dtype": np.dtype(dtype).name, "tokenizer": tokenizer_hash(tokenizer),
+            "vocab_size": len(tokenizer), "source": source, "max_tokens": max_tokens,
+            "sha256": {s: h.hexdigest() for s, h in sha.items()}}
+
+
+def _with_end(items):
+    """The items, then None: lets one loop body flush its last group."""
+    yield from items
+    yield None
+
+
+def _name(source):
+    return source.get("path") or source.get("id") or source["kind"]
+
+
+def prepare(data, tokenizer, out, world=None, vocab=2048, max_tokens=None):
+    """The folder of shards for `data` under `tokenizer` (None: train a BPE): made at `out` if missing, reused if it
+    holds the same, refused by naming the difference otherwise. Returns (folder, meta)."""
+    source = resolve(data)
+    out = Path(source["path"]) if source["kind"] == "shards" else Path(out)
+    if (world is None or world.main) and not (out / "meta.json").exists():
+        print(f"data: tokenizing {_name(source)} into {out}", flush=True)
+        out.mkdir(parents=True, exist_ok=True)
+        start = time.time()
+        tokenizer = tokenizer or train_tokenizer(source, vocab)
+        meta = write_shards(source, tokenizer, out, max_tokens or 0)
+        with atomic(out / "tokenizer.json") as temporary:
+            tokenizer.backend_tokenizer.save(str(temporary))
+        write_json(out / "meta.json", meta)
+        write_json(out / "result.json", {**meta, "seconds": round(time.time() - start, 1)})
+    if world is not None:
+        world.barrier()
+    meta = read_json(out / "meta.json")
+    wanted = {} if source["kind"] == "shards" else {"source": source}
+    wanted |= {"tokenizer": tokenizer_hash(tokenizer)} if tokenizer is not None else {}
+    wanted |= {"max_tokens": max_tokens} if max_tokens is not None else {}
+    for key, value in wanted.items():
+        if meta.get(key) != value:
+            raise UserError(f"{out} holds shards with {key} {meta.get(key)}, but {value} is asked for; "
+                            "delete that folder or choose another --out")
+    for split in ("train", "val"):
+        file, want = out / f"{split}.bin", meta["tokens"][split] * np.dtype(meta["dtype"]).itemsize
+        have = os.path.getsize(file) if file.exists() else 0
+        if have != want:
+            raise UserError(f"{file} has {have} bytes where meta.json says {want}; delete {out} and make it again")
+    return out, meta
+
+
+def load_tokenizer(folder):
+    """The tokenizer of a shard folder or a model folder / Hub id."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    if (Path(folder) / "meta.json").exists():
+        return PreTrainedTokenizerFast(tokenizer_file=str(Path(folder) / "tokenizer.json"), eos_token=EOS)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"no tokenizer could be loaded from {folder} ({reason}); save one beside the model") from None
+
+
+# ------------------------------------------------------------------------------------------------------ batches
+class Tokens:
+    """One split, read through a memory map: memory does not grow with the corpus.
+
+    Windows of T+1 tokens tile the split. An epoch visits each once, in the order of a random affine walk
+    i -> (a i + b) mod n with gcd(a, n) = 1, and shifts the tiling by a random phase: no permutation is stored, and
+    where window number i lies is a pure function of (seed, i)."""
+
+    def __init__(self, folder, split, seq_len):
+        meta = read_json(Path(folder) / "meta.json")
+        self.ids = np.memmap(Path(folder) / f"{split}.bin", dtype=meta["dtype"], mode="r")
+        self.T, self.n = seq_len, (len(self.ids) - seq_len) // (seq_len + 1)
+        if self.n < 1:
+            raise UserError(f"the {split} split in {folder} has {len(self.ids)} tokens, fewer than two windows of "
+                            f"--seq_len {seq_len}; use a larger corpus or a shorter --seq_len")
+
+    def _cut(self, starts):
+        rows = np.stack([self.ids[s:s + self.T + 1] for s in starts]).astype(np.int64)  # (B, T+1)
+        return torch.from_numpy(rows)
+
+    def batch(self, seed, step, slots, batch_size):
+        """Training rows (B, T+1) int64 for the given slots of the global batch of `batch_size` at `step`."""
+        starts = []
+        for slot in slots:
+            epoch, i = divmod(step * batch_size + slot, self.n)
+            gen = generator(seed, "epoch", epoch)
+            a = int(gen.integers(1, self.n + 1))
+            while math.gcd(a, self.n) != 1:
+                a += 1
+            b, phase = int(gen.integers(self.n)), int(gen.integers(self.T))
+            starts.append((a * i + b) % self.n * (self.T + 1) + phase)
+        return self._cut(starts)
+
+    def spread(self, count, seed=None):
+        """At most `count` windows (B, T+1) for evaluation: evenly spread, or with a seed a random choice of tiles."""
+        count = min(count, self.n)
+        tiles = np.arange(count) * self.n // count if seed is None else np.sort(
+            generator(seed, "windows").choice(self.n, count, replace=False))
+        return self._cut(tiles * (self.T + 1))
+
+
+@entry
+def main(argv):
+    cfg = parse(Config, argv, __doc__)
+    setup("cpu")
+    source = resolve(cfg.data)
+    if cfg.dry_run:
+        print(f"would read {source}\nwould write train.bin, val.bin, meta.json, tokenizer.json to {cfg.out}")
+        return
+    tokenizer = None if cfg.model == "toy" else load_tokenizer(cfg.model)
+    out, meta = prepare(cfg.data, tokenizer, cfg.out, vocab=cfg.vocab, max_tokens=cfg.max_tokens or None)
+    print(f"{out}: {meta['tokens']['train']:,} train and {meta['tokens']['val']:,} val tokens of "
+          f"{_name(meta['source'])}, vocabulary {meta['vocab_size']}, {meta['dtype']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""denoiser.py: the network inside the bridge: a small causal transformer told the noise level and the condition.
+
+    net = Bridge(D, W, blocks, H)
+    out = net(x_t, c, t)                 # (B, T, D): an estimate of z, v or e, as `prediction` says
+    save(net, folder, {...}); net, info = load(folder, device)
+
+Letters: B batch, T tokens, D hidden width of the backbone, W width of the bridge, H heads, d = W/H.
+"""
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import UserError
+from run import atomic, read_json, write_json
+
+
+def rotate(x, positions):
+    """Rotary positions on x (B, H, T, d), positions (B or 1, T). Su et al. 2021."""
+    half = x.shape[-1] // 2
+    frequency = 10000.0 ** (-torch.arange(half, device=x.device) / half)                 # (d/2,)
+    angle = positions[:, None, :, None] * frequency                                      # (B, 1, T, d/2)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+class Block(nn.Module):
+    """Pre-norm causal transformer block. Noise level enters by adaLN: shift, scale and gate of both sublayers."""
+
+    def __init__(self, W, H):
+        super().__init__()
+        self.H = H
+        self.qkv = nn.Linear(W, 3 * W, bias=False)
+        self.out = nn.Linear(W, W, bias=False)
+        self.up = nn.Linear(W, 4 * W, bias=False)      # two halves: gate and value of the SwiGLU
+        self.down = nn.Linear(2 * W, W, bias=False)
+        self.mod = nn.Parameter(torch.zeros(6, W))     # this block's offset to the shared modulation
+
+    def forward(self, h, modulation, positions, mask=None):
+        """h (B, T, W), modulation (B, 6, W), positions (1 or B, T), mask (B, 1, T, T) or None -> (B, T, W)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (modulation + self.mod)[:, :, None].unbind(1)   # (B, 1, W) each
+        B, T, W = h.shape
+        a = F.rms_norm(h, (W,)) * (1 + scale1) + shift1
+        q, k, v = self.qkv(a).view(B, T, 3, self.H, W // self.H).permute(2, 0, 3, 1, 4)              # (B, H, T, d) each
+        q, k = rotate(F.rms_norm(q, q.shape[-1:]), positions), rotate(F.rms_norm(k, k.shape[-1:]), positions)
+        a = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)                       # (B, H, T, d)
+        h = h + (1 + gate1) * self.out(a.transpose(1, 2).reshape(B, T, W))
+        a = F.rms_norm(h, (W,)) * (1 + scale2) + shift2
+        gate, value = self.up(a).chunk(2, -1)                                                          # (B, T, 2W) each
+        return h + (1 + gate2) * self.down(F.silu(gate) * value)
+
+
+class Bridge(nn.Module):
+    """The denoiser (x_t, c, t) -> z, v or e, and the two standardisations it lives between.
+
+    One modulation network for all blocks: with one per block it would outweigh them (6 W^2 parameters each)."""
+    FREQUENCIES = 16
+
+    def __init__(self, D, W, blocks, H, objective="diffusion", prediction="x", source="noise", sampler="euler"):
+        super().__init__()
+        self.shape = {"D": D, "W": W, "blocks": blocks, "H": H, "objective": objective, "prediction": prediction,
+                      "source": source, "sampler": sampler}
+        self.enter = nn.Linear(2 * D, W)                                      # [x_t, c] side by side
+        self.time = nn.Linear(2 * self.FREQUENCIES, 6 * W)
+        self.blocks = nn.ModuleList(Block(W, H) for _ in range(blocks))
+        self.leave = nn.Linear(W, D)
+        for name, length in (("mu_z", D), ("mu_c", D), ("sigma_z", D), ("sigma_c", D)):
+            self.register_buffer(name, torch.zeros(length) if name.startswith("mu") else torch.ones(length))
+        for p in self.time.parameters():
+            nn.init.zeros_(p)
+
+    def forward(self, x, c, t, positions=None, mask=None):
+        """x, c (B, T, D), t (B,) in [0, 1] -> the raw prediction (B, T, D). Token i sees tokens 0..i only; `mask`
+        (B, 1, T, T), true where a query may look, replaces the plain causal rule when a batch is padded."""
+        if positions is None:
+            positions = torch.arange(x.shape[1], device=x.device)[None]                # (1, T)
+        angle = t[:, None] * math.pi * 2.0 ** torch.linspace(0, 5, self.FREQUENCIES, device=t.device)   # (B, F)
+        modulation = self.time(torch.cat([angle.cos(), angle.sin()], -1)).view(len(t), 6, -1)          # (B, 6, W)
+        h = self.enter(torch.cat([x, c], -1))                                          # (B, T, W)
+        for block in self.blocks:
+            h = block(h, modulation, positions, mask)
+        return self.leave(F.rms_norm(h, h.shape[-1:])).float()                         # (B, T, D)
+
+    def standard_c(self, h0):
+        return (h0.float() - self.mu_c) / self.sigma_c
+
+    def standard_z(self, hl):
+        return (hl.float() - self.mu_z) / self.sigma_z
+
+    def hidden(self, z):
+        """Standardised z -> h[l]."""
+        return z * self.sigma_z + self.mu_z
+
+
+def save(net, folder, extra):
+    """bridge.safetensors, then bridge.json: what hybrid.py needs to rebuild and to trust it."""
+    from safetensors.torch import save_file
+    with atomic(Path(folder) / "bridge.safetensors") as temporary:
+        save_file({k: v.contiguous() for k, v in net.state_dict().items()}, temporary)
+    write_json(Path(folder) / "bridge.json", {**net.shape, **extra})
+
+
+def load(folder, device):
+    """(Bridge in eval mode, its bridge.json). Raises UserError for a missing, truncated or foreign file."""
+    from safetensors.torch import load_file
+    info = read_json(Path(folder) / "bridge.json", "train one with: python bridge.py")
+    net = Bridge(**{k: info[k] for k in ("D", "W", "blocks", "H", "objective", "prediction", "source", "sampler")})
+    try:
+        net.load_state_dict(load_file(Path(folder) / "bridge.safetensors"))
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{folder}/bridge.safetensors could not be read ({reason}); train the bridge again") from None
+    return net.to(device).eval().requires_grad_(False), info
