@@ -20,7 +20,6 @@ import json
 import math
 import os
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,8 +30,8 @@ from torch import nn
 
 import data
 import optim
-from common import StopSignal, UserError, all_reduce_gradients, entry, memory_gib, parse, peak_flops, setup, split_batch
-from run import Run
+from common import StopSignal, UserError, all_reduce_gradients, entry, parse, peak_flops, setup, split_batch
+from run import Clock, Run, finished
 
 
 @dataclass
@@ -86,6 +85,7 @@ class Backbone(nn.Module):
         stack, blocks, norm = FAMILIES[self.config.model_type]
         self.stack = getattr(model, stack)
         self.blocks, self.norm = getattr(self.stack, blocks), getattr(self.stack, norm)
+        self.blocks_name = f"{stack}.{blocks}."          # as in the names of their parameters
         self.L = L or len(self.blocks)                   # of the whole model, also when only a prefix is loaded
         self.D, self.V = self.config.hidden_size, self.config.vocab_size
         types = getattr(self.config, "layer_types", None)
@@ -145,27 +145,41 @@ class Backbone(nn.Module):
 
     def head(self, h):
         """h[L] (B, T, D) -> logits (B, T, V): final norm, LM head and, for Gemma-2, its soft cap."""
-        logits = self.model.get_output_embeddings()(self.norm(h))                     # (B, T, V)
+        return self.unnormed_head(self.norm(h))
+
+    def unnormed_head(self, normed):
+        """What follows the final norm. normed (..., D) -> logits (..., V)."""
+        logits = self.model.get_output_embeddings()(normed)                           # (..., V)
         cap = getattr(self.config, "final_logit_softcapping", None)
         return torch.tanh(logits / cap) * cap if cap is not None else logits
 
 
-def resolve(model, out):
-    """`toy` means the folder `toy` beside --out."""
+def resolve(model, out, up=1):
+    """`toy` means the folder `toy` beside --out (beside its parent with up=2)."""
     if model != "toy":
         return model
-    folder = Path(out).parent / "toy"
+    folder = Path(out).parents[up - 1] / "toy"
     if not (folder / "result.json").exists():
         raise UserError(f"there is no finished backbone in {folder}; make it with: python backbone.py --out {folder}")
     return str(folder)
 
 
+def no_model(name, error):
+    reason = str(error).strip().split("\n")[0]
+    return UserError(f"no model could be opened at {name} ({reason}); pass a local folder or a Hub id")
+
+
 def identity(name, random_init=False):
     """16 hex digits of a model's weights: the size and 64 evenly spread 16 KiB pieces of each safetensors file, so that
-    8B weights take milliseconds and no loading. Another model of the same shape differs."""
-    from transformers.utils import cached_file
-    folder = Path(name) if Path(name).exists() else Path(cached_file(name, "config.json")).parent
-    digest = hashlib.sha256(json.dumps(random_init).encode())
+    8B weights take milliseconds and no loading. Another model of the same shape differs. A Hub id has its commit."""
+    folder, digest = Path(name), hashlib.sha256(json.dumps(random_init).encode())
+    if not folder.exists():
+        from transformers.utils import cached_file
+        try:
+            commit = Path(cached_file(name, "config.json")).parent.name
+        except Exception as error:
+            raise no_model(name, error) from None
+        return hashlib.sha256(f"{random_init} {name} {commit}".encode()).hexdigest()[:16]
     for file in sorted(folder.glob("*.safetensors")) if not random_init else [folder / "config.json"]:
         size = file.stat().st_size
         digest.update(str(size).encode())
@@ -184,8 +198,7 @@ def read_config(name):
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"no model could be opened at {name} ({reason}); pass a local folder or a Hub id") from None
+        raise no_model(name, error) from None
     if config.model_type not in FAMILIES:
         raise UserError(f"a model of type {config.model_type!r} cannot be cut at a layer; "
                         f"supported are {', '.join(sorted(FAMILIES))}")
@@ -308,6 +321,9 @@ def main(argv):
     # ------------------------------------------------------------------------------------------------- setup
     world = setup(cfg.device)
     slots, micro = split_batch(cfg.batch_size, cfg.micro_batch, world)
+    if (result := finished(cfg, {})) and not cfg.dry_run:
+        print(f"{cfg.out} is finished: " + summary(result))
+        return result
     model = build_toy(cfg, cfg.vocab).to(world.device)
     flops = flops_per_token(model, cfg.seq_len)
     if cfg.dry_run:
@@ -316,10 +332,6 @@ def main(argv):
         print(f"{cfg}\n{sum(p.numel() for p in model.parameters()):,} parameters, {tokens:,} tokens, {flops:.2e} FLOPs "
               f"a token: about {seconds:.0f} s at 40% MFU")
         return None
-    run = Run(cfg, world)
-    if run.result:
-        run.say(f"{cfg.out} is finished: " + summary(run.result))
-        return run.result
 
     # -------------------------------------------------------------------------------------------------- data
     shards, meta = data.prepare(cfg.data, None, Path(cfg.out).parent / "data", world, vocab=cfg.vocab)
@@ -332,18 +344,13 @@ def main(argv):
     lm = Backbone(model)
     params = list(model.parameters())
     optimizers = optim.build(model.named_parameters(), cfg.lr, cfg.lr_adam, cfg.weight_decay, inside="layers.")
-    first, elapsed = 0, 0.0
-    if state := run.load():
-        first, elapsed = state["step"], state["elapsed"]
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-    run.say(f"training {sum(p.numel() for p in params):,} parameters from step {first}; the corpus has "
-            f"{meta['tokens']['train']:,} tokens")
+    run = Run(cfg, world, {})
+    state = run.resume([model], optimizers)
+    run.say(f"training {sum(p.numel() for p in params):,} parameters on a corpus of {meta['tokens']['train']:,} tokens")
 
     # -------------------------------------------------------------------------------------------------- loop
-    stop, peak, clock = StopSignal(world), peak_flops(world.device) * world.size, time.perf_counter()
-    for step in range(first, cfg.steps):
+    stop, clock = StopSignal(world), Clock(state["seconds"])
+    for step in range(state["step"], cfg.steps):
         # 1 gradient of the mean loss over the global batch
         loss = 0.0
         for some in torch.tensor(slots).split(micro):
@@ -363,23 +370,17 @@ def main(argv):
         # 3 report, validate, save
         done = step + 1
         if done % cfg.log_every == 0 or done == cfg.steps:
-            now = elapsed + time.perf_counter() - clock
-            speed = cfg.batch_size * cfg.seq_len * done / now
-            run.log(done, cfg.steps, loss=world.sum([loss])[0], lr=optimizers[0].param_groups[0]["lr"], gnorm=norm,
-                    **{"tok/s": speed}, mfu=speed * flops / peak, mem=memory_gib(world.device),
-                    eta=round((cfg.steps - done) * now / done))
+            run.progress(done, cfg.steps, clock, cfg.batch_size * cfg.seq_len, flops, loss=world.sum([loss])[0],
+                         lr=optimizers[0].param_groups[0]["lr"], gnorm=norm)
         if done % cfg.eval_every == 0 and done < cfg.steps:
-            pause = time.perf_counter()
-            run.log(done, cfg.steps, val_loss=evaluate(lm, held_out[::4], world))
-            clock += time.perf_counter() - pause
+            with clock.paused():
+                run.log(done, cfg.steps, val_loss=evaluate(lm, held_out[::4], world))
         leaving = stop.poll()
         if leaving or done % cfg.save_every == 0:
-            run.save(step=done, elapsed=elapsed + time.perf_counter() - clock, model=model.state_dict(),
-                     optimizers=[o.state_dict() for o in optimizers])
+            run.save(done, clock, [model], optimizers)
         if leaving:
-            run.say(f"stopped at step {done}; the same command resumes")
-            raise SystemExit(143)
-    seconds = elapsed + time.perf_counter() - clock
+            run.leave(done)
+    seconds = clock.seconds()
 
     # ------------------------------------------------------------------------------------------------- result
     model.eval()

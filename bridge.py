@@ -13,7 +13,6 @@ l the replaced layer, z the standardised h[l], c the standardised h[0], x_t = (1
 """
 import copy
 import dataclasses
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,10 +24,10 @@ from torch import nn
 import backbone
 import data
 import optim
-from common import (StopSignal, UserError, all_reduce_gradients, entry, generator, memory_gib, normal, parse,
-                    peak_flops, pick_dtype, setup, split_batch)
+from common import (StopSignal, UserError, all_reduce_gradients, entry, generator, normal, parse, peak_flops,
+                    pick_dtype, setup, split_batch)
 from denoiser import Bridge, save
-from run import Run, read_json
+from run import Clock, Run, finished, read_json
 
 
 @dataclass
@@ -151,7 +150,8 @@ def sample(net, c, nfe, noise, positions=None, mask=None):
 def position_noise(seed, positions, D, device):
     """The sampler's noise (T, D): a function of (seed, position), the same for every row, so that logits are
     deterministic and a cached step equals recomputation."""
-    return torch.stack([normal((D,), torch.device("cpu"), seed, "sampler", int(p)) for p in positions]).to(device)
+    rows = [normal((D,), torch.device("cpu"), seed, "sampler", int(p)) for p in positions]
+    return torch.stack(rows).to(device)
 
 
 # -------------------------------------------------------------------------------------------------- train, measure
@@ -208,18 +208,19 @@ def measure(lm, net, rows, layer, nfes, noise_seeds, skip, batch=8):
         out[str(n)] = {"fvu": (mean[0] / energy[0]).item(), "kl": (mean[1] / count).item(),
                        "ce_gap": (mean[2] / count).item(), "agree": (mean[3] / count).item(),
                        "ce_gap_se": (torch.cat(gaps[n]).std() / len(rows) ** 0.5).item(),
+                       "ce_gap_rows": torch.cat(gaps[n]).tolist(),                     # per sequence, first noise
                        "fvu_noise_sd": (sd[0] / energy[0]).item(), "ce_gap_noise_sd": (sd[2] / count).item(),
                        "fvu_sinks": (mean[4] / energy[1].clamp_min(1e-12)).item()}
     return out, ce_intact / count
 
 
-def choose_layer(cfg, L):
+def choose_layer(cfg):
     """--layer -> a number. `auto` is what geometry.py wrote beside --out."""
     if cfg.layer == "auto":
         return read_json(Path(cfg.out).parent / "geometry" / "result.json",
                          "run python geometry.py first, or pass --layer N")["best_layer"]
-    if not cfg.layer.isdigit() or not 1 <= int(cfg.layer) <= L:
-        raise UserError(f"--layer {cfg.layer} must be auto, all or a number in 1..{L}")
+    if not cfg.layer.isdigit():
+        raise UserError(f"--layer {cfg.layer} must be auto, all or a number")
     return int(cfg.layer)
 
 
@@ -289,12 +290,18 @@ def main(argv):
     dtype = pick_dtype(cfg.dtype, world.device)
     slots, micro = split_batch(cfg.batch_size, cfg.micro_batch, world)
     model = backbone.resolve(cfg.model, cfg.out)
+    identity = {"layer_number": choose_layer(cfg) if cfg.layer != "all" else None,
+                "base": backbone.identity(model, cfg.random_init)}
+    if (result := finished(cfg, identity)) and not cfg.dry_run:
+        print(f"{cfg.out} is finished: " + summary(result))
+        return result
     shape = backbone.read_config(model)
     if cfg.layer == "all":  # one run a layer, each in its own folder: a rerun resumes where it stopped
         return [main([*argv, f"--layer={n}", f"--model={model}", f"--out={cfg.out}/layer{n}"])
                 for n in range(1, shape.num_hidden_layers + 1)]
-    layer = choose_layer(cfg, shape.num_hidden_layers)
-    D = shape.hidden_size
+    layer, D = identity["layer_number"], shape.hidden_size
+    if not 1 <= layer <= shape.num_hidden_layers:
+        raise UserError(f"--layer {layer} must lie in 1..{shape.num_hidden_layers}, the blocks of {model}")
     W, blocks = cfg.width or D, cfg.blocks or layer
     H = max(1, W // (64 if W >= 512 else 32))
     if W % (2 * H):
@@ -305,10 +312,6 @@ def main(argv):
     if cfg.dry_run:
         report_size(cfg, net, shape, layer, world)
         return None
-    run = Run(cfg, world, {"layer_number": layer, "base": backbone.identity(model, cfg.random_init)})
-    if run.result:
-        run.say(f"{cfg.out} is finished: " + summary(run.result))
-        return run.result
 
     # -------------------------------------------------------------------------------------------- model, data
     lm = backbone.load(model, world.device, dtype, blocks=layer, random_init=cfg.random_init)     # only the prefix
@@ -318,6 +321,7 @@ def main(argv):
     train = data.Tokens(shards, "train", cfg.seq_len)
     held_out = data.Tokens(shards, "val", cfg.seq_len).spread(cfg.eval_batches).to(world.device)  # (N, T+1)
     calibrate(lm, net, train.spread(cfg.calibration, cfg.seed)[:, :-1].to(world.device), layer, cfg.skip)
+    run = Run(cfg, world, identity)
     mean_net = copy.deepcopy(net).requires_grad_(False)                                           # EMA
     run.say(f"layer {layer} of {lm.L}: {cfg.objective} bridge of {blocks} blocks of width {W}, {size:,} parameters = "
             f"{size / replaced:.2f}x the blocks it replaces")
@@ -325,23 +329,16 @@ def main(argv):
     # ---------------------------------------------------------------------------------------------- optimizer
     params = [p for p in net.parameters() if p.requires_grad]
     optimizers = optim.build(net.named_parameters(), cfg.lr, cfg.lr_adam, cfg.weight_decay)
-    first, elapsed = 0, 0.0
-    if state := run.load():
-        first, elapsed = state["step"], state["elapsed"]
-        net.load_state_dict(state["net"])
-        mean_net.load_state_dict(state["ema"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        run.say(f"resuming at step {first}")
+    state = run.resume([net, mean_net], optimizers)
     if cfg.compile:
         for block in net.blocks:
             block.compile(dynamic=False)                                    # in place: parameter names stay clean
 
     # --------------------------------------------------------------------------------------------------- loop
     flops = train_flops(net, replaced, cfg.seq_len)
-    stop, peak, clock = StopSignal(world), peak_flops(world.device) * world.size, time.perf_counter()
+    stop, clock = StopSignal(world), Clock(state["seconds"])
     bins = torch.zeros(8, 2, dtype=torch.float64)                           # loss sum and count by noise level
-    for step in range(first, cfg.steps):
+    for step in range(state["step"], cfg.steps):
         # 1 this process's share of the global batch, in micro-batches
         loss = 0.0
         for some in torch.tensor(slots).split(micro):
@@ -375,26 +372,21 @@ def main(argv):
         # 5 report, validate, save, leave when asked
         done = step + 1
         if done % cfg.log_every == 0 or done == cfg.steps:
-            now = elapsed + time.perf_counter() - clock
-            speed = cfg.batch_size * cfg.seq_len * done / now
             total, *table = world.sum([loss, *bins.flatten().tolist()])
             table = torch.tensor(table).view(8, 2)
-            run.log(done, cfg.steps, loss=total, lr=optimizers[0].param_groups[0]["lr"], gnorm=norm, **{"tok/s": speed},
-                    mfu=speed * flops / peak, mem=memory_gib(world.device), eta=round((cfg.steps - done) * now / done),
-                    loss_by_t=(table[:, 0] / table[:, 1].clamp_min(1)).tolist(), count_by_t=table[:, 1].tolist())
+            run.progress(done, cfg.steps, clock, cfg.batch_size * cfg.seq_len, flops, loss=total,
+                         lr=optimizers[0].param_groups[0]["lr"], gnorm=norm,
+                         loss_by_t=(table[:, 0] / table[:, 1].clamp_min(1)).tolist(), count_by_t=table[:, 1].tolist())
             bins.zero_()
         if done % cfg.eval_every == 0 and done < cfg.steps:
-            pause = time.perf_counter()
-            run.log(done, cfg.steps, val_loss=validate(lm, mean_net, held_out, layer, cfg, world))
-            clock += time.perf_counter() - pause
+            with clock.paused():
+                run.log(done, cfg.steps, val_loss=validate(lm, mean_net, held_out, layer, cfg, world))
         leaving = stop.poll()
         if leaving or done % cfg.save_every == 0:
-            run.save(step=done, elapsed=elapsed + time.perf_counter() - clock, net=net.state_dict(),
-                     ema=mean_net.state_dict(), optimizers=[o.state_dict() for o in optimizers])
+            run.save(done, clock, [net, mean_net], optimizers)
         if leaving:
-            run.say(f"stopped at step {done}; the same command resumes")
-            raise SystemExit(143)
-    seconds = elapsed + time.perf_counter() - clock
+            run.leave(done)
+    seconds = clock.seconds()
 
     # ------------------------------------------------------------------------------------------------- result
     val_loss = validate(lm, mean_net, held_out, layer, cfg, world)
@@ -405,13 +397,14 @@ def main(argv):
     nfes = NFES if cfg.objective == "diffusion" else (1,)
     table, ce = measure(whole, mean_net, held_out, layer, nfes, cfg.noise_seeds, cfg.skip)
     raw, _ = measure(whole, net.requires_grad_(False), held_out, layer, nfes, 1, cfg.skip)
+    mfu = cfg.steps * cfg.batch_size * cfg.seq_len / seconds * flops / (peak_flops(world.device) * world.size)
     settings = {"layer": layer, "objective": cfg.objective, "size_ratio": size / replaced, "nfe_default": cfg.nfe,
-                "seed": cfg.seed, "model": model, "base": backbone.identity(model, cfg.random_init)}
+                "seed": cfg.seed, "model": model, "base": identity["base"]}
     save(mean_net, run.out, {**settings, "tokenizer": data.tokenizer_hash(tokenizer)})
     run.finish({**settings, "nfe": table, "raw_nfe": raw, "val_loss": val_loss, "ce_intact": ce, "parameters": size,
                 "replaced_parameters": replaced, "steps": cfg.steps, "tokens": cfg.steps * cfg.batch_size * cfg.seq_len,
                 "tokens_per_s": cfg.steps * cfg.batch_size * cfg.seq_len / seconds, "seconds": seconds,
-                "mfu": cfg.steps * cfg.batch_size * cfg.seq_len / seconds * flops / peak if peak == peak else None,
+                "mfu": mfu if mfu == mfu else None,
                 "flops_per_token": flops, "eval_sequences": len(held_out), "noise_seeds": cfg.noise_seeds,
                 "sampler": cfg.sampler})
     print_table(run.result)

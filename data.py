@@ -10,6 +10,7 @@ it holds what the stage asks for and refuses it, naming the difference, when it 
 
 Letters: B sequences, T tokens a sequence.
 """
+import contextlib
 import hashlib
 import json
 import math
@@ -153,7 +154,7 @@ def train_tokenizer(source, vocab):
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    train = (d for i, d in enumerate(tqdm(documents(source), desc="BPE", unit="doc", leave=False))
+    train = (d for i, d in enumerate(tqdm(documents(source), desc="BPE", unit="doc", leave=False, disable=None))
              if not held_out(d, i == 0))
     bpe.train_from_iterator(train, trainers.BpeTrainer(
         vocab_size=vocab, special_tokens=[EOS], show_progress=False,
@@ -173,38 +174,40 @@ def tokenizer_hash(tokenizer):
 
 
 # ------------------------------------------------------------------------------------------------------- shards
+def tokenized(source, tokenizer):
+    """Yield (text, ids) of each document; tokenized in groups of about a million characters, for speed."""
+    group, size = [], 0
+    for text in tqdm(documents(source), desc="tokens", unit="doc", leave=False, disable=None):
+        group, size = [*group, text], size + len(text)
+        if size > 1_000_000:
+            yield from zip(group, tokenizer(group, add_special_tokens=False)["input_ids"])
+            group, size = [], 0
+    if group:
+        yield from zip(group, tokenizer(group, add_special_tokens=False)["input_ids"])
+
+
 def write_shards(source, tokenizer, out, max_tokens=0):
-    """Tokenize `source` into out/train.bin, out/val.bin; returns meta. Memory holds one group of documents."""
+    """Tokenize `source` into out/train.bin and out/val.bin; returns meta. Memory holds one group of documents."""
     dtype = np.uint16 if len(tokenizer) <= 2 ** 16 else np.uint32
     tokens, size, sha = {"train": 0, "val": 0}, {"train": 0, "val": 0}, {s: hashlib.sha256() for s in ("train", "val")}
-    with atomic(out / "train.bin") as train, atomic(out / "val.bin") as val:
-        with open(train, "wb") as train_file, open(val, "wb") as val_file:
-            files, group, first = {"train": train_file, "val": val_file}, [], True
-            for text in _with_end(tqdm(documents(source), desc="tokens", unit="doc", leave=False)):
-                group += [text] if text else []
-                if text is not None and len(group) < 256:
-                    continue
-                for doc, ids in zip(group, tokenizer(group, add_special_tokens=False)["input_ids"] if group else []):
-                    split, first = "val" if held_out(doc, first) else "train", False
-                    block = np.asarray([*ids, tokenizer.eos_token_id], dtype).tobytes()
-                    files[split].write(block)
-                    sha[split].update(block)
-                    tokens[split] += len(ids) + 1
-                    size[split] += len(doc.encode("utf-8", "surrogatepass"))
-                group = []
-                if 0 < max_tokens <= tokens["train"]:
-                    break
+    with contextlib.ExitStack() as stack:
+        files = {s: open(stack.enter_context(atomic(out / f"{s}.bin")), "wb") for s in ("train", "val")}
+        for file in files.values():
+            stack.enter_context(file)                                        # closed before it is renamed
+        for i, (text, ids) in enumerate(tokenized(source, tokenizer)):
+            split = "val" if held_out(text, i == 0) else "train"
+            block = np.asarray([*ids, tokenizer.eos_token_id], dtype).tobytes()
+            files[split].write(block)
+            sha[split].update(block)
+            tokens[split] += len(ids) + 1
+            size[split] += len(text.encode("utf-8", "surrogatepass"))
+            if 0 < max_tokens <= tokens["train"]:
+                break
         if min(tokens.values()) == 0:
             raise UserError(f"the corpus {_name(source)} is empty or a single document; it needs two, one to hold out")
     return {"tokens": tokens, "bytes": size, "dtype": np.dtype(dtype).name, "tokenizer": tokenizer_hash(tokenizer),
             "vocab_size": len(tokenizer), "source": source, "max_tokens": max_tokens,
             "sha256": {s: h.hexdigest() for s, h in sha.items()}}
-
-
-def _with_end(items):
-    """The items, then None: lets one loop body flush its last group."""
-    yield from items
-    yield None
 
 
 def _name(source):
@@ -262,11 +265,11 @@ class Tokens:
 
     Windows of T+1 tokens tile the split. An epoch visits each once, in the order of a random affine walk
     i -> (a i + b) mod n with gcd(a, n) = 1, and shifts the tiling by a random phase: no permutation is stored, and
-    where window number i lies is a pure function of (seed, i)."""
+    where window number i lies is a pure function of (seed, i). With `limit` only the first so many tokens are used."""
 
-    def __init__(self, folder, split, seq_len):
+    def __init__(self, folder, split, seq_len, limit=0):
         meta = read_json(Path(folder) / "meta.json")
-        self.ids = np.memmap(Path(folder) / f"{split}.bin", dtype=meta["dtype"], mode="r")
+        self.ids = np.memmap(Path(folder) / f"{split}.bin", dtype=meta["dtype"], mode="r")[:limit or None]
         self.T, self.n = seq_len, (len(self.ids) - seq_len) // (seq_len + 1)
         if self.n < 1:
             raise UserError(f"the {split} split in {folder} has {len(self.ids)} tokens, fewer than two windows of "

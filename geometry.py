@@ -25,7 +25,7 @@ from tqdm import tqdm
 import backbone
 import data
 from common import UserError, entry, generator, parse, pick_dtype, setup
-from run import Run
+from run import Run, finished
 
 
 @dataclass
@@ -155,7 +155,7 @@ def collect(lm, windows, skip, pool, seed, batch_size):
     second = torch.zeros(C, D, D, device=device)
     kept = torch.empty(C, pool, D, dtype=next(lm.parameters()).dtype, device=device)
     norm, moved, seen, filled = torch.zeros(C), torch.zeros(C), 0, 0
-    for ids in tqdm(windows.split(batch_size), desc="hidden states", unit="batch", leave=False):
+    for ids in tqdm(windows.split(batch_size), desc="hidden states", unit="batch", leave=False, disable=None):
         h0 = h = lm.embed(ids.to(device))                                    # (B, T, D)
         side = lm.side(h)
         n = len(ids) * per_row
@@ -254,7 +254,7 @@ def analyse(states, cfg):
     nears = {near for _, near, _, _ in variants(cfg).values()}
 
     spectra, spreads, spectra_again = [], {near: [] for near in nears}, []
-    for c in tqdm(range(C), desc="layers", leave=False):
+    for c in tqdm(range(C), desc="layers", leave=False, disable=None):
         X = states.pool[c].float()
         found = {thin: neighbours(X, anchors, max(k for k, t in nears if t == thin), thin) for _, thin in nears}
         for k, thin in nears:
@@ -356,6 +356,10 @@ def main(argv):
 
     # -------------------------------------------------------------------------------------------------- setup
     model = backbone.resolve(cfg.model, cfg.out)
+    identity = {"base": backbone.identity(model, cfg.random_init)}
+    if (result := finished(cfg, identity)) and not cfg.dry_run:
+        print_table(result)
+        return result
     shape = backbone.read_config(model)
     L, D = shape.num_hidden_layers, shape.hidden_size
     ffn = getattr(shape, "intermediate_size", None) or 4 * D
@@ -374,10 +378,6 @@ def main(argv):
         print(f"{model}: {L} blocks of width {D}; {windows_needed} sequences of {cfg.seq_len} tokens\n"
               f"memory beside the weights {gigabytes:.2f} GB, {2 * L * (4 * D * D + 3 * D * ffn):.2e} FLOPs a token")
         return gigabytes
-    run = Run(cfg, world, {"base": backbone.identity(model, cfg.random_init)})
-    if run.result:
-        print_table(run.result)
-        return run.result
 
     # ----------------------------------------------------------------------------------------- collect, analyse
     lm = backbone.load(model, world.device, dtype, random_init=cfg.random_init)
@@ -386,11 +386,12 @@ def main(argv):
     if len(windows) * (cfg.seq_len - cfg.skip) < cfg.pool:
         raise UserError(f"held-out text gives only {len(windows)} sequences of {cfg.seq_len}, fewer tokens than --pool "
                         f"{cfg.pool}; use more text or a smaller --pool")
+    run = Run(cfg, world, identity)
     start = time.perf_counter()
     states = collect(lm, windows, cfg.skip, cfg.pool, cfg.seed, cfg.batch_size)
     collected = time.perf_counter()
     result = {**analyse(states, cfg), "tokens": len(windows) * (cfg.seq_len - cfg.skip), "sequences": len(windows),
-              "model": model, "base": backbone.identity(model, cfg.random_init)}
+              "model": model, **identity}
     plot(result, run.out / "geometry.png")
     result |= {"seconds": time.perf_counter() - start, "seconds_collect": collected - start}
     print_table(result)

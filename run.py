@@ -16,11 +16,12 @@ import os
 import platform
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from common import UserError
+from common import UserError, memory_gib, peak_flops
 
 
 @contextlib.contextmanager
@@ -54,22 +55,53 @@ def read_json(path, remedy="delete it and run again"):
 
 def provenance(world):
     """What a number must carry to be repeated."""
-    import transformers
     return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "python": platform.python_version(),
-            "torch": torch.__version__, "transformers": transformers.__version__, "device": str(world.device),
+            "torch": torch.__version__, "transformers": version("transformers"), "device": str(world.device),
             "threads": torch.get_num_threads(), "processes": world.size}
+
+
+class Clock:
+    """Seconds of training: validation is left out, earlier sessions of the same run are counted in."""
+
+    def __init__(self, seconds=0.0):
+        self.start = time.perf_counter() - seconds
+
+    def seconds(self):
+        return time.perf_counter() - self.start
+
+    @contextlib.contextmanager
+    def paused(self):
+        now = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - now
 
 
 FREE = {"device", "compile", "eval_every", "log_every", "save_every", "micro_batch", "dry_run", "out"}
 
 
+def differences(out, config):
+    """What the run in `out` was started with otherwise, as text; "" if nothing; None if there is no run."""
+    if not (Path(out) / "config.json").exists():
+        return None
+    old = read_json(Path(out) / "config.json").get("dihal", {}).get("config", {})  # Hugging Face folders share the file
+    return ", ".join(f"{k} = {old.get(k)} there, {config.get(k)} here" for k in sorted({*config, *old} - FREE)
+                     if config.get(k) != old.get(k))
+
+
+def finished(cfg, identity):
+    """The result of a finished run of exactly this config, or None: a stage can leave before it loads anything."""
+    if differences(cfg.out, {**dataclasses.asdict(cfg), **identity}) == "" and (Path(cfg.out) / "result.json").exists():
+        return read_json(Path(cfg.out) / "result.json")
+    return None
+
+
 class Run:
-    """The folder --out. The same command again resumes it; a finished one gives back its result; another is refused.
+    """The folder --out, locked. The same command again resumes it; a folder that holds another run is refused.
 
     `identity` is anything beside the config that must not change under a run, e.g. the hash of the base's weights."""
-    def __init__(self, cfg, world, identity=None):
-        self.out, self.world = Path(cfg.out), world
-        config = {**dataclasses.asdict(cfg), **(identity or {})}
+    def __init__(self, cfg, world, identity):
+        self.out, self.world, self.result = Path(cfg.out), world, None
+        config = {**dataclasses.asdict(cfg), **identity}
         if world.main:
             self.out.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.out / ".lock", "w")  # flock dies with its process: a killed run leaves no stale lock
@@ -77,20 +109,14 @@ class Run:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"{self.out} is in use by another run; wait for it or choose another --out") from None
-            if (self.out / "config.json").exists():  # a stage that writes a Hugging Face folder shares the file
-                old = read_json(self.out / "config.json").get("dihal", {}).get("config", {})
-                differ = [k for k in sorted({*config, *old} - FREE) if config.get(k) != old.get(k)]
-                if differ:
-                    said = ", ".join(f"{k} = {old.get(k)} there, {config.get(k)} here" for k in differ)
-                    raise UserError(f"{self.out} holds another run ({said}); choose another --out or delete the folder")
-            elif set(os.listdir(self.out)) - {".lock"}:
+            differ = differences(self.out, config)
+            if differ:
+                raise UserError(f"{self.out} holds another run ({differ}); choose another --out or delete the folder")
+            if differ is None and set(os.listdir(self.out)) - {".lock"}:
                 raise UserError(f"{self.out} holds files but no config.json, so it is no run; choose another --out")
-            else:
+            if differ is None:
                 write_json(self.out / "config.json", {"dihal": {"config": config, **provenance(world)}})
         world.barrier()
-        done = (self.out / "result.json").exists()
-        self.result = read_json(self.out / "result.json") if done else None
-        self.started = time.time()
 
     def say(self, text):
         if self.world.main:
@@ -106,20 +132,39 @@ class Run:
             finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in values.items()}
             f.write(json.dumps({"step": step, **finite}) + "\n")
 
-    def save(self, **state):
+    def progress(self, step, steps, clock, tokens, flops, **values):
+        """`log` with the speed of `tokens` a step at `flops` a token: tok/s, MFU, peak memory, seconds to go."""
+        seconds, done = clock.seconds(), max(1, step)
+        speed = tokens * done / seconds
+        self.log(step, steps, **values, **{"tok/s": speed}, mfu=speed * flops / (peak_flops(self.world.device)
+                 * self.world.size), mem=memory_gib(self.world.device), eta=round((steps - step) * seconds / done))
+
+    def save(self, step, clock, modules, optimizers, **more):
+        """state.pt: all that a step depends on. Data and noise are functions of the step: no generator is in it."""
         if self.world.main:
             with atomic(self.out / "state.pt") as temporary:
-                torch.save(state, temporary)
+                torch.save({"step": step, "seconds": clock.seconds(), "modules": [m.state_dict() for m in modules],
+                            "optimizers": [o.state_dict() for o in optimizers], **more}, temporary)
         self.world.barrier()
 
-    def load(self):
-        """The saved state on the CPU (the model may fill the GPU), or None. Never unpickles code."""
+    def resume(self, modules, optimizers):
+        """Load state.pt, if there is one, into the modules and optimizers. Returns the state: step, seconds, ..."""
         if not (self.out / "state.pt").exists():
-            return None
-        try:
-            return torch.load(self.out / "state.pt", map_location="cpu", weights_only=True)
+            return {"step": 0, "seconds": 0.0}
+        try:  # on the CPU first, since the model may fill the GPU; never unpickles code
+            state = torch.load(self.out / "state.pt", map_location="cpu", weights_only=True)
         except Exception:
             raise UserError(f"{self.out}/state.pt is damaged; delete it to start this run again") from None
+        for thing, saved in zip([*modules, *optimizers], [*state["modules"], *state["optimizers"]], strict=True):
+            thing.load_state_dict(saved)
+        self.say(f"resuming at step {state['step']}")
+        return state
+
+    def leave(self, step):
+        """After a save that a signal asked for."""
+        self.say(f"stopped at step {step}; the same command resumes")
+        self.unlock()
+        raise SystemExit(143)
 
     def finish(self, result):
         """result.json last: its presence means that everything else is there."""
@@ -127,7 +172,12 @@ class Run:
         if self.world.main:
             write_json(self.out / "result.json", self.result)
             (self.out / "state.pt").unlink(missing_ok=True)
+        self.unlock()
         self.world.barrier()
+
+    def unlock(self):
+        if self.world.main:
+            self.lock.close()
 
 
 def _show(key, value):

@@ -1,0 +1,99 @@
+"""bench.py: speed and memory of the stages beside their ceilings, measured in one run.
+
+    python bench.py --model out/toy                      # ~30 s on 2 cores
+
+Prints one row a measurement: the value, the stock thing it is compared with, and their ratio. Writes nothing.
+
+Letters: B batch, T tokens.
+"""
+import time
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+import backbone
+import geometry
+from common import entry, matmul_rate, parse, setup
+
+
+@dataclass
+class Config:
+    model: str = "out/toy"      # a model folder or a Hub id
+    seed: int = 0               # of the random tokens
+    tokens: int = 8192          # tokens of the geometry rows
+    repeats: int = 5            # the best of so many is reported
+    dry_run: bool = False       # print what would be measured, then leave
+
+
+class PeakBytes(TorchDispatchMode):
+    """Within this context, `most` is the largest number of bytes held at once by tensors made in it."""
+
+    def __enter__(self):
+        self.now, self.most, self.known = 0, 0, set()
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_flatten(out)[0]:
+            if isinstance(tensor, torch.Tensor):
+                self._watch(tensor.untyped_storage())
+        return out
+
+    def _watch(self, storage):
+        pointer, size = storage.data_ptr(), storage.nbytes()
+        if size == 0 or pointer in self.known:
+            return
+        self.known.add(pointer)
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._forget, pointer, size)
+
+    def _forget(self, pointer, size):
+        self.known.discard(pointer)
+        self.now -= size
+
+
+def best_of(repeats, run):
+    """The fastest of `repeats` calls in seconds: the least disturbed one."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+@entry
+def main(argv):
+    cfg = parse(Config, argv, __doc__)
+    if cfg.dry_run:
+        print(f"measures torch.mm, and geometry.collect against the forward passes of {cfg.model}")
+        return None
+    world = setup("cpu")
+    lm = backbone.load(cfg.model, world.device, torch.float32)
+    print(f"torch.mm at 2048^2, fp32: {matmul_rate() / 1e9:.0f} GFLOP/s on {torch.get_num_threads()} threads")
+
+    torch.manual_seed(cfg.seed)
+    windows = torch.randint(0, lm.V, (cfg.tokens // 128, 128))                         # (S, T)
+    settings = geometry.Config(tokens=windows.shape[0] * 124, pool=4096)
+
+    @torch.no_grad()
+    def stock():
+        for ids in windows.split(settings.batch_size):
+            lm.model(ids)
+
+    def collect():
+        return geometry.collect(lm, windows, settings.skip, settings.pool, cfg.seed, settings.batch_size)
+    forward, collecting = best_of(cfg.repeats, stock), best_of(cfg.repeats, collect)
+    states = collect()
+    rest = best_of(1, lambda: geometry.analyse(states, settings))
+    print(f"geometry, {windows.numel()} tokens: collecting the states {collecting:.2f} s, stock forward passes "
+          f"{forward:.2f} s, ratio {collecting / forward:.2f}; everything else {rest:.1f} s")
+    return {"ratio": collecting / forward, "rest": rest}
+
+
+if __name__ == "__main__":
+    main()

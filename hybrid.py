@@ -1,0 +1,251 @@
+"""hybrid.py: bridge + retained upper blocks + LM head = one causal LM that transformers can load and sample from.
+
+    python hybrid.py --bridge out/bridge                                   # save it to out/hybrid, measure it: ~10 s
+    python hybrid.py --bridge out/bridge --prompt "import os" --nfe 4      # text on stdout
+    python hybrid.py --bridge out/bridge --prompt "import os" --compare    # beside the intact model's continuation
+
+    import hybrid                                                          # registers the architecture
+    model = AutoModelForCausalLM.from_pretrained("out/hybrid")             # the upper blocks come from the base model
+
+The CE gap on held-out text is the bridge's own (about 0.004 nats on the default toy). Writes config.json,
+hybrid.safetensors, the tokenizer and result.json to --out.
+
+Letters: B batch, T tokens, D hidden width, L blocks, l the replaced layer.
+"""
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+import backbone
+import bridge
+import data
+import denoiser
+from common import UserError, entry, parse, pick_dtype, setup
+from run import Run, finished, read_json
+
+
+@dataclass
+class Config:
+    bridge: str = "out/bridge"  # folder of a trained bridge
+    out: str = "out/hybrid"     # folder to save the hybrid to
+    model: str = ""             # the base model, when it is no longer where the bridge was trained
+    data: str = "stdlib"        # held-out text of the CE gap; see data.py
+    seed: int = 0               # of sampling
+    device: str = "auto"        # auto, cpu, cuda
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the retained blocks
+    nfe: int = 0                # network calls of the bridge (0: the bridge's default)
+    prompt: str = ""            # continue this text instead of saving
+    max_new_tokens: int = 64    # tokens to generate
+    temperature: float = 0.0    # 0: greedy
+    compare: bool = False       # print the intact model's continuation beside it
+    seq_len: int = 128          # tokens a sequence of the CE gap
+    eval_batches: int = 64      # sequences of the CE gap
+    dry_run: bool = False       # print what would be loaded, then leave
+
+
+PROMPT = "def main(args):"      # of the sample that is shown after saving
+
+
+class HybridConfig(PretrainedConfig):
+    """What a hybrid is made of: the bridge's shape, the layer, and the base model with the hash of its weights."""
+    model_type = "dihal_hybrid"
+
+    def __init__(self, base_model="", base="", layer=0, nfe=4, noise_seed=0, bridge=None, **rest):
+        self.base_model, self.base, self.layer, self.nfe = base_model, base, layer, nfe
+        self.noise_seed, self.bridge = noise_seed, bridge or {}
+        super().__init__(**rest)
+
+
+class HybridForCausalLM(PreTrainedModel, GenerationMixin):
+    """Logits of blocks l+1..L and the head on the bridge's h[l]. The noise is a function of (noise_seed, position):
+    logits are deterministic, and those of token i depend on tokens 0..i only.
+
+    The base model is held but is no submodule: its weights are frozen, stay in its own folder and are not saved again.
+    """
+    config_class = HybridConfig
+    main_input_name = "input_ids"
+
+    def __init__(self, config, net, lm):
+        super().__init__(config)
+        self.net = net
+        self.__dict__["lm"] = lm
+        self.register_buffer("noise", torch.zeros(0, net.shape["D"]))
+        for i in range(config.layer):  # the replaced blocks are gone
+            lm.blocks[i] = torch.nn.Identity()
+
+    def positions_noise(self, count):
+        """Noise (count, D) of positions 0..count-1; the table grows as text does."""
+        if count > len(self.noise):
+            new = range(len(self.noise), count)
+            more = bridge.position_noise(self.config.noise_seed, new, self.lm.D, self.noise.device)
+            self.noise = torch.cat([self.noise, more])
+        return self.noise[:count]
+
+    def hidden(self, input_ids, positions, attention_mask=None):
+        """The bridge's h[l] (B, T, D) and the `side` the retained blocks need."""
+        h0 = self.lm.embed(input_ids, positions)                                       # (B, T, D)
+        side = self.lm.side(h0, positions, attention_mask)
+        mask = None
+        if attention_mask is not None and not bool(attention_mask.all()):              # padded: pads see themselves
+            T = input_ids.shape[1]
+            causal = torch.ones(T, T, dtype=torch.bool, device=h0.device).tril()
+            own = torch.eye(T, dtype=torch.bool, device=h0.device)
+            mask = (causal & (attention_mask[:, None, None, :] > 0)) | own             # (B, 1, T, T)
+        noise = self.positions_noise(int(positions.max()) + 1)[positions]              # (B or 1, T, D)
+        z = bridge.sample(self.net, self.net.standard_c(h0), self.config.nfe, noise, positions, mask)
+        return self.net.hidden(z).to(h0.dtype), side
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, labels=None, **_):
+        """input_ids (B, T) -> logits (B, T, V), and with labels (B, T; -100 ignored) the mean next-token loss.
+        attention_mask (B, T) is 0 on padding, on either side."""
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]               # (1, T)
+            if attention_mask is not None:
+                position_ids = (attention_mask.cumsum(-1) - 1).clamp_min(0)                              # (B, T)
+        h, side = self.hidden(input_ids, position_ids, attention_mask)
+        logits = self.lm.head(self.lm.run(h, self.config.layer, self.lm.L, side))                        # (B, T, V)
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())  # ignores -100
+        return CausalLMOutput(loss=loss, logits=logits)
+
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **_):
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+    def save_pretrained(self, folder, **_):
+        """config.json and hybrid.safetensors (the bridge alone)."""
+        from safetensors.torch import save_file
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_file({k: v.contiguous() for k, v in self.net.state_dict().items()}, Path(folder) / "hybrid.safetensors")
+        (Path(folder) / "config.json").write_text(self.config.to_json_string())
+
+    @classmethod
+    def from_pretrained(cls, folder, *_, config=None, base_model=None, dtype=None, device="cpu", **__):
+        """Rebuild from a saved hybrid; `base_model` is where the base is now, if it moved. Raises UserError when the
+        base's weights are not the ones the bridge was trained under."""
+        from safetensors.torch import load_file
+        config = config or HybridConfig.from_pretrained(folder)
+        net = denoiser.Bridge(**config.bridge)
+        try:
+            net.load_state_dict(load_file(Path(folder) / "hybrid.safetensors"))
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(f"{folder}/hybrid.safetensors could not be read ({reason}); save it again") from None
+        dtype = dtype if isinstance(dtype, torch.dtype) else torch.float32
+        return assemble(net, config, base_model or config.base_model, torch.device(device), dtype)
+
+
+AutoConfig.register(HybridConfig.model_type, HybridConfig)
+AutoModelForCausalLM.register(HybridConfig, HybridForCausalLM)
+
+
+def assemble(net, config, base_model, device, dtype):
+    """Load the base, check that it is the one the bridge knows, join the two."""
+    if not Path(base_model).exists() and base_model.startswith((".", "/")):
+        raise UserError(f"the base model is not at {base_model} any more; say where it is with --model "
+                        "(or base_model= in from_pretrained)")
+    lm = backbone.load(base_model, device, dtype)
+    if backbone.identity(base_model) != config.base:
+        raise UserError(f"the weights in {base_model} are not those this bridge was trained under (hash "
+                        f"{backbone.identity(base_model)}, expected {config.base}); pass the right --model")
+    config.vocab_size, config.hidden_size, config.num_hidden_layers = lm.V, lm.D, lm.L - config.layer
+    config.eos_token_id, config.use_cache = lm.config.eos_token_id, False
+    return HybridForCausalLM(config, net.to(device), lm).to(device).eval()
+
+
+def from_bridge(folder, model="", nfe=0, device="cpu", dtype=torch.float32):
+    """HybridForCausalLM from a bridge folder. Raises UserError for a bridge of another base, or nfe < 1."""
+    net, info = denoiser.load(folder, device)
+    config = HybridConfig(base_model=model or info["model"], base=info["base"], layer=info["layer"],
+                          nfe=nfe or info["nfe_default"], bridge=net.shape)
+    return assemble(net, config, config.base_model, torch.device(device), dtype)
+
+
+@torch.no_grad()
+def continue_text(model, tokenizer, prompt, max_new_tokens, temperature, seed):
+    """The prompt's continuation as text; greedy at temperature 0."""
+    torch.manual_seed(seed)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)         # (1, T)
+    if ids.shape[1] == 0:
+        raise UserError("the prompt is empty after tokenization; give at least one token")
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    out = model.generate(ids, max_new_tokens=max_new_tokens, use_cache=model.config.use_cache,
+                         attention_mask=torch.ones_like(ids), pad_token_id=tokenizer.eos_token_id or 0, **sampling)
+    return tokenizer.decode(out[0, ids.shape[1]:])
+
+
+@torch.no_grad()
+def gap(model, intact, rows):
+    """(CE of the hybrid - CE of the intact model in nats, CE of the intact) over rows (N, T+1): all positions, as a
+    reader of text would count."""
+    total = torch.zeros(2, dtype=torch.float64)
+    for ids in rows.split(16):
+        h = intact.run(intact.embed(ids[:, :-1]), 0, intact.L)
+        total[0] += backbone.next_token_loss(intact.head(h), ids).double().cpu() * len(ids)
+        total[1] += backbone.next_token_loss(model(ids[:, :-1]).logits, ids).double().cpu() * len(ids)
+    return ((total[1] - total[0]) / len(rows)).item(), (total[0] / len(rows)).item()
+
+
+@entry
+def main(argv):
+    cfg = parse(Config, argv, __doc__)
+    world = setup(cfg.device)
+    dtype = pick_dtype(cfg.dtype, world.device)
+    if not 0 <= cfg.temperature:
+        raise UserError(f"--temperature {cfg.temperature} must not be negative")
+    info = read_json(Path(cfg.bridge) / "bridge.json", "train a bridge with: python bridge.py")
+    if cfg.dry_run:
+        print(f"would join the bridge at layer {info['layer']} in {cfg.bridge} to blocks {info['layer'] + 1}.. of "
+              f"{cfg.model or info['model']} and save to {cfg.out}")
+        return None
+
+    if cfg.prompt:
+        model = from_bridge(cfg.bridge, cfg.model, cfg.nfe, world.device, dtype)
+        tokenizer = data.load_tokenizer(model.config.base_model)
+        sample = (tokenizer, cfg.prompt, cfg.max_new_tokens, cfg.temperature, cfg.seed)
+        print(cfg.prompt + continue_text(model, *sample))
+        if cfg.compare:
+            intact = backbone.load(model.config.base_model, world.device, dtype).model
+            print(f"--- the intact model:\n{cfg.prompt}{continue_text(intact, *sample)}")
+        return None
+
+    identity = {"base": info["base"], "layer": info["layer"], "bridge_seed": info["seed"]}
+    if result := finished(cfg, identity):
+        print(f"{cfg.out} is finished: layer {result['layer']}, CE gap {result['ce_gap']:+.4f} nats")
+        return result
+    model = from_bridge(cfg.bridge, cfg.model, cfg.nfe, world.device, dtype)
+    tokenizer = data.load_tokenizer(model.config.base_model)
+    shards, _ = backbone.shards_beside(cfg, tokenizer, world)
+    rows = data.Tokens(shards, "val", cfg.seq_len).spread(cfg.eval_batches).to(world.device)
+    run = Run(cfg, world, identity)
+    apart = run.out / ".saving"  # saved apart, read back, then moved: what is measured is what was saved
+    shutil.rmtree(apart, ignore_errors=True)
+    model.save_pretrained(apart)
+    tokenizer.save_pretrained(apart)
+    model = HybridForCausalLM.from_pretrained(apart, dtype=dtype, device=world.device)
+    intact = backbone.load(model.config.base_model, world.device, dtype)
+    ce_gap, ce_intact = gap(model, intact, rows)
+    dihal = read_json(run.out / "config.json")["dihal"]
+    config = {**json.loads((apart / "config.json").read_text()), "dihal": dihal}
+    (apart / "config.json").write_text(json.dumps(config, indent=1))
+    for file in sorted(apart.iterdir(), key=lambda f: f.name == "config.json"):
+        file.replace(run.out / file.name)
+    apart.rmdir()
+    run.finish({"layer": info["layer"], "base": info["base"], "base_model": model.config.base_model,
+                "nfe_default": model.config.nfe, "ce_gap": ce_gap, "ce_intact": ce_intact, "eval_sequences": len(rows),
+                "seq_len": cfg.seq_len, "seed": cfg.seed,
+                "prompt": PROMPT, "sample": continue_text(model, tokenizer, PROMPT, 32, 0.0, cfg.seed)})
+    print(f"saved to {cfg.out}: layer {info['layer']}, NFE {model.config.nfe}, CE gap {ce_gap:+.4f} nats over the "
+          f"intact model's {ce_intact:.3f}\nsample: {PROMPT}{run.result['sample']}")
+    return run.result
+
+
+if __name__ == "__main__":
+    main()

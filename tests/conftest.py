@@ -1,0 +1,94 @@
+"""Shared by all tests: the repository on the path, one thread, no network, and one tiny pipeline run per session."""
+import os
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers and datasets are imported
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+WINDOW = dict(sliding_window=8, initializer_range=0.3)
+SHAPE = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+             max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+FAMILIES = {  # name -> (config class, what it adds); every windowed family has both layer types on each side of a cut
+    "llama": ("LlamaConfig", dict(num_key_value_heads=2, initializer_range=0.3)),
+    "qwen2": ("Qwen2Config", dict(num_key_value_heads=2, use_sliding_window=True, max_window_layers=0,
+                                  layer_types=["full_attention", "sliding_attention"] * 2, **WINDOW)),
+    "qwen3": ("Qwen3Config", dict(num_key_value_heads=2, head_dim=8, use_sliding_window=True, max_window_layers=0,
+                                  layer_types=["sliding_attention", "full_attention"] * 2, **WINDOW)),
+    "mistral": ("MistralConfig", dict(num_key_value_heads=2, head_dim=8, **WINDOW)),
+    "gemma2": ("Gemma2Config", dict(num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8,
+                                    layer_types=["sliding_attention", "full_attention"] * 2, **WINDOW)),
+    "gemma3": ("Gemma3TextConfig", dict(num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8,
+                                        layer_types=["sliding_attention", "full_attention"] * 2, **WINDOW)),
+    "gpt2": ("GPT2Config", dict(initializer_range=0.3)),
+    "gpt_neox": ("GPTNeoXConfig", dict(initializer_range=0.3)),
+    "olmo2": ("Olmo2Config", dict(num_key_value_heads=2, initializer_range=0.3)),
+}
+
+
+def tiny_model(family, seed=0, **changes):
+    """A transformers causal LM of `family` with random weights, in eval mode."""
+    import transformers
+    name, extra = FAMILIES[family]
+    config = getattr(transformers, name)(**{**SHAPE, **extra, **changes})
+    torch.manual_seed(seed)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def randomise(module, seed=0, scale=0.3):
+    """Every weight random, outputs and modulations too: an untrained bridge with a zero output proves nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * scale)
+    return module
+
+
+def fails(capsys, main, *argv):
+    """Run main(argv), which must refuse with exit code 2 and one sentence. Returns the sentence."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main([str(a) for a in argv])
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err.strip().split("\r")[-1]
+    assert message.startswith("error: ") and "\n" not in message and "Traceback" not in message
+    return message
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """Real text: some forty modules of the running interpreter's own library, about 1 MB."""
+    folder = tmp_path_factory.mktemp("text")
+    for file in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-d]*.py")):
+        shutil.copy(file, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory, text):
+    """out/ of a whole tiny pipeline: real data, real training, seconds."""
+    import backbone
+    import bridge
+    import geometry
+    import hybrid
+    import repr_align
+    out = tmp_path_factory.mktemp("pipeline") / "out"
+    tiny = ["--preset", "tiny", "--data", str(text)]
+    backbone.main([*tiny, "--out", f"{out}/toy"])
+    geometry.main([*tiny, "--out", f"{out}/geometry"])
+    bridge.main([*tiny, "--out", f"{out}/bridge"])
+    bridge.main([*tiny, "--objective", "regression", "--out", f"{out}/regression"])
+    hybrid.main(["--data", str(text), "--bridge", f"{out}/bridge", "--out", f"{out}/hybrid", "--seq_len", "32",
+                 "--eval_batches", "4"])
+    for w in (0, 10):
+        repr_align.main([*tiny, "--align_weight", str(w), "--out", f"{out}/repr_align/w{w}"])
+    return out

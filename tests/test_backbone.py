@@ -1,0 +1,115 @@
+"""A cut changes nothing: prefix + suffix is the model, bit for bit, for every family and at every layer."""
+import shutil
+
+import pytest
+import torch
+from conftest import FAMILIES, fails, tiny_model
+
+import backbone
+import geometry
+
+IDS = torch.randint(3, 64, (2, 28), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_prefix_and_suffix_equal_the_model(family):
+    model = tiny_model(family)
+    lm = backbone.Backbone(model)
+    want = model(IDS).logits
+    if family not in ("llama", "gpt2", "gpt_neox", "olmo2"):  # the window must matter, or this test shows nothing
+        wide = tiny_model(family, sliding_window=64)
+        assert not torch.equal(wide(IDS).logits, want)
+    h0 = lm.embed(IDS)
+    for cut in range(lm.L + 1):
+        hl = lm.run(h0, 0, cut)
+        assert torch.equal(lm.head(lm.run(hl, cut, lm.L)), want), f"cut at {cut}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_left_padding_changes_nothing(family):
+    lm = backbone.Backbone(tiny_model(family))
+    ids = torch.cat([torch.zeros(2, 5, dtype=torch.long), IDS], 1)
+    mask = torch.ones_like(ids)
+    mask[:, :5] = 0
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    h = lm.embed(ids, positions)
+    padded = lm.head(lm.run(h, 0, lm.L, lm.side(h, positions, mask)))[:, 5:]
+    plain = lm.head(lm.run(lm.embed(IDS), 0, lm.L))
+    assert torch.allclose(padded, plain, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_bidirectional_lets_the_future_change_the_past(family):
+    """Before conversion a future token changes no past logit; after it, it changes all, beyond any window."""
+    lm = backbone.Backbone(tiny_model(family))
+    other = IDS.clone()
+    other[:, -1] = (other[:, -1] + 1) % 60 + 3
+
+    def logits(ids, causal):
+        h = lm.embed(ids)
+        return lm.head(lm.run(h, 0, lm.L, lm.side(h, causal=causal)))
+    assert torch.equal(logits(IDS, True)[:, :-1], logits(other, True)[:, :-1])
+    changed = (logits(IDS, False) - logits(other, False)).abs().amax(-1)      # (B, T)
+    assert (changed > 1e-5).all()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+@torch.no_grad()
+def test_loading_a_prefix(tmp_path, family):
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path)
+    whole = backbone.load(str(tmp_path), torch.device("cpu"), torch.float32)
+    part = backbone.load(str(tmp_path), torch.device("cpu"), torch.float32, blocks=2)
+    assert len(part.blocks) == 2 and part.L == 4
+    assert torch.equal(part.run(part.embed(IDS), 0, 2), whole.run(whole.embed(IDS), 0, 2))
+
+
+def test_refusals(tmp_path, capsys, text):
+    common = ["--preset", "tiny", "--data", text, "--out", tmp_path / "g"]
+    assert "no model" in fails(capsys, geometry.main, *common, "--model", tmp_path / "nowhere/at/all")
+    (tmp_path / "empty").mkdir()
+    assert "no config.json" in fails(capsys, geometry.main, *common, "--model", tmp_path / "empty")
+
+    from transformers import BertConfig, BertModel
+    BertModel(BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+                         intermediate_size=8)).save_pretrained(tmp_path / "bert")
+    assert "'bert' cannot be cut" in fails(capsys, geometry.main, *common, "--model", tmp_path / "bert")
+    assert not (tmp_path / "g").exists()
+
+
+def test_damaged_weights_are_refused(runs, tmp_path, capsys, text):
+    broken = tmp_path / "broken"
+    shutil.copytree(runs / "toy", broken)
+    whole = (broken / "model.safetensors").read_bytes()
+    command = [geometry.main, "--preset", "tiny", "--data", text, "--out", tmp_path / "g", "--model", broken]
+    for size in (0, 5, len(whole) // 2, len(whole) - 1):
+        (broken / "model.safetensors").write_bytes(whole[:size])
+        assert "could not be read" in fails(capsys, *command)
+        assert not (tmp_path / "g").exists()
+    from safetensors.torch import load_file, save_file
+    weights = load_file(runs / "toy" / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if "layers.1.mlp" not in k}, broken / "model.safetensors",
+              metadata={"format": "pt"})
+    assert "lack 3 tensors" in fails(capsys, *command)
+
+
+def test_identity_tells_models_of_one_shape_apart(tmp_path):
+    for seed in (0, 1):
+        tiny_model("llama", seed).save_pretrained(tmp_path / str(seed))
+    shutil.copytree(tmp_path / "0", tmp_path / "copy")
+    assert backbone.identity(str(tmp_path / "0")) == backbone.identity(str(tmp_path / "copy"))
+    assert backbone.identity(str(tmp_path / "0")) != backbone.identity(str(tmp_path / "1"))
+    assert backbone.identity(str(tmp_path / "0")) != backbone.identity(str(tmp_path / "0"), random_init=True)
+
+
+def test_the_toy_is_an_ordinary_model_folder(runs):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    model = AutoModelForCausalLM.from_pretrained(runs / "toy")
+    tokenizer = AutoTokenizer.from_pretrained(runs / "toy")
+    code = "import os\n\ndef f(x):\n\treturn x + 1  # é\n"
+    assert tokenizer.decode(tokenizer(code)["input_ids"]) == code
+    assert model.config.vocab_size >= len(tokenizer)
+    assert model.config.model_type == "qwen3"

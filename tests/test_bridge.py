@@ -1,0 +1,272 @@
+"""The bridge: causality that can fail, samplers against closed forms, runs that are pure functions of their config."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, fails, randomise
+from safetensors.torch import load_file
+
+import bridge
+import common
+import denoiser
+import optim
+
+B, T, D = 3, 12, 16
+
+
+def net(**changes):
+    """A bridge whose every weight is random."""
+    return randomise(denoiser.Bridge(**{**dict(D=D, W=32, blocks=2, H=2), **changes})).eval()
+
+
+def states(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(B, T, D, generator=g), torch.randn(B, T, D, generator=g), torch.rand(B, generator=g)
+
+
+# ------------------------------------------------------------------------------------------------------ causality
+def leak(model, **more):
+    """Largest change of outputs 0..6 when the condition and the noisy state change at position 7."""
+    x, c, t = states()
+    other = c.clone()
+    other[:, 7] += 1.0
+    moved = x.clone()
+    moved[:, 7] += 1.0
+    before, after = model(x, c, t, **more), model(moved, other, t, **more)
+    assert (before - after)[:, 7:].abs().max() > 1e-3            # the change does reach what it may reach
+    return (before - after)[:, :7].abs().max().item()
+
+
+@torch.no_grad()
+def test_the_future_never_changes_the_past():
+    assert leak(net()) == 0.0
+
+
+@torch.no_grad()
+def test_a_bidirectional_twin_fails_that_test():
+    assert leak(net(), mask=torch.ones(1, 1, T, T, dtype=torch.bool)) > 1e-4
+
+
+@pytest.mark.parametrize("nfe", [1, 2, 5])
+@torch.no_grad()
+def test_sampling_is_causal_too(nfe):
+    model, (noise, c, _) = net(), states()
+    other = c.clone()
+    other[:, 7] += 1.0
+    a, b = bridge.sample(model, c, nfe, noise), bridge.sample(model, other, nfe, noise)
+    assert torch.equal(a[:, :7], b[:, :7]) and not torch.equal(a[:, 7:], b[:, 7:])
+
+
+@torch.no_grad()
+def test_positions_matter_only_by_their_differences():
+    model, (x, c, t) = net(), states()
+    shifted = model(x, c, t, torch.arange(T)[None] + 9)
+    assert torch.allclose(model(x, c, t), shifted, atol=1e-4)
+    assert not torch.allclose(model(x, c, t), model(x, c, t, torch.arange(T)[None] * 3), atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------- objective and sampler
+def test_predictions_agree_about_z():
+    z, e, t = states()
+    x = (1 - t[:, None, None]) * z + t[:, None, None] * e
+    for kind, out in (("x", z), ("v", e - z), ("eps", e)):
+        assert torch.allclose(bridge.to_z(out, x, t, kind), z, atol=1e-3)
+
+
+class Gaussian(torch.nn.Module):
+    """The exact denoiser E[z | x_t] of z ~ N(m, s^2): what a perfect network would output."""
+    shape = dict(prediction="x", objective="diffusion", source="noise")
+
+    def __init__(self, m, s, sampler="euler", prediction="x"):
+        super().__init__()
+        self.m, self.s, self.shape = m, s, {**self.shape, "sampler": sampler, "prediction": prediction}
+        self.calls = 0
+
+    def forward(self, x, c, t, positions=None, mask=None):
+        self.calls += 1
+        t = t[:, None, None]
+        variance = (1 - t) ** 2 * self.s ** 2 + t ** 2
+        z = self.m + (1 - t) * self.s ** 2 / variance * (x - (1 - t) * self.m)
+        return z if self.shape["prediction"] == "x" else (x - z) / t
+
+
+@pytest.mark.parametrize("sampler, prediction", [("euler", "x"), ("heun", "x"), ("euler", "v")])
+def test_the_sampler_draws_from_a_known_gaussian(sampler, prediction):
+    model, c = Gaussian(1.5, 0.5, sampler, prediction), torch.zeros(64, 64, 8)
+    noise = torch.randn(64, 64, 8, generator=torch.Generator().manual_seed(0))
+    z = bridge.sample(model, c, 64, noise)
+    assert z.mean().item() == pytest.approx(1.5, abs=0.02) and z.std().item() == pytest.approx(0.5, rel=0.03)
+    assert model.calls == 64
+    one = bridge.sample(Gaussian(1.5, 0.5, sampler, prediction), c, 1, noise)  # a single call can only give the mean
+    assert one.std().item() < 1e-5 and one.mean().item() == pytest.approx(1.5, abs=1e-5)
+
+
+def test_heun_is_more_exact_than_euler_at_equal_calls():
+    noise, c = torch.linspace(-2, 2, 64).view(1, 8, 8), torch.zeros(1, 8, 8)
+    error = {}
+    for sampler in ("euler", "heun"):
+        for nfe in (1, 2, 3, 8, 9):
+            model = Gaussian(0.0, 0.5, sampler)
+            z = bridge.sample(model, c, nfe, noise)
+            assert model.calls == nfe
+            error[sampler, nfe] = (z - 0.5 * noise).abs().max().item()           # the flow maps e to s e exactly
+    assert error["heun", 9] < error["euler", 9] < error["euler", 3]
+
+
+def test_loss_weights_sinks_by_their_own_size():
+    z, c, t = states()
+    z[:, 0] *= 1000                                                               # a massive activation
+    model = net(objective="regression")
+    loss = bridge.token_loss(model, z, c, t, None, skip=1)
+    out = model(torch.zeros_like(z), c, torch.ones_like(t))
+    want = (out - z).square().mean(-1)
+    assert torch.allclose(loss[:, 1:], want[:, 1:])
+    assert torch.allclose(loss[:, 0], want[:, 0] / z[:, 0].square().mean(-1)) and loss[:, 0].max() < 2
+
+
+def test_noise_levels_are_keyed_by_slot():
+    for law in ("logit-normal", "uniform"):
+        t = bridge.times(4000, law, 0, 5, range(4000))
+        assert 0 < t.min() and t.max() < 1 and t.mean().item() == pytest.approx(0.5, abs=0.02)
+        assert torch.equal(t[7:9], bridge.times(2, law, 0, 5, [7, 8]))
+    assert t.std().item() == pytest.approx(12 ** -0.5, abs=0.01)
+
+
+def test_position_noise_is_a_table():
+    table = bridge.position_noise(0, range(6), D, "cpu")
+    assert torch.equal(table[3:5], bridge.position_noise(0, [3, 4], D, "cpu"))
+    assert not torch.equal(table, bridge.position_noise(1, range(6), D, "cpu"))
+
+
+# ----------------------------------------------------------------------------------------------------- optimizer
+def test_orthogonalize():
+    G = torch.randn(3, 8, 20, generator=torch.Generator().manual_seed(0)) * 50
+    for X in (G, G.mT):
+        s = torch.linalg.svdvals(optim.orthogonalize(X))
+        assert 0.6 < s.min() and s.max() < 1.3
+
+
+def test_every_parameter_has_exactly_one_optimizer():
+    model = net()
+    optimizers = optim.build(model.named_parameters(), 0.02, 1e-3, 0.1)
+    held = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters())
+    assert len(optimizers[0].param_groups[0]["params"]) == 2 * 5                  # qkv, out, up, down, mod per block
+    assert len(optim.build(model.named_parameters(), 0, 1e-3, 0.1)) == 1          # lr 0: AdamW for all
+
+
+# ----------------------------------------------------------------------------------------------------- the runs
+def command(runs, text, out, *more):
+    return ["--preset", "tiny", "--model", f"{runs}/toy", "--data", str(text), "--layer", "2", "--eval_batches", "2",
+            "--noise_seeds", "2", "--out", str(out), *more]
+
+
+def test_result_of_a_run(runs):
+    result = json.loads((runs / "bridge" / "result.json").read_text())
+    assert set(result["nfe"]) == {"1", "2", "4", "8"} and set(result["nfe"]["4"]) >= {"fvu", "kl", "ce_gap", "agree"}
+    info = json.loads((runs / "bridge" / "bridge.json").read_text())
+    assert info["layer"] == result["layer"] == json.loads((runs / "geometry" / "result.json").read_text())["best_layer"]
+    control = json.loads((runs / "regression" / "result.json").read_text())
+    assert set(control["nfe"]) == {"1"} and control["parameters"] == result["parameters"]
+    assert 0 < result["nfe"]["4"]["fvu"] < 1.0                                     # better than predicting the mean
+    log = [json.loads(line) for line in (runs / "bridge" / "log.jsonl").read_text().splitlines()]
+    assert len(log[0]["loss_by_t"]) == 8 and sum(log[0]["count_by_t"]) == 10 * 4
+    assert not (runs / "bridge" / "state.pt").exists()
+
+
+def test_a_better_bridge_measures_better(runs):
+    """`measure` on the exact z gives zero; on a constant it gives FVU about 1."""
+    import backbone
+    import data
+    lm = backbone.load(f"{runs}/toy", torch.device("cpu"), torch.float32)
+    rows = data.Tokens(runs / "data", "val", 32).spread(4)
+    model, info = denoiser.load(runs / "bridge", torch.device("cpu"))
+    layer = info["layer"]
+
+    class Fixed(torch.nn.Module):
+        def __init__(self, answer):
+            super().__init__()
+            self.answer, self.shape = answer, {**model.shape, "objective": "regression"}
+            self.standard_z, self.standard_c, self.hidden = model.standard_z, model.standard_c, model.hidden
+
+        def forward(self, x, c, t, positions=None, mask=None):
+            return self.answer(c)
+    perfect, _ = bridge.measure(lm, Fixed(lambda c: model.standard_z(lm.run(
+        c * model.sigma_c + model.mu_c, 0, layer))), rows, layer, (1,), 1, 4)
+    assert perfect["1"]["fvu"] < 1e-6 and abs(perfect["1"]["ce_gap"]) < 1e-4 and perfect["1"]["agree"] == 1
+    mean, _ = bridge.measure(lm, Fixed(torch.zeros_like), rows, layer, (1,), 1, 4)
+    assert mean["1"]["fvu"] == pytest.approx(1, abs=1e-5) and mean["1"]["kl"] > 0
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(runs, tmp_path, text, monkeypatch):
+    bridge.main(command(runs, text, tmp_path / "straight"))
+    steps = iter([False] * 6 + [True])
+    with monkeypatch.context() as patch:
+        patch.setattr(common.StopSignal, "poll", lambda self: next(steps))
+        with pytest.raises(SystemExit) as left:
+            bridge.main(command(runs, text, tmp_path / "broken"))
+    assert left.value.code == 143 and (tmp_path / "broken" / "state.pt").exists()
+    # how often it validates, logs and saves is free to change, and changes nothing
+    bridge.main(command(runs, text, tmp_path / "broken", "--eval_every", "3", "--log_every", "2", "--save_every", "5"))
+    a, b = (load_file(tmp_path / name / "bridge.safetensors") for name in ("straight", "broken"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_micro_batches_add_up(runs, tmp_path, text):
+    whole = bridge.main(command(runs, text, tmp_path / "whole", "--steps", "3"))
+    parts = bridge.main(command(runs, text, tmp_path / "parts", "--steps", "3", "--micro_batch", "1"))
+    assert parts["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-4)
+
+
+def test_two_processes_equal_one(runs, tmp_path, text):
+    bridge.main(command(runs, text, tmp_path / "one", "--steps", "4"))
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                           "bridge.py", *command(runs, text, tmp_path / "two", "--steps", "4")],
+                          cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    one, two = (load_file(tmp_path / n / "bridge.safetensors") for n in ("one", "two"))
+    assert all(torch.allclose(one[k], two[k], atol=2e-5, rtol=1e-4) for k in one)
+    assert json.loads((tmp_path / "two" / "result.json").read_text())["processes"] == 2
+
+
+def test_objectives_and_predictions_train(runs, tmp_path, text):
+    for flags in (["--prediction", "v", "--source", "embedding", "--times", "uniform", "--sampler", "heun"],
+                  ["--prediction", "eps"]):
+        result = bridge.main(command(runs, text, tmp_path / flags[1], "--steps", "4", *flags))
+        assert result["nfe"]["8"]["fvu"] > 0
+
+
+def test_a_finished_run_prints_and_another_is_refused(runs, tmp_path, capsys, text):
+    argv = ["--preset", "tiny", "--data", str(text), "--out", f"{runs}/bridge"]
+    capsys.readouterr()
+    before = (runs / "bridge" / "result.json").read_text()
+    bridge.main(argv)
+    assert "is finished" in capsys.readouterr().out and (runs / "bridge" / "result.json").read_text() == before
+    assert "lr = 0.02 there, 0.5 here" in fails(capsys, bridge.main, *argv, "--lr", "0.5")
+
+
+def test_bad_input(runs, tmp_path, capsys, text, monkeypatch):
+    good = command(runs, text, tmp_path / "x")
+    assert "must lie in 1..4" in fails(capsys, bridge.main, *good, "--layer", "5")
+    assert "must lie in 1..4" in fails(capsys, bridge.main, *good, "--layer", "0")
+    assert "auto, all or a number" in fails(capsys, bridge.main, *good, "--layer", "six")
+    assert "--nfe" in fails(capsys, bridge.main, *good, "--nfe", "0")
+    assert "use --micro_batch from [1, 2, 4]" in fails(capsys, bridge.main, *good, "--micro_batch", "3")
+    assert "run python geometry.py" in fails(capsys, bridge.main, *good, "--layer", "auto")
+    assert "two windows" in fails(capsys, bridge.main, *good, "--seq_len", "999999")
+    nan = torch.full((4, 32), torch.nan)
+    monkeypatch.setattr(bridge, "token_loss", lambda net, *_: net.leave.weight.sum() * nan)
+    assert "step 0, slot 0" in fails(capsys, bridge.main, *good)
+    assert not (tmp_path / "x" / "result.json").exists()
+
+
+def test_layer_all_makes_one_run_a_layer(runs, tmp_path, text):
+    argv = command(runs, text, tmp_path / "all", "--steps", "1")
+    argv[argv.index("--layer") + 1] = "all"
+    results = bridge.main(argv)
+    assert [r["layer"] for r in results] == [1, 2, 3, 4]
+    assert (tmp_path / "all" / "layer3" / "bridge.safetensors").exists()

@@ -1,0 +1,174 @@
+"""Text in, the same tokens out; batches are a pure function of (seed, step, slot); bad input costs one sentence."""
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import fails
+
+import data
+
+
+def write(folder, meta_tokens, ids):
+    """A shard folder with the given ids in both splits."""
+    folder.mkdir()
+    for split in ("train", "val"):
+        np.asarray(ids, np.uint16).tofile(folder / f"{split}.bin")
+    (folder / "meta.json").write_text(json.dumps({
+        "tokens": {"train": meta_tokens, "val": meta_tokens}, "bytes": {"train": 1, "val": 1}, "dtype": "uint16",
+        "tokenizer": "x", "vocab_size": 9, "source": {"kind": "text"}, "max_tokens": 0}))
+
+
+def test_shards_hold_the_text(runs, text):
+    folder = runs.parent / "out" / "data"
+    meta = json.loads((folder / "meta.json").read_text())
+    tokenizer = data.load_tokenizer(folder)
+    documents = list(data.documents(meta["source"]))
+    assert len(documents) > 20
+    got = {}
+    for split in ("train", "val"):
+        raw = (folder / f"{split}.bin").read_bytes()
+        assert hashlib.sha256(raw).hexdigest() == meta["sha256"][split]
+        ids = np.frombuffer(raw, meta["dtype"])
+        assert len(ids) == meta["tokens"][split]
+        got[split] = tokenizer.decode(ids.tolist()).split(data.EOS)[:-1]
+    assert sorted(got["train"] + got["val"]) == sorted(documents)       # every document whole, none twice
+    assert not set(got["train"]) & set(got["val"])                      # and on one side only
+    assert sum(len(d.encode()) for d in got["val"]) == meta["bytes"]["val"]
+    assert got["val"][0] == documents[0]                                # the first one is always held out
+    assert json.loads((folder / "result.json").read_text())["sha256"] == meta["sha256"]
+
+
+def test_the_default_is_the_standard_library():
+    source = data.resolve("stdlib")
+    texts = [t for _, t in zip(range(30), data.documents(source))]
+    assert any("from __future__" in t or "import" in t for t in texts) and source["kind"] == "stdlib"
+
+
+def test_batches_are_a_function_of_seed_step_slot(runs):
+    tokens = data.Tokens(runs / "data", "train", 32)
+    whole = tokens.batch(7, 3, range(8), 8)
+    assert whole.shape == (8, 33) and whole.dtype == torch.int64
+    assert torch.equal(torch.cat([tokens.batch(7, 3, [s], 8) for s in range(8)]), whole)       # any split over ranks
+    assert torch.equal(tokens.batch(7, 3, range(8), 8), whole)                                 # any time
+    assert not torch.equal(tokens.batch(8, 3, range(8), 8), whole)
+    assert not torch.equal(tokens.batch(7, 4, range(8), 8), whole)
+    assert isinstance(tokens.ids, np.memmap)                                                   # nothing was read whole
+
+
+def test_an_epoch_visits_every_window_once(tmp_path):
+    T, n = 4, 13
+    write(tmp_path / "s", n * (T + 1) + T, range(n * (T + 1) + T))
+    tokens = data.Tokens(tmp_path / "s", "train", T)
+    assert tokens.n == n
+    epochs = []
+    for epoch in range(3):
+        starts = [int(tokens.batch(0, epoch * n + i, [0], 1)[0, 0]) for i in range(n)]
+        assert sorted(s // (T + 1) for s in starts) == list(range(n))
+        epochs.append(starts)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_windows_for_evaluation(tmp_path):
+    write(tmp_path / "s", 100, range(100))
+    tokens = data.Tokens(tmp_path / "s", "val", 4)
+    assert tokens.spread(5)[:, 0].tolist() == [0, 15, 35, 55, 75]              # 19 tiles of 5, evenly spread
+    drawn = tokens.spread(5, seed=1)[:, 0].tolist()
+    assert drawn == sorted(set(drawn)) and drawn == tokens.spread(5, seed=1)[:, 0].tolist()
+    assert len(tokens.spread(1000)) == tokens.n
+
+
+def test_reuse_and_refusal(runs, tmp_path, capsys, text):
+    tokenizer = data.load_tokenizer(runs / "toy")
+    before = (runs / "data" / "meta.json").stat().st_mtime_ns
+    folder, meta = data.prepare(str(text), tokenizer, runs / "data")
+    assert (runs / "data" / "meta.json").stat().st_mtime_ns == before          # reused, not rewritten
+    assert data.prepare(str(folder), tokenizer, tmp_path / "unused")[0] == folder and not (tmp_path / "unused").exists()
+    other = tmp_path / "other.txt"
+    other.write_text("Something else.\n\n" * 2000)
+    assert "source" in fails(capsys, data.main, "--data", other, "--out", runs / "data")
+    from transformers import PreTrainedTokenizerFast
+    strange = PreTrainedTokenizerFast(tokenizer_object=data.train_tokenizer(data.resolve(str(other)), 300)
+                                      .backend_tokenizer, eos_token=data.EOS)
+    with pytest.raises(data.UserError, match="tokenizer"):
+        data.prepare(str(text), strange, runs / "data")
+
+
+def test_kinds_of_text(tmp_path):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    (folder / "a.md").write_text("# héllo\n\n" + "word " * 50)
+    (folder / "b.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    (folder / "c.py").write_text("x = 1\n\n\n\n" * 9000)                       # code is never cut
+    (folder / "d.txt").write_text(("line\n" * 20 + "\n") * 400)                 # long text is, at blank lines
+    (folder / "skip.bin").write_bytes(b"\0\1")
+    texts = list(data.documents(data.resolve(str(folder))))
+    assert texts[1:3] == ["one", "two"] and texts[3].startswith("x = 1") and len(texts[3]) == 81000
+    assert len(texts) > 5 and "".join(texts[4:]) == (folder / "d.txt").read_text()
+    assert all(t.endswith("line\n\n") for t in texts[4:])
+
+
+def test_a_local_dataset_folder_goes_through_datasets(tmp_path, capsys):
+    import datasets
+    rows = [f"document {i} says: " + "to be or not to be, " * (i % 7 + 3) for i in range(60)]
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_dict({"body": rows, "id": list(range(60))}).to_parquet(tmp_path / "set" / "train.parquet")
+    out = tmp_path / "shards"
+    data.main(["--data", f"{tmp_path}/set::body", "--vocab", "300", "--out", str(out)])
+    meta = json.loads((out / "meta.json").read_text())
+    tokenizer = data.load_tokenizer(out)
+    texts = [t for s in ("train", "val") for t in
+             tokenizer.decode(np.fromfile(out / f"{s}.bin", meta["dtype"]).tolist()).split(data.EOS)[:-1]]
+    assert sorted(texts) == sorted(rows)
+    assert "no column 'text'" in fails(capsys, data.main, "--data", tmp_path / "set", "--out", tmp_path / "x")
+
+
+def test_max_tokens_stops_early(tmp_path, text):
+    data.main(["--data", str(text), "--vocab", "400", "--max_tokens", "5000", "--out", str(tmp_path / "s")])
+    meta = json.loads((tmp_path / "s" / "meta.json").read_text())
+    assert meta["tokens"]["train"] >= 5000
+    assert meta["tokens"]["train"] < sum(len(d) for d in data.documents(meta["source"])) / 4
+
+
+def test_large_vocabularies_get_32_bits(tmp_path):
+    class Wide:
+        eos_token_id, backend_tokenizer = 70_000, None
+
+        def __len__(self):
+            return 70_001
+
+        def get_vocab(self):
+            return {"a": 0}
+
+        def __call__(self, texts, **_):
+            return {"input_ids": [[69_999] * 3 for _ in texts]}
+    (tmp_path / "t").mkdir()
+    for i in range(3):
+        (tmp_path / "t" / f"{i}.txt").write_text(f"text {i}")
+    meta = data.write_shards(data.resolve(str(tmp_path / "t")), Wide(), tmp_path)
+    assert meta["dtype"] == "uint32"
+    assert np.fromfile(tmp_path / "val.bin", np.uint32)[:4].tolist() == [69_999, 69_999, 69_999, 70_000]
+
+
+def test_bad_input(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert "no such file" in fails(capsys, data.main, "--data", tmp_path / "missing.txt", "--out", out)
+    (tmp_path / "empty.txt").write_text("")
+    assert "empty or a single document" in fails(capsys, data.main, "--data", tmp_path / "empty.txt", "--out", out)
+    (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 9)
+    assert "not UTF-8" in fails(capsys, data.main, "--data", tmp_path / "binary.txt", "--out", out)
+    (tmp_path / "nul.txt").write_bytes(b"abc\0def" * 9)
+    assert "binary" in fails(capsys, data.main, "--data", tmp_path / "nul.txt", "--out", out)
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"body": 1}\n')
+    assert "line 2" in fails(capsys, data.main, "--data", tmp_path / "bad.jsonl", "--out", out)
+    (tmp_path / "folder").mkdir()
+    assert "in that folder" in fails(capsys, data.main, "--data", tmp_path / "folder", "--out", out)
+    assert "could not be opened" in fails(capsys, data.main, "--data", "nobody/nothing", "--out", out)
+    assert not list(out.glob("*.bin")) and not list(out.glob("*.json"))        # nothing half-written
+
+
+def test_shards_cut_short_are_refused(tmp_path):
+    write(tmp_path / "s", 120, range(100))
+    with pytest.raises(data.UserError, match="200 bytes where meta.json says 240"):
+        data.prepare(str(tmp_path / "s"), None, tmp_path / "x")
