@@ -297,7 +297,7 @@ def main(argv):
         return result
     shape = backbone.read_config(model)
     if cfg.layer == "all":  # one run a layer, each in its own folder: a rerun resumes where it stopped
-        return [main([*argv, f"--layer={n}", f"--model={model}", f"--out={cfg.out}/layer{n}"])
+        return [main.__wrapped__([*argv, f"--layer={n}", f"--model={model}", f"--out={cfg.out}/layer{n}"])
                 for n in range(1, shape.num_hidden_layers + 1)]
     layer, D = identity["layer_number"], shape.hidden_size
     if not 1 <= layer <= shape.num_hidden_layers:

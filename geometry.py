@@ -383,14 +383,17 @@ def main(argv):
     lm = backbone.load(model, world.device, dtype, random_init=cfg.random_init)
     shards, _ = backbone.shards_beside(cfg, data.load_tokenizer(model), world)
     windows = data.Tokens(shards, "val", cfg.seq_len).spread(windows_needed, cfg.seed)[:, :-1]              # (S, T)
-    if len(windows) * (cfg.seq_len - cfg.skip) < cfg.pool:
-        raise UserError(f"held-out text gives only {len(windows)} sequences of {cfg.seq_len}, fewer tokens than --pool "
-                        f"{cfg.pool}; use more text or a smaller --pool")
+    tokens = len(windows) * (cfg.seq_len - cfg.skip)
+    if tokens < 4 * cfg.k:
+        raise UserError(f"held-out text gives only {tokens} tokens, fewer than 4 --k = {4 * cfg.k}; use more text")
     run = Run(cfg, world, identity)
+    if tokens < cfg.pool:
+        print(f"note: held-out text gives only {tokens} tokens, so the pool is {tokens} instead of {cfg.pool}")
+        cfg.pool, cfg.anchors = tokens, min(cfg.anchors, tokens)
     start = time.perf_counter()
     states = collect(lm, windows, cfg.skip, cfg.pool, cfg.seed, cfg.batch_size)
     collected = time.perf_counter()
-    result = {**analyse(states, cfg), "tokens": len(windows) * (cfg.seq_len - cfg.skip), "sequences": len(windows),
+    result = {**analyse(states, cfg), "tokens": tokens, "pool": cfg.pool, "sequences": len(windows),
               "model": model, **identity}
     plot(result, run.out / "geometry.png")
     result |= {"seconds": time.perf_counter() - start, "seconds_collect": collected - start}

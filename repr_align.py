@@ -189,12 +189,15 @@ def fill(student, ids, masked, steps, temperature, seed):
 
 
 def add_mask(lm, tokenizer):
-    """The mask token's id: the tokenizer's own, or a new one; the vocabulary grows by a row if none is spare."""
+    """The mask token's id: the tokenizer's own, or a new one; the vocabulary grows by a row if none is spare. The new
+    row starts as the mean of the others (the library would draw it at random, and two arms would differ)."""
     if tokenizer.mask_token_id is None:
         tokenizer.add_special_tokens({"mask_token": MASK})
     if tokenizer.mask_token_id >= lm.V:
-        with backbone.quiet():
-            lm.model.resize_token_embeddings(tokenizer.mask_token_id + 1)
+        with backbone.quiet(), torch.no_grad():
+            lm.model.resize_token_embeddings(tokenizer.mask_token_id + 1, mean_resizing=False)
+            for part in (lm.model.get_input_embeddings(), lm.model.get_output_embeddings()):
+                part.weight[lm.V:] = part.weight[:lm.V].mean(0)
         lm.V = lm.config.vocab_size
     return tokenizer.mask_token_id
 

@@ -76,7 +76,7 @@ class Clock:
         self.start += time.perf_counter() - now
 
 
-FREE = {"device", "compile", "eval_every", "log_every", "save_every", "micro_batch", "dry_run", "out"}
+FREE = {"device", "compile", "eval_every", "log_every", "save_every", "micro_batch", "dry_run", "out", "publish"}
 
 
 def differences(out, config):

@@ -4,32 +4,32 @@
 #
 #   bash run_all.sh
 #   DATA=notes/ OUT=out/notes bash run_all.sh                               # other text, other folder
-#   MODEL=Qwen/Qwen3-0.6B DATA=HuggingFaceFW/fineweb-edu:sample-10BT LAYER=6 bash run_all.sh     # one GPU, Hub access
+#   MODEL=Qwen/Qwen3-0.6B DATA=Salesforce/wikitext:wikitext-103-raw-v1 bash run_all.sh   # a GPU, the Hub
 set -euo pipefail
 MODEL=${MODEL:-toy} DATA=${DATA:-stdlib} LAYER=${LAYER:-auto} OUT=${OUT:-out}
-cd "$(dirname "$0")"
+here=$(dirname "$0")
 
-stage() {  # stage "what it is about to do and how long it takes" command...
+stage() {  # stage "what it is about to do and how long it takes" file.py flags...
     printf '\n=== %s\n' "$1"
     shift
-    "$@" || { printf '\nrun_all.sh stopped: %s failed\n' "$*" >&2; exit 1; }
+    python "$here/$1" "${@:2}" || { printf '\nrun_all.sh stopped: %s failed\n' "$*" >&2; exit 1; }
 }
 
 if [ "$MODEL" = toy ]; then
-    stage "DATA: tokenize $DATA (15 s)" python data.py --data "$DATA" --out "$OUT/data"
-    stage "BACKBONE: train the toy causal LM (3 min)" python backbone.py --data "$DATA" --out "$OUT/toy"
+    stage "DATA: tokenize $DATA (15 s)" data.py --data "$DATA" --out "$OUT/data"
+    stage "BACKBONE: train the toy causal LM (3 min)" backbone.py --data "$DATA" --out "$OUT/toy"
 else
-    stage "DATA: tokenize $DATA for $MODEL" python data.py --data "$DATA" --model "$MODEL" --out "$OUT/data"
+    stage "DATA: tokenize $DATA for $MODEL" data.py --data "$DATA" --model "$MODEL" --out "$OUT/data"
 fi
-stage "LOCATE: score every layer (10 s)" python geometry.py --model "$MODEL" --data "$DATA" --out "$OUT/geometry"
+stage "LOCATE: score every layer (10 s)" geometry.py --model "$MODEL" --data "$DATA" --out "$OUT/geometry"
 stage "REPLACE: train the diffusion bridge (40 s)" \
-    python bridge.py --model "$MODEL" --data "$DATA" --layer "$LAYER" --out "$OUT/bridge"
+    bridge.py --model "$MODEL" --data "$DATA" --layer "$LAYER" --out "$OUT/bridge"
 stage "REPLACE, control: the same network by plain regression (30 s)" \
-    python bridge.py --model "$MODEL" --data "$DATA" --layer "$LAYER" --objective regression --out "$OUT/regression"
+    bridge.py --model "$MODEL" --data "$DATA" --layer "$LAYER" --objective regression --out "$OUT/regression"
 stage "HYBRID: join the bridge to the upper blocks (5 s)" \
-    python hybrid.py --data "$DATA" --bridge "$OUT/bridge" --out "$OUT/hybrid"
+    hybrid.py --data "$DATA" --bridge "$OUT/bridge" --out "$OUT/hybrid"
 for w in 0 10; do
     stage "CONVERT: masked diffusion, alignment weight $w (70 s)" \
-        python repr_align.py --model "$MODEL" --data "$DATA" --align_weight $w --out "$OUT/repr_align/w$w"
+        repr_align.py --model "$MODEL" --data "$DATA" --align_weight $w --out "$OUT/repr_align/w$w"
 done
-stage "EVALUATE: report and figures (5 s)" python evaluate.py --runs "$OUT" --out "$OUT/evaluate"
+stage "EVALUATE: report and figures (5 s)" evaluate.py --runs "$OUT" --out "$OUT/evaluate"

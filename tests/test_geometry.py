@@ -183,5 +183,11 @@ def test_refusals(runs, tmp_path, capsys, text):
     assert "tokens >= pool" in fails(capsys, geometry.main, *common, "--pool", "100000")
     assert "--skip" in fails(capsys, geometry.main, *common, "--skip", "32")
     assert "--eps" in fails(capsys, geometry.main, *common, "--eps", "0")
-    assert "gives only" in fails(capsys, geometry.main, *common, "--tokens", "9999999", "--pool", "999999")
+    assert "use more text" in fails(capsys, geometry.main, *common, *"--k 99999 --pool 999999 --tokens 999999".split())
     assert not (tmp_path / "g").exists()
+
+
+def test_a_small_corpus_shrinks_the_pool(runs, tmp_path, text, capsys):
+    flags = f"--preset tiny --model {runs}/toy --out {tmp_path}/g --tokens 999999 --pool 500000 --data".split()
+    result = geometry.main([*flags, str(text)])
+    assert result["pool"] == result["tokens"] < 500000 and "note: held-out" in capsys.readouterr().out

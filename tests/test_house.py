@@ -1,0 +1,183 @@
+"""The house rules: small files, imports that only go down, commands that run, errors in one sentence."""
+import ast
+import importlib
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, fails
+
+import common
+import evaluate
+import run
+
+FILES = sorted(ROOT.glob("*.py"))
+ORDER = ["common", "run", "optim", "data", "backbone", "geometry", "denoiser", "bridge", "hybrid", "repr_align",
+         "circuits", "evaluate", "report", "bench"]
+STAGES = ["data", "backbone", "geometry", "bridge", "hybrid", "repr_align", "evaluate", "bench"]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.name)
+def test_files_are_short_and_start_with_a_launch_card(file):
+    lines = file.read_text().splitlines()
+    assert len(lines) < (300 if file.name == "common.py" else 500)
+    assert max(map(len, lines)) <= 120
+    assert ast.get_docstring(ast.parse(file.read_text())).startswith(f"{file.name}: ")
+
+
+def test_nothing_imports_upwards():
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else (
+                [node.module] if isinstance(node, ast.ImportFrom) else [])
+            for name in set(names) & set(ORDER):
+                assert ORDER.index(name) < ORDER.index(file.stem), f"{file.name} imports {name}"
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_flag_has_a_help_text(name, capsys):
+    module = importlib.import_module(name)
+    with pytest.raises(SystemExit) as left:
+        module.main(["--help"])
+    shown = capsys.readouterr().out
+    assert left.value.code == 0
+    for flag in module.Config.__dataclass_fields__:
+        assert re.search(rf"--{flag}\b[^\n]*(\n\s+)?\S+ \S+", shown), flag
+    comments = re.findall(r"^    \w+: .*#\s*(.+)$", Path(module.__file__).read_text(), re.M)
+    assert len(comments) >= len(module.Config.__dataclass_fields__)
+
+
+def test_help_is_quick():
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "geometry.py", "--help"], cwd=ROOT, check=True, capture_output=True)
+    assert time.perf_counter() - start < 6  # 1.5 s on an idle machine; the bound is for a busy one
+
+
+def test_every_launch_line_parses(monkeypatch):
+    """The commands in the docstrings and in the README name flags that exist."""
+    seen = 0
+    for file in [*FILES, ROOT / "README.md"]:
+        text = file.read_text() if file.suffix == ".md" else ast.get_docstring(ast.parse(file.read_text()))
+        for name, rest in re.findall(r"^\s*(?:python|torchrun --nproc_per_node \d+) (\w+)\.py([^#\n]*)", text, re.M):
+            module = importlib.import_module(name)
+            argv = re.findall(r"--\w+|\"[^\"]*\"|\S+", rest)
+            cfg = common.parse(module.Config, [a.strip('"') for a in argv], "", getattr(module, "PRESETS", None))
+            assert cfg is not None
+            seen += 1
+    assert seen >= 20
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_dry_run_writes_nothing(name, runs, tmp_path, capsys):
+    module = importlib.import_module(name)
+    fields = module.Config.__dataclass_fields__
+    flags = ["--dry_run"] + [f for key, value in (("model", runs / "toy"), ("out", tmp_path / "a" / "b"),
+                                                  ("bridge", runs / "bridge"), ("layer", 2))
+                             if key in fields for f in (f"--{key}", str(value))]
+    module.main(flags)
+    assert capsys.readouterr().out and not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_an_unknown_flag_names_the_nearest(name, capsys):
+    module = importlib.import_module(name)
+    assert "did you mean --seed?" in fails(capsys, module.main, "--sead", "1")
+    assert "invalid int value" in fails(capsys, module.main, "--seed", "one")
+
+
+def test_flags_and_presets(capsys):
+    import bridge
+    cfg = common.parse(bridge.Config, ["--preset", "tiny", "--batch-size", "2", "--no-compile"], "", bridge.PRESETS)
+    assert (cfg.steps, cfg.batch_size, cfg.compile) == (20, 2, False)           # preset, flag over preset, default
+    with pytest.raises(common.UserError, match="at least 1"):
+        common.parse(bridge.Config, ["--steps", "0"], "", bridge.PRESETS)
+    with pytest.raises(common.UserError, match="finite"):
+        common.parse(bridge.Config, ["--lr", "nan"], "", bridge.PRESETS)
+
+
+def test_draws_depend_on_every_part_of_the_key():
+    draws = {common.generator(*key).random() for key in
+             [(0, "a", 1, 2), (0, "a", 2, 1), (0, "b", 1, 2), (1, "a", 1, 2), (0, "a", 1, 3), (0, "a", 1)]}
+    assert len(draws) == 6 and common.generator(0, "a", 1, 2).random() in draws
+
+
+def test_files_appear_whole_or_not_at_all(tmp_path):
+    (tmp_path / "f.json").write_text("old")
+    with pytest.raises(RuntimeError), run.atomic(tmp_path / "f.json") as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert (tmp_path / "f.json").read_text() == "old" and os.listdir(tmp_path) == ["f.json"]
+    with pytest.raises(ValueError):
+        run.write_json(tmp_path / "f.json", {"x": float("nan")})
+    assert (tmp_path / "f.json").read_text() == "old"
+
+
+def test_two_runs_on_one_folder_are_refused(tmp_path):
+    world, cfg = common.World(0, 1, "cpu"), evaluate.Config(out=str(tmp_path / "r"))
+    first = run.Run(cfg, world, {})
+    with pytest.raises(common.UserError, match="in use"):
+        run.Run(cfg, world, {})
+    first.unlock()
+    run.Run(cfg, world, {}).unlock()
+
+
+def test_out_that_cannot_be_a_run(runs, tmp_path, capsys, text):
+    import geometry
+    argv = ["--preset", "tiny", "--data", text, "--model", runs / "toy", "--out"]
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("precious")
+    assert "is no run" in fails(capsys, geometry.main, *argv, tmp_path / "full")
+    assert (tmp_path / "full" / "thesis.tex").read_text() == "precious"
+    message = fails(capsys, geometry.main, *argv, tmp_path / "full" / "thesis.tex" / "sub")     # a file in the way
+    assert "choose another path" in message
+    assert "choose another path" in fails(capsys, geometry.main, *argv, "/proc/nothing/here")   # no write permission
+
+
+def test_a_full_disk_is_a_sentence(runs, tmp_path, capsys, text, monkeypatch):
+    import bridge
+    argv = ["--preset", "tiny", "--data", text, "--model", runs / "toy", "--layer", "1", "--out", tmp_path / "b"]
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(run.torch, "save", full)
+        assert "No space left" in fails(capsys, bridge.main, *argv)
+    assert not (tmp_path / "b" / "result.json").exists()
+
+
+def test_tokenizer_of_other_shards(runs, tmp_path, capsys, text):
+    import shutil
+
+    import bridge
+    import data
+    small = tmp_path / "data"
+    data.main(["--data", str(text), "--vocab", "300", "--out", str(small)])
+    shutil.copytree(runs / "geometry", tmp_path / "geometry")
+    assert "tokenizer" in fails(capsys, bridge.main, "--preset", "tiny", "--data", text, "--model", runs / "toy",
+                                "--out", tmp_path / "bridge")
+    assert not (tmp_path / "bridge").exists()
+
+
+def test_report(runs, tmp_path, capsys):
+    result = evaluate.main(["--runs", str(runs), "--out", str(tmp_path / "e")])
+    text = (tmp_path / "e" / "report.md").read_text()
+    assert result["verdict"] in text and (tmp_path / "e" / "figure.png").stat().st_size > 20_000
+    assert any(word in result["verdict"] for word in ("beats", "ties with", "loses to"))
+    bridge = run.read_json(runs / "bridge" / "result.json")["nfe"]["4"]
+    assert f"{bridge['ce_gap']:+.4f}" in text and f"{bridge['fvu']:.4f}" in text
+    assert set(result) >= {"sweep", "interfaces", "generation", "cost", "conversion", "circuits", "zero_shot"}
+
+
+def test_report_refusals(runs, tmp_path, capsys):
+    import shutil
+    argv = ["--runs", tmp_path / "r", "--out", tmp_path / "e"]
+    assert "python geometry.py" in fails(capsys, evaluate.main, *argv)
+    shutil.copytree(runs, tmp_path / "r")
+    stale = run.read_json(tmp_path / "r" / "bridge" / "result.json")
+    run.write_json(tmp_path / "r" / "bridge" / "result.json", {**stale, "base": "0" * 16})
+    assert "different backbones" in fails(capsys, evaluate.main, *argv)
+    assert not (tmp_path / "e").exists()
