@@ -103,17 +103,17 @@ class Run:
         self.out, self.world, self.result = Path(cfg.out), world, None
         config = {**dataclasses.asdict(cfg), **identity}
         if world.main:
+            differ = differences(self.out, config)
+            if differ:
+                raise UserError(f"{self.out} holds another run ({differ}); choose another --out or delete the folder")
             self.out.mkdir(parents=True, exist_ok=True)
+            if differ is None and set(os.listdir(self.out)) - {".lock"}:
+                raise UserError(f"{self.out} holds files but no config.json, so it is no run; choose another --out")
             self.lock = open(self.out / ".lock", "w")  # flock dies with its process: a killed run leaves no stale lock
             try:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"{self.out} is in use by another run; wait for it or choose another --out") from None
-            differ = differences(self.out, config)
-            if differ:
-                raise UserError(f"{self.out} holds another run ({differ}); choose another --out or delete the folder")
-            if differ is None and set(os.listdir(self.out)) - {".lock"}:
-                raise UserError(f"{self.out} holds files but no config.json, so it is no run; choose another --out")
             if differ is None:
                 write_json(self.out / "config.json", {"dihal": {"config": config, **provenance(world)}})
         world.barrier()

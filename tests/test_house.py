@@ -131,7 +131,7 @@ def test_out_that_cannot_be_a_run(runs, tmp_path, capsys, text):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("precious")
     assert "is no run" in fails(capsys, geometry.main, *argv, tmp_path / "full")
-    assert (tmp_path / "full" / "thesis.tex").read_text() == "precious"
+    assert (tmp_path / "full" / "thesis.tex").read_text() == "precious" and len(os.listdir(tmp_path / "full")) == 1
     message = fails(capsys, geometry.main, *argv, tmp_path / "full" / "thesis.tex" / "sub")     # a file in the way
     assert "choose another path" in message
     assert "choose another path" in fails(capsys, geometry.main, *argv, "/proc/nothing/here")   # no write permission
