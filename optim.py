@@ -2,9 +2,9 @@
 
     optimizers = build(named_parameters, lr=0.02, lr_adam=4e-3, weight_decay=0.1)
 
-Why not AdamW alone: on the toy, after the same 1,000 steps, Muon reaches 3.51 nats a token where AdamW
-reaches 4.19 (LOG.md). torch.optim.Muon iterates in bf16, which is about 100x
-slower on CPUs without AVX512-BF16; this one iterates in fp32 there and stacks matrices of one shape into one product.
+Why not AdamW alone: on the toy, after the same 1,000 steps, Muon reaches 3.51 nats a token where AdamW reaches 4.19
+(LOG.md). torch.optim.Muon iterates in bf16, which is about 100x slower on CPUs without AVX512-BF16; this one iterates
+in fp32 there and stacks matrices of one shape into one product.
 """
 from collections import defaultdict
 
