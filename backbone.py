@@ -30,7 +30,7 @@ from torch import nn
 
 import data
 import optim
-from common import StopSignal, UserError, all_reduce_gradients, entry, parse, peak_flops, setup, split_batch
+from common import GradientSum, StopSignal, UserError, entry, parse, peak_flops, setup, split_batch
 from run import Clock, Run, finished
 
 
@@ -263,18 +263,19 @@ def next_token_loss(logits, ids):
     return F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
 
 
-def save_model(model, tokenizer, out):
+def save_model(model, tokenizer, out, **how):
     """Save as a Hugging Face folder: all files are written apart, then renamed into place, config.json last. The
     run's own settings stay in config.json under `dihal`."""
     out, apart = Path(out), Path(out) / ".saving"
     shutil.rmtree(apart, ignore_errors=True)
     with quiet():
-        model.save_pretrained(apart)
+        model.save_pretrained(apart, **how)
     tokenizer.save_pretrained(apart)
     settings = json.loads((out / "config.json").read_text())["dihal"]
     config = json.loads((apart / "config.json").read_text())
     (apart / "config.json").write_text(json.dumps({**config, "dihal": settings}, indent=1))
     for file in sorted(apart.iterdir(), key=lambda f: f.name == "config.json"):
+        shutil.rmtree(out / file.name, ignore_errors=True)  # a folder: left by an earlier try
         os.replace(file, out / file.name)
     apart.rmdir()
 
@@ -349,7 +350,7 @@ def main(argv):
     run.say(f"training {sum(p.numel() for p in params):,} parameters on a corpus of {meta['tokens']['train']:,} tokens")
 
     # -------------------------------------------------------------------------------------------------- loop
-    stop, clock = StopSignal(world), Clock(state["seconds"])
+    gradients, stop, clock = GradientSum(params, world, overlap=False), StopSignal(world), Clock(state["seconds"])
     for step in range(state["step"], cfg.steps):
         # 1 gradient of the mean loss over the global batch
         loss = 0.0
@@ -358,7 +359,7 @@ def main(argv):
             part = next_token_loss(lm.head(lm.run(lm.embed(ids[:, :-1]), 0, lm.L)), ids) * (len(ids) / cfg.batch_size)
             part.backward()
             loss += part.item()
-        all_reduce_gradients(params, world)
+        gradients.finish()
         # 2 clip, step
         norm = nn.utils.clip_grad_norm_(params, 1.0).item()
         if not math.isfinite(norm):

@@ -13,6 +13,7 @@ l the replaced layer, z the standardised h[l], c the standardised h[0], x_t = (1
 """
 import copy
 import dataclasses
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,8 +25,8 @@ from torch import nn
 import backbone
 import data
 import optim
-from common import (StopSignal, UserError, all_reduce_gradients, entry, generator, normal, parse, peak_flops,
-                    pick_dtype, setup, split_batch)
+from common import (GradientSum, StopSignal, UserError, check_replicas, entry, generator, normal, parse, peak_flops,
+                    pick_dtype, prefetch, setup, split_batch)
 from denoiser import Bridge, save
 from run import Clock, Run, finished, read_json
 
@@ -46,10 +47,15 @@ class Config:
     prediction: Literal["x", "v", "eps"] = "x"  # what the network outputs: z, e - z, or e
     source: Literal["noise", "embedding"] = "noise"  # e ~ N(0, I), or c + noise / 2: a bridge between the two ends
     times: Literal["logit-normal", "uniform"] = "logit-normal"  # law of t in training
+    t_mean: float = 0.0         # mean of logit t; above 0 trains more near t = 1, where sampling starts
+    weighting: Literal["z", "v"] = "z"  # error of z as it is, or over t^2 (t >= 0.1): the error of the velocity
+    self_condition: bool = False  # feed the last estimate of z back in (half of the time in training)
     sampler: Literal["euler", "heun"] = "euler"  # on a uniform grid from t = 1 to 0
     nfe: int = 4                # network calls that the hybrid will use by default
     width: int = 0              # W (0: D)
     blocks: int = 0             # of the bridge (0: as many as it replaces)
+    recompute: bool = False     # activation checkpointing: less memory, a third more compute
+    overlap: bool = True        # send gradients during backward (NCCL; gloo always sends one flat buffer)
     ema: float = 0.995          # decay of the weights' running mean, reached by min(ema, (1+k)/(10+k))
     steps: int = 400            # optimizer steps
     batch_size: int = 16        # sequences a step, over all processes
@@ -59,6 +65,8 @@ class Config:
     lr_adam: float = 2e-3       # AdamW, for everything else
     weight_decay: float = 0.01  # decoupled
     warmup: int = 20            # steps
+    schedule: Literal["wsd", "cosine"] = "wsd"  # of the learning rate, after the warm-up
+    cooldown: float = 1.0       # share of the run in which wsd descends to zero
     clip: float = 1.0           # gradient norm
     skip: int = 4               # first positions of a sequence (attention sinks): own loss scale, reported apart
     calibration: int = 64       # sequences for mu and sigma
@@ -87,12 +95,12 @@ def start(c, noise, source):
     return noise if source == "noise" else c + 0.5 * noise
 
 
-def times(count, law, seed, step, slots):
-    """t (B,) for the given slots, one per sequence; logit-normal(0, 1) as in Esser et al. 2024, or uniform."""
-    u = [generator(seed, "t", step, s) for s in slots]
-    u = [g.standard_normal() if law == "logit-normal" else g.random() for g in u]
-    u = torch.tensor(u, dtype=torch.float32)
-    return torch.sigmoid(u) if law == "logit-normal" else u
+def times(law, mean, seed, step, slots):
+    """t (B,) for the given slots, one per sequence; logit-normal(mean, 1) as in Esser et al. 2024, or uniform."""
+    draws = [generator(seed, "t", step, s) for s in slots]
+    if law == "uniform":
+        return torch.tensor([g.random() for g in draws], dtype=torch.float32)
+    return torch.sigmoid(torch.tensor([mean + g.standard_normal() for g in draws], dtype=torch.float32))
 
 
 def to_z(out, x, t, prediction):
@@ -103,38 +111,49 @@ def to_z(out, x, t, prediction):
     return x - t * out if prediction == "v" else (x - t * out) / (1 - t)
 
 
-def token_loss(net, z, c, t, noise, skip):
-    """Squared error per token (B, T), in units where predicting the mean costs about 1.
+def token_loss(net, z, c, t, noise, skip, weighting="z", last_seen=None):
+    """Squared error per token (B, T), in units where predicting the mean costs about 1. `last_seen` (B,) says which
+    sequences are shown the network's own first estimate (self-conditioning).
 
-    1 noisy state  2 network  3 error against its own target  4 sinks scaled by their own size (one would outweigh
-    the whole sequence otherwise: massive activations)."""
+    1 noisy state  2 a first estimate, if asked for  3 network, error against its own target  4 weight by noise level
+    5 sinks scaled by their own size (one would outweigh the whole sequence otherwise: massive activations)."""
     kind, t3 = net.shape["prediction"], t[:, None, None]
     if net.shape["objective"] == "regression":
         error = net(torch.zeros_like(z), c, torch.ones_like(t)) - z                    # same network, x_t left blank
     else:
         e = start(c, noise, net.shape["source"])
-        x = (1 - t3) * z + t3 * e                                                      # (B, T, D)
-        error = net(x, c, t) - {"x": z, "v": e - z, "eps": e}[kind]
+        x, last = (1 - t3) * z + t3 * e, None                                          # (B, T, D)
+        if net.shape["self_condition"]:
+            with torch.no_grad():
+                last = to_z(net(x, c, t), x, t.clamp(max=1 - 1e-3), kind) * last_seen[:, None, None]
+        error = net(x, c, t, last=last) - {"x": z, "v": e - z, "eps": e}[kind]
     loss = error.square().mean(-1)                                                     # (B, T)
+    if weighting == "v":
+        loss = loss / t[:, None].clamp(min=0.1) ** 2
     sink = torch.arange(z.shape[1], device=z.device) < skip
     return torch.where(sink, loss / z.square().mean(-1).clamp_min(1), loss)
 
 
 @torch.no_grad()
-def sample(net, c, nfe, noise, positions=None, mask=None):
-    """z (B, T, D) from c by `nfe` network calls, starting from noise (T, D) or (B, T, D).
+def sample(net, c, nfe, noise, positions=None, mask=None, cache=None):
+    """z (B, T, D) from c by `nfe` network calls, starting from noise (T, D) or (B, T, D). A cache has one layer for
+    each call and block: earlier tokens' keys and values at that call.
 
     Euler: x <- z_hat + (s/t)(x - z_hat) from t down to s, exact for a straight path. Heun averages the slopes at both
     ends of a step; its last step is Euler, so nfe = 2 heun + euler calls."""
     kind = net.shape["prediction"]
     if net.shape["objective"] == "regression":
-        return net(torch.zeros_like(c), c, torch.ones(len(c), device=c.device), positions, mask)
+        return net(torch.zeros_like(c), c, torch.ones(len(c), device=c.device), positions, mask, cache=cache)
+    last, calls = None, 0
 
     def slope(x, t):
+        nonlocal last, calls
         if kind == "eps":
             t = min(t, 1 - 1e-3)                                                       # z = (x - t e)/(1 - t) at t = 1
-        out = net(x, c, torch.full((len(x),), t, device=x.device), positions, mask)
-        return (x - to_z(out, x, t, kind)) / t                                         # dx/dt = e - z
+        out = net(x, c, torch.full((len(x),), t, device=x.device), positions, mask, last, cache,
+                  calls * net.shape["blocks"])
+        last, calls = to_z(out, x, t, kind), calls + 1
+        return (x - last) / t                                                          # dx/dt = e - z
 
     x = start(c, noise.expand_as(c), net.shape["source"])
     heun = (nfe - 1) // 2 if net.shape["sampler"] == "heun" else 0
@@ -164,12 +183,18 @@ def targets(lm, net, ids, layer):
 
 @torch.no_grad()
 def calibrate(lm, net, rows, layer, skip):
-    """Set mu, sigma of h[l] and h[0] per dimension from rows (N, T), positions >= skip."""
-    h0 = lm.embed(rows)
-    for letter, h in (("c", h0), ("z", lm.run(h0, 0, layer))):
-        flat = h[:, skip:].flatten(0, 1).float()                                       # (N (T - skip), D)
-        getattr(net, f"mu_{letter}").copy_(flat.mean(0))
-        getattr(net, f"sigma_{letter}").copy_(flat.std(0).clamp_min(1e-4 * flat.std() + 1e-8))
+    """Set mu, sigma of h[l] and h[0] per dimension from rows (N, T), positions >= skip, eight rows at a time."""
+    sums = {letter: torch.zeros(2, lm.D, dtype=torch.float64, device=rows.device) for letter in "cz"}
+    for ids in rows.split(8):
+        h0 = lm.embed(ids)
+        for letter, h in (("c", h0), ("z", lm.run(h0, 0, layer))):
+            flat = h[:, skip:].flatten(0, 1).double()                                  # (n, D)
+            sums[letter] += torch.stack([flat.sum(0), flat.square().sum(0)])
+    for letter, total in sums.items():
+        mean, square = total / (rows.shape[0] * (rows.shape[1] - skip))
+        variance = (square - mean.square()).clamp_min(0)
+        getattr(net, f"mu_{letter}").copy_(mean)
+        getattr(net, f"sigma_{letter}").copy_(variance.sqrt().clamp_min(1e-4 * variance.mean().sqrt() + 1e-8))
 
 
 @torch.no_grad()
@@ -233,7 +258,7 @@ def validate(lm, net, rows, layer, cfg, world):
         z, c = targets(lm, net, rows[i:i + 1, :-1], layer)
         t = torch.tensor([(i + 0.5) / len(rows)], device=world.device)
         noise = normal(z.shape, world.device, cfg.seed, "validate", i)
-        total += token_loss(net, z, c, t, noise, cfg.skip).mean().item()
+        total += token_loss(net, z, c, t, noise, cfg.skip, last_seen=torch.ones_like(t)).mean().item()
     return world.sum([total])[0] / len(rows)
 
 
@@ -307,7 +332,8 @@ def main(argv):
     if W % (2 * H):
         raise UserError(f"--width {W} does not split into {H} heads; use a multiple of {64 if W >= 512 else 32}")
     torch.manual_seed(cfg.seed)
-    net = Bridge(D, W, blocks, H, cfg.objective, cfg.prediction, cfg.source, cfg.sampler).to(world.device)
+    net = Bridge(D, W, blocks, H, cfg.objective, cfg.prediction, cfg.source, cfg.sampler, cfg.self_condition)
+    net, net.recompute = net.to(world.device), cfg.recompute
     size = sum(p.numel() for p in net.parameters())
     if cfg.dry_run:
         report_size(cfg, net, shape, layer, world)
@@ -316,10 +342,14 @@ def main(argv):
     # -------------------------------------------------------------------------------------------- model, data
     lm = backbone.load(model, world.device, dtype, blocks=layer, random_init=cfg.random_init)     # only the prefix
     replaced = sum(p.numel() for b in lm.blocks[:layer] for p in b.parameters())
-    tokenizer = data.load_tokenizer(model)
-    shards, _ = backbone.shards_beside(cfg, tokenizer, world)
-    train = data.Tokens(shards, "train", cfg.seq_len)
-    held_out = data.Tokens(shards, "val", cfg.seq_len).spread(cfg.eval_batches).to(world.device)  # (N, T+1)
+    if cfg.random_init:  # nothing to learn from, only to measure: no tokenizer and no text are needed
+        tokenizer, train = None, data.RandomTokens(lm.V, cfg.seq_len)
+        held_out = train.spread(cfg.eval_batches, 1).to(world.device)
+    else:
+        tokenizer = data.load_tokenizer(model)
+        shards, _ = backbone.shards_beside(cfg, tokenizer, world)
+        train = data.Tokens(shards, "train", cfg.seq_len)
+        held_out = data.Tokens(shards, "val", cfg.seq_len).spread(cfg.eval_batches).to(world.device)  # (N, T+1)
     calibrate(lm, net, train.spread(cfg.calibration, cfg.seed)[:, :-1].to(world.device), layer, cfg.skip)
     run = Run(cfg, world, identity)
     mean_net = copy.deepcopy(net).requires_grad_(False)                                           # EMA
@@ -336,21 +366,35 @@ def main(argv):
 
     # --------------------------------------------------------------------------------------------------- loop
     flops = train_flops(net, replaced, cfg.seq_len)
-    stop, clock = StopSignal(world), Clock(state["seconds"])
+    gradients = GradientSum(params, world, cfg.overlap and world.device.type == "cuda")
+    stop, clock, waited = StopSignal(world), Clock(state["seconds"]), 0.0
     bins = torch.zeros(8, 2, dtype=torch.float64)                           # loss sum and count by noise level
+    parts = [some.tolist() for some in torch.tensor(slots).split(micro)]    # this process's micro-batches
+
+    def draw(key):
+        """Tokens, noise level and noise of one micro-batch: functions of (seed, step, slot), whoever draws them."""
+        step, some = key
+        ids = train.batch(cfg.seed, step, some, cfg.batch_size)[:, :-1].to(world.device)          # (b, T)
+        t = times(cfg.times, cfg.t_mean, cfg.seed, step, some).to(world.device)                   # (b,)
+        noise = [normal((cfg.seq_len, D), world.device, cfg.seed, "noise", step, s) for s in some]
+        seen = torch.tensor([generator(cfg.seed, "self", step, s).random() < 0.5 for s in some])
+        return ids, t, torch.stack(noise), seen.to(world.device)
+    ready = prefetch(draw, ((step, some) for step in range(state["step"], cfg.steps) for some in parts))
+
     for step in range(state["step"], cfg.steps):
-        # 1 this process's share of the global batch, in micro-batches
         loss = 0.0
-        for some in torch.tensor(slots).split(micro):
-            some = some.tolist()
-            ids = train.batch(cfg.seed, step, some, cfg.batch_size)[:, :-1].to(world.device)      # (b, T)
+        for some in parts:
+            # 1 a batch that a thread has drawn meanwhile
+            waiting = time.perf_counter()
+            ids, t, noise, seen = next(ready)
+            waited += time.perf_counter() - waiting
+            # 2 the two ends of the path, from the frozen prefix
             z, c = targets(lm, net, ids, layer)                                                   # (b, T, D) each
-            # 2 noise level and noise: functions of (seed, step, slot), so 1, 2 or 8 processes draw the same
-            t = times(len(some), cfg.times, cfg.seed, step, some).to(world.device)                # (b,)
-            noise = torch.stack([normal(z.shape[1:], world.device, cfg.seed, "noise", step, s) for s in some])
             # 3 gradient of the mean loss over the global batch
             with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
-                each = token_loss(net, z, c, t, noise, cfg.skip).mean(1)                          # (b,)
+                each = token_loss(net, z, c, t, noise, cfg.skip, cfg.weighting, seen).mean(1)     # (b,)
+            if some is parts[-1]:
+                gradients.arm()
             (each.sum() / cfg.batch_size).backward()
             each = each.detach().double().cpu()
             if not torch.isfinite(each).all():
@@ -361,9 +405,9 @@ def main(argv):
             bins.index_add_(0, which, torch.stack([each, torch.ones_like(each)], 1))
             loss += each.sum().item() / cfg.batch_size
         # 4 sum over processes, clip, step, running mean
-        all_reduce_gradients(params, world)
+        gradients.finish()
         norm = nn.utils.clip_grad_norm_(params, cfg.clip).item()
-        optim.step_all(optimizers, optim.share_at(step, cfg.steps, cfg.warmup))
+        optim.step_all(optimizers, optim.share_at(step, cfg.steps, cfg.warmup, cfg.cooldown, cfg.schedule))
         decay = min(cfg.ema, (1 + step) / (10 + step))
         with torch.no_grad():
             torch._foreach_lerp_(list(mean_net.parameters()), params, 1 - decay)
@@ -375,7 +419,7 @@ def main(argv):
             total, *table = world.sum([loss, *bins.flatten().tolist()])
             table = torch.tensor(table).view(8, 2)
             run.progress(done, cfg.steps, clock, cfg.batch_size * cfg.seq_len, flops, loss=total,
-                         lr=optimizers[0].param_groups[0]["lr"], gnorm=norm,
+                         lr=optimizers[0].param_groups[0]["lr"], gnorm=norm, wait=waited / clock.seconds(),
                          loss_by_t=(table[:, 0] / table[:, 1].clamp_min(1)).tolist(), count_by_t=table[:, 1].tolist())
             bins.zero_()
         if done % cfg.eval_every == 0 and done < cfg.steps:
@@ -383,6 +427,7 @@ def main(argv):
                 run.log(done, cfg.steps, val_loss=validate(lm, mean_net, held_out, layer, cfg, world))
         leaving = stop.poll()
         if leaving or done % cfg.save_every == 0:
+            check_replicas(params, world)
             run.save(done, clock, [net, mean_net], optimizers)
         if leaving:
             run.leave(done)
@@ -400,7 +445,7 @@ def main(argv):
     mfu = cfg.steps * cfg.batch_size * cfg.seq_len / seconds * flops / (peak_flops(world.device) * world.size)
     settings = {"layer": layer, "objective": cfg.objective, "size_ratio": size / replaced, "nfe_default": cfg.nfe,
                 "seed": cfg.seed, "model": model, "base": identity["base"]}
-    save(mean_net, run.out, {**settings, "tokenizer": data.tokenizer_hash(tokenizer)})
+    save(mean_net, run.out, {**settings, "tokenizer": tokenizer and data.tokenizer_hash(tokenizer)})
     run.finish({**settings, "nfe": table, "raw_nfe": raw, "val_loss": val_loss, "ce_intact": ce, "parameters": size,
                 "replaced_parameters": replaced, "steps": cfg.steps, "tokens": cfg.steps * cfg.batch_size * cfg.seq_len,
                 "tokens_per_s": cfg.steps * cfg.batch_size * cfg.seq_len / seconds, "seconds": seconds,

@@ -3,7 +3,7 @@
     config -> CLI        parse(Config, argv)        a dataclass field is a flag, its trailing comment is the help
     errors               UserError, @entry          one sentence on stderr and exit code 2, never a traceback
     randomness           generator(seed, "noise", step, slot)      a draw is a function of its key, never of the rank
-    processes            World, all_reduce_gradients               gloo on CPU, NCCL on GPU
+    processes            World, GradientSum, check_replicas         gloo on CPU, NCCL on GPU
     speed                peak_flops, matmul_rate    what MFU is a fraction of
 """
 import argparse
@@ -22,6 +22,7 @@ import textwrap
 import time
 import typing
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -188,16 +189,70 @@ def split_batch(batch_size, micro_batch, world):
     return range(world.rank * per_rank, (world.rank + 1) * per_rank), micro
 
 
-def all_reduce_gradients(params, world):
-    """Sum gradients over processes: one flat buffer, one all-reduce. Losses are scaled beforehand, so sum = mean.
+class GradientSum:
+    """Sums gradients over processes: data parallelism with no wrapper, so parameter names stay clean. Losses are scaled
+    beforehand, so the sum is the mean over the global batch.
 
-    No DDP wrapper: parameter names stay clean and the whole of data parallelism is these few lines."""
-    if world.size == 1:
-        return
-    flat = torch.cat([p.grad.flatten() for p in params])
-    dist.all_reduce(flat)
-    for p, g in zip(params, flat.split([p.numel() for p in params]), strict=True):
-        p.grad.copy_(g.view_as(p))
+    With `overlap` the parameters are dealt into buckets from the last to the first, the order in which backward meets
+    them, and a full bucket leaves while backward still works on the layers before it. Without, one flat buffer leaves
+    at the end. `arm` before the last micro-batch's backward (needed to overlap), `finish` after it."""
+
+    def __init__(self, params, world, overlap, bucket_bytes=25e6):
+        self.world, self.armed, self.sent, self.buckets, size = world, False, [], [[]], 0
+        for p in reversed(list(params)):
+            if overlap and self.buckets[-1] and size + p.nbytes > bucket_bytes:
+                self.buckets.append([])
+                size = 0
+            self.buckets[-1].append(p)
+            size += p.nbytes
+        self.home = {p: i for i, bucket in enumerate(self.buckets) for p in bucket}
+        if overlap and world.size > 1:
+            for p in self.home:
+                p.register_post_accumulate_grad_hook(self._ready)
+
+    def arm(self):
+        self.armed, self.missing = True, [len(bucket) for bucket in self.buckets]
+
+    def _ready(self, p):
+        if self.armed:
+            self.missing[self.home[p]] -= 1
+            while len(self.sent) < len(self.buckets) and self.missing[len(self.sent)] == 0:
+                self._send(self.buckets[len(self.sent)])  # in order: the same on every rank
+
+    def _send(self, bucket):
+        flat = torch.cat([p.grad.flatten() for p in bucket])
+        self.sent.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
+
+    def finish(self):
+        for bucket in self.buckets[len(self.sent):] if self.world.size > 1 else []:
+            self._send(bucket)
+        for bucket, flat, work in self.sent:
+            work.wait()
+            for p, g in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+                p.grad.copy_(g.view_as(p))
+        self.armed, self.sent = False, []
+
+
+def check_replicas(params, world):
+    """Raise unless every process holds the same parameters (compared by a float64 checksum)."""
+    if world.size > 1:
+        check = torch.stack([p.detach().double().abs().sum() for p in params]).sum()
+        both = torch.stack([check, -check])
+        dist.all_reduce(both, dist.ReduceOp.MAX)
+        if (both[0] + both[1]).item() != 0:
+            raise UserError("the processes no longer hold the same weights; run again from the last good state")
+
+
+def prefetch(make, keys):
+    """Yield make(key) for each key, made one ahead in a thread, so that a loop does not wait for data."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead = None
+        for key in keys:
+            ahead, ready = pool.submit(make, key), ahead
+            if ready is not None:
+                yield ready.result()
+        if ahead is not None:
+            yield ahead.result()
 
 
 class StopSignal:

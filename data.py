@@ -175,10 +175,10 @@ def tokenizer_hash(tokenizer):
 
 # ------------------------------------------------------------------------------------------------------- shards
 def tokenized(source, tokenizer):
-    """Yield (text, ids) of each document; tokenized in groups of about a million characters, for speed."""
+    """Yield (text, ids) of each document that is not empty, tokenized in groups of about a million characters."""
     group, size = [], 0
     for text in tqdm(documents(source), desc="tokens", unit="doc", leave=False, disable=None):
-        group, size = [*group, text], size + len(text)
+        group, size = group + [text] * bool(text), size + len(text)
         if size > 1_000_000:
             yield from zip(group, tokenizer(group, add_special_tokens=False)["input_ids"])
             group, size = [], 0
@@ -298,6 +298,20 @@ class Tokens:
         tiles = np.arange(count) * self.n // count if seed is None else np.sort(
             generator(seed, "windows").choice(self.n, count, replace=False))
         return self._cut(tiles * (self.T + 1))
+
+
+class RandomTokens:
+    """Stands in for Tokens when a bare config is trained for its speed: uniform ids, the same keys, no text."""
+
+    def __init__(self, vocab, seq_len):
+        self.vocab, self.T = vocab, seq_len
+
+    def batch(self, seed, step, slots, batch_size):
+        rows = [generator(seed, "tokens", step, s).integers(self.vocab, size=self.T + 1) for s in slots]
+        return torch.from_numpy(np.stack(rows))
+
+    def spread(self, count, seed=0):
+        return self.batch(seed or 0, 0, range(count), count)
 
 
 @entry

@@ -6,12 +6,14 @@
 
 Letters: B batch, T tokens, D hidden width of the backbone, W width of the bridge, H heads, d = W/H.
 """
+import inspect
 import math
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from common import UserError
 from run import atomic, read_json, write_json
@@ -39,13 +41,16 @@ class Block(nn.Module):
         self.down = nn.Linear(2 * W, W, bias=False)
         self.mod = nn.Parameter(torch.zeros(6, W))     # this block's offset to the shared modulation
 
-    def forward(self, h, modulation, positions, mask=None):
-        """h (B, T, W), modulation (B, 6, W), positions (1 or B, T), mask (B, 1, T, T) or None -> (B, T, W)."""
+    def forward(self, h, modulation, positions, mask=None, cache=None, slot=0):
+        """h (B, T, W), modulation (B, 6, W), positions (1 or B, T), mask (B, 1, T, K) or None -> (B, T, W). `cache` is
+        a transformers cache whose layer `slot` holds this block's earlier keys and values."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (modulation + self.mod)[:, :, None].unbind(1)   # (B, 1, W) each
         B, T, W = h.shape
         a = F.rms_norm(h, (W,)) * (1 + scale1) + shift1
         q, k, v = self.qkv(a).view(B, T, 3, self.H, W // self.H).permute(2, 0, 3, 1, 4)              # (B, H, T, d) each
         q, k = rotate(F.rms_norm(q, q.shape[-1:]), positions), rotate(F.rms_norm(k, k.shape[-1:]), positions)
+        if cache is not None:
+            k, v = cache.update(k, v, slot)                                                            # (B, H, K, d)
         a = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)                       # (B, H, T, d)
         h = h + (1 + gate1) * self.out(a.transpose(1, 2).reshape(B, T, W))
         a = F.rms_norm(h, (W,)) * (1 + scale2) + shift2
@@ -59,11 +64,13 @@ class Bridge(nn.Module):
     One modulation network for all blocks: with one per block it would outweigh them (6 W^2 parameters each)."""
     FREQUENCIES = 16
 
-    def __init__(self, D, W, blocks, H, objective="diffusion", prediction="x", source="noise", sampler="euler"):
+    def __init__(self, D, W, blocks, H, objective="diffusion", prediction="x", source="noise", sampler="euler",
+                 self_condition=False):
         super().__init__()
         self.shape = {"D": D, "W": W, "blocks": blocks, "H": H, "objective": objective, "prediction": prediction,
-                      "source": source, "sampler": sampler}
-        self.enter = nn.Linear(2 * D, W)                                      # [x_t, c] side by side
+                      "source": source, "sampler": sampler, "self_condition": self_condition}
+        self.recompute = False                                                # activation checkpointing of the blocks
+        self.enter = nn.Linear((2 + self_condition) * D, W)                   # [x_t, c] side by side (and the last z)
         self.time = nn.Linear(2 * self.FREQUENCIES, 6 * W)
         self.blocks = nn.ModuleList(Block(W, H) for _ in range(blocks))
         self.leave = nn.Linear(W, D)
@@ -72,16 +79,24 @@ class Bridge(nn.Module):
         for p in self.time.parameters():
             nn.init.zeros_(p)
 
-    def forward(self, x, c, t, positions=None, mask=None):
-        """x, c (B, T, D), t (B,) in [0, 1] -> the raw prediction (B, T, D). Token i sees tokens 0..i only; `mask`
-        (B, 1, T, T), true where a query may look, replaces the plain causal rule when a batch is padded."""
+    def forward(self, x, c, t, positions=None, mask=None, last=None, cache=None, slot=0):
+        """x, c (B, T, D), t (B,) in [0, 1] -> the raw prediction (B, T, D). Token i sees tokens 0..i only.
+
+        `mask` (B, 1, T, K), true where a query may look, replaces the plain causal rule when a batch is padded or keys
+        come from a `cache` (layers slot, slot + 1, ...). `last` (B, T, D) is the estimate of z to condition on (Chen et
+        al. 2023), zero if there is none yet."""
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]                # (1, T)
         angle = t[:, None] * math.pi * 2.0 ** torch.linspace(0, 5, self.FREQUENCIES, device=t.device)   # (B, F)
         modulation = self.time(torch.cat([angle.cos(), angle.sin()], -1)).view(len(t), 6, -1)          # (B, 6, W)
+        if self.shape["self_condition"]:
+            c = torch.cat([c, torch.zeros_like(x) if last is None else last], -1)
         h = self.enter(torch.cat([x, c], -1))                                          # (B, T, W)
-        for block in self.blocks:
-            h = block(h, modulation, positions, mask)
+        for i, block in enumerate(self.blocks):
+            if self.recompute and torch.is_grad_enabled():
+                h = checkpoint(block, h, modulation, positions, mask, use_reentrant=False)
+            else:
+                h = block(h, modulation, positions, mask, cache, slot + i)
         return self.leave(F.rms_norm(h, h.shape[-1:])).float()                         # (B, T, D)
 
     def standard_c(self, h0):
@@ -107,7 +122,7 @@ def load(folder, device):
     """(Bridge in eval mode, its bridge.json). Raises UserError for a missing, truncated or foreign file."""
     from safetensors.torch import load_file
     info = read_json(Path(folder) / "bridge.json", "train one with: python bridge.py")
-    net = Bridge(**{k: info[k] for k in ("D", "W", "blocks", "H", "objective", "prediction", "source", "sampler")})
+    net = Bridge(**{k: info[k] for k in inspect.signature(Bridge).parameters})
     try:
         net.load_state_dict(load_file(Path(folder) / "bridge.safetensors"))
     except Exception as error:

@@ -20,8 +20,9 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
+from transformers import (AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PretrainedConfig,
+                          PreTrainedModel, TextStreamer)
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import backbone
 import bridge
@@ -45,6 +46,7 @@ class Config:
     max_new_tokens: int = 64    # tokens to generate
     temperature: float = 0.0    # 0: greedy
     compare: bool = False       # print the intact model's continuation beside it
+    standalone: bool = False    # copy the base model's folder too, so that the hybrid can travel
     seq_len: int = 128          # tokens a sequence of the CE gap
     eval_batches: int = 64      # sequences of the CE gap
     dry_run: bool = False       # print what would be loaded, then leave
@@ -57,9 +59,10 @@ class HybridConfig(PretrainedConfig):
     """What a hybrid is made of: the bridge's shape, the layer, and the base model with the hash of its weights."""
     model_type = "dihal_hybrid"
 
-    def __init__(self, base_model="", base="", layer=0, nfe=4, noise_seed=0, bridge=None, **rest):
+    def __init__(self, base_model="", base="", layer=0, nfe=4, noise_seed=0, bridge=None, use_cache=True,
+                 **rest):
         self.base_model, self.base, self.layer, self.nfe = base_model, base, layer, nfe
-        self.noise_seed, self.bridge = noise_seed, bridge or {}
+        self.noise_seed, self.bridge, self.use_cache = noise_seed, bridge or {}, use_cache
         super().__init__(**rest)
 
 
@@ -67,7 +70,9 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
     """Logits of blocks l+1..L and the head on the bridge's h[l]. The noise is a function of (noise_seed, position):
     logits are deterministic, and those of token i depend on tokens 0..i only.
 
-    The base model is held but is no submodule: its weights are frozen, stay in its own folder and are not saved again.
+    One cache serves both: its first calls * blocks layers hold the bridge's keys and values at each of its network
+    calls, the rest those of the retained blocks. The base model is held but is no submodule: its weights are frozen,
+    stay in their own folder and are not saved again.
     """
     config_class = HybridConfig
     main_input_name = "input_ids"
@@ -76,55 +81,83 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.net = net
         self.__dict__["lm"] = lm
-        self.register_buffer("noise", torch.zeros(0, net.shape["D"]))
+        self.register_buffer("noise", torch.zeros(0, net.shape["D"]), persistent=False)
         for i in range(config.layer):  # the replaced blocks are gone
             lm.blocks[i] = torch.nn.Identity()
+        self.set_nfe(config.nfe)
 
-    def positions_noise(self, count):
-        """Noise (count, D) of positions 0..count-1; the table grows as text does."""
+    def set_nfe(self, nfe):
+        """Use `nfe` network calls from now on: the retained blocks' layers in the cache move accordingly."""
+        if nfe < 1:
+            raise UserError(f"the number of network calls must be at least 1, not {nfe}")
+        calls = nfe if self.net.shape["objective"] == "diffusion" else 1
+        first = calls * self.net.shape["blocks"]
+        for i in range(self.config.layer, self.lm.L):
+            for module in self.lm.blocks[i].modules():
+                if hasattr(module, "layer_idx"):
+                    module.layer_idx = first + i - self.config.layer
+        self.config.nfe, self.config.num_hidden_layers = nfe, first + self.lm.L - self.config.layer
+
+    def noise_at(self, positions):
+        """Noise (..., D) of positions (...): a row of a table that grows as text does."""
+        count = int(positions.max()) + 1
         if count > len(self.noise):
-            new = range(len(self.noise), count)
+            new = range(len(self.noise), max(count, 2 * len(self.noise)))
             more = bridge.position_noise(self.config.noise_seed, new, self.lm.D, self.noise.device)
             self.noise = torch.cat([self.noise, more])
-        return self.noise[:count]
+        return self.noise[positions]
 
-    def hidden(self, input_ids, positions, attention_mask=None):
-        """The bridge's h[l] (B, T, D) and the `side` the retained blocks need."""
+    def hidden(self, input_ids, positions, attention_mask=None, cache=None):
+        """The bridge's h[l] (B, T, D) of the new tokens, and the `side` the retained blocks need."""
         h0 = self.lm.embed(input_ids, positions)                                       # (B, T, D)
-        side = self.lm.side(h0, positions, attention_mask)
+        side = self.lm.side(h0, positions, attention_mask, cache)
+        T, past = input_ids.shape[1], cache.get_seq_length() if cache is not None else 0
+        padded = attention_mask is not None and not bool(attention_mask.all())
         mask = None
-        if attention_mask is not None and not bool(attention_mask.all()):              # padded: pads see themselves
-            T = input_ids.shape[1]
-            causal = torch.ones(T, T, dtype=torch.bool, device=h0.device).tril()
-            own = torch.eye(T, dtype=torch.bool, device=h0.device)
-            mask = (causal & (attention_mask[:, None, None, :] > 0)) | own             # (B, 1, T, T)
-        noise = self.positions_noise(int(positions.max()) + 1)[positions]              # (B or 1, T, D)
-        z = bridge.sample(self.net, self.net.standard_c(h0), self.config.nfe, noise, positions, mask)
+        if padded or past:
+            mask = torch.ones(T, past + T, dtype=torch.bool, device=h0.device).tril(past)                # (T, K) causal
+            if padded:                                                                 # pads see themselves: no NaN
+                own = torch.zeros_like(mask).diagonal_scatter(mask.new_ones(T), past)
+                mask = (mask & (attention_mask[:, None, None, :] > 0)) | own           # (B, 1, T, K)
+            mask = mask.expand(len(h0), 1, T, past + T)
+        z = bridge.sample(self.net, self.net.standard_c(h0), self.config.nfe, self.noise_at(positions), positions, mask,
+                          cache)
         return self.net.hidden(z).to(h0.dtype), side
 
-    def forward(self, input_ids, attention_mask=None, position_ids=None, labels=None, **_):
-        """input_ids (B, T) -> logits (B, T, V), and with labels (B, T; -100 ignored) the mean next-token loss.
-        attention_mask (B, T) is 0 on padding, on either side."""
+    def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, labels=None,
+                use_cache=None, logits_to_keep=0, **_):
+        """input_ids (B, T), the tokens after those in `past_key_values` -> logits (B, T, V), and with labels (B, T;
+        -100 ignored) the mean next-token loss. attention_mask (B, K) covers cached and new tokens and is 0 on padding,
+        on either side. With `logits_to_keep` only that many last positions get logits."""
+        T = input_ids.shape[1]
+        use_cache = (self.config.use_cache if use_cache is None else use_cache) and labels is None
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if position_ids is None and attention_mask is not None:
+            position_ids = (attention_mask.cumsum(-1) - 1).clamp_min(0)[:, -T:]                          # (B, T)
         if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]               # (1, T)
-            if attention_mask is not None:
-                position_ids = (attention_mask.cumsum(-1) - 1).clamp_min(0)                              # (B, T)
-        h, side = self.hidden(input_ids, position_ids, attention_mask)
-        logits = self.lm.head(self.lm.run(h, self.config.layer, self.lm.L, side))                        # (B, T, V)
+            position_ids = torch.arange(past, past + T, device=input_ids.device)[None]                   # (1, T)
+        h, side = self.hidden(input_ids, position_ids, attention_mask, past_key_values)
+        h = self.lm.run(h, self.config.layer, self.lm.L, side)                                           # (B, T, D)
+        logits = self.lm.head(h[:, -logits_to_keep:])                                                    # (B, T, V)
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())  # ignores -100
-        return CausalLMOutput(loss=loss, logits=logits)
+            loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())        # ignores -100
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None)
 
-    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **_):
-        return {"input_ids": input_ids, "attention_mask": attention_mask}
-
-    def save_pretrained(self, folder, **_):
-        """config.json and hybrid.safetensors (the bridge alone)."""
+    def save_pretrained(self, folder, standalone=False, **_):
+        """config.json and hybrid.safetensors (the bridge alone); `standalone` puts a copy of the base's folder beside
+        them, so that the hybrid can travel."""
         from safetensors.torch import save_file
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in self.net.state_dict().items()}, Path(folder) / "hybrid.safetensors")
-        (Path(folder) / "config.json").write_text(self.config.to_json_string())
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.contiguous() for k, v in self.net.state_dict().items()}, folder / "hybrid.safetensors")
+        config = self.config.to_dict()
+        if standalone:
+            shutil.copytree(self.config.base_model, folder / "base", ignore=shutil.ignore_patterns(".lock", "*.jsonl"))
+            config["base_model"] = "base"
+        (folder / "config.json").write_text(json.dumps({"architectures": ["HybridForCausalLM"], **config}, indent=1))
 
     @classmethod
     def from_pretrained(cls, folder, *_, config=None, base_model=None, dtype=None, device="cpu", **__):
@@ -139,7 +172,8 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
             reason = str(error).strip().split("\n")[0]
             raise UserError(f"{folder}/hybrid.safetensors could not be read ({reason}); save it again") from None
         dtype = dtype if isinstance(dtype, torch.dtype) else torch.float32
-        return assemble(net, config, base_model or config.base_model, torch.device(device), dtype)
+        inside = str(Path(folder) / "base") if config.base_model == "base" else config.base_model
+        return assemble(net, config, base_model or inside, torch.device(device), dtype)
 
 
 AutoConfig.register(HybridConfig.model_type, HybridConfig)
@@ -155,8 +189,12 @@ def assemble(net, config, base_model, device, dtype):
     if backbone.identity(base_model) != config.base:
         raise UserError(f"the weights in {base_model} are not those this bridge was trained under (hash "
                         f"{backbone.identity(base_model)}, expected {config.base}); pass the right --model")
-    config.vocab_size, config.hidden_size, config.num_hidden_layers = lm.V, lm.D, lm.L - config.layer
-    config.eos_token_id, config.use_cache = lm.config.eos_token_id, False
+    if net.shape["D"] != lm.D or not 1 <= config.layer <= lm.L:
+        raise UserError(f"the bridge makes states of width {net.shape['D']} at layer {config.layer}, but {base_model} "
+                        f"has width {lm.D} and {lm.L} blocks; pass the right --model")
+    config.vocab_size, config.hidden_size, config.base_model = lm.V, lm.D, base_model
+    config.eos_token_id, config.bos_token_id = lm.config.eos_token_id, lm.config.bos_token_id
+    config.max_position_embeddings = lm.config.max_position_embeddings
     return HybridForCausalLM(config, net.to(device), lm).to(device).eval()
 
 
@@ -169,28 +207,31 @@ def from_bridge(folder, model="", nfe=0, device="cpu", dtype=torch.float32):
 
 
 @torch.no_grad()
-def continue_text(model, tokenizer, prompt, max_new_tokens, temperature, seed):
-    """The prompt's continuation as text; greedy at temperature 0."""
+def continue_text(model, tokenizer, prompt, max_new_tokens, temperature, seed, stream=False):
+    """The prompt's continuation as text; greedy at temperature 0. With `stream` it is printed as it comes."""
     torch.manual_seed(seed)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)         # (1, T)
     if ids.shape[1] == 0:
         raise UserError("the prompt is empty after tokenization; give at least one token")
+    streamer = TextStreamer(tokenizer) if stream else None
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    out = model.generate(ids, max_new_tokens=max_new_tokens, use_cache=model.config.use_cache,
+    out = model.generate(ids, max_new_tokens=max_new_tokens, streamer=streamer,
                          attention_mask=torch.ones_like(ids), pad_token_id=tokenizer.eos_token_id or 0, **sampling)
     return tokenizer.decode(out[0, ids.shape[1]:])
 
 
 @torch.no_grad()
-def gap(model, intact, rows):
-    """(CE of the hybrid - CE of the intact model in nats, CE of the intact) over rows (N, T+1): all positions, as a
-    reader of text would count."""
-    total = torch.zeros(2, dtype=torch.float64)
+def compare(model, intact, rows):
+    """On rows (N, T+1), all positions, as a reader of text would count: CE of the hybrid - CE of the intact model
+    (nats), KL(intact || hybrid), share of equal top-1 tokens, CE of the intact model."""
+    total = torch.zeros(4, dtype=torch.float64)
     for ids in rows.split(16):
-        h = intact.run(intact.embed(ids[:, :-1]), 0, intact.L)
-        total[0] += backbone.next_token_loss(intact.head(h), ids).double().cpu() * len(ids)
-        total[1] += backbone.next_token_loss(model(ids[:, :-1]).logits, ids).double().cpu() * len(ids)
-    return ((total[1] - total[0]) / len(rows)).item(), (total[0] / len(rows)).item()
+        p = F.log_softmax(intact.head(intact.run(intact.embed(ids[:, :-1]), 0, intact.L)).float(), -1)   # (B, T, V)
+        q = F.log_softmax(model(ids[:, :-1], use_cache=False).logits.float(), -1)
+        token = ids[:, 1:, None]
+        total += torch.stack([(p - q).gather(-1, token).sum(), (p.exp() * (p - q)).sum(),
+                              (p.argmax(-1) == q.argmax(-1)).sum(), -p.gather(-1, token).sum()]).double().cpu()
+    return (total / rows[:, 1:].numel()).tolist()
 
 
 @entry
@@ -210,10 +251,14 @@ def main(argv):
         model = from_bridge(cfg.bridge, cfg.model, cfg.nfe, world.device, dtype)
         tokenizer = data.load_tokenizer(model.config.base_model)
         sample = (tokenizer, cfg.prompt, cfg.max_new_tokens, cfg.temperature, cfg.seed)
-        print(cfg.prompt + continue_text(model, *sample))
+        continue_text(model, *sample, stream=True)
         if cfg.compare:
-            intact = backbone.load(model.config.base_model, world.device, dtype).model
-            print(f"--- the intact model:\n{cfg.prompt}{continue_text(intact, *sample)}")
+            intact = backbone.load(model.config.base_model, world.device, dtype)
+            print("--- the intact model:")
+            text = cfg.prompt + continue_text(intact.model, *sample, stream=True)
+            ids = tokenizer(text, return_tensors="pt")["input_ids"].to(world.device)
+            print("--- on the intact model's text: CE gap {:+.4f} nats, KL {:.4f}, top-1 agreement {:.1%}".format(
+                *compare(model, intact, ids)))
         return None
 
     identity = {"base": info["base"], "layer": info["layer"], "bridge_seed": info["seed"]}
@@ -225,22 +270,13 @@ def main(argv):
     shards, _ = backbone.shards_beside(cfg, tokenizer, world)
     rows = data.Tokens(shards, "val", cfg.seq_len).spread(cfg.eval_batches).to(world.device)
     run = Run(cfg, world, identity)
-    apart = run.out / ".saving"  # saved apart, read back, then moved: what is measured is what was saved
-    shutil.rmtree(apart, ignore_errors=True)
-    model.save_pretrained(apart)
-    tokenizer.save_pretrained(apart)
-    model = HybridForCausalLM.from_pretrained(apart, dtype=dtype, device=world.device)
+    backbone.save_model(model, tokenizer, run.out, standalone=cfg.standalone)
+    model = HybridForCausalLM.from_pretrained(run.out, dtype=dtype, device=world.device)  # measure what was saved
     intact = backbone.load(model.config.base_model, world.device, dtype)
-    ce_gap, ce_intact = gap(model, intact, rows)
-    dihal = read_json(run.out / "config.json")["dihal"]
-    config = {**json.loads((apart / "config.json").read_text()), "dihal": dihal}
-    (apart / "config.json").write_text(json.dumps(config, indent=1))
-    for file in sorted(apart.iterdir(), key=lambda f: f.name == "config.json"):
-        file.replace(run.out / file.name)
-    apart.rmdir()
+    ce_gap, kl, agree, ce_intact = compare(model, intact, rows)
     run.finish({"layer": info["layer"], "base": info["base"], "base_model": model.config.base_model,
-                "nfe_default": model.config.nfe, "ce_gap": ce_gap, "ce_intact": ce_intact, "eval_sequences": len(rows),
-                "seq_len": cfg.seq_len, "seed": cfg.seed,
+                "nfe_default": model.config.nfe, "ce_gap": ce_gap, "kl": kl, "agree": agree, "ce_intact": ce_intact,
+                "eval_sequences": len(rows), "seq_len": cfg.seq_len, "seed": cfg.seed,
                 "prompt": PROMPT, "sample": continue_text(model, tokenizer, PROMPT, 32, 0.0, cfg.seed)})
     print(f"saved to {cfg.out}: layer {info['layer']}, NFE {model.config.nfe}, CE gap {ce_gap:+.4f} nats over the "
           f"intact model's {ce_intact:.3f}\nsample: {PROMPT}{run.result['sample']}")

@@ -25,7 +25,7 @@ from torch import nn
 import backbone
 import data
 import optim
-from common import (StopSignal, UserError, all_reduce_gradients, entry, generator, parse, pick_dtype, setup,
+from common import (GradientSum, StopSignal, UserError, entry, generator, parse, pick_dtype, setup,
                     split_batch)
 from run import Clock, Run, finished, read_json
 
@@ -268,7 +268,7 @@ def main(argv):
 
     # --------------------------------------------------------------------------------------------------- loop
     flops = backbone.flops_per_token(lm.model, cfg.seq_len) * (4 / 3 if teacher is not None else 1)   # + one forward
-    stop, clock = StopSignal(world), Clock(state["seconds"])
+    gradients, stop, clock = GradientSum(params, world, overlap=False), StopSignal(world), Clock(state["seconds"])
     for step in range(state["step"], cfg.steps):
         if step % cfg.eval_every == 0:
             with clock.paused():
@@ -286,7 +286,7 @@ def main(argv):
                                                     cfg.align_weight)
             (loss / count).backward()
             sums += torch.cat([ce[None], torch.zeros(lm.L + 1) if cosines is None else cosines]).cpu() / count
-        all_reduce_gradients(params, world)
+        gradients.finish()
         # 3 clip, step
         norm = nn.utils.clip_grad_norm_(params, 1.0).item()
         if not math.isfinite(norm):

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -78,14 +79,14 @@ def test_predictions_agree_about_z():
 
 class Gaussian(torch.nn.Module):
     """The exact denoiser E[z | x_t] of z ~ N(m, s^2): what a perfect network would output."""
-    shape = dict(prediction="x", objective="diffusion", source="noise")
+    shape = dict(prediction="x", objective="diffusion", source="noise", blocks=1)
 
     def __init__(self, m, s, sampler="euler", prediction="x"):
         super().__init__()
         self.m, self.s, self.shape = m, s, {**self.shape, "sampler": sampler, "prediction": prediction}
         self.calls = 0
 
-    def forward(self, x, c, t, positions=None, mask=None):
+    def forward(self, x, c, t, *_):
         self.calls += 1
         t = t[:, None, None]
         variance = (1 - t) ** 2 * self.s ** 2 + t ** 2
@@ -129,9 +130,9 @@ def test_loss_weights_sinks_by_their_own_size():
 
 def test_noise_levels_are_keyed_by_slot():
     for law in ("logit-normal", "uniform"):
-        t = bridge.times(4000, law, 0, 5, range(4000))
+        t = bridge.times(law, 0.0, 0, 5, range(4000))
         assert 0 < t.min() and t.max() < 1 and t.mean().item() == pytest.approx(0.5, abs=0.02)
-        assert torch.equal(t[7:9], bridge.times(2, law, 0, 5, [7, 8]))
+        assert torch.equal(t[7:9], bridge.times(law, 0.0, 0, 5, [7, 8]))
     assert t.std().item() == pytest.approx(12 ** -0.5, abs=0.01)
 
 
@@ -156,6 +157,85 @@ def test_every_parameter_has_exactly_one_optimizer():
     assert sorted(held) == sorted(id(p) for p in model.parameters())
     assert len(optimizers[0].param_groups[0]["params"]) == 2 * 5                  # qkv, out, up, down, mod per block
     assert len(optim.build(model.named_parameters(), 0, 1e-3, 0.1)) == 1          # lr 0: AdamW for all
+
+
+# --------------------------------------------------------------------------------------------- gradients, memory
+class Work:
+    def wait(self):
+        pass
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_the_first_bucket_leaves_early(monkeypatch, overlap):
+    """With overlap the first bucket is sent before 60% of the gradients exist; each gradient is sent exactly once."""
+    model, sent = net(W=64, blocks=6), []
+    params = list(model.parameters())
+
+    def all_reduce(flat, async_op):
+        have = sum(p.grad is not None for p in params) / len(params)
+        sent.append((have, flat.numel()))
+        flat.mul_(2)                                                          # as if another process had the same
+        return Work()
+    monkeypatch.setattr(common.dist, "all_reduce", all_reduce)
+    gradients = common.GradientSum(params, common.World(0, 2, torch.device("cpu")), overlap, bucket_bytes=100_000)
+    x, c, t = states()
+    for part in range(2):                                                     # only the last micro-batch sends
+        if part == 1:
+            alone = [p.grad.clone() for p in params]
+            for p in params:
+                p.grad = None
+            gradients.arm()
+        model(x, c, t).square().mean().backward()
+        assert part == 1 or not sent
+    gradients.finish()
+    assert sum(n for _, n in sent) == sum(p.numel() for p in params)
+    assert all(torch.allclose(p.grad, 2 * a) for p, a in zip(params, alone, strict=True))
+    if overlap:
+        assert len(sent) > 5 and sent[0][0] < 0.6
+    else:
+        assert len(sent) == 1 and sent[0][0] == 1
+
+
+def test_replicas_that_differ_are_noticed(monkeypatch):
+    world, model = common.World(0, 2, torch.device("cpu")), net()
+    monkeypatch.setattr(common.dist, "all_reduce", lambda both, op: None)     # the other process agrees
+    common.check_replicas(list(model.parameters()), world)
+
+    def differ(both, op):
+        both += torch.tensor([1e-6, 0.0])
+    monkeypatch.setattr(common.dist, "all_reduce", differ)
+    with pytest.raises(common.UserError, match="no longer hold the same weights"):
+        common.check_replicas(list(model.parameters()), world)
+
+
+def test_recomputing_activations_changes_no_gradient():
+    a, b, (x, c, t) = net(), net(), states()
+    b.recompute = True
+    for model in (a, b):
+        model(x, c, t).square().mean().backward()
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_compiled_blocks_equal_eager_ones():
+    """bf16 autocast and torch.compile, block by block in place, on a tiny case: names stay, numbers agree."""
+    a, b, (x, c, t) = net(blocks=1), net(blocks=1), states()
+    b.blocks[0].compile(dynamic=False)
+    assert list(a.state_dict()) == list(b.state_dict())
+    exact = a(x, c, t).detach()
+    for model in (a, b):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(x, c, t)
+        assert out.dtype == torch.float32 and (out - exact).norm() < 0.05 * exact.norm()
+        out.square().mean().backward()
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        assert (p.grad - q.grad).norm() < 0.05 * p.grad.norm() + 1e-3
+
+
+def test_prefetch_keeps_the_order_and_passes_errors_on():
+    assert list(common.prefetch(lambda k: k * k, range(5))) == [0, 1, 4, 9, 16]
+    assert list(common.prefetch(lambda k: k, [])) == []
+    with pytest.raises(ZeroDivisionError):
+        list(common.prefetch(lambda k: 1 / k, [1, 0]))
 
 
 # ----------------------------------------------------------------------------------------------------- the runs
@@ -192,7 +272,7 @@ def test_a_better_bridge_measures_better(runs):
             self.answer, self.shape = answer, {**model.shape, "objective": "regression"}
             self.standard_z, self.standard_c, self.hidden = model.standard_z, model.standard_c, model.hidden
 
-        def forward(self, x, c, t, positions=None, mask=None):
+        def forward(self, x, c, t, *_, **__):
             return self.answer(c)
     perfect, _ = bridge.measure(lm, Fixed(lambda c: model.standard_z(lm.run(
         c * model.sigma_c + model.mu_c, 0, layer))), rows, layer, (1,), 1, 4)
@@ -221,22 +301,40 @@ def test_micro_batches_add_up(runs, tmp_path, text):
     assert parts["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-4)
 
 
-def test_two_processes_equal_one(runs, tmp_path, text):
-    bridge.main(command(runs, text, tmp_path / "one", "--steps", "4"))
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                           "bridge.py", *command(runs, text, tmp_path / "two", "--steps", "4")],
-                          cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+def test_four_processes_equal_one(runs, tmp_path, text):
+    bridge.main(command(runs, text, tmp_path / "1", "--steps", "4"))
+    one = load_file(tmp_path / "1" / "bridge.safetensors")
+    argv = command(runs, text, tmp_path / "4", "--steps", "4", "--save_every", "2")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4",
+                           "bridge.py", *argv], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    one, two = (load_file(tmp_path / n / "bridge.safetensors") for n in ("one", "two"))
-    assert all(torch.allclose(one[k], two[k], atol=2e-5, rtol=1e-4) for k in one)
-    assert json.loads((tmp_path / "two" / "result.json").read_text())["processes"] == 2
+    four = load_file(tmp_path / "4" / "bridge.safetensors")
+    assert all(torch.allclose(one[k], four[k], atol=2e-5, rtol=1e-4) for k in one)
+    assert json.loads((tmp_path / "4" / "result.json").read_text())["processes"] == 4
+
+
+def test_killed_and_resumed_equals_uninterrupted(runs, tmp_path, text):
+    """One real SIGKILL in the middle of training; tests/kill_and_resume.py does it twenty times."""
+    import kill_and_resume as killing
+    quiet = killing.start(tmp_path / "quiet", runs / "toy", 80, text)
+    assert quiet.wait(60) == 0
+    killed = killing.start(tmp_path / "killed", runs / "toy", 80, text)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "killed" / "state.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    assert not (tmp_path / "killed" / "result.json").exists()                 # it was killed before the end
+    again = killing.start(tmp_path / "killed", runs / "toy", 80, text)
+    assert again.wait(60) == 0 and killing.equal(tmp_path / "quiet", tmp_path / "killed")
 
 
 def test_objectives_and_predictions_train(runs, tmp_path, text):
     for flags in (["--prediction", "v", "--source", "embedding", "--times", "uniform", "--sampler", "heun"],
-                  ["--prediction", "eps"]):
-        result = bridge.main(command(runs, text, tmp_path / flags[1], "--steps", "4", *flags))
+                  ["--prediction", "eps"], ["--self_condition", "--weighting", "v", "--t_mean", "1", "--recompute"],
+                  ["--schedule", "cosine", "--cooldown", "0.5"]):
+        result = bridge.main(command(runs, text, tmp_path / flags[-1], "--steps", "4", *flags))
         assert result["nfe"]["8"]["fvu"] > 0
 
 

@@ -103,10 +103,14 @@ def test_kinds_of_text(tmp_path):
     (folder / "c.py").write_text("x = 1\n\n\n\n" * 9000)                       # code is never cut
     (folder / "d.txt").write_text(("line\n" * 20 + "\n") * 400)                 # long text is, at blank lines
     (folder / "skip.bin").write_bytes(b"\0\1")
-    texts = list(data.documents(data.resolve(str(folder))))
+    (folder / "z.py").write_text("")                                            # an empty file is no document
+    texts = [t for t in data.documents(data.resolve(str(folder))) if t]
     assert texts[1:3] == ["one", "two"] and texts[3].startswith("x = 1") and len(texts[3]) == 81000
     assert len(texts) > 5 and "".join(texts[4:]) == (folder / "d.txt").read_text()
     assert all(t.endswith("line\n\n") for t in texts[4:])
+    data.main(["--data", str(folder), "--vocab", "300", "--out", str(tmp_path / "s")])
+    ids = np.concatenate([np.fromfile(tmp_path / "s" / f"{s}.bin", np.uint16) for s in ("train", "val")])
+    assert (ids == 0).sum() == len(texts)                                       # one EOS a document
 
 
 def test_a_local_dataset_folder_goes_through_datasets(tmp_path, capsys):

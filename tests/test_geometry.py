@@ -1,6 +1,7 @@
 """Every proxy against a closed form: Gaussians of known covariance, a subspace, a lattice, the scaling laws."""
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -188,6 +189,9 @@ def test_refusals(runs, tmp_path, capsys, text):
 
 
 def test_a_small_corpus_shrinks_the_pool(runs, tmp_path, text, capsys):
-    flags = f"--preset tiny --model {runs}/toy --out {tmp_path}/g --tokens 999999 --pool 500000 --data".split()
-    result = geometry.main([*flags, str(text)])
+    (tmp_path / "some").mkdir()
+    for name in ("ast.py", "bdb.py"):
+        shutil.copy(text / name, tmp_path / "some")
+    flags = f"--preset tiny --model {runs}/toy --out {tmp_path}/g --tokens 999999 --pool 500000 --data {tmp_path}/some"
+    result = geometry.main(flags.split())
     assert result["pool"] == result["tokens"] < 500000 and "note: held-out" in capsys.readouterr().out

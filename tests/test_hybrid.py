@@ -4,11 +4,12 @@ import shutil
 
 import pytest
 import torch
-from conftest import fails, randomise
-from transformers import AutoModelForCausalLM
+from conftest import FAMILIES, fails, randomise, tiny_model
+from transformers import AutoModelForCausalLM, DynamicCache
 
 import backbone
 import bridge
+import denoiser
 import hybrid
 from common import UserError
 
@@ -37,7 +38,7 @@ def test_logits_are_bridge_then_upper_blocks(runs, model):
 @pytest.mark.parametrize("nfe", [1, 2, 4])
 @torch.no_grad()
 def test_the_future_never_changes_past_logits(model, nfe):
-    model.config.nfe = nfe
+    model.set_nfe(nfe)
     other = IDS.clone()
     other[:, 12] += 1
     before, after = model(IDS).logits, model(other).logits
@@ -68,13 +69,106 @@ def test_save_and_load_by_the_auto_class(runs, model, tmp_path):
     assert saved.config.layer == json.loads((runs / "hybrid" / "result.json").read_text())["layer"]
 
 
+# ------------------------------------------------------------------------------------------------ cached generation
+def random_hybrid(family, objective="diffusion", sampler="euler", layer=2, nfe=3, self_condition=False):
+    """A hybrid of a random base and a random bridge: 2 bridge blocks of width 32 at a layer of 4."""
+    net = denoiser.Bridge(32, 32, 2, 2, objective, "x", "noise", sampler, self_condition)
+    config = hybrid.HybridConfig(layer=layer, nfe=nfe, bridge=net.shape, vocab_size=64, hidden_size=32,
+                                 eos_token_id=None, pad_token_id=0)
+    lm = backbone.Backbone(tiny_model(family).requires_grad_(False))
+    return hybrid.HybridForCausalLM(config, randomise(net), lm).eval()
+
+
+TOKENS = torch.randint(3, 64, (2, 26), generator=torch.Generator().manual_seed(5))
+
+
+def cached_logits(model, ids, first, mask=None):
+    """Logits of ids (B, T) when the first `first` tokens go in at once and the rest one by one."""
+    cache, out = DynamicCache(config=model.config), []
+    for lo, hi in [(0, first), *((i, i + 1) for i in range(first, ids.shape[1]))]:
+        step = model(ids[:, lo:hi], past_key_values=cache, use_cache=True,
+                     attention_mask=None if mask is None else mask[:, :hi])
+        out.append(step.logits)
+    return torch.cat(out, 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_generate(model):
-    out = model.generate(IDS, max_new_tokens=5, do_sample=False, use_cache=False)
-    ids = IDS
-    for _ in range(5):
-        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+def test_cached_logits_equal_recomputed_ones(family):
+    """Past the window of 8, one token at a time, left-padded or not; and a cache one position off must fail."""
+    model = random_hybrid(family)
+    want = model(TOKENS, use_cache=False).logits
+    assert torch.allclose(cached_logits(model, TOKENS, 10), want, atol=1e-4, rtol=1e-4)
+    ids, mask = torch.cat([torch.zeros(2, 3, dtype=torch.long), TOKENS], 1), torch.ones(2, 29, dtype=torch.long)
+    mask[:, :3] = 0
+    assert torch.allclose(cached_logits(model, ids, 10, mask)[:, 3:], want, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(cached_logits(model, ids, 10)[:, 3:], want, atol=1e-2)      # the broken twin: no mask
+
+
+@pytest.mark.parametrize("nfe", [1, 2, 4, 8])
+@pytest.mark.parametrize("layer", [1, 4])
+@torch.no_grad()
+def test_cached_logits_at_every_nfe_and_layer(nfe, layer):
+    for sampler, again in (("euler", False), ("heun", False), ("euler", True)):
+        model = random_hybrid("qwen3", sampler=sampler, layer=layer, nfe=nfe, self_condition=again)
+        want = model(TOKENS, use_cache=False).logits
+        assert torch.allclose(cached_logits(model, TOKENS, 1), want, atol=1e-4, rtol=1e-4)
+        model.set_nfe(nfe + 1)
+        other = model(TOKENS, use_cache=False).logits
+        assert not torch.allclose(other, want, atol=1e-3)
+        assert torch.allclose(cached_logits(model, TOKENS, 20), other, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_the_future_never_changes_the_past_in_any_family(family):
+    model, other = random_hybrid(family), TOKENS.clone()
+    other[:, 15] = (other[:, 15] + 1) % 60 + 3
+    before, after = model(TOKENS).logits, model(other).logits
+    assert torch.equal(before[:, :15], after[:, :15]) and not torch.equal(before[:, 15:], after[:, 15:])
+
+
+@torch.no_grad()
+def test_a_shifted_position_is_noticed():
+    model = random_hybrid("llama")
+    want = model(TOKENS).logits
+    shifted = model(TOKENS, position_ids=torch.arange(1, 27)[None]).logits                # other noise, other rotation
+    assert not torch.allclose(shifted, want, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3", "gpt2"])
+@torch.no_grad()
+def test_generate(family):
+    """generate() with its cache gives the tokens of plain recomputation: greedy, batched with left padding, beams."""
+    model = random_hybrid(family)
+    out = model.generate(TOKENS, max_new_tokens=6, do_sample=False)
+    ids = TOKENS
+    for _ in range(6):
+        ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
     assert torch.equal(out, ids)
+    short = TOKENS[:1, :20]
+    alone = model.generate(short, max_new_tokens=6, do_sample=False)
+    both = torch.cat([torch.cat([torch.zeros(1, 6, dtype=torch.long), short], 1), TOKENS[1:]])
+    mask = torch.ones_like(both)
+    mask[0, :6] = 0
+    padded = model.generate(both, attention_mask=mask, max_new_tokens=6, do_sample=False)
+    assert torch.equal(padded[0, 6:], alone[0]) and torch.equal(padded[1], out[1])
+    beams = dict(num_beams=3, max_new_tokens=5, do_sample=False)
+    assert torch.equal(model.generate(TOKENS, **beams), model.generate(TOKENS, use_cache=False, **beams))
+    drawn = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        drawn.append(model.generate(TOKENS, max_new_tokens=5, do_sample=True, temperature=3.0, use_cache=use_cache))
+    assert torch.equal(*drawn)
+
+
+@torch.no_grad()
+def test_a_standalone_hybrid_travels(runs, tmp_path):
+    made = hybrid.from_bridge(runs / "bridge")
+    made.save_pretrained(tmp_path / "a", standalone=True)
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+    assert again.config.base_model.startswith(str(tmp_path)) and torch.equal(again(IDS).logits, made(IDS).logits)
 
 
 def test_the_stage_reports_the_gap_of_what_it_saved(runs):
@@ -86,7 +180,7 @@ def test_the_stage_reports_the_gap_of_what_it_saved(runs):
 def test_prompt_prints_text(runs, capsys):
     hybrid.main(["--bridge", f"{runs}/bridge", "--prompt", "import os", "--max_new_tokens", "4", "--compare"])
     out = capsys.readouterr().out
-    assert out.startswith("import os") and "--- the intact model:" in out
+    assert out.startswith("import os") and "--- the intact model:" in out and "CE gap" in out
 
 
 def test_refusals(runs, model, tmp_path, capsys):
