@@ -46,7 +46,7 @@ class Config:
 # ---------------------------------------------------------------------------------------------- text -> documents
 TEXT = {".txt", ".md", ".py", ".jsonl"}
 TABLES = {".parquet", ".arrow", ".csv"}
-PIECE = 16_000  # characters: a plain text file has no document boundaries, so it is cut at blank lines about here
+PIECE = 8_000  # characters: a plain text file has no document boundaries, so it is cut into pieces of about this size
 
 
 def resolve(data):
@@ -112,12 +112,19 @@ def _read(file):
     if file.suffix == ".py":
         yield text
         return
+    yield from pieces(text)
+
+
+def pieces(text):
+    """Cut a long text into pieces of PIECE to 2 PIECE characters: at a blank line, a line's end, or anywhere."""
     start = 0
-    while start < len(text):
-        cut = text.find("\n\n", start + PIECE)
-        cut = len(text) if cut < 0 else cut + 2
+    while len(text) - start > 2 * PIECE:
+        lo, hi = start + PIECE, start + 2 * PIECE
+        blank = re.compile(r"\n[ \t]*\n").search(text, lo, hi)
+        cut = blank.end() if blank else text.find("\n", lo, hi) + 1 or hi
         yield text[start:cut]
         start = cut
+    yield text[start:]
 
 
 def _stream(source):

@@ -113,6 +113,14 @@ def test_kinds_of_text(tmp_path):
     assert (ids == 0).sum() == len(texts)                                       # one EOS a document
 
 
+@pytest.mark.parametrize("line, end", [("word " * 20 + "\n \n", " \n"), ("word " * 20 + "\n", "\n"), ("x" * 99, "x")])
+def test_long_text_is_cut_somewhere_sensible(line, end):
+    text = line * 2000
+    parts = list(data.pieces(text))
+    assert "".join(parts) == text and len(parts) > 5 and all(p.endswith(end) for p in parts)
+    assert all(data.PIECE <= len(p) <= 2 * data.PIECE for p in parts[:-1])
+
+
 def test_a_local_dataset_folder_goes_through_datasets(tmp_path, capsys):
     import datasets
     rows = [f"document {i} says: " + "to be or not to be, " * (i % 7 + 3) for i in range(60)]

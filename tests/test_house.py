@@ -17,8 +17,8 @@ import run
 
 FILES = sorted(ROOT.glob("*.py"))
 ORDER = ["common", "run", "optim", "data", "backbone", "geometry", "denoiser", "bridge", "hybrid", "repr_align",
-         "circuits", "evaluate", "report", "bench"]
-STAGES = ["data", "backbone", "geometry", "bridge", "hybrid", "repr_align", "evaluate", "bench"]
+         "ablate", "circuits", "evaluate", "report", "bench"]
+STAGES = ["data", "backbone", "geometry", "bridge", "hybrid", "repr_align", "evaluate", "bench", "ablate"]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.name)

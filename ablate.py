@@ -1,0 +1,108 @@
+"""ablate.py: what the choices in bridge.py are worth. Variants x layers x seeds at equal budget, one table a study.
+
+    python ablate.py --study objective               # diffusion against regression, layers 1, 4, 7: ~20 min, 2 cores
+    python ablate.py --study tricks                  # attempts to make the iterative bridge win, layer 4: ~20 min
+    python ablate.py --study objective --seeds 1 --steps 100      # a quick look
+
+Each cell is an ordinary run of bridge.py in a folder under --out, so an interrupted study goes on where it stopped.
+Prints the table and writes it to --out/STUDY.md: mean and standard deviation over seeds.
+"""
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from common import UserError, entry, parse
+from run import atomic, read_json
+
+STUDIES = {  # study -> (layers, {variant: flags of bridge.py})
+    "objective": ((1, 4, 7), {
+        "diffusion": "", "regression": "--objective regression"}),
+    "compute": ((1,), {  # equal compute at sampling time: one call of 4 blocks costs what 4 calls of one block do
+        "diffusion": "", "regression, 4x the blocks": "--objective regression --blocks 4"}),
+    "tricks": ((4,), {
+        "default": "", "t near 1 (t_mean 1)": "--t_mean 1", "t near 1 (t_mean 2)": "--t_mean 2",
+        "uniform t": "--times uniform", "self-conditioning": "--self_condition", "velocity weighting": "--weighting v",
+        "source embedding": "--source embedding", "v-prediction": "--prediction v", "Heun": "--sampler heun",
+        "regression": "--objective regression"}),
+}
+
+
+@dataclass
+class Config:
+    study: Literal["objective", "compute", "tricks"] = "objective"  # which table
+    model: str = "out/toy"      # a finished backbone
+    data: str = "stdlib"        # its text
+    out: str = "out/ablate"     # folder of the runs and the table
+    seeds: int = 3              # training seeds
+    steps: int = 400            # of each run
+    jobs: int = 2               # runs at a time, one thread each
+    seed: int = 0               # the first training seed
+    dry_run: bool = False       # print the commands, then leave
+
+
+def cells(cfg):
+    """Every run of the study: (variant, layer, seed, folder, command)."""
+    layers, variants = STUDIES[cfg.study]
+    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+        for layer in layers:
+            for name, flags in variants.items():
+                changed = flags.replace("--", "").replace(" ", "_")
+                folder = Path(cfg.out) / f"layer{layer}_seed{seed}_steps{cfg.steps}_{changed}".rstrip("_")
+                command = [sys.executable, str(Path(__file__).with_name("bridge.py")), "--model", cfg.model, "--data",
+                           cfg.data, "--layer", str(layer), "--seed", str(seed), "--steps", str(cfg.steps), "--out",
+                           str(folder), *flags.split()]
+                yield name, layer, seed, folder, command
+
+
+def table(cfg):
+    """The study as Markdown: per layer and variant the mean +- sd over seeds of FVU and CE gap."""
+    groups = {}
+    for name, layer, _, folder, _ in cells(cfg):
+        groups.setdefault((layer, name), []).append(read_json(folder / "result.json"))
+    held_out = next(iter(groups.values()))[0]["eval_sequences"]
+    lines = [f"Study `{cfg.study}`: {cfg.seeds} seeds, {cfg.steps} steps, {held_out} held-out sequences, mean +- sd "
+             "over seeds.", "",
+             "| layer | variant | size ratio | FVU, NFE 1 | FVU, NFE 4 | FVU, NFE 8 | CE gap, NFE 1 | CE gap, NFE 4 |",
+             "|---|---|---|---|---|---|---|---|"]
+    for (layer, name), results in groups.items():
+        row = [f"| {layer} | {name} | {results[0]['size_ratio']:.2f}"]
+        for key, nfe, form in (("fvu", "1", ".4f"), ("fvu", "4", ".4f"), ("fvu", "8", ".4f"), ("ce_gap", "1", "+.4f"),
+                               ("ce_gap", "4", "+.4f")):
+            values = [r["nfe"][nfe][key] for r in results if nfe in r["nfe"]]
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            row.append(f"{statistics.mean(values):{form}} +- {spread:.4f}" if values else "-")
+        lines.append(" | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+@entry
+def main(argv):
+    cfg = parse(Config, argv, __doc__)
+    work = list(cells(cfg))
+    if cfg.dry_run:
+        print("\n".join(" ".join(command) for *_, command in work))
+        return None
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def one(cell):
+        name, layer, seed, _, command = cell
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"{name} at layer {layer}, seed {seed} failed: {done.stderr.strip().splitlines()[-1]}")
+        print(f"{name}, layer {layer}, seed {seed}: {done.stdout.strip().splitlines()[-1]}", flush=True)
+    with ThreadPoolExecutor(cfg.jobs) as pool:
+        list(pool.map(one, work))
+    text = table(cfg)
+    with atomic(Path(cfg.out) / f"{cfg.study}.md") as temporary:
+        temporary.write_text(text + "\n")
+    print(text)
+    return text
+
+
+if __name__ == "__main__":
+    main()
