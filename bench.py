@@ -15,13 +15,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 import backbone
+import bridge
+import denoiser
 import geometry
+import hybrid
 from common import entry, matmul_rate, parse, setup
 
 
 @dataclass
 class Config:
     model: str = "out/toy"      # a model folder or a Hub id
+    bridge: str = "out/bridge"  # a trained bridge
     seed: int = 0               # of the random tokens
     tokens: int = 8192          # tokens of the geometry rows
     repeats: int = 5            # the best of so many is reported
@@ -66,17 +70,8 @@ def best_of(repeats, run):
     return min(times)
 
 
-@entry
-def main(argv):
-    cfg = parse(Config, argv, __doc__)
-    if cfg.dry_run:
-        print(f"measures torch.mm, and geometry.collect against the forward passes of {cfg.model}")
-        return None
-    world = setup("cpu")
-    lm = backbone.load(cfg.model, world.device, torch.float32)
-    print(f"torch.mm at 2048^2, fp32: {matmul_rate() / 1e9:.0f} GFLOP/s on {torch.get_num_threads()} threads")
-
-    torch.manual_seed(cfg.seed)
+def bench_geometry(lm, cfg):
+    """Collecting all layers' states against the stock model's forward passes over the same tokens."""
     windows = torch.randint(0, lm.V, (cfg.tokens // 128, 128))                         # (S, T)
     settings = geometry.Config(tokens=windows.shape[0] * 124, pool=4096)
 
@@ -92,7 +87,49 @@ def main(argv):
     rest = best_of(1, lambda: geometry.analyse(states, settings))
     print(f"geometry, {windows.numel()} tokens: collecting the states {collecting:.2f} s, stock forward passes "
           f"{forward:.2f} s, ratio {collecting / forward:.2f}; everything else {rest:.1f} s")
-    return {"ratio": collecting / forward, "rest": rest}
+
+
+def bench_bridge(width, cfg):
+    """Forward and backward of a bridge of 2 blocks on 2,048 tokens, as a share of torch.mm's rate."""
+    net = denoiser.Bridge(width, width, 2, max(1, width // (64 if width >= 512 else 32)))
+    z, c, noise, t = (*(torch.randn(16, 128, width) for _ in range(3)), torch.rand(16))
+
+    def step():
+        bridge.token_loss(net, z, c, t, noise, 4).mean().backward()
+    step()
+    rate = 2048 * bridge.train_flops(net, 0, 128) / best_of(cfg.repeats, step)
+    print(f"bridge of width {width}: {rate / 1e9:.0f} GFLOP/s forward and backward, {rate / matmul_rate():.0%} of "
+          "torch.mm")
+
+
+def bench_generate(cfg):
+    """Tokens a second of cached generation, batch 1, against stock generate() of the intact model."""
+    model = hybrid.from_bridge(cfg.bridge)
+    intact = backbone.load(model.config.base_model, torch.device("cpu"), torch.float32).model
+    ids = torch.randint(1, intact.config.vocab_size, (1, 64))
+    new = dict(max_new_tokens=64, min_new_tokens=64, do_sample=False, pad_token_id=0,
+               attention_mask=torch.ones_like(ids))
+    stock = 64 / best_of(cfg.repeats, lambda: intact.generate(ids, **new))
+    print(f"generation at layer {model.config.layer}: stock generate() {stock:.0f} tokens/s; hybrid ", end="")
+    for nfe in (1, 2, 4, 8):
+        model.set_nfe(nfe)
+        speed = 64 / best_of(cfg.repeats, lambda: model.generate(ids, **new))
+        print(f"NFE {nfe}: {speed:.0f} ({speed / stock:.2f}x)", end="; " if nfe < 8 else "\n")
+
+
+@entry
+def main(argv):
+    cfg = parse(Config, argv, __doc__)
+    if cfg.dry_run:
+        print(f"measures torch.mm, geometry.collect on {cfg.model}, a bridge step, and generation with {cfg.bridge}")
+        return
+    world = setup("cpu")
+    torch.manual_seed(cfg.seed)
+    print(f"torch.mm at 2048^2, fp32: {matmul_rate() / 1e9:.0f} GFLOP/s on {torch.get_num_threads()} threads")
+    bench_geometry(backbone.load(cfg.model, world.device, torch.float32), cfg)
+    for width in (128, 512):
+        bench_bridge(width, cfg)
+    bench_generate(cfg)
 
 
 if __name__ == "__main__":

@@ -270,23 +270,36 @@ def train_flops(net, replaced, T):
     return 6 * (own + blocks * W * T) + 2 * (replaced + blocks * D * T)
 
 
-def report_size(cfg, net, shape, layer, world):
-    """--dry_run: parameters by group and the bytes each component of training holds on one GPU."""
+def report_size(cfg, net, shape, layer, world, micro, dtype):
+    """--dry_run: parameters by group, bytes by component on one GPU, FLOPs, and the speed at 50% MFU on an H100.
+
+    Activations: bytes saved for backward per token, counted with saved-tensor hooks (about 100 W a block, with bf16
+    autocast or without it; 4 W with --recompute), plus the states themselves and one MLP of the prefix."""
+    from transformers import AutoModelForCausalLM
     print("\n".join(f"  {k} = {v}" for k, v in dataclasses.asdict(cfg).items()))
-    groups = {"blocks": net.blocks, "enter": net.enter, "time": net.time, "leave": net.leave}
-    size = sum(p.numel() for p in net.parameters())
-    print(f"bridge at layer {layer} of {shape.num_hidden_layers}: {size:,} parameters ("
-          + ", ".join(f"{k} {sum(p.numel() for p in m.parameters()):,}" for k, m in groups.items()) + ")")
     with torch.device("meta"):
-        from transformers import AutoModelForCausalLM
         lm = backbone.Backbone(AutoModelForCausalLM.from_config(shape))
-    replaced = sum(p.numel() for b in lm.blocks[:layer] for p in b.parameters())
-    embedding = lm.model.get_input_embeddings().weight.numel()
-    flops = train_flops(net, replaced, cfg.seq_len)
-    gigabytes = {"frozen prefix": 2e-9 * (replaced + embedding), "weights": 4e-9 * size, "gradients": 4e-9 * size,
-                 "optimizer": 6e-9 * size, "EMA": 4e-9 * size}
-    print(f"{size / replaced:.2f}x the blocks it replaces; {flops:.2e} FLOPs a token; GB besides activations: "
-          + ", ".join(f"{k} {v:.2f}" for k, v in gigabytes.items()) + f"; sum {sum(gigabytes.values()):.2f}")
+    count = {"blocks": net.blocks, "enter": net.enter, "time": net.time, "leave": net.leave}
+    count = {name: sum(p.numel() for p in module.parameters()) for name, module in count.items()}
+    size, replaced = sum(count.values()), sum(p.numel() for b in lm.blocks[:layer] for p in b.parameters())
+    upper = sum(p.numel() for b in lm.blocks[layer:] for p in b.parameters())
+    flops, tokens = train_flops(net, replaced, cfg.seq_len), micro * cfg.seq_len
+    matrices = sum(p.numel() for p in net.blocks.parameters() if p.ndim == 2) if cfg.lr > 0 else 0
+    W, D = net.shape["W"], net.shape["D"]
+    saved = (4 if cfg.recompute else 100) * W * net.shape["blocks"] + (100 * W if cfg.recompute else 0)
+    wide = getattr(shape, "intermediate_size", None) or 4 * D
+    gigabytes = {
+        "frozen prefix": dtype.itemsize * (sum(p.numel() for p in lm.parameters()) - upper), "weights": 4 * size,
+        "gradients": 4 * size * (2 if world.size > 1 else 1), "optimizer": 4 * matrices + 8 * (size - matrices),
+        "EMA": 4 * size, "activations": tokens * (saved + 36 * D + 3 * wide * dtype.itemsize)}
+    total = sum(gigabytes.values()) / 1e9
+    print(f"bridge at layer {layer} of {shape.num_hidden_layers}: {size:,} parameters, {size / replaced:.2f}x the "
+          "blocks it replaces: " + ", ".join(f"{name} {n:,}" for name, n in count.items()))
+    print(f"GB on one GPU at {micro} sequences a pass: "
+          + ", ".join(f"{name} {n / 1e9:.2f}" for name, n in gigabytes.items())
+          + f"; together {total:.1f}, which {'fits' if total < 80 else 'does NOT fit'} 80 GB")
+    print(f"{flops:.3e} FLOPs a token: {0.5 * 989e12 / flops:,.0f} tokens/s a GPU at 50% of 989 TFLOP/s")
+    return {"parameters": size, "gigabytes": total, "flops_per_token": flops}
 
 
 def summary(result):
@@ -332,14 +345,14 @@ def main(argv):
     if W % (2 * H):
         raise UserError(f"--width {W} does not split into {H} heads; use a multiple of {64 if W >= 512 else 32}")
     torch.manual_seed(cfg.seed)
-    net = Bridge(D, W, blocks, H, cfg.objective, cfg.prediction, cfg.source, cfg.sampler, cfg.self_condition)
-    net, net.recompute = net.to(world.device), cfg.recompute
-    size = sum(p.numel() for p in net.parameters())
+    with torch.device("meta" if cfg.dry_run else "cpu"):
+        net = Bridge(D, W, blocks, H, cfg.objective, cfg.prediction, cfg.source, cfg.sampler, cfg.self_condition)
     if cfg.dry_run:
-        report_size(cfg, net, shape, layer, world)
-        return None
+        return report_size(cfg, net, shape, layer, world, micro, dtype)
 
     # -------------------------------------------------------------------------------------------- model, data
+    net, net.recompute = net.to(world.device), cfg.recompute
+    size = sum(p.numel() for p in net.parameters())
     lm = backbone.load(model, world.device, dtype, blocks=layer, random_init=cfg.random_init)     # only the prefix
     replaced = sum(p.numel() for b in lm.blocks[:layer] for p in b.parameters())
     if cfg.random_init:  # nothing to learn from, only to measure: no tokenizer and no text are needed

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, fails, randomise
+from conftest import ROOT, fails, randomise, tiny_model
 from safetensors.torch import load_file
 
 import bridge
@@ -360,6 +360,48 @@ def test_bad_input(runs, tmp_path, capsys, text, monkeypatch):
     monkeypatch.setattr(bridge, "token_loss", lambda net, *_: net.leave.weight.sum() * nan)
     assert "step 0, slot 0" in fails(capsys, bridge.main, *good)
     assert not (tmp_path / "x" / "result.json").exists()
+
+
+def test_dry_run_at_8b_shape(tmp_path, capsys):
+    """The design card's command, from a config alone: it fits 80 GB, and no 8B tensor is made."""
+    from transformers import LlamaConfig
+    LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+                num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False).save_pretrained(tmp_path / "8b")
+    argv = f"--preset 8b --layer 6 --random_init --dry_run --dtype bf16 --model {tmp_path}/8b".split()
+    size = bridge.main(argv)
+    out = capsys.readouterr().out
+    assert size["gigabytes"] < 80 and "which fits 80 GB" in out and "bridge at layer 6 of 32" in out
+    assert size["parameters"] == pytest.approx(6 * 10 * 4096 ** 2 + 3 * 4096 ** 2, rel=0.01)
+    assert size["flops_per_token"] == pytest.approx(6 * size["parameters"] + 2 * 6 * 218.1e6, rel=0.05)
+    assert bridge.main([*argv, "--recompute"])["gigabytes"] < size["gigabytes"]
+
+
+def test_activation_formula_against_a_count():
+    """Bytes saved for backward, by hooks, against the 100 W a token and block of the dry run."""
+    def saved(blocks, recompute=False):
+        model, held = net(W=64, D=16, H=2, blocks=blocks), {}
+        model.recompute = recompute
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                held[storage.data_ptr()] = storage.nbytes()
+            return tensor
+        z, c, t = states()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            bridge.token_loss(model, z, c, t, z, 0)
+        return sum(held.values())
+    assert (saved(3) - saved(2)) / (B * T * 64) == pytest.approx(100, rel=0.1)
+    assert (saved(3, True) - saved(2, True)) / (B * T * 64) == pytest.approx(4, rel=0.1)
+
+
+def test_random_init_needs_only_a_config(tmp_path):
+    """Throughput without a download: a bare config.json, no tokenizer, no text."""
+    tiny_model("llama").config.save_pretrained(tmp_path / "bare")
+    argv = f"--preset tiny --layer 2 --random_init --steps 3 --model {tmp_path}/bare --out {tmp_path}/b"
+    result = bridge.main(argv.split())
+    assert result["tokens_per_s"] > 0 and result["layer"] == 2
 
 
 def test_layer_all_makes_one_run_a_layer(runs, tmp_path, text):

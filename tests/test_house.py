@@ -172,6 +172,14 @@ def test_report(runs, tmp_path, capsys):
     assert set(result) >= {"sweep", "interfaces", "generation", "cost", "conversion", "circuits", "zero_shot"}
 
 
+def test_the_readme_states_the_published_numbers():
+    published = run.read_json(ROOT / "results" / "result.json")
+    readme = (ROOT / "README.md").read_text()
+    for what, value in published["table"]:
+        assert f"| {what} | {value} |" in readme
+    assert (ROOT / "results" / "figure.png").stat().st_size > 20_000
+
+
 def test_report_refusals(runs, tmp_path, capsys):
     import shutil
     argv = ["--runs", tmp_path / "r", "--out", tmp_path / "e"]
