@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import data
 from common import UserError, entry, parse
 from run import atomic, read_json
 
@@ -95,6 +96,7 @@ def main(argv):
         if done.returncode:
             raise UserError(f"{name} at layer {layer}, seed {seed} failed: {done.stderr.strip().splitlines()[-1]}")
         print(f"{name}, layer {layer}, seed {seed}: {done.stdout.strip().splitlines()[-1]}", flush=True)
+    data.prepare(cfg.data, data.load_tokenizer(cfg.model), Path(cfg.out) / "data")  # once, before two runs want it
     with ThreadPoolExecutor(cfg.jobs) as pool:
         list(pool.map(one, work))
     text = table(cfg)

@@ -154,11 +154,18 @@ class Backbone(nn.Module):
         return torch.tanh(logits / cap) * cap if cap is not None else logits
 
 
-def resolve(model, out, up=1):
-    """`toy` means the folder `toy` beside --out (beside its parent with up=2)."""
+def beside(out, name):
+    """The folder `name` beside --out, or beside its parent (out/repr_align/w10 belongs to out)."""
+    near, far = Path(out).parent / name, Path(out).parent.parent / name
+    return far if not near.exists() and far.exists() else near
+
+
+def resolve(model, out):
+    """`toy` means the folder `toy` beside --out. A local folder is given back whole, so that it can be found again from
+    another working directory."""
     if model != "toy":
-        return model
-    folder = Path(out).parents[up - 1] / "toy"
+        return str(Path(model).resolve()) if Path(model).exists() else model
+    folder = beside(out, "toy").resolve()
     if not (folder / "result.json").exists():
         raise UserError(f"there is no finished backbone in {folder}; make it with: python backbone.py --out {folder}")
     return str(folder)
@@ -190,8 +197,8 @@ def identity(name, random_init=False):
     return digest.hexdigest()[:16]
 
 
-def read_config(name):
-    """The transformers config of a folder or Hub id; raises UserError for what is no causal LM."""
+def read_config(name, seq_len=0):
+    """The transformers config of a folder or Hub id; raises UserError for what is no causal LM, or too short a one."""
     from transformers import AutoConfig
     if Path(name).exists() and not (Path(name) / "config.json").exists():
         raise UserError(f"{name} is no model folder: it has no config.json")
@@ -202,6 +209,8 @@ def read_config(name):
     if config.model_type not in FAMILIES:
         raise UserError(f"a model of type {config.model_type!r} cannot be cut at a layer; "
                         f"supported are {', '.join(sorted(FAMILIES))}")
+    if seq_len > config.max_position_embeddings:
+        raise UserError(f"--seq_len {seq_len} is longer than the {config.max_position_embeddings} positions of {name}")
     return config
 
 
@@ -255,7 +264,7 @@ def quiet():
 
 def shards_beside(cfg, tokenizer, world):
     """The token shards of --data, kept in the folder `data` beside --out. Returns (folder, meta)."""
-    return data.prepare(cfg.data, tokenizer, Path(cfg.out).parent / "data", world)
+    return data.prepare(cfg.data, tokenizer, beside(cfg.out, "data"), world)
 
 
 def next_token_loss(logits, ids):
@@ -296,8 +305,9 @@ def flops_per_token(model, T):
     """Training FLOPs a token: 6 per parameter (forward 2, backward 4) and 6 per attended key and channel, causal.
     A tied embedding counts once, as the head."""
     c = model.config
+    width = c.num_attention_heads * (getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads)
     n = sum(p.numel() for p in model.parameters())
-    return 6 * n + 6 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * T
+    return 6 * n + 6 * c.num_hidden_layers * width * T
 
 
 @torch.no_grad()
@@ -337,7 +347,8 @@ def main(argv):
     # -------------------------------------------------------------------------------------------------- data
     shards, meta = data.prepare(cfg.data, None, Path(cfg.out).parent / "data", world, vocab=cfg.vocab)
     if meta["vocab_size"] > cfg.vocab:
-        raise UserError(f"the shards in {shards} have {meta['vocab_size']} token ids, more than --vocab {cfg.vocab}")
+        raise UserError(f"the shards in {shards} have {meta['vocab_size']} token ids, more than --vocab {cfg.vocab}; "
+                        "delete that folder or pass another --out")
     train = data.Tokens(shards, "train", cfg.seq_len)
     held_out = data.Tokens(shards, "val", cfg.seq_len).spread(512)                                # (N, T+1)
 
@@ -381,6 +392,7 @@ def main(argv):
             run.save(done, clock, [model], optimizers)
         if leaving:
             run.leave(done)
+    stop.done()
     seconds = clock.seconds()
 
     # ------------------------------------------------------------------------------------------------- result

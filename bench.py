@@ -97,7 +97,7 @@ def bench_bridge(width, cfg):
     def step():
         bridge.token_loss(net, z, c, t, noise, 4).mean().backward()
     step()
-    rate = 2048 * bridge.train_flops(net, 0, 128) / best_of(cfg.repeats, step)
+    rate = 2048 * bridge.train_flops(net, 0, 0, 128) / best_of(cfg.repeats, step)
     print(f"bridge of width {width}: {rate / 1e9:.0f} GFLOP/s forward and backward, {rate / matmul_rate():.0%} of "
           "torch.mm")
 

@@ -13,6 +13,7 @@ l the replaced layer, z the standardised h[l], c the standardised h[0], x_t = (1
 """
 import copy
 import dataclasses
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ import backbone
 import data
 import optim
 from common import (GradientSum, StopSignal, UserError, check_replicas, entry, generator, normal, parse, peak_flops,
-                    pick_dtype, prefetch, setup, split_batch)
+                    pick_dtype, setup, split_batch)
 from denoiser import Bridge, save
 from run import Clock, Run, finished, read_json
 
@@ -232,7 +233,7 @@ def measure(lm, net, rows, layer, nfes, noise_seeds, skip, batch=8):
         mean, sd = sums[n].mean(0), sums[n].std(0) if noise_seeds > 1 else torch.zeros(5)
         out[str(n)] = {"fvu": (mean[0] / energy[0]).item(), "kl": (mean[1] / count).item(),
                        "ce_gap": (mean[2] / count).item(), "agree": (mean[3] / count).item(),
-                       "ce_gap_se": (torch.cat(gaps[n]).std() / len(rows) ** 0.5).item(),
+                       "ce_gap_se": (torch.cat(gaps[n]).std() / len(rows) ** 0.5).item() if len(rows) > 1 else 0.0,
                        "ce_gap_rows": torch.cat(gaps[n]).tolist(),                     # per sequence, first noise
                        "fvu_noise_sd": (sd[0] / energy[0]).item(), "ce_gap_noise_sd": (sd[2] / count).item(),
                        "fvu_sinks": (mean[4] / energy[1].clamp_min(1e-12)).item()}
@@ -262,12 +263,12 @@ def validate(lm, net, rows, layer, cfg, world):
     return world.sum([total])[0] / len(rows)
 
 
-def train_flops(net, replaced, T):
-    """FLOPs a training token: forward and backward of the bridge (6 a parameter), forward only of the frozen prefix
-    (2 a parameter), and causal attention (6 and 2 per attended key and channel)."""
+def train_flops(net, replaced, layer, T):
+    """FLOPs a training token: forward and backward of the bridge (6 a parameter), forward only of the `layer` blocks of
+    the frozen prefix (2 a parameter), and causal attention (6 and 2 per attended key and channel)."""
     own = sum(p.numel() for p in net.parameters() if p.ndim == 2 and p is not net.time.weight)
     blocks, W, D = net.shape["blocks"], net.shape["W"], net.shape["D"]
-    return 6 * (own + blocks * W * T) + 2 * (replaced + blocks * D * T)
+    return 6 * (own + blocks * W * T) + 2 * (replaced + layer * D * T)
 
 
 def report_size(cfg, net, shape, layer, world, micro, dtype):
@@ -283,7 +284,7 @@ def report_size(cfg, net, shape, layer, world, micro, dtype):
     count = {name: sum(p.numel() for p in module.parameters()) for name, module in count.items()}
     size, replaced = sum(count.values()), sum(p.numel() for b in lm.blocks[:layer] for p in b.parameters())
     upper = sum(p.numel() for b in lm.blocks[layer:] for p in b.parameters())
-    flops, tokens = train_flops(net, replaced, cfg.seq_len), micro * cfg.seq_len
+    flops, tokens = train_flops(net, replaced, layer, cfg.seq_len), micro * cfg.seq_len
     matrices = sum(p.numel() for p in net.blocks.parameters() if p.ndim == 2) if cfg.lr > 0 else 0
     W, D = net.shape["W"], net.shape["D"]
     saved = (4 if cfg.recompute else 100) * W * net.shape["blocks"] + (100 * W if cfg.recompute else 0)
@@ -303,6 +304,8 @@ def report_size(cfg, net, shape, layer, world, micro, dtype):
 
 
 def summary(result):
+    if not result["nfe"]:
+        return f"{result['tokens_per_s']:,.0f} tokens/s at random weights"
     last = str(max(int(n) for n in result["nfe"] if int(n) <= 4))
     return (f"layer {result['layer']}, {result['objective']}, NFE {last}: FVU {result['nfe'][last]['fvu']:.4f}, CE gap "
             f"{result['nfe'][last]['ce_gap']:+.4f} nats, {result['size_ratio']:.2f}x the size it replaces")
@@ -333,9 +336,9 @@ def main(argv):
     if (result := finished(cfg, identity)) and not cfg.dry_run:
         print(f"{cfg.out} is finished: " + summary(result))
         return result
-    shape = backbone.read_config(model)
+    shape = backbone.read_config(model, cfg.seq_len)
     if cfg.layer == "all":  # one run a layer, each in its own folder: a rerun resumes where it stopped
-        return [main.__wrapped__([*argv, f"--layer={n}", f"--model={model}", f"--out={cfg.out}/layer{n}"])
+        return [main.__wrapped__([*argv, f"--layer={n}", f"--model={model}", f"--out={cfg.out}_l{n}"])
                 for n in range(1, shape.num_hidden_layers + 1)]
     layer, D = identity["layer_number"], shape.hidden_size
     if not 1 <= layer <= shape.num_hidden_layers:
@@ -378,7 +381,7 @@ def main(argv):
             block.compile(dynamic=False)                                    # in place: parameter names stay clean
 
     # --------------------------------------------------------------------------------------------------- loop
-    flops = train_flops(net, replaced, cfg.seq_len)
+    flops = train_flops(net, replaced, layer, cfg.seq_len)
     gradients = GradientSum(params, world, cfg.overlap and world.device.type == "cuda")
     stop, clock, waited = StopSignal(world), Clock(state["seconds"]), 0.0
     bins = torch.zeros(8, 2, dtype=torch.float64)                           # loss sum and count by noise level
@@ -392,10 +395,10 @@ def main(argv):
         noise = [normal((cfg.seq_len, D), world.device, cfg.seed, "noise", step, s) for s in some]
         seen = torch.tensor([generator(cfg.seed, "self", step, s).random() < 0.5 for s in some])
         return ids, t, torch.stack(noise), seen.to(world.device)
-    ready = prefetch(draw, ((step, some) for step in range(state["step"], cfg.steps) for some in parts))
+    ready = data.prefetch(draw, ((step, some) for step in range(state["step"], cfg.steps) for some in parts))
 
     for step in range(state["step"], cfg.steps):
-        loss = 0.0
+        loss, bad = 0.0, []
         for some in parts:
             # 1 a batch that a thread has drawn meanwhile
             waiting = time.perf_counter()
@@ -410,16 +413,17 @@ def main(argv):
                 gradients.arm()
             (each.sum() / cfg.batch_size).backward()
             each = each.detach().double().cpu()
-            if not torch.isfinite(each).all():
-                slot = some[int((~torch.isfinite(each)).nonzero()[0])]
-                raise UserError(f"the loss stopped being finite at step {step}, slot {slot}; lower --lr and run again "
-                                f"({cfg.out} keeps the last good state)")
+            bad += [slot for slot, fine in zip(some, torch.isfinite(each).tolist()) if not fine]
             which = (t.cpu() * 8).long().clamp(max=7)
             bins.index_add_(0, which, torch.stack([each, torch.ones_like(each)], 1))
             loss += each.sum().item() / cfg.batch_size
         # 4 sum over processes, clip, step, running mean
         gradients.finish()
         norm = nn.utils.clip_grad_norm_(params, cfg.clip).item()
+        if not math.isfinite(norm):  # on every process alike, before anything is changed
+            where = f", slot {bad[0]}" if bad else ""
+            raise UserError(f"the loss or its gradient stopped being finite at step {step}{where}; lower --lr and run "
+                            f"again ({cfg.out} keeps the last good state)")
         optim.step_all(optimizers, optim.share_at(step, cfg.steps, cfg.warmup, cfg.cooldown, cfg.schedule))
         decay = min(cfg.ema, (1 + step) / (10 + step))
         with torch.no_grad():
@@ -444,6 +448,7 @@ def main(argv):
             run.save(done, clock, [net, mean_net], optimizers)
         if leaving:
             run.leave(done)
+    stop.done()
     seconds = clock.seconds()
 
     # ------------------------------------------------------------------------------------------------- result
@@ -451,10 +456,12 @@ def main(argv):
     if not world.main:  # the final numbers need the whole backbone: rank 0 alone loads it
         world.barrier()
         return None
-    whole = backbone.load(model, world.device, dtype, random_init=cfg.random_init)
-    nfes = NFES if cfg.objective == "diffusion" else (1,)
-    table, ce = measure(whole, mean_net, held_out, layer, nfes, cfg.noise_seeds, cfg.skip)
-    raw, _ = measure(whole, net.requires_grad_(False), held_out, layer, nfes, 1, cfg.skip)
+    table, raw, ce = {}, {}, None
+    if not cfg.random_init:  # a network of random weights has no upper blocks worth asking
+        whole = backbone.load(model, world.device, dtype)
+        nfes = sorted({*NFES, cfg.nfe}) if cfg.objective == "diffusion" else (1,)
+        table, ce = measure(whole, mean_net, held_out, layer, nfes, cfg.noise_seeds, cfg.skip)
+        raw, _ = measure(whole, net.requires_grad_(False), held_out, layer, nfes, 1, cfg.skip)
     mfu = cfg.steps * cfg.batch_size * cfg.seq_len / seconds * flops / (peak_flops(world.device) * world.size)
     settings = {"layer": layer, "objective": cfg.objective, "size_ratio": size / replaced, "nfe_default": cfg.nfe,
                 "seed": cfg.seed, "model": model, "base": identity["base"]}

@@ -22,7 +22,7 @@ import textwrap
 import time
 import typing
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -166,7 +166,7 @@ def setup(device="auto"):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
     return World(rank, size, device)
 
 
@@ -243,25 +243,22 @@ def check_replicas(params, world):
             raise UserError("the processes no longer hold the same weights; run again from the last good state")
 
 
-def prefetch(make, keys):
-    """Yield make(key) for each key, made one ahead in a thread, so that a loop does not wait for data."""
-    with ThreadPoolExecutor(1) as pool:
-        ahead = None
-        for key in keys:
-            ahead, ready = pool.submit(make, key), ahead
-            if ready is not None:
-                yield ready.result()
-        if ahead is not None:
-            yield ahead.result()
-
-
 class StopSignal:
-    """SIGTERM and SIGINT ask the loop to save and leave; `poll` makes all processes leave at the same step."""
+    """SIGTERM and SIGINT ask the loop to save and leave; `poll` makes all processes leave at the same step. A second
+    signal, or one after the loop (`done`), acts at once."""
     def __init__(self, world):
-        self.world, self.asked = world, False
+        self.world, self.asked, self.before = world, False, {}
         with contextlib.suppress(ValueError):  # signals belong to the main thread: a stage called from another has none
             for sig in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(sig, lambda *_: setattr(self, "asked", True))
+                self.before[sig] = signal.signal(sig, self._ask)
+
+    def _ask(self, *_):
+        self.asked = True
+        self.done()
+
+    def done(self):
+        for sig, handler in self.before.items():
+            signal.signal(sig, handler)
 
     def poll(self):
         return self.world.sum([float(self.asked)])[0] > 0

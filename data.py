@@ -12,6 +12,7 @@ Letters: B sequences, T tokens a sequence.
 """
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -19,6 +20,7 @@ import platform
 import re
 import sysconfig
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from common import UserError, entry, generator, parse, setup
 from run import atomic, read_json, write_json
 
 EOS = "<|endoftext|>"
+BPE_DOCUMENTS = 20_000  # enough text for a small vocabulary, and a Hub-sized corpus is not streamed twice
 
 
 @dataclass
@@ -163,6 +166,7 @@ def train_tokenizer(source, vocab):
     bpe.decoder = decoders.ByteLevel()
     train = (d for i, d in enumerate(tqdm(documents(source), desc="BPE", unit="doc", leave=False, disable=None))
              if not held_out(d, i == 0))
+    train = itertools.islice(train, BPE_DOCUMENTS)
     bpe.train_from_iterator(train, trainers.BpeTrainer(
         vocab_size=vocab, special_tokens=[EOS], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
@@ -238,7 +242,7 @@ def prepare(data, tokenizer, out, world=None, vocab=2048, max_tokens=None):
         write_json(out / "result.json", {**meta, "seconds": round(time.time() - start, 1)})
     if world is not None:
         world.barrier()
-    meta = read_json(out / "meta.json")
+    meta = read_json(out / "meta.json", "delete that folder and run again")
     wanted = {} if source["kind"] == "shards" else {"source": source}
     wanted |= {"tokenizer": tokenizer_hash(tokenizer)} if tokenizer is not None else {}
     wanted |= {"max_tokens": max_tokens} if max_tokens is not None else {}
@@ -321,6 +325,18 @@ class RandomTokens:
         return self.batch(seed or 0, 0, range(count), count)
 
 
+def prefetch(make, keys):
+    """Yield make(key) for each key, made one ahead in a thread, so that a loop does not wait for data."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead = None
+        for key in keys:
+            ahead, ready = pool.submit(make, key), ahead
+            if ready is not None:
+                yield ready.result()
+        if ahead is not None:
+            yield ahead.result()
+
+
 @entry
 def main(argv):
     cfg = parse(Config, argv, __doc__)
@@ -330,7 +346,7 @@ def main(argv):
         print(f"would read {source}\nwould write train.bin, val.bin, meta.json, tokenizer.json to {cfg.out}")
         return
     tokenizer = None if cfg.model == "toy" else load_tokenizer(cfg.model)
-    out, meta = prepare(cfg.data, tokenizer, cfg.out, vocab=cfg.vocab, max_tokens=cfg.max_tokens or None)
+    out, meta = prepare(cfg.data, tokenizer, cfg.out, vocab=cfg.vocab, max_tokens=cfg.max_tokens)
     print(f"{out}: {meta['tokens']['train']:,} train and {meta['tokens']['val']:,} val tokens of "
           f"{_name(meta['source'])}, vocabulary {meta['vocab_size']}, {meta['dtype']}")
 

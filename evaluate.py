@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from backbone import identity
 from common import UserError, entry, parse, setup
 from geometry import PROXIES
 from run import Run, atomic, read_json
@@ -49,6 +50,14 @@ def read_runs(runs):
     if other is not None:
         raise UserError(f"{runs}/geometry and {runs}/{other} come from different backbones; delete the stale one and "
                         "run it again")
+    same = ("layer", "steps", "tokens", "parameters", "seed", "eval_sequences")
+    differ = [k for k in same if found["bridge"][k] != found["regression"][k]]
+    if differ:
+        raise UserError(f"{runs}/bridge and {runs}/regression differ in {', '.join(differ)}, so they cannot be "
+                        "compared; run one of them again")
+    if found["hybrid"]["bridge_weights"] != identity(runs / "bridge"):
+        raise UserError(f"{runs}/hybrid was made of another bridge than {runs}/bridge; delete it and run: "
+                        f"python hybrid.py --bridge {runs}/bridge --out {runs}/hybrid")
     return found
 
 
@@ -56,7 +65,7 @@ def verdict(found):
     """One sentence on diffusion against regression, decided by the numbers: a difference in CE gap counts when it
     exceeds twice its standard error over held-out sequences (paired: both saw the same ones)."""
     bridge, regression = found["bridge"], found["regression"]["nfe"]["1"]
-    n = str(bridge["nfe_default"]) if str(bridge["nfe_default"]) in bridge["nfe"] else max(bridge["nfe"], key=int)
+    n = str(bridge["nfe_default"])
     diffusion = bridge["nfe"][n]
     better = np.array(regression["ce_gap_rows"]) - np.array(diffusion["ce_gap_rows"])            # > 0: diffusion wins
     noise = 2 * better.std(ddof=1) / len(better) ** 0.5
@@ -71,7 +80,7 @@ def rows(found):
     """The short table: (what, value) as text."""
     geometry, bridge, hybrid = found["geometry"], found["bridge"], found["hybrid"]
     w0, w10 = found["repr_align/w0"], found["repr_align/w10"]
-    four = bridge["nfe"].get(str(bridge["nfe_default"])) or next(iter(bridge["nfe"].values()))
+    four = bridge["nfe"][str(bridge["nfe_default"])]
     toy = found.get("toy")
     table = [("backbone", f"{toy['bits_per_byte']:.3f} bits per byte, {toy['seconds']:.0f} s")] if toy else []
     return table + [

@@ -352,6 +352,7 @@ def plot(result, path):
 def main(argv):
     cfg = parse(Config, argv, __doc__, PRESETS)
     world = setup(cfg.device)
+    torch.set_float32_matmul_precision("highest")  # TF32 would scramble the distances of near neighbours
     dtype = pick_dtype(cfg.dtype, world.device)
 
     # -------------------------------------------------------------------------------------------------- setup
@@ -360,7 +361,7 @@ def main(argv):
     if (result := finished(cfg, identity)) and not cfg.dry_run:
         print_table(result)
         return result
-    shape = backbone.read_config(model)
+    shape = backbone.read_config(model, cfg.seq_len)
     L, D = shape.num_hidden_layers, shape.hidden_size
     ffn = getattr(shape, "intermediate_size", None) or 4 * D
     if L < 3:

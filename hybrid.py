@@ -86,6 +86,11 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
             lm.blocks[i] = torch.nn.Identity()
         self.set_nfe(config.nfe)
 
+    def _apply(self, fn, *args, **kwargs):
+        """`.to(device)` moves the base too, though it is no submodule."""
+        self.lm._apply(fn, *args, **kwargs)
+        return super()._apply(fn, *args, **kwargs)
+
     def set_nfe(self, nfe):
         """Use `nfe` network calls from now on: the retained blocks' layers in the cache move accordingly."""
         if nfe < 1:
@@ -171,6 +176,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         except Exception as error:
             reason = str(error).strip().split("\n")[0]
             raise UserError(f"{folder}/hybrid.safetensors could not be read ({reason}); save it again") from None
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
         dtype = dtype if isinstance(dtype, torch.dtype) else torch.float32
         inside = str(Path(folder) / "base") if config.base_model == "base" else config.base_model
         return assemble(net, config, base_model or inside, torch.device(device), dtype)
@@ -182,7 +188,7 @@ AutoModelForCausalLM.register(HybridConfig, HybridForCausalLM)
 
 def assemble(net, config, base_model, device, dtype):
     """Load the base, check that it is the one the bridge knows, join the two."""
-    if not Path(base_model).exists() and base_model.startswith((".", "/")):
+    if not Path(base_model).exists() and (base_model.startswith(".") or Path(base_model).is_absolute()):
         raise UserError(f"the base model is not at {base_model} any more; say where it is with --model "
                         "(or base_model= in from_pretrained)")
     lm = backbone.load(base_model, device, dtype)
@@ -261,7 +267,7 @@ def main(argv):
                 *compare(model, intact, ids)))
         return None
 
-    identity = {"base": info["base"], "layer": info["layer"], "bridge_seed": info["seed"]}
+    identity = {"base": info["base"], "layer": info["layer"], "bridge_weights": backbone.identity(cfg.bridge)}
     if result := finished(cfg, identity):
         print(f"{cfg.out} is finished: layer {result['layer']}, CE gap {result['ce_gap']:+.4f} nats")
         return result
@@ -274,7 +280,7 @@ def main(argv):
     model = HybridForCausalLM.from_pretrained(run.out, dtype=dtype, device=world.device)  # measure what was saved
     intact = backbone.load(model.config.base_model, world.device, dtype)
     ce_gap, kl, agree, ce_intact = compare(model, intact, rows)
-    run.finish({"layer": info["layer"], "base": info["base"], "base_model": model.config.base_model,
+    run.finish({**identity, "base_model": model.config.base_model,
                 "nfe_default": model.config.nfe, "ce_gap": ce_gap, "kl": kl, "agree": agree, "ce_intact": ce_intact,
                 "eval_sequences": len(rows), "seq_len": cfg.seq_len, "seed": cfg.seed,
                 "prompt": PROMPT, "sample": continue_text(model, tokenizer, PROMPT, 32, 0.0, cfg.seed)})

@@ -91,7 +91,7 @@ class Student(nn.Module):
 
     def embed(self, ids, masked):
         h = self.lm.embed(ids.masked_fill(masked, self.mask_id))                       # (B, T, D)
-        return h + masked[..., None] * self.shift
+        return h + (masked[..., None] * self.shift).to(h.dtype)
 
     def states(self, ids, masked):
         """Yields h[0], ..., h[L-1] and the normed h[L], each (B, T, D), one at a time: never stacked."""
@@ -234,12 +234,12 @@ def main(argv):
         print(text := sample_text(cfg, world, dtype))
         return text
     slots, micro = split_batch(cfg.batch_size, cfg.micro_batch, world)
-    model = backbone.resolve(cfg.model, cfg.out, up=2)
+    model = backbone.resolve(cfg.model, cfg.out)
     identity = {"base": backbone.identity(model, cfg.random_init)}
     if (result := finished(cfg, identity)) and not cfg.dry_run:
         print(f"{cfg.out} is finished: w = {result['w']:g}, masked val CE {result['val_loss']:.3f} nats")
         return result
-    shape = backbone.read_config(model)
+    shape = backbone.read_config(model, cfg.seq_len)
     if cfg.dry_run:
         print("\n".join(f"  {k} = {v}" for k, v in vars(cfg).items()) + f"\n{model}: {shape.num_hidden_layers} blocks "
               f"of width {shape.hidden_size}; {cfg.steps * cfg.batch_size * cfg.seq_len:,} tokens")
@@ -247,7 +247,7 @@ def main(argv):
 
     # -------------------------------------------------------------------------------------------- data, models
     tokenizer = data.load_tokenizer(model)
-    shards, _ = data.prepare(cfg.data, tokenizer, Path(cfg.out).parent.parent / "data", world)
+    shards, _ = backbone.shards_beside(cfg, tokenizer, world)
     train = data.Tokens(shards, "train", cfg.seq_len, cfg.train_tokens)
     held_out = data.Tokens(shards, "val", cfg.seq_len).spread(cfg.eval_batches)[:, :-1]           # (N, T)
     load = dict(device=world.device, random_init=cfg.random_init)
@@ -277,7 +277,7 @@ def main(argv):
                 run.log(step, cfg.steps, val_loss=curve[-1][1])
         # 1 batch and masks: functions of (seed, step, slot)
         everyone = corrupt(cfg.seq_len, cfg.seed, "mask", step, range(cfg.batch_size))            # (B, T)
-        count, sums = everyone.sum().item(), torch.zeros(2 + lm.L)
+        count, sums = max(1, everyone.sum().item()), torch.zeros(2 + lm.L)
         for some in torch.tensor(slots).split(micro):
             ids = train.batch(cfg.seed, step, some.tolist(), cfg.batch_size)[:, :-1].to(world.device)   # (b, T)
             # 2 gradient of the mean over the whole batch's masked tokens
@@ -285,7 +285,7 @@ def main(argv):
                 loss, ce, cosines = conversion_loss(student, teacher, ids, everyone[some].to(world.device), cfg.path,
                                                     cfg.align_weight)
             (loss / count).backward()
-            sums += torch.cat([ce[None], torch.zeros(lm.L + 1) if cosines is None else cosines]).cpu() / count
+            sums += torch.cat([ce[None], ce.new_zeros(lm.L + 1) if cosines is None else cosines]).cpu() / count
         gradients.finish()
         # 3 clip, step
         norm = nn.utils.clip_grad_norm_(params, 1.0).item()
@@ -306,6 +306,7 @@ def main(argv):
             run.save(done, clock, [student], optimizers, curve=curve)
         if leaving:
             run.leave(done)
+    stop.done()
     seconds = clock.seconds()
 
     # ------------------------------------------------------------------------------------------------- result

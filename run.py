@@ -107,13 +107,15 @@ class Run:
             if differ:
                 raise UserError(f"{self.out} holds another run ({differ}); choose another --out or delete the folder")
             self.out.mkdir(parents=True, exist_ok=True)
-            if differ is None and set(os.listdir(self.out)) - {".lock"}:
+            if differ is None and [f for f in os.listdir(self.out) if f != ".lock" and not f.endswith(".tmp")]:
                 raise UserError(f"{self.out} holds files but no config.json, so it is no run; choose another --out")
             self.lock = open(self.out / ".lock", "w")  # flock dies with its process: a killed run leaves no stale lock
             try:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"{self.out} is in use by another run; wait for it or choose another --out") from None
+            for left in self.out.glob(".*.tmp"):  # by a run that was killed while it wrote
+                left.unlink()
             if differ is None:
                 write_json(self.out / "config.json", {"dihal": {"config": config, **provenance(world)}})
         world.barrier()
@@ -142,9 +144,15 @@ class Run:
     def save(self, step, clock, modules, optimizers, **more):
         """state.pt: all that a step depends on. Data and noise are functions of the step: no generator is in it."""
         if self.world.main:
+            state = {"step": step, "seconds": clock.seconds(), "modules": [m.state_dict() for m in modules],
+                     "optimizers": [o.state_dict() for o in optimizers], **more}
             with atomic(self.out / "state.pt") as temporary:
-                torch.save({"step": step, "seconds": clock.seconds(), "modules": [m.state_dict() for m in modules],
-                            "optimizers": [o.state_dict() for o in optimizers], **more}, temporary)
+                try:
+                    torch.save(state, temporary)
+                except RuntimeError as error:  # torch's own writer does not say OSError when the disk is full
+                    reason = str(error).splitlines()[0]
+                    raise UserError(f"{self.out}/state.pt could not be written ({reason}); free some space and run "
+                                    "again: the last good state is kept") from None
         self.world.barrier()
 
     def resume(self, modules, optimizers):

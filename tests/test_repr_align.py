@@ -1,13 +1,15 @@
 """Conversion: which positions carry loss, what alignment measures, and a sampler that keeps its promises."""
 import json
 import math
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import fails, tiny_model
+from conftest import FAMILIES, fails, tiny_model
 
 import backbone
+import data
 import repr_align
 
 IDS = torch.randint(3, 60, (3, 16), generator=torch.Generator().manual_seed(0))
@@ -113,6 +115,31 @@ def test_filling(steps, temperature):
         assert torch.equal(out[1:2], repr_align.fill(s, IDS[1:2], masked[1:2], steps, 0.0, seed=0))
     changed = torch.where(masked, torch.full_like(IDS, 5), IDS)                # the hidden truth plays no part
     assert torch.equal(out, repr_align.fill(s, changed, masked, steps, temperature, seed=0))
+
+
+def test_filling_in_bf16():
+    """What a GPU does by default: bf16 weights beside the fp32 mask vector."""
+    s = student().bfloat16()
+    s.shift.data = s.shift.data.float() + 0.5
+    assert (repr_align.fill(s, IDS, masks(), 3, 1.0, seed=0) != s.mask_id).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_converts(family, runs, tmp_path, text):
+    """Three steps of a whole conversion, saved and loaded again; the loaded model still sees the future."""
+    tiny_model(family, vocab_size=512, bos_token_id=0, eos_token_id=0).save_pretrained(tmp_path / "base")
+    data.load_tokenizer(runs / "toy").save_pretrained(tmp_path / "base")
+    (tmp_path / "some").mkdir()
+    for name in ("ast.py", "bdb.py", "cmd.py"):
+        shutil.copy(text / name, tmp_path / "some")
+    argv = f"--preset tiny --steps 3 --model {tmp_path}/base --out {tmp_path}/twin --data {tmp_path}/some"
+    result = repr_align.main(argv.split())
+    assert 0 < result["val_loss"] < 100
+    s, _ = repr_align.load_converted(tmp_path / "twin", torch.device("cpu"), torch.float32)
+    masked = torch.zeros(3, 16, dtype=torch.bool)
+    *_, a = s.states(IDS, masked)
+    *_, b = s.states(torch.cat([IDS[:, :-1], (IDS[:, -1:] + 1) % 60], 1), masked)
+    assert ((a - b).abs().amax(-1) > 1e-6).all()
 
 
 def test_draws_follow_the_law():
