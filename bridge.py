@@ -469,8 +469,8 @@ def main(argv):
     run.finish({**settings, "nfe": table, "raw_nfe": raw, "val_loss": val_loss, "ce_intact": ce, "parameters": size,
                 "replaced_parameters": replaced, "steps": cfg.steps, "tokens": cfg.steps * cfg.batch_size * cfg.seq_len,
                 "tokens_per_s": cfg.steps * cfg.batch_size * cfg.seq_len / seconds, "seconds": seconds,
-                "mfu": mfu if mfu == mfu else None,
-                "flops_per_token": flops, "eval_sequences": len(held_out), "noise_seeds": cfg.noise_seeds,
+                "mfu": mfu if math.isfinite(mfu) else None, "flops_per_token": flops,
+                "eval_sequences": len(held_out), "noise_seeds": cfg.noise_seeds,
                 "sampler": cfg.sampler})
     print_table(run.result)
     return run.result

@@ -55,7 +55,7 @@ def read_runs(runs):
     if differ:
         raise UserError(f"{runs}/bridge and {runs}/regression differ in {', '.join(differ)}, so they cannot be "
                         "compared; run one of them again")
-    if found["hybrid"]["bridge_weights"] != identity(runs / "bridge"):
+    if found["hybrid"].get("bridge_weights") != identity(runs / "bridge"):
         raise UserError(f"{runs}/hybrid was made of another bridge than {runs}/bridge; delete it and run: "
                         f"python hybrid.py --bridge {runs}/bridge --out {runs}/hybrid")
     return found

@@ -273,6 +273,8 @@ def main(argv):
         return result
     model = from_bridge(cfg.bridge, cfg.model, cfg.nfe, world.device, dtype)
     tokenizer = data.load_tokenizer(model.config.base_model)
+    if data.tokenizer_hash(tokenizer) != info["tokenizer"]:
+        raise UserError(f"the tokenizer in {model.config.base_model} is not the one this bridge was trained with")
     shards, _ = backbone.shards_beside(cfg, tokenizer, world)
     rows = data.Tokens(shards, "val", cfg.seq_len).spread(cfg.eval_batches).to(world.device)
     run = Run(cfg, world, identity)

@@ -76,7 +76,8 @@ class Clock:
         self.start += time.perf_counter() - now
 
 
-FREE = {"device", "compile", "eval_every", "log_every", "save_every", "micro_batch", "dry_run", "out", "publish"}
+FREE = {"device", "compile", "eval_every", "log_every", "save_every", "micro_batch", "recompute", "overlap", "dry_run",
+        "out", "publish"}  # what may differ when a run goes on: none of it changes the result
 
 
 def differences(out, config):
@@ -144,8 +145,8 @@ class Run:
     def save(self, step, clock, modules, optimizers, **more):
         """state.pt: all that a step depends on. Data and noise are functions of the step: no generator is in it."""
         if self.world.main:
-            state = {"step": step, "seconds": clock.seconds(), "modules": [m.state_dict() for m in modules],
-                     "optimizers": [o.state_dict() for o in optimizers], **more}
+            state = {"step": step, "processes": self.world.size, "seconds": clock.seconds(),
+                     "modules": [m.state_dict() for m in modules], "optimizers": [o.state_dict() for o in optimizers], **more}
             with atomic(self.out / "state.pt") as temporary:
                 try:
                     torch.save(state, temporary)
@@ -166,6 +167,8 @@ class Run:
         for thing, saved in zip([*modules, *optimizers], [*state["modules"], *state["optimizers"]], strict=True):
             thing.load_state_dict(saved)
         self.say(f"resuming at step {state['step']}")
+        if state["processes"] != self.world.size:
+            self.say(f"on {self.world.size} processes instead of {state['processes']}: equal up to rounding")
         return state
 
     def leave(self, step):

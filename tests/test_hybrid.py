@@ -193,6 +193,12 @@ def test_refusals(runs, model, tmp_path, capsys):
     message = fails(capsys, hybrid.main, "--bridge", runs / "bridge", "--model", toy, "--prompt", "x")
     assert "not those this bridge was trained under" in message
     assert "--nfe" in fails(capsys, hybrid.main, "--bridge", runs / "bridge", "--nfe", "-1")
+    named = tmp_path / "named"                                                 # same weights, another tokenizer
+    shutil.copytree(runs / "toy", named)
+    spec = (named / "tokenizer.json").read_text()
+    (named / "tokenizer.json").write_text(spec.replace('"Ġself"', '"Ġelves"'))
+    message = fails(capsys, hybrid.main, "--bridge", runs / "bridge", "--model", named, "--out", tmp_path / "out")
+    assert "tokenizer" in message and not (tmp_path / "out").exists()
     moved = tmp_path / "moved"
     model.config.base_model = str(tmp_path / "gone")
     model.save_pretrained(moved)
