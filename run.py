@@ -146,7 +146,8 @@ class Run:
         """state.pt: all that a step depends on. Data and noise are functions of the step: no generator is in it."""
         if self.world.main:
             state = {"step": step, "processes": self.world.size, "seconds": clock.seconds(),
-                     "modules": [m.state_dict() for m in modules], "optimizers": [o.state_dict() for o in optimizers], **more}
+                     "modules": [m.state_dict() for m in modules],
+                     "optimizers": [o.state_dict() for o in optimizers], **more}
             with atomic(self.out / "state.pt") as temporary:
                 try:
                     torch.save(state, temporary)
