@@ -7,6 +7,7 @@
 Each cell is an ordinary run of bridge.py in a folder under --out, so an interrupted study goes on where it stopped.
 Prints the table and writes it to --out/STUDY.md: mean and standard deviation over seeds.
 """
+import itertools
 import os
 import statistics
 import subprocess
@@ -20,25 +21,30 @@ import data
 from common import UserError, entry, parse
 from run import atomic, read_json
 
-STUDIES = {  # study -> (layers, {variant: flags of bridge.py})
-    "objective": ((1, 4, 7), {
-        "diffusion": "", "regression": "--objective regression"}),
-    "compute": ((1,), {  # equal compute at sampling time: one call of 4 blocks costs what 4 calls of one block do
-        "diffusion": "", "regression, 4x the blocks": "--objective regression --blocks 4"}),
-    "tricks": ((4,), {
+STUDIES = {  # study -> groups of (layers, {variant: flags of bridge.py})
+    "objective": [((1, 4, 7), {"diffusion": "", "regression": "--objective regression"})],
+    "compute": [  # equal compute when used: four calls of a small network, or one call of one four times as deep
+        ((1,), {"diffusion, 4 calls of 1 block": "", "regression, 4 blocks": "--objective regression --blocks 4"}),
+        ((4,), {"diffusion, 4 calls of 1 block": "--blocks 1", "regression, 4 blocks": "--objective regression"}),
+        ((7,), {"diffusion, 4 calls of 2 blocks": "--blocks 2", "regression, 7 blocks": "--objective regression"})],
+    "tricks": [((4,), {
         "default": "", "t near 1 (t_mean 1)": "--t_mean 1", "t near 1 (t_mean 2)": "--t_mean 2",
         "uniform t": "--times uniform", "self-conditioning": "--self_condition", "velocity weighting": "--weighting v",
-        "source embedding": "--source embedding", "v-prediction": "--prediction v", "Heun": "--sampler heun",
-        "regression": "--objective regression"}),
+        "source embedding": "--source embedding", "v-prediction": "--prediction v", "eps-prediction":
+        "--prediction eps", "Heun": "--sampler heun", "regression": "--objective regression"})],
+    "size": [((4,), {
+        "4 blocks of width 128": "", "2 blocks of width 128": "--blocks 2", "2 blocks of width 192":
+        "--blocks 2 --width 192", "EMA 0.98": "--ema 0.98", "cosine": "--schedule cosine"})],
 }
 
 
 @dataclass
 class Config:
-    study: Literal["objective", "compute", "tricks"] = "objective"  # which table
+    study: Literal["objective", "compute", "tricks", "size"] = "objective"  # which table
     model: str = "out/toy"      # a finished backbone
     data: str = "stdlib"        # its text
     out: str = "out/ablate"     # folder of the runs and the table
+    layers: str = ""            # only these, such as 1,4 (empty: those of the study)
     seeds: int = 3              # training seeds
     steps: int = 400            # of each run
     jobs: int = 2               # runs at a time, one thread each
@@ -48,10 +54,12 @@ class Config:
 
 def cells(cfg):
     """Every run of the study: (variant, layer, seed, folder, command)."""
-    layers, variants = STUDIES[cfg.study]
+    only = [int(part) for part in cfg.layers.split(",")] if cfg.layers else None
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
-        for layer in layers:
-            for name, flags in variants.items():
+        for layers, variants in STUDIES[cfg.study]:
+            for layer, (name, flags) in itertools.product(layers, variants.items()):
+                if only and layer not in only:
+                    continue
                 changed = flags.replace("--", "").replace(" ", "_")
                 folder = Path(cfg.out) / f"layer{layer}_seed{seed}_steps{cfg.steps}_{changed}".rstrip("_")
                 command = [sys.executable, str(Path(__file__).with_name("bridge.py")), "--model", cfg.model, "--data",
@@ -68,13 +76,15 @@ def table(cfg):
     held_out = next(iter(groups.values()))[0]["eval_sequences"]
     lines = [f"Study `{cfg.study}`: {cfg.seeds} seeds, {cfg.steps} steps, {held_out} held-out sequences, mean +- sd "
              "over seeds.", "",
-             "| layer | variant | size ratio | FVU, NFE 1 | FVU, NFE 4 | FVU, NFE 8 | CE gap, NFE 1 | CE gap, NFE 4 |",
-             "|---|---|---|---|---|---|---|---|"]
+             "| layer | variant | size ratio | FVU, NFE 1 | FVU, NFE 4 | FVU, NFE 8 | CE gap, NFE 1 | CE gap, NFE 4 | "
+             "without EMA |", "|---|---|---|---|---|---|---|---|---|"]
     for (layer, name), results in groups.items():
         row = [f"| {layer} | {name} | {results[0]['size_ratio']:.2f}"]
-        for key, nfe, form in (("fvu", "1", ".4f"), ("fvu", "4", ".4f"), ("fvu", "8", ".4f"), ("ce_gap", "1", "+.4f"),
-                               ("ce_gap", "4", "+.4f")):
-            values = [r["nfe"][nfe][key] for r in results if nfe in r["nfe"]]
+        last = "1" if "4" not in results[0]["nfe"] else "4"
+        for which, key, nfe, form in (("nfe", "fvu", "1", ".4f"), ("nfe", "fvu", "4", ".4f"),
+                                      ("nfe", "fvu", "8", ".4f"), ("nfe", "ce_gap", "1", "+.4f"),
+                                      ("nfe", "ce_gap", "4", "+.4f"), ("raw_nfe", "ce_gap", last, "+.4f")):
+            values = [r[which][nfe][key] for r in results if nfe in r[which]]
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             row.append(f"{statistics.mean(values):{form}} +- {spread:.4f}" if values else "-")
         lines.append(" | ".join(row) + " |")

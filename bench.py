@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten
 import backbone
 import bridge
 import denoiser
+import diffusion
 import geometry
 import hybrid
 from common import entry, matmul_rate, parse, setup
@@ -95,7 +96,7 @@ def bench_bridge(width, cfg):
     z, c, noise, t = (*(torch.randn(16, 128, width) for _ in range(3)), torch.rand(16))
 
     def step():
-        bridge.token_loss(net, z, c, t, noise, 4).mean().backward()
+        diffusion.token_loss(net, z, c, t, noise, 4)[0].mean().backward()
     step()
     rate = 2048 * bridge.train_flops(net, 0, 0, 128) / best_of(cfg.repeats, step)
     print(f"bridge of width {width}: {rate / 1e9:.0f} GFLOP/s forward and backward, {rate / matmul_rate():.0%} of "

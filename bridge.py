@@ -3,13 +3,15 @@
     python bridge.py                                             # the toy at the layer geometry chose: ~1 min, 2 cores
     torchrun --nproc_per_node 2 bridge.py --layer 2 --model out/toy    # on CPU too: same weights to rounding
     torchrun --nproc_per_node 8 bridge.py --layer 6 --preset 8b --model meta-llama/Llama-3.1-8B
+    python bridge.py --visible mix --layer 4 --out out/blocks    # some tokens unknown: to generate blocks (hybrid.py)
 
-Expected on the default toy: next-token CE within 0.01 nats of the intact model at NFE 4. Every token is known here, so
-h[l] is a deterministic function of the input and plain regression (`--objective regression`) is a serious rival: train
-both and look. Writes bridge.safetensors (EMA weights), bridge.json, log.jsonl and result.json to --out.
+The maths is in diffusion.py, the network in denoiser.py. Expected on the default toy: next-token CE within 0.01 nats of
+the intact model at NFE 4. There every token is known, so h[l] is a deterministic function of the input and plain
+regression (`--objective regression`) is a serious rival: train both and look. Writes bridge.safetensors (EMA weights),
+bridge.json, log.jsonl and result.json to --out.
 
 Letters: B batch, T tokens, D hidden width of the backbone, W width of the bridge, L blocks of the backbone, H heads,
-l the replaced layer, z the standardised h[l], c the standardised h[0], x_t = (1-t) z + t e the noisy state.
+l the replaced layer, z the standardised h[l], c the standardised h[0].
 """
 import copy
 import dataclasses
@@ -29,6 +31,7 @@ import optim
 from common import (GradientSum, StopSignal, UserError, check_replicas, entry, generator, normal, parse, peak_flops,
                     pick_dtype, setup, split_batch)
 from denoiser import Bridge, save
+from diffusion import hide, position_noise, readout_loss, sample, times, token_loss
 from run import Clock, Run, finished, read_json
 
 
@@ -38,12 +41,14 @@ class Config:
     model: str = "toy"          # toy (the folder beside --out), a folder or a Hub id
     data: str = "stdlib"        # see data.py
     out: str = ""               # run folder [out/bridge, or out/bridge_lN when --layer N is given]
-    layer: str = "auto"         # auto: what geometry chose beside --out; a number 1..L; all: one run a layer
+    layer: str = "auto"         # auto: geometry's choice beside --out; 1..L (0 with --visible: embeddings); all
     seed: int = 0               # every draw is keyed by it
     device: str = "auto"        # auto, cpu, cuda
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the frozen backbone and of autocast
     compile: bool = False       # torch.compile the bridge block by block
     random_init: bool = False   # a backbone of this shape with random weights: for throughput without a download
+    visible: Literal["full", "prefix", "span", "mix"] = "full"  # which tokens are known; mix: half the time all
+    bidirectional: bool = False  # let unknown tokens see each other and what follows (needed to fill a span)
     objective: Literal["diffusion", "regression"] = "diffusion"  # regression: the same network, once, without noise
     prediction: Literal["x", "v", "eps"] = "x"  # what the network outputs: z, e - z, or e
     source: Literal["noise", "embedding"] = "noise"  # e ~ N(0, I), or c + noise / 2: a bridge between the two ends
@@ -88,90 +93,6 @@ PRESETS = {
            "ema": 0.9995, "lr": 0.01, "lr_adam": 3e-4, "warmup": 500, "eval_every": 2000, "save_every": 500},
 }
 NFES = (1, 2, 4, 8)
-
-
-# --------------------------------------------------------------------------------------- path, objective, sampler
-def start(c, noise, source):
-    """e, the t = 1 end of the path (B, T, D): pure noise, or noise around the other end of the replaced blocks."""
-    return noise if source == "noise" else c + 0.5 * noise
-
-
-def times(law, mean, seed, step, slots):
-    """t (B,) for the given slots, one per sequence; logit-normal(mean, 1) as in Esser et al. 2024, or uniform."""
-    draws = [generator(seed, "t", step, s) for s in slots]
-    if law == "uniform":
-        return torch.tensor([g.random() for g in draws], dtype=torch.float32)
-    return torch.sigmoid(torch.tensor([mean + g.standard_normal() for g in draws], dtype=torch.float32))
-
-
-def to_z(out, x, t, prediction):
-    """Network output -> estimate of z. t (B,) or a number; x_t = (1-t) z + t e and v = e - z."""
-    t = torch.as_tensor(t, device=x.device, dtype=x.dtype).reshape(-1, 1, 1)
-    if prediction == "x":
-        return out
-    return x - t * out if prediction == "v" else (x - t * out) / (1 - t)
-
-
-def token_loss(net, z, c, t, noise, skip, weighting="z", last_seen=None):
-    """Squared error per token (B, T), in units where predicting the mean costs about 1. `last_seen` (B,) says which
-    sequences are shown the network's own first estimate (self-conditioning).
-
-    1 noisy state  2 a first estimate, if asked for  3 network, error against its own target  4 weight by noise level
-    5 sinks scaled by their own size (one would outweigh the whole sequence otherwise: massive activations)."""
-    kind, t3 = net.shape["prediction"], t[:, None, None]
-    if net.shape["objective"] == "regression":
-        error = net(torch.zeros_like(z), c, torch.ones_like(t)) - z                    # same network, x_t left blank
-    else:
-        e = start(c, noise, net.shape["source"])
-        x, last = (1 - t3) * z + t3 * e, None                                          # (B, T, D)
-        if net.shape["self_condition"]:
-            with torch.no_grad():
-                last = to_z(net(x, c, t), x, t.clamp(max=1 - 1e-3), kind) * last_seen[:, None, None]
-        error = net(x, c, t, last=last) - {"x": z, "v": e - z, "eps": e}[kind]
-    loss = error.square().mean(-1)                                                     # (B, T)
-    if weighting == "v":
-        loss = loss / t[:, None].clamp(min=0.1) ** 2
-    sink = torch.arange(z.shape[1], device=z.device) < skip
-    return torch.where(sink, loss / z.square().mean(-1).clamp_min(1), loss)
-
-
-@torch.no_grad()
-def sample(net, c, nfe, noise, positions=None, mask=None, cache=None):
-    """z (B, T, D) from c by `nfe` network calls, starting from noise (T, D) or (B, T, D). A cache has one layer for
-    each call and block: earlier tokens' keys and values at that call.
-
-    Euler: x <- z_hat + (s/t)(x - z_hat) from t down to s, exact for a straight path. Heun averages the slopes at both
-    ends of a step; its last step is Euler, so nfe = 2 heun + euler calls."""
-    kind = net.shape["prediction"]
-    if net.shape["objective"] == "regression":
-        return net(torch.zeros_like(c), c, torch.ones(len(c), device=c.device), positions, mask, cache=cache)
-    last, calls = None, 0
-
-    def slope(x, t):
-        nonlocal last, calls
-        if kind == "eps":
-            t = min(t, 1 - 1e-3)                                                       # z = (x - t e)/(1 - t) at t = 1
-        out = net(x, c, torch.full((len(x),), t, device=x.device), positions, mask, last, cache,
-                  calls * net.shape["blocks"])
-        last, calls = to_z(out, x, t, kind), calls + 1
-        return (x - last) / t                                                          # dx/dt = e - z
-
-    x = start(c, noise.expand_as(c), net.shape["source"])
-    heun = (nfe - 1) // 2 if net.shape["sampler"] == "heun" else 0
-    grid = [1 - i / (nfe - heun) for i in range(nfe - heun)] + [0.0]
-    for i, (t, s) in enumerate(zip(grid, grid[1:])):
-        v = slope(x, t)
-        if i < heun:
-            v = (v + slope(x + (s - t) * v, s)) / 2
-        x = x + (s - t) * v
-    return x
-
-
-def position_noise(seed, positions, D, device):
-    """The sampler's noise (T, D): a function of (seed, position), the same for every row, so that logits are
-    deterministic and a cached step equals recomputation."""
-    rows = [normal((D,), torch.device("cpu"), seed, "sampler", int(p)) for p in positions]
-    return torch.stack(rows).to(device)
 
 
 # -------------------------------------------------------------------------------------------------- train, measure
@@ -252,15 +173,25 @@ def choose_layer(cfg):
 
 @torch.no_grad()
 def validate(lm, net, rows, layer, cfg, world):
-    """Training loss on held-out rows (N, T+1), shared out over the processes: t on an even grid, noise with its own
-    key, so that how often this runs cannot change training."""
-    total = 0.0
+    """(training loss, share of tokens that the readout names from the true z or None) on held-out rows (N, T+1), shared
+    out over the processes: t on an even grid, noise with its own key, so that how often this runs changes nothing."""
+    total = torch.zeros(2, dtype=torch.float64)
     for i in range(world.rank, len(rows), world.size):
-        z, c = targets(lm, net, rows[i:i + 1, :-1], layer)
+        ids = rows[i:i + 1, :-1]
+        z, c = targets(lm, net, ids, layer)
         t = torch.tensor([(i + 0.5) / len(rows)], device=world.device)
         noise = normal(z.shape, world.device, cfg.seed, "validate", i)
-        total += token_loss(net, z, c, t, noise, cfg.skip, last_seen=torch.ones_like(t)).mean().item()
-    return world.sum([total])[0] / len(rows)
+        unknown = to(world.device, hide(cfg.visible, cfg.seq_len, cfg.seed, 0, [i], "validate"))
+        loss, _ = token_loss(net, z, c, t, noise, cfg.skip, last_seen=torch.ones_like(t), unknown=unknown)
+        named = (net.readout(z).argmax(-1) == ids).float().mean() if net.generates else 0.0
+        total += torch.tensor([loss.mean().item(), float(named)])
+    loss, named = world.sum((total / len(rows)).tolist())
+    return loss, named if net.generates else None
+
+
+def to(device, tensor):
+    """`tensor` on `device`; None stays None."""
+    return None if tensor is None else tensor.to(device)
 
 
 def train_flops(net, replaced, layer, T):
@@ -280,8 +211,7 @@ def report_size(cfg, net, shape, layer, world, micro, dtype):
     print("\n".join(f"  {k} = {v}" for k, v in dataclasses.asdict(cfg).items()))
     with torch.device("meta"):
         lm = backbone.Backbone(AutoModelForCausalLM.from_config(shape))
-    count = {"blocks": net.blocks, "enter": net.enter, "time": net.time, "leave": net.leave}
-    count = {name: sum(p.numel() for p in module.parameters()) for name, module in count.items()}
+    count = {name: sum(p.numel() for p in module.parameters()) for name, module in net.named_children()}
     size, replaced = sum(count.values()), sum(p.numel() for b in lm.blocks[:layer] for p in b.parameters())
     upper = sum(p.numel() for b in lm.blocks[layer:] for p in b.parameters())
     flops, tokens = train_flops(net, replaced, layer, cfg.seq_len), micro * cfg.seq_len
@@ -294,8 +224,8 @@ def report_size(cfg, net, shape, layer, world, micro, dtype):
         "gradients": 4 * size * (2 if world.size > 1 else 1), "optimizer": 4 * matrices + 8 * (size - matrices),
         "EMA": 4 * size, "activations": tokens * (saved + 36 * D + 3 * wide * dtype.itemsize)}
     total = sum(gigabytes.values()) / 1e9
-    print(f"bridge at layer {layer} of {shape.num_hidden_layers}: {size:,} parameters, {size / replaced:.2f}x the "
-          "blocks it replaces: " + ", ".join(f"{name} {n:,}" for name, n in count.items()))
+    print(f"bridge at layer {layer} of {shape.num_hidden_layers}: {size:,} parameters, {size / max(1, replaced):.2f}x "
+          "the blocks it replaces: " + ", ".join(f"{name} {n:,}" for name, n in count.items()))
     print(f"GB on one GPU at {micro} sequences a pass: "
           + ", ".join(f"{name} {n / 1e9:.2f}" for name, n in gigabytes.items())
           + f"; together {total:.1f}, which {'fits' if total < 80 else 'does NOT fit'} 80 GB")
@@ -341,15 +271,20 @@ def main(argv):
         return [main.__wrapped__([*argv, f"--layer={n}", f"--model={model}", f"--out={cfg.out}_l{n}"])
                 for n in range(1, shape.num_hidden_layers + 1)]
     layer, D = identity["layer_number"], shape.hidden_size
-    if not 1 <= layer <= shape.num_hidden_layers:
-        raise UserError(f"--layer {layer} must lie in 1..{shape.num_hidden_layers}, the blocks of {model}")
-    W, blocks = cfg.width or D, cfg.blocks or layer
+    first = 1 if cfg.visible == "full" else 0  # h[0] is worth producing only where tokens are unknown
+    if not first <= layer <= shape.num_hidden_layers:
+        raise UserError(f"--layer {layer} must lie in {first}..{shape.num_hidden_layers}, the blocks of {model}")
+    if cfg.bidirectional and cfg.visible == "full":
+        raise UserError("--bidirectional would let the replaced layer see the future; it needs --visible prefix, span "
+                        "or mix")
+    W, blocks = cfg.width or D, cfg.blocks or max(1, layer)
     H = max(1, W // (64 if W >= 512 else 32))
     if W % (2 * H):
         raise UserError(f"--width {W} does not split into {H} heads; use a multiple of {64 if W >= 512 else 32}")
     torch.manual_seed(cfg.seed)
     with torch.device("meta" if cfg.dry_run else "cpu"):
-        net = Bridge(D, W, blocks, H, cfg.objective, cfg.prediction, cfg.source, cfg.sampler, cfg.self_condition)
+        net = Bridge(D, W, blocks, H, cfg.objective, cfg.prediction, cfg.source, cfg.sampler, cfg.self_condition,
+                     cfg.visible, cfg.bidirectional, shape.vocab_size)
     if cfg.dry_run:
         return report_size(cfg, net, shape, layer, world, micro, dtype)
 
@@ -369,11 +304,12 @@ def main(argv):
     calibrate(lm, net, train.spread(cfg.calibration, cfg.seed)[:, :-1].to(world.device), layer, cfg.skip)
     run = Run(cfg, world, identity)
     mean_net = copy.deepcopy(net).requires_grad_(False)                                           # EMA
-    run.say(f"layer {layer} of {lm.L}: {cfg.objective} bridge of {blocks} blocks of width {W}, {size:,} parameters = "
-            f"{size / replaced:.2f}x the blocks it replaces")
+    run.say(f"layer {layer} of {lm.L}: {cfg.objective} bridge of {blocks} blocks of width {W}, {size:,} parameters"
+            + (f" = {size / replaced:.2f}x the blocks it replaces" if layer else ""))
 
     # ---------------------------------------------------------------------------------------------- optimizer
-    params = [p for p in net.parameters() if p.requires_grad]
+    params = list(net.parameters())
+    own = [p for name, p in net.named_parameters() if not name.startswith("readout")]  # the readout learns beside it
     optimizers = optim.build(net.named_parameters(), cfg.lr, cfg.lr_adam, cfg.weight_decay)
     state = run.resume([net, mean_net], optimizers)
     if cfg.compile:
@@ -388,13 +324,15 @@ def main(argv):
     parts = [some.tolist() for some in torch.tensor(slots).split(micro)]    # this process's micro-batches
 
     def draw(key):
-        """Tokens, noise level and noise of one micro-batch: functions of (seed, step, slot), whoever draws them."""
+        """Tokens, noise level, noise and what is hidden of one micro-batch: functions of (seed, step, slot), whoever
+        draws them."""
         step, some = key
         ids = train.batch(cfg.seed, step, some, cfg.batch_size)[:, :-1].to(world.device)          # (b, T)
         t = times(cfg.times, cfg.t_mean, cfg.seed, step, some).to(world.device)                   # (b,)
         noise = [normal((cfg.seq_len, D), world.device, cfg.seed, "noise", step, s) for s in some]
         seen = torch.tensor([generator(cfg.seed, "self", step, s).random() < 0.5 for s in some])
-        return ids, t, torch.stack(noise), seen.to(world.device)
+        unknown = hide(cfg.visible, cfg.seq_len, cfg.seed, step, some)
+        return ids, t, torch.stack(noise), seen.to(world.device), to(world.device, unknown)
     ready = data.prefetch(draw, ((step, some) for step in range(state["step"], cfg.steps) for some in parts))
 
     for step in range(state["step"], cfg.steps):
@@ -402,16 +340,20 @@ def main(argv):
         for some in parts:
             # 1 a batch that a thread has drawn meanwhile
             waiting = time.perf_counter()
-            ids, t, noise, seen = next(ready)
+            ids, t, noise, seen, unknown = next(ready)
             waited += time.perf_counter() - waiting
             # 2 the two ends of the path, from the frozen prefix
             z, c = targets(lm, net, ids, layer)                                                   # (b, T, D) each
             # 3 gradient of the mean loss over the global batch
             with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
-                each = token_loss(net, z, c, t, noise, cfg.skip, cfg.weighting, seen).mean(1)     # (b,)
+                error, z_hat = token_loss(net, z, c, t, noise, cfg.skip, cfg.weighting, seen, unknown)
+                each = error.mean(1)                                                              # (b,)
+                total = each.sum()
+                if net.generates:
+                    total = total + readout_loss(net, z_hat, ids).mean(1).sum()
             if some is parts[-1]:
                 gradients.arm()
-            (each.sum() / cfg.batch_size).backward()
+            (total / cfg.batch_size).backward()
             each = each.detach().double().cpu()
             bad += [slot for slot, fine in zip(some, torch.isfinite(each).tolist()) if not fine]
             which = (t.cpu() * 8).long().clamp(max=7)
@@ -419,7 +361,7 @@ def main(argv):
             loss += each.sum().item() / cfg.batch_size
         # 4 sum over processes, clip, step, running mean
         gradients.finish()
-        norm = nn.utils.clip_grad_norm_(params, cfg.clip).item()
+        norm = nn.utils.clip_grad_norm_(own, cfg.clip).item()
         if not math.isfinite(norm):  # on every process alike, before anything is changed
             where = f", slot {bad[0]}" if bad else ""
             raise UserError(f"the loss or its gradient stopped being finite at step {step}{where}; lower --lr and run "
@@ -441,7 +383,7 @@ def main(argv):
             bins.zero_()
         if done % cfg.eval_every == 0 and done < cfg.steps:
             with clock.paused():
-                run.log(done, cfg.steps, val_loss=validate(lm, mean_net, held_out, layer, cfg, world))
+                run.log(done, cfg.steps, val_loss=validate(lm, mean_net, held_out, layer, cfg, world)[0])
         leaving = stop.poll()
         if leaving or done % cfg.save_every == 0:
             check_replicas(params, world)
@@ -452,7 +394,7 @@ def main(argv):
     seconds = clock.seconds()
 
     # ------------------------------------------------------------------------------------------------- result
-    val_loss = validate(lm, mean_net, held_out, layer, cfg, world)
+    val_loss, named = validate(lm, mean_net, held_out, layer, cfg, world)
     if not world.main:  # the final numbers need the whole backbone: rank 0 alone loads it
         world.barrier()
         return None
@@ -463,15 +405,15 @@ def main(argv):
         table, ce = measure(whole, mean_net, held_out, layer, nfes, cfg.noise_seeds, cfg.skip)
         raw, _ = measure(whole, net.requires_grad_(False), held_out, layer, nfes, 1, cfg.skip)
     mfu = cfg.steps * cfg.batch_size * cfg.seq_len / seconds * flops / (peak_flops(world.device) * world.size)
-    settings = {"layer": layer, "objective": cfg.objective, "size_ratio": size / replaced, "nfe_default": cfg.nfe,
-                "seed": cfg.seed, "model": model, "base": identity["base"]}
+    settings = {"layer": layer, "objective": cfg.objective, "visible": cfg.visible, "seed": cfg.seed,
+                "size_ratio": size / max(1, replaced), "nfe_default": cfg.nfe, "model": model, "base": identity["base"]}
     save(mean_net, run.out, {**settings, "tokenizer": tokenizer and data.tokenizer_hash(tokenizer)})
-    run.finish({**settings, "nfe": table, "raw_nfe": raw, "val_loss": val_loss, "ce_intact": ce, "parameters": size,
-                "replaced_parameters": replaced, "steps": cfg.steps, "tokens": cfg.steps * cfg.batch_size * cfg.seq_len,
-                "tokens_per_s": cfg.steps * cfg.batch_size * cfg.seq_len / seconds, "seconds": seconds,
+    tokens = cfg.steps * cfg.batch_size * cfg.seq_len
+    run.finish({**settings, "nfe": table, "raw_nfe": raw, "val_loss": val_loss, "readout_accuracy": named,
+                "ce_intact": ce, "parameters": size, "replaced_parameters": replaced, "steps": cfg.steps,
+                "tokens": tokens, "tokens_per_s": tokens / seconds, "seconds": seconds,
                 "mfu": mfu if math.isfinite(mfu) else None, "flops_per_token": flops,
-                "eval_sequences": len(held_out), "noise_seeds": cfg.noise_seeds,
-                "sampler": cfg.sampler})
+                "eval_sequences": len(held_out), "noise_seeds": cfg.noise_seeds, "sampler": cfg.sampler})
     print_table(run.result)
     return run.result
 

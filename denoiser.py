@@ -2,9 +2,10 @@
 
     net = Bridge(D, W, blocks, H)
     out = net(x_t, c, t)                 # (B, T, D): an estimate of z, v or e, as `prediction` says
+    out = net(x_t, c, t, unknown=u)      # where u (B, T) is true the token, and so its condition, is unknown
     save(net, folder, {...}); net, info = load(folder, device)
 
-Letters: B batch, T tokens, D hidden width of the backbone, W width of the bridge, H heads, d = W/H.
+Letters: B batch, T tokens, D hidden width of the backbone, W width of the bridge, H heads, d = W/H, V vocabulary.
 """
 import inspect
 import math
@@ -16,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from common import UserError
+from diffusion import open_up
 from run import atomic, read_json, write_json
 
 
@@ -65,22 +67,30 @@ class Bridge(nn.Module):
     FREQUENCIES = 16
 
     def __init__(self, D, W, blocks, H, objective="diffusion", prediction="x", source="noise", sampler="euler",
-                 self_condition=False):
+                 self_condition=False, visible="full", bidirectional=False, V=0):
         super().__init__()
         self.shape = {"D": D, "W": W, "blocks": blocks, "H": H, "objective": objective, "prediction": prediction,
-                      "source": source, "sampler": sampler, "self_condition": self_condition}
+                      "source": source, "sampler": sampler, "self_condition": self_condition, "visible": visible,
+                      "bidirectional": bidirectional, "V": V}
         self.recompute = False                                                # activation checkpointing of the blocks
-        self.enter = nn.Linear((2 + self_condition) * D, W)                   # [x_t, c] side by side (and the last z)
+        self.generates = visible != "full"                                    # it has met unknown tokens
+        # [x_t, c] side by side, then the last z and whether the token is unknown, where there are such
+        self.enter = nn.Linear((2 + self_condition) * D + self.generates, W)
         self.time = nn.Linear(2 * self.FREQUENCIES, 6 * W)
         self.blocks = nn.ModuleList(Block(W, H) for _ in range(blocks))
         self.leave = nn.Linear(W, D)
+        if self.generates:
+            self.null = nn.Parameter(torch.zeros(D))                          # the condition of an unknown token
+            self.readout = nn.Linear(D, V)                                    # z -> the token itself
+            nn.init.zeros_(self.readout.weight)
         for name, length in (("mu_z", D), ("mu_c", D), ("sigma_z", D), ("sigma_c", D)):
             self.register_buffer(name, torch.zeros(length) if name.startswith("mu") else torch.ones(length))
         for p in self.time.parameters():
             nn.init.zeros_(p)
 
-    def forward(self, x, c, t, positions=None, mask=None, last=None, cache=None, slot=0):
-        """x, c (B, T, D), t (B,) in [0, 1] -> the raw prediction (B, T, D). Token i sees tokens 0..i only.
+    def forward(self, x, c, t, positions=None, mask=None, last=None, cache=None, slot=0, unknown=None):
+        """x, c (B, T, D), t (B,) in [0, 1] -> the raw prediction (B, T, D). Token i sees tokens 0..i only, unless it is
+        `unknown` (B, T; None: all are known) and the bridge bidirectional.
 
         `mask` (B, 1, T, K), true where a query may look, replaces the plain causal rule when a batch is padded or keys
         come from a `cache` (layers slot, slot + 1, ...). `last` (B, T, D) is the estimate of z to condition on (Chen et
@@ -89,9 +99,16 @@ class Bridge(nn.Module):
             positions = torch.arange(x.shape[1], device=x.device)[None]                # (1, T)
         angle = t[:, None] * math.pi * 2.0 ** torch.linspace(0, 5, self.FREQUENCIES, device=t.device)   # (B, F)
         modulation = self.time(torch.cat([angle.cos(), angle.sin()], -1)).view(len(t), 6, -1)          # (B, 6, W)
+        channels = [x, c]
         if self.shape["self_condition"]:
-            c = torch.cat([c, torch.zeros_like(x) if last is None else last], -1)
-        h = self.enter(torch.cat([x, c], -1))                                          # (B, T, W)
+            channels.append(torch.zeros_like(x) if last is None else last)
+        if self.generates:
+            unknown = torch.zeros_like(x[..., 0], dtype=torch.bool) if unknown is None else unknown
+            channels[1] = torch.where(unknown[..., None], self.null, c)
+            channels.append(unknown[..., None].to(x.dtype))
+            if self.shape["bidirectional"] and mask is None:
+                mask = open_up(unknown)
+        h = self.enter(torch.cat(channels, -1))                                        # (B, T, W)
         for i, block in enumerate(self.blocks):
             if self.recompute and torch.is_grad_enabled():
                 h = checkpoint(block, h, modulation, positions, mask, use_reentrant=False)
@@ -122,7 +139,7 @@ def load(folder, device):
     """(Bridge in eval mode, its bridge.json). Raises UserError for a missing, truncated or foreign file."""
     from safetensors.torch import load_file
     info = read_json(Path(folder) / "bridge.json", "train one with: python bridge.py")
-    net = Bridge(**{k: info[k] for k in inspect.signature(Bridge).parameters})
+    net = Bridge(**{k: info[k] for k in inspect.signature(Bridge).parameters if k in info})
     try:
         net.load_state_dict(load_file(Path(folder) / "bridge.safetensors"))
     except Exception as error:

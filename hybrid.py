@@ -3,6 +3,7 @@
     python hybrid.py --bridge out/bridge                                   # save it to out/hybrid, measure it: ~10 s
     python hybrid.py --bridge out/bridge --prompt "import os" --nfe 4      # text on stdout
     python hybrid.py --bridge out/bridge --prompt "import os" --compare    # beside the intact model's continuation
+    python hybrid.py --bridge out/blocks --prompt "import os" --block 32 --nfe 16 --show    # whole blocks at once
 
     import hybrid                                                          # registers the architecture
     model = AutoModelForCausalLM.from_pretrained("out/hybrid")             # the upper blocks come from the base model
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import (AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PretrainedConfig,
@@ -25,10 +27,10 @@ from transformers import (AutoConfig, AutoModelForCausalLM, DynamicCache, Genera
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import backbone
-import bridge
 import data
 import denoiser
-from common import UserError, entry, parse, pick_dtype, setup
+import diffusion
+from common import UserError, entry, generator, normal, parse, pick_dtype, setup
 from run import Run, finished, read_json
 
 
@@ -45,6 +47,12 @@ class Config:
     prompt: str = ""            # continue this text instead of saving
     max_new_tokens: int = 64    # tokens to generate
     temperature: float = 0.0    # 0: greedy
+    block: int = 0              # draw blocks of so many tokens at once, by diffusion (0: token by token)
+    suffix: str = ""            # with --block: the text after the gap of max_new_tokens
+    rounds: int = 0             # with --block: refinements of each block
+    alpha: float = 1.0          # with --block: weight of the token readout beside the retained blocks
+    top_p: float = 1.0          # with --block: nucleus
+    show: bool = False          # with --block: print what the readout makes of every denoising step
     compare: bool = False       # print the intact model's continuation beside it
     standalone: bool = False    # copy the base model's folder too, so that the hybrid can travel
     seq_len: int = 128          # tokens a sequence of the CE gap
@@ -108,7 +116,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         count = int(positions.max()) + 1
         if count > len(self.noise):
             new = range(len(self.noise), max(count, 2 * len(self.noise)))
-            more = bridge.position_noise(self.config.noise_seed, new, self.lm.D, self.noise.device)
+            more = diffusion.position_noise(self.config.noise_seed, new, self.lm.D, self.noise.device)
             self.noise = torch.cat([self.noise, more])
         return self.noise[positions]
 
@@ -125,9 +133,9 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
                 own = torch.zeros_like(mask).diagonal_scatter(mask.new_ones(T), past)
                 mask = (mask & (attention_mask[:, None, None, :] > 0)) | own           # (B, 1, T, K)
             mask = mask.expand(len(h0), 1, T, past + T)
-        z = bridge.sample(self.net, self.net.standard_c(h0), self.config.nfe, self.noise_at(positions), positions, mask,
-                          cache)
-        return self.net.hidden(z).to(h0.dtype), side
+        z = diffusion.sample(self.net, self.net.standard_c(h0), self.config.nfe, self.noise_at(positions), positions,
+                             mask, cache)
+        return self.net.hidden(z).to(h0.dtype) if self.config.layer else h0, side
 
     def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, labels=None,
                 use_cache=None, logits_to_keep=0, **_):
@@ -150,6 +158,100 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())        # ignores -100
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None)
+
+    # ------------------------------------------------------------------------------------------- blocks of tokens
+    @torch.no_grad()
+    def generate_blocks(self, input_ids, max_new_tokens=64, block=64, nfe=16, alpha=1.0, temperature=1.0, top_p=1.0,
+                        rounds=0, back=0.5, expert="both", seed=0, suffix_ids=None, watch=None):
+        """input_ids (B, T) -> (B, T + max_new_tokens [+ suffix]): whole blocks are drawn in hidden space, and each is
+        decoded by one pass through the retained blocks. Rows do not depend on one another.
+
+        One block: `nfe` denoising calls on the unknown positions -> decode -> `rounds` times (re-encode the decoded
+        tokens as visible ones, carry them back to noise level `back`, denoise, decode). Blocks follow one another on a
+        cache; with suffix_ids (B, S) one block fills the gap before them, which needs a bidirectional bridge.
+
+        Each token is drawn from log p = log p_upper(x_i | h[<i]) + alpha log p_read(x_i | h[i]), over temperature and
+        cut to the `top_p` nucleus; expert "upper" or "readout" is one of the two alone."""
+        limit = self.config.max_position_embeddings
+        total = input_ids.shape[1] + max_new_tokens + (0 if suffix_ids is None else suffix_ids.shape[1])
+        if not self.net.generates:
+            raise UserError("this bridge has never met an unknown token; train one with: python bridge.py --visible "
+                            "mix")
+        if nfe < 1 or alpha < 0 or rounds < 0 or block < 1 or max_new_tokens < 1 or temperature < 0:
+            raise UserError("nfe, block and max_new_tokens must be at least 1; alpha, temperature and rounds not "
+                            "negative")
+        if total > limit or input_ids.shape[1] < 1:
+            raise UserError(f"prompt, new tokens and suffix are {total} tokens; they must fit the model's {limit} "
+                            "positions, and the prompt must not be empty")
+        if suffix_ids is not None and not self.net.shape["bidirectional"]:
+            raise UserError("a suffix can only be seen by a bridge trained with --bidirectional")
+        kept = self.config.nfe
+        self.set_nfe(nfe)
+        how = dict(nfe=nfe, alpha=alpha, temperature=temperature, top_p=top_p, rounds=rounds, expert=expert, seed=seed,
+                   done=min(nfe - 1, nfe - round(back * nfe)), watch=watch)
+        try:
+            if suffix_ids is not None:
+                gap = input_ids.new_zeros(len(input_ids), max_new_tokens)
+                ids = torch.cat([input_ids, gap, suffix_ids], 1)                        # (B, T + n + S)
+                unknown = torch.zeros_like(ids, dtype=torch.bool)
+                unknown[:, input_ids.shape[1]:input_ids.shape[1] + max_new_tokens] = True
+                return self._draw(ids, unknown, None, None, how, 0)
+            cache, ids = DynamicCache(config=self.config), input_ids
+            last = self(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits           # (B, 1, V)
+            while ids.shape[1] < total:
+                n = min(block, total - ids.shape[1])
+                empty = ids.new_zeros(len(ids), n)
+                new = self._draw(empty, empty == 0, cache, last, how, ids.shape[1])     # (B, n)
+                ids = torch.cat([ids, new], 1)
+                if ids.shape[1] < total:
+                    last = self(new, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            return ids
+        finally:
+            self.set_nfe(kept)
+
+    def _draw(self, ids, unknown, cache, last, how, key):
+        """ids (B, T) with its `unknown` (B, T) tokens drawn. They follow the tokens in `cache`, whose next-token
+        logits are `last` (B, 1, V)."""
+        (B, T), past, device = ids.shape, cache.get_seq_length() if cache is not None else 0, ids.device
+        positions = torch.arange(past, past + T, device=device)[None]                                  # (1, T)
+        causal = torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past)                   # (T, K)
+        wide = (causal | unknown[:, :, None])[:, None] if self.net.shape["bidirectional"] else causal
+
+        def run(function, *args, **more):
+            out = function(*args, **more)
+            for layer in cache.layers if cache is not None else []:                    # the block leaves no trace
+                layer.keys, layer.values = layer.keys[..., :past, :], layer.values[..., :past, :]
+            return out
+
+        def noise(turn):
+            rows = [normal((T, self.lm.D), device, how["seed"], "block", key, turn, b) for b in range(B)]
+            return torch.stack(rows)                                                                   # (B, T, D)
+
+        def denoise(turn, **more):
+            return run(diffusion.sample, self.net, self.net.standard_c(self.lm.embed(ids, positions)), how["nfe"],
+                       noise(turn), positions, wide, cache, unknown=unknown, watch=how["watch"], **more)
+        # 1 draw the block's hidden states
+        z = denoise(0)
+        for turn in range(how["rounds"] + 1):
+            # 2 decode it by both experts
+            ids = torch.where(unknown, run(self._decode, z, positions, cache, last, how, (key, turn)), ids)
+            # 3 refine: one call encodes the decoded tokens as visible ones; go back up the path and down again
+            if turn < how["rounds"]:
+                c = self.net.standard_c(self.lm.embed(ids, positions))
+                seen = run(diffusion.sample, self.net, c, 1, self.noise_at(positions), positions, causal, cache)
+                z = denoise(turn + 1, z=seen, done=how["done"])
+        return ids
+
+    def _decode(self, z, positions, cache, last, how, key):
+        """Tokens (B, T) of z (B, T, D). Draws are float64; the draw is keyed by row."""
+        h = self.net.hidden(z).to(self.lm.norm.weight.dtype)
+        side = self.lm.side(h, positions, None, cache)
+        upper = self.lm.head(self.lm.run(h, self.config.layer, self.lm.L, side))                       # (B, T, V)
+        upper = torch.cat([upper[:, :1] if last is None else last, upper[:, :-1]], 1)  # token i is foretold at i-1
+        upper, read = (F.log_softmax(part.double(), -1) for part in (upper, self.net.readout(z)))
+        logits = {"both": upper + how["alpha"] * read, "upper": upper, "readout": read}[how["expert"]]
+        u = [generator(how["seed"], "decode", *key, b).random(z.shape[1]) for b in range(len(z))]
+        return draw_tokens(logits, how["temperature"], how["top_p"], torch.tensor(np.stack(u), device=z.device))
 
     def save_pretrained(self, folder, standalone=False, **_):
         """config.json and hybrid.safetensors (the bridge alone); `standalone` puts a copy of the base's folder beside
@@ -195,7 +297,7 @@ def assemble(net, config, base_model, device, dtype):
     if backbone.identity(base_model) != config.base:
         raise UserError(f"the weights in {base_model} are not those this bridge was trained under (hash "
                         f"{backbone.identity(base_model)}, expected {config.base}); pass the right --model")
-    if net.shape["D"] != lm.D or not 1 <= config.layer <= lm.L:
+    if net.shape["D"] != lm.D or not 1 - net.generates <= config.layer <= lm.L:
         raise UserError(f"the bridge makes states of width {net.shape['D']} at layer {config.layer}, but {base_model} "
                         f"has width {lm.D} and {lm.L} blocks; pass the right --model")
     config.vocab_size, config.hidden_size, config.base_model = lm.V, lm.D, base_model
@@ -212,6 +314,17 @@ def from_bridge(folder, model="", nfe=0, device="cpu", dtype=torch.float32):
     return assemble(net, config, config.base_model, torch.device(device), dtype)
 
 
+def draw_tokens(logits, temperature, top_p, u):
+    """Tokens (...) from float64 logits (..., V) by inverting the distribution function at u (...) in [0, 1): argmax at
+    temperature 0. `top_p` keeps the smallest set of tokens that holds this much probability."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p, order = torch.softmax(logits / temperature, -1).sort(-1, descending=True)                       # (..., V)
+    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)
+    place = (p.cumsum(-1) < (u * p.sum(-1))[..., None]).sum(-1).clamp_max(p.shape[-1] - 1)
+    return order.gather(-1, place[..., None])[..., 0]
+
+
 @torch.no_grad()
 def continue_text(model, tokenizer, prompt, max_new_tokens, temperature, seed, stream=False):
     """The prompt's continuation as text; greedy at temperature 0. With `stream` it is printed as it comes."""
@@ -224,6 +337,21 @@ def continue_text(model, tokenizer, prompt, max_new_tokens, temperature, seed, s
     out = model.generate(ids, max_new_tokens=max_new_tokens, streamer=streamer,
                          attention_mask=torch.ones_like(ids), pad_token_id=tokenizer.eos_token_id or 0, **sampling)
     return tokenizer.decode(out[0, ids.shape[1]:])
+
+
+@torch.no_grad()
+def write_blocks(model, tokenizer, cfg):
+    """The prompt, the drawn blocks and the suffix as text; with --show each denoising step is printed as it is made."""
+    def ids(text):
+        return torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]], device=model.device)     # (1, T)
+
+    def watch(z):
+        print(repr(tokenizer.decode(model.net.readout(z[0]).argmax(-1))))
+    out = model.generate_blocks(
+        ids(cfg.prompt).long(), cfg.max_new_tokens, cfg.block, cfg.nfe or model.config.nfe, cfg.alpha, cfg.temperature,
+        cfg.top_p, cfg.rounds, seed=cfg.seed, suffix_ids=ids(cfg.suffix) if cfg.suffix else None,
+        watch=watch if cfg.show else None)
+    return tokenizer.decode(out[0])
 
 
 @torch.no_grad()
@@ -256,6 +384,9 @@ def main(argv):
     if cfg.prompt:
         model = from_bridge(cfg.bridge, cfg.model, cfg.nfe, world.device, dtype)
         tokenizer = data.load_tokenizer(model.config.base_model)
+        if cfg.block:
+            print(text := write_blocks(model, tokenizer, cfg))
+            return text
         sample = (tokenizer, cfg.prompt, cfg.max_new_tokens, cfg.temperature, cfg.seed)
         continue_text(model, *sample, stream=True)
         if cfg.compare:

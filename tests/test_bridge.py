@@ -14,6 +14,7 @@ import bridge
 import common
 import data
 import denoiser
+import diffusion
 import optim
 
 B, T, D = 3, 12, 16
@@ -58,7 +59,7 @@ def test_sampling_is_causal_too(nfe):
     model, (noise, c, _) = net(), states()
     other = c.clone()
     other[:, 7] += 1.0
-    a, b = bridge.sample(model, c, nfe, noise), bridge.sample(model, other, nfe, noise)
+    a, b = diffusion.sample(model, c, nfe, noise), diffusion.sample(model, other, nfe, noise)
     assert torch.equal(a[:, :7], b[:, :7]) and not torch.equal(a[:, 7:], b[:, 7:])
 
 
@@ -75,7 +76,7 @@ def test_predictions_agree_about_z():
     z, e, t = states()
     x = (1 - t[:, None, None]) * z + t[:, None, None] * e
     for kind, out in (("x", z), ("v", e - z), ("eps", e)):
-        assert torch.allclose(bridge.to_z(out, x, t, kind), z, atol=1e-3)
+        assert torch.allclose(diffusion.to_z(out, x, t, kind), z, atol=1e-3)
 
 
 class Gaussian(torch.nn.Module):
@@ -99,10 +100,10 @@ class Gaussian(torch.nn.Module):
 def test_the_sampler_draws_from_a_known_gaussian(sampler, prediction):
     model, c = Gaussian(1.5, 0.5, sampler, prediction), torch.zeros(64, 64, 8)
     noise = torch.randn(64, 64, 8, generator=torch.Generator().manual_seed(0))
-    z = bridge.sample(model, c, 64, noise)
+    z = diffusion.sample(model, c, 64, noise)
     assert z.mean().item() == pytest.approx(1.5, abs=0.02) and z.std().item() == pytest.approx(0.5, rel=0.03)
     assert model.calls == 64
-    one = bridge.sample(Gaussian(1.5, 0.5, sampler, prediction), c, 1, noise)  # a single call can only give the mean
+    one = diffusion.sample(Gaussian(1.5, 0.5, sampler, prediction), c, 1, noise)  # a single call can only give the mean
     assert one.std().item() < 1e-5 and one.mean().item() == pytest.approx(1.5, abs=1e-5)
 
 
@@ -112,7 +113,7 @@ def test_heun_is_more_exact_than_euler_at_equal_calls():
     for sampler in ("euler", "heun"):
         for nfe in (1, 2, 3, 8, 9):
             model = Gaussian(0.0, 0.5, sampler)
-            z = bridge.sample(model, c, nfe, noise)
+            z = diffusion.sample(model, c, nfe, noise)
             assert model.calls == nfe
             error[sampler, nfe] = (z - 0.5 * noise).abs().max().item()           # the flow maps e to s e exactly
     assert error["heun", 9] < error["euler", 9] < error["euler", 3]
@@ -122,7 +123,7 @@ def test_loss_weights_sinks_by_their_own_size():
     z, c, t = states()
     z[:, 0] *= 1000                                                               # a massive activation
     model = net(objective="regression")
-    loss = bridge.token_loss(model, z, c, t, None, skip=1)
+    loss = diffusion.token_loss(model, z, c, t, None, skip=1)[0]
     out = model(torch.zeros_like(z), c, torch.ones_like(t))
     want = (out - z).square().mean(-1)
     assert torch.allclose(loss[:, 1:], want[:, 1:])
@@ -131,16 +132,16 @@ def test_loss_weights_sinks_by_their_own_size():
 
 def test_noise_levels_are_keyed_by_slot():
     for law in ("logit-normal", "uniform"):
-        t = bridge.times(law, 0.0, 0, 5, range(4000))
+        t = diffusion.times(law, 0.0, 0, 5, range(4000))
         assert 0 < t.min() and t.max() < 1 and t.mean().item() == pytest.approx(0.5, abs=0.02)
-        assert torch.equal(t[7:9], bridge.times(law, 0.0, 0, 5, [7, 8]))
+        assert torch.equal(t[7:9], diffusion.times(law, 0.0, 0, 5, [7, 8]))
     assert t.std().item() == pytest.approx(12 ** -0.5, abs=0.01)
 
 
 def test_position_noise_is_a_table():
-    table = bridge.position_noise(0, range(6), D, "cpu")
-    assert torch.equal(table[3:5], bridge.position_noise(0, [3, 4], D, "cpu"))
-    assert not torch.equal(table, bridge.position_noise(1, range(6), D, "cpu"))
+    table = diffusion.position_noise(0, range(6), D, "cpu")
+    assert torch.equal(table[3:5], diffusion.position_noise(0, [3, 4], D, "cpu"))
+    assert not torch.equal(table, diffusion.position_noise(1, range(6), D, "cpu"))
 
 
 # ----------------------------------------------------------------------------------------------------- optimizer
@@ -377,12 +378,12 @@ def test_a_loss_that_is_not_finite(runs, tmp_path, capsys, text, monkeypatch):
 
         def broken(net, z, *rest, name=name, seen=seen, **more):
             seen.append(1)
-            loss = honest(net, z, *rest, **more)
+            loss, z_hat = honest(net, z, *rest, **more)
             if len(seen) == 7 and name == "nan":
-                return loss * torch.tensor([1, 1, torch.nan, 1])[:, None]
+                return loss * torch.tensor([1, 1, torch.nan, 1])[:, None], z_hat
             if len(seen) == 7:
-                return loss + (net.leave.bias.sum() - net.leave.bias.sum().detach()).abs().sqrt()   # d sqrt(0): inf
-            return loss
+                return loss + (net.leave.bias.sum() - net.leave.bias.sum().detach()).abs().sqrt(), z_hat  # d sqrt(0)
+            return loss, z_hat
         with monkeypatch.context() as patch:
             patch.setattr(bridge, "token_loss", broken)
             message = fails(capsys, bridge.main, *command(runs, text, tmp_path / name, "--save_every", "4"))
@@ -419,7 +420,7 @@ def test_activation_formula_against_a_count():
             return tensor
         z, c, t = states()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            bridge.token_loss(model, z, c, t, z, 0)
+            diffusion.token_loss(model, z, c, t, z, 0)
         return sum(held.values())
     assert (saved(3) - saved(2)) / (B * T * 64) == pytest.approx(100, rel=0.1)
     assert (saved(3, True) - saved(2, True)) / (B * T * 64) == pytest.approx(4, rel=0.1)

@@ -17,9 +17,10 @@ import evaluate
 import run
 
 FILES = sorted(ROOT.glob("*.py"))
-ORDER = ["common", "run", "optim", "data", "backbone", "geometry", "denoiser", "bridge", "hybrid", "repr_align",
-         "ablate", "circuits", "evaluate", "report", "bench"]
-STAGES = ["data", "backbone", "geometry", "bridge", "hybrid", "repr_align", "evaluate", "bench", "ablate"]
+ORDER = ["common", "run", "optim", "data", "backbone", "geometry", "diffusion", "denoiser", "bridge", "hybrid",
+         "repr_align", "generate", "ablate", "circuits", "evaluate", "report", "bench"]
+STAGES = ["data", "backbone", "geometry", "bridge", "hybrid", "repr_align", "generate", "evaluate", "bench",
+          "ablate"]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.name)

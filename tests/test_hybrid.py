@@ -8,8 +8,8 @@ from conftest import FAMILIES, fails, randomise, tiny_model
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import backbone
-import bridge
 import denoiser
+import diffusion
 import hybrid
 from common import UserError
 
@@ -27,8 +27,8 @@ def model(runs):
 @torch.no_grad()
 def test_logits_are_bridge_then_upper_blocks(runs, model):
     lm = backbone.load(f"{runs}/toy", torch.device("cpu"), torch.float32)
-    noise = bridge.position_noise(0, range(20), lm.D, "cpu")
-    z = bridge.sample(model.net, model.net.standard_c(lm.embed(IDS)), model.config.nfe, noise)
+    noise = diffusion.position_noise(0, range(20), lm.D, "cpu")
+    z = diffusion.sample(model.net, model.net.standard_c(lm.embed(IDS)), model.config.nfe, noise)
     want = lm.head(lm.run(model.net.hidden(z), model.config.layer, lm.L))
     assert torch.equal(model(IDS).logits, want)
     loss = torch.nn.functional.cross_entropy(want[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())

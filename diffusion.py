@@ -1,0 +1,157 @@
+"""diffusion.py: the maths of the bridge: path, what is known, objective, sampler. Pure functions; bridge.py trains with
+them, hybrid.py samples with them.
+
+    x_t = (1-t) z + t e                               the path from the clean state z (t = 0) to noise e (t = 1)
+    loss, z_hat = token_loss(net, z, c, t, noise, skip)            one training example per sequence
+    z = sample(net, c, nfe, noise)                                 nfe calls of the network, from t = 1 down to 0
+
+Two uses of one network. Replacement: every token is known, so z is a function of c and there is nothing to sample.
+Generation: some tokens are unknown, their condition is a learned null, and z really is drawn.
+
+Letters: B batch, T tokens, D hidden width of the backbone, z the standardised h[l], c the standardised h[0].
+"""
+import torch
+import torch.nn.functional as F
+
+from common import generator, normal
+
+SEEN_WEIGHT = 0.1  # of a visible token's error beside an unknown one's: the unknown ones are the task
+
+
+# ------------------------------------------------------------------------------------------------------ the path
+def start(c, noise, source, unknown=None):
+    """e, the t = 1 end of the path (B, T, D): pure noise, or noise around the other end of the replaced blocks. Where
+    the token is `unknown` (B, T) there is no other end, and e is noise: c must not leak through it."""
+    if source == "noise":
+        return noise
+    e = c + 0.5 * noise
+    return e if unknown is None else torch.where(unknown[..., None], noise, e)
+
+
+def times(law, mean, seed, step, slots):
+    """t (B,) for the given slots, one per sequence; logit-normal(mean, 1) as in Esser et al. 2024, or uniform."""
+    draws = [generator(seed, "t", step, s) for s in slots]
+    if law == "uniform":
+        return torch.tensor([g.random() for g in draws], dtype=torch.float32)
+    return torch.sigmoid(torch.tensor([mean + g.standard_normal() for g in draws], dtype=torch.float32))
+
+
+def to_z(out, x, t, prediction):
+    """Network output -> estimate of z. t (B,) or a number; x_t = (1-t) z + t e and v = e - z."""
+    t = torch.as_tensor(t, device=x.device, dtype=x.dtype).reshape(-1, 1, 1)
+    if prediction == "x":
+        return out
+    return x - t * out if prediction == "v" else (x - t * out) / (1 - t)
+
+
+# ------------------------------------------------------------------------------------------------- what is unknown
+def hide(mode, T, seed, step, slots, purpose="visible"):
+    """Which tokens are unknown, (B, T) bool for the given slots; None when the mode hides nothing.
+
+    full: none. prefix: all after a cut. span: all between two cuts. mix: half of the sequences full, the others prefix
+    or span. Cuts are uniform, and position 0 is always visible."""
+    if mode == "full":
+        return None
+    unknown = torch.zeros(len(slots), T, dtype=torch.bool)
+    for row, slot in zip(unknown, slots, strict=True):
+        draw = generator(seed, purpose, step, slot)
+        kind = draw.choice(["full", "full", "prefix", "span"]) if mode == "mix" else mode
+        if kind == "prefix":
+            row[draw.integers(1, T):] = True
+        elif kind == "span":
+            lo, hi = sorted(draw.choice(T, 2, replace=False) + 1)            # 1 <= lo < hi <= T
+            row[lo:hi] = True
+    return unknown
+
+
+def open_up(unknown):
+    """The mask of a bidirectional bridge, (B, 1, T, T), true where a query may look: visible tokens see the past only
+    (they must not learn from a future that replacement would not have), unknown ones see everything."""
+    T = unknown.shape[1]
+    causal = torch.ones(T, T, dtype=torch.bool, device=unknown.device).tril()
+    return (causal | unknown[:, :, None])[:, None]
+
+
+# ----------------------------------------------------------------------------------------------------- objective
+def token_loss(net, z, c, t, noise, skip, weighting="z", last_seen=None, unknown=None):
+    """(squared error per token (B, T), in units where predicting the mean costs about 1; the estimate of z, detached).
+    `last_seen` (B,) says which sequences are shown the network's own first estimate (self-conditioning), `unknown`
+    (B, T) which tokens are hidden from it.
+
+    1 noisy state  2 a first estimate, if asked for  3 network, error against its own target  4 weight by noise level
+    5 sinks scaled by their own size (one would outweigh the whole sequence otherwise: massive activations)
+    6 where there is something unknown, that is the task: visible tokens count little."""
+    kind, t3 = net.shape["prediction"], t[:, None, None]
+    if net.shape["objective"] == "regression":
+        out = net(torch.zeros_like(z), c, torch.ones_like(t), unknown=unknown)            # same network, x_t left blank
+        error, z_hat = out - z, out
+    else:
+        e = start(c, noise, net.shape["source"], unknown)
+        x, last = (1 - t3) * z + t3 * e, None                                             # (B, T, D)
+        if net.shape["self_condition"]:
+            with torch.no_grad():
+                last = to_z(net(x, c, t, unknown=unknown), x, t.clamp(max=1 - 1e-3), kind) * last_seen[:, None, None]
+        out = net(x, c, t, last=last, unknown=unknown)
+        error, z_hat = out - {"x": z, "v": e - z, "eps": e}[kind], to_z(out, x, t.clamp(max=1 - 1e-3), kind)
+    loss = error.square().mean(-1)                                                        # (B, T)
+    if weighting == "v":
+        loss = loss / t[:, None].clamp(min=0.1) ** 2
+    sink = torch.arange(z.shape[1], device=z.device) < skip
+    loss = torch.where(sink, loss / z.square().mean(-1).clamp_min(1), loss)
+    if unknown is not None:
+        loss = torch.where(unknown | ~unknown.any(1, keepdim=True), loss, SEEN_WEIGHT * loss)
+    return loss, z_hat.detach()
+
+
+# ------------------------------------------------------------------------------------------------------- sampler
+@torch.no_grad()
+def sample(net, c, nfe, noise, positions=None, mask=None, cache=None, *, unknown=None, z=None, done=0, watch=None):
+    """z (B, T, D) from c by `nfe` network calls, starting from noise (T, D) or (B, T, D). A cache has one layer for
+    each call and block: earlier tokens' keys and values at that call. Given `z`, the first `done` calls are taken as
+    made: z is carried to the noise level where they would have ended, and the rest of the path is run. `watch` is
+    called with every estimate of z.
+
+    Euler: x <- z_hat + (s/t)(x - z_hat) from t down to s, exact for a straight path. Heun averages the slopes at both
+    ends of a step; its last step is Euler, so nfe = 2 heun + euler calls."""
+    kind = net.shape["prediction"]
+    if net.shape["objective"] == "regression":
+        ones = torch.ones(len(c), device=c.device)
+        return net(torch.zeros_like(c), c, ones, positions, mask, cache=cache, unknown=unknown)
+    last, calls = None, done
+
+    def slope(x, t):
+        nonlocal last, calls
+        if kind == "eps":
+            t = min(t, 1 - 1e-3)                                                          # (x - t e)/(1 - t) at t = 1
+        out = net(x, c, torch.full((len(x),), t, device=x.device), positions, mask, last, cache,
+                  calls * net.shape["blocks"], unknown)
+        last, calls = to_z(out, x, t, kind), calls + 1
+        if watch is not None:
+            watch(last)
+        return (x - last) / t                                                             # dx/dt = e - z
+
+    x = start(c, noise.expand_as(c), net.shape["source"], unknown)
+    heun = (nfe - 1) // 2 if net.shape["sampler"] == "heun" and not done else 0
+    grid = [1 - i / (nfe - heun) for i in range(nfe - heun)] + [0.0]
+    if done:
+        grid = grid[done:]
+        x = (1 - grid[0]) * z + grid[0] * x
+    for i, (now, then) in enumerate(zip(grid, grid[1:])):
+        v = slope(x, now)
+        if i < heun:
+            v = (v + slope(x + (then - now) * v, then)) / 2
+        x = x + (then - now) * v
+    return x
+
+
+def position_noise(seed, positions, D, device):
+    """The sampler's noise (T, D): a function of (seed, position), the same for every row, so that logits are
+    deterministic and a cached step equals recomputation."""
+    rows = [normal((D,), torch.device("cpu"), seed, "sampler", int(p)) for p in positions]
+    return torch.stack(rows).to(device)
+
+
+def readout_loss(net, z_hat, ids):
+    """Cross-entropy (B, T) of the token readout on estimates z_hat (B, T, D): its gradient never reaches the bridge."""
+    logits = net.readout(z_hat.detach())                                                  # (B, T, V)
+    return F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view(ids.shape)

@@ -1,0 +1,264 @@
+"""generate.py: GENERATE. Text drawn by diffusion in hidden space, measured beside its rivals at equal entropy.
+
+    python generate.py                                            # out/blocks beside AR, the twin, unigrams: ~40 s
+    python generate.py --bridges out/a,out/b --out out/generate2  # several bridges: rows by layer, spread over seeds
+    python bridge.py --visible mix --layer 4 --out out/blocks     # makes such a bridge
+
+Each text is a held-out prefix and what a method writes after it; the intact model judges that part. A single generative
+perplexity (gen-PPL) can be bought with dull text, so every method is swept over the same temperatures and compared
+where its entropy equals real text's. Writes result.json, samples.jsonl and generation.png to --out.
+
+Letters: N texts, T tokens, V vocabulary.
+"""
+import dataclasses
+import json
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import backbone
+import data
+import hybrid
+import repr_align
+from common import UserError, entry, generator, parse, pick_dtype, setup
+from run import Run, atomic, finished, read_json
+
+
+@dataclass
+class Config:
+    bridges: str = "out/blocks"  # folders of bridges trained with --visible prefix, span or mix, comma-separated
+    twin: str = "out/repr_align/w10"  # folder of the masked twin (empty: leave its row out)
+    data: str = "stdlib"        # held-out text; see data.py
+    out: str = "out/generate"   # run folder
+    seed: int = 0               # of every draw
+    device: str = "auto"        # auto, cpu, cuda
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the models
+    texts: int = 64             # N
+    prefix: int = 64            # visible tokens of each
+    new: int = 64               # tokens written after them
+    block: int = 64             # of which so many are drawn at once
+    nfe: int = 16               # network calls of the first denoising (steps of the twin)
+    rounds: int = 0             # refinements
+    alpha: float = 1.0          # weight of the token readout beside the retained blocks
+    temperatures: str = "0.5,0.7,0.85,1.0,1.2"  # the frontier of every row
+    experts: bool = True        # also decode by each expert alone
+    dry_run: bool = False       # print what would be sampled, then leave
+
+
+# ------------------------------------------------------------------------------------------------------- metrics
+@torch.no_grad()
+def judge(lm, ids, prefix):
+    """Negative log-likelihood (nats, float64) of each text's tokens after the prefix: ids (N, T) -> (N, T - prefix)."""
+    rows = []
+    for part in ids.split(16):
+        logits = lm.head(lm.run(lm.embed(part[:, :-1]), 0, lm.L))[:, prefix - 1:]             # (n, T - prefix, V)
+        nll = F.cross_entropy(logits.double().flatten(0, 1), part[:, prefix:].flatten(), reduction="none")
+        rows.append(nll.view(len(part), -1))
+    return torch.cat(rows)
+
+
+def entropy(ids):
+    """Entropy (nats) of a text's own token histogram, mean over ids (N, T). At most ln T."""
+    total = 0.0
+    for row in ids.tolist():
+        counts = np.unique(row, return_counts=True)[1] / len(row)
+        total -= (counts * np.log(counts)).sum()
+    return total / len(ids)
+
+
+def repetition(ids, n):
+    """rep-n: the share of n-grams, pooled over all texts, that repeat an earlier one. ids (N, T)."""
+    grams = [tuple(row[i:i + n]) for row in ids.tolist() for i in range(len(row) - n + 1)]
+    if not grams:
+        raise UserError(f"texts of {ids.shape[1]} tokens have no {n}-grams; write longer ones")
+    return 1 - len(set(grams)) / len(grams)
+
+
+def measure(lm, ids, prefix):
+    """All metrics of ids (N, T) at one setting: gen_ppl = exp(sum NLL / sum tokens), its median over texts, entropy,
+    diversity = product over n = 2, 3, 4 of the share of distinct n-grams, rep_4."""
+    nll, new = judge(lm, ids, prefix), ids[:, prefix:]
+    return {"gen_ppl": math.exp(nll.mean()), "gen_ppl_median": math.exp(nll.mean(1).median()), "entropy": entropy(new),
+            "diversity": math.prod(1 - repetition(new, n) for n in (2, 3, 4)), "rep_4": repetition(new, 4)}
+
+
+def at_entropy(points, target):
+    """gen-PPL where a frontier crosses the entropy `target`: linear in (entropy, log gen-PPL) between the temperatures
+    around it. None if it never comes that near: no extrapolation."""
+    points = sorted((p["entropy"], math.log(p["gen_ppl"])) for p in points)
+    for (h0, y0), (h1, y1) in zip(points, points[1:]):
+        if h0 <= target <= h1:
+            return math.exp(y0 + (y1 - y0) * (target - h0) / max(h1 - h0, 1e-9))
+    h, y = min(points, key=lambda p: abs(p[0] - target))
+    return math.exp(y) if abs(h - target) <= 0.1 else None
+
+
+# ------------------------------------------------------------------------------------------------------- methods
+def unigram(train, count, shape, temperature, seed):
+    """Tokens (N, T) drawn independently by their frequency in `count` training windows, tempered."""
+    p = torch.bincount(train.spread(count).flatten()).double() ** (1 / temperature)
+    cdf = (p / p.sum()).cumsum(0).numpy()
+    return torch.from_numpy(np.searchsorted(cdf, generator(seed, "unigram").random(shape)).clip(max=len(cdf) - 1))
+
+
+@torch.no_grad()
+def autoregressive(lm, prompts, new, temperature, seed):
+    """prompts (N, P) -> (N, P + new) by stock generate() of the intact model."""
+    torch.manual_seed(seed)
+    return lm.model.generate(prompts, max_new_tokens=new, min_new_tokens=new, do_sample=True, temperature=temperature,
+                             top_k=0, attention_mask=torch.ones_like(prompts), pad_token_id=0)
+
+
+def masked(student, prompts, new, steps, temperature, seed):
+    """prompts (N, P) -> (N, P + new) by the masked twin's most-confident-first sampler."""
+    ids = torch.cat([prompts, prompts.new_full((len(prompts), new), student.mask_id)], 1)
+    return repr_align.fill(student, ids, ids == student.mask_id, steps, temperature, seed)
+
+
+def methods(cfg, lm, folders, device, dtype, train):
+    """Yields (row name, what it is, temperature -> ids (N, T))."""
+    shape = (cfg.texts, cfg.new)
+    yield "unigram", {}, lambda prompts, t: torch.cat([prompts, unigram(train, 512, shape, t, cfg.seed).to(device)], 1)
+    yield "AR, intact model", {"calls": cfg.new}, lambda prompts, t: autoregressive(lm, prompts, cfg.new, t, cfg.seed)
+    if cfg.twin:
+        student, _ = repr_align.load_converted(cfg.twin, device, dtype)
+        yield "masked twin", {"calls": cfg.nfe}, lambda prompts, t: masked(student, prompts, cfg.new, cfg.nfe, t,
+                                                                           cfg.seed)
+    for folder in folders:
+        model = hybrid.from_bridge(folder, device=device, dtype=dtype)
+        result = read_json(Path(folder) / "result.json", "finish that run first")
+        about = {"layer": model.config.layer, "seed": result["seed"], "folder": str(folder), "calls": cfg.nfe,
+                 "steps": result["steps"], "train_seconds": result["seconds"], "parameters": result["parameters"],
+                 "readout_accuracy": result["readout_accuracy"], "val_loss": result["val_loss"],
+                 "fvu": result["nfe"].get("8", result["nfe"].get("1"))["fvu"]}
+        for expert in ("both", "upper", "readout") if cfg.experts else ("both",):
+            def blocks(prompts, t, expert=expert, model=model):
+                return model.generate_blocks(prompts, cfg.new, cfg.block, cfg.nfe, cfg.alpha, t, rounds=cfg.rounds,
+                                             expert=expert, seed=cfg.seed)
+            yield "blocks", {**about, "expert": expert}, blocks
+
+
+def name_of(row):
+    """A row's title in tables."""
+    if "layer" not in row:
+        return row["name"]
+    how = {"both": "product", "upper": "upper alone", "readout": "readout alone"}[row["expert"]]
+    return f"blocks at layer {row['layer']}, {how}"
+
+
+def table(rows, real):
+    """Markdown: one line a method; bridges that differ in their seed alone are one line, mean +- sd."""
+    lines = ["| method | gen-PPL at real entropy | over real text | gen-PPL, T = 1 | entropy | diversity | rep-4 |",
+             "|---|---|---|---|---|---|---|",
+             f"| real text | {real['gen_ppl']:.1f} | 1.00 | {real['gen_ppl']:.1f} | {real['entropy']:.2f} | "
+             f"{real['diversity']:.2f} | {real['rep_4']:.2f} |"]
+    groups = {}
+    for row in rows:
+        groups.setdefault(name_of(row), []).append(row)
+    for title, group in groups.items():
+        one = [next((p for p in r["frontier"] if p["temperature"] == 1), r["frontier"][-1]) for r in group]
+        matched = [r["matched"] for r in group]
+        cell = "never there" if None in matched else spread(matched, ".1f")
+        ratio = "-" if None in matched else f"{statistics.mean(matched) / real['gen_ppl']:.2f}"
+        lines.append(f"| {title} | {cell} | {ratio} | {spread([p['gen_ppl'] for p in one], '.1f')} | "
+                     + " | ".join(spread([p[k] for p in one], ".2f") for k in ("entropy", "diversity", "rep_4")) + " |")
+    return "\n".join(lines)
+
+
+def spread(values, form):
+    sd = f" +- {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{sd}"
+
+
+def figure(rows, real, path):
+    """Frontiers: entropy against gen-PPL, one line a method; real text as a cross."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(6.2, 4.2), constrained_layout=True)
+    layers = sorted({r["layer"] for r in rows if "layer" in r})
+    colors = {"unigram": "#bbbbbb", "AR, intact model": "#222222", "masked twin": "#edae49"}
+    seen = set()
+    for row in rows:
+        if row.get("expert", "both") != "both":
+            continue
+        title = name_of(row)
+        color = colors.get(row["name"]) or plt.cm.viridis(layers.index(row["layer"]) / max(1, len(layers) - 1))
+        ax.plot([p["entropy"] for p in row["frontier"]], [p["gen_ppl"] for p in row["frontier"]], "o-", markersize=3,
+                color=color, label=None if title in seen else title)
+        seen.add(title)
+    ax.plot(real["entropy"], real["gen_ppl"], "x", color="#d1495b", markersize=10, markeredgewidth=2, label="real text")
+    ax.set(yscale="log", xlabel="entropy of a text's tokens (nats)", ylabel="gen-PPL, judged by the intact model",
+           title="GENERATE: the frontier over temperature")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(fontsize=8, frameon=False)
+    fig.savefig(path, dpi=130, format="png")
+    plt.close(fig)
+
+
+@entry
+def main(argv):
+    cfg = parse(Config, argv, __doc__)
+    temperatures = [float(t) for t in cfg.temperatures.split(",")]
+    folders = [Path(f) for f in cfg.bridges.split(",")]
+    if min(temperatures) <= 0 or cfg.texts < 2:
+        raise UserError("--temperatures must be above 0 and --texts at least 2")
+    world = setup(cfg.device)
+    dtype = pick_dtype(cfg.dtype, world.device)
+    infos = [read_json(f / "bridge.json", "train one with: python bridge.py --visible mix") for f in folders]
+    if cfg.dry_run:
+        print(f"would write {cfg.texts} texts of {cfg.new} tokens at each of {len(temperatures)} temperatures with "
+              f"{', '.join(map(str, folders))}, and with AR sampling, unigrams and {cfg.twin or 'no masked twin'}")
+        return None
+    if len({info["base"] for info in infos}) > 1:
+        raise UserError("these bridges come from different backbones; compare those of one")
+    weights = [backbone.identity(f) for f in [*folders, *([cfg.twin] if cfg.twin else [])]]
+    identity = {"base": infos[0]["base"], "weights": weights}
+    if result := finished(cfg, identity):
+        print(table(result["rows"], result["real"]))
+        return result
+
+    # ------------------------------------------------------------------------------------------- texts, judge
+    tokenizer = data.load_tokenizer(infos[0]["model"])
+    shards, _ = backbone.shards_beside(cfg, tokenizer, world)
+    T = cfg.prefix + cfg.new
+    text = data.Tokens(shards, "val", T - 1).spread(cfg.texts).to(world.device)                # (N, T)
+    cfg.texts = len(text)
+    lm = backbone.load(infos[0]["model"], world.device, dtype)
+    run = Run(cfg, world, identity)
+    real = measure(lm, text, cfg.prefix)
+
+    # ------------------------------------------------------------------------------------------------ sample
+    rows, samples = [], []
+    for name, about, write in methods(cfg, lm, folders, world.device, dtype, data.Tokens(shards, "train", T)):
+        row = {"name": name, **about, "frontier": []}
+        for t in temperatures:
+            ids = write(text[:, :cfg.prefix], t)
+            assert torch.equal(ids[:, :cfg.prefix], text[:, :cfg.prefix])
+            row["frontier"].append({"temperature": t, **measure(lm, ids, cfg.prefix)})
+            samples += [{"method": name_of(row), "temperature": t, "prefix": tokenizer.decode(some[:cfg.prefix]),
+                         "text": tokenizer.decode(some[cfg.prefix:])} for some in ids[:8]]
+        row["matched"] = at_entropy(row["frontier"], real["entropy"])
+        rows.append(row)
+        shown = "never at real text's entropy" if row["matched"] is None else f"gen-PPL {row['matched']:.1f}"
+        run.say(f"{name_of(row):34} {shown}   (real text {real['gen_ppl']:.1f})")
+
+    # ------------------------------------------------------------------------------------------------ result
+    with atomic(run.out / "samples.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(s) + "\n" for s in samples))
+    with atomic(run.out / "generation.png") as temporary:
+        figure(rows, real, temporary)
+    run.finish({**identity, "rows": rows, "real": real, "texts": len(text),
+                "settings": {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("out", "dry_run")}})
+    print(table(rows, real))
+    return run.result
+
+
+if __name__ == "__main__":
+    main()
