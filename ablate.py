@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Literal
 
 import data
+import generate
 from common import UserError, entry, parse
+from geometry import spearman
 from run import atomic, read_json
 
 STUDIES = {  # study -> groups of (layers, {variant: flags of bridge.py})
@@ -35,12 +37,14 @@ STUDIES = {  # study -> groups of (layers, {variant: flags of bridge.py})
     "size": [((4,), {
         "4 blocks of width 128": "", "2 blocks of width 128": "--blocks 2", "2 blocks of width 192":
         "--blocks 2 --width 192", "EMA 0.98": "--ema 0.98", "cosine": "--schedule cosine"})],
+    # one size of network at every layer, embeddings (l = 0) included; both uses of it are measured
+    "generate": [(range(8), {"blocks": "--preset blocks --blocks 4"})],
 }
 
 
 @dataclass
 class Config:
-    study: Literal["objective", "compute", "tricks", "size"] = "objective"  # which table
+    study: Literal["objective", "compute", "tricks", "size", "generate"] = "objective"  # which table
     model: str = "out/toy"      # a finished backbone
     data: str = "stdlib"        # its text
     out: str = "out/ablate"     # folder of the runs and the table
@@ -88,7 +92,58 @@ def table(cfg):
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             row.append(f"{statistics.mean(values):{form}} +- {spread:.4f}" if values else "-")
         lines.append(" | ".join(row) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *verdicts(groups)])
+
+
+def generation_table(cfg):
+    """Text drawn at every layer beside what the same bridge loses in replacement, and the geometry's score."""
+    folders = {folder: (layer, seed) for _, layer, seed, folder, _ in cells(cfg)}
+    twin = Path(cfg.model).parent / "repr_align" / "w10"
+    found = generate.main(["--bridges", ",".join(map(str, folders)), "--data", cfg.data, "--no-experts", "--texts",
+                           "32", "--temperatures", "0.8,1.0,1.2,1.4,1.7", "--twin",
+                           str(twin) if (twin / "result.json").exists() else "",
+                           "--out", str(Path(cfg.out) / f"generate_steps{cfg.steps}_seeds{cfg.seeds}")])
+    scores = {row["layer"]: row["score"] for row in read_json(
+        Path(cfg.model).parent / "geometry" / "result.json", "run python geometry.py first")["layers"]}
+    rows = {}
+    for row in (r for r in found["rows"] if r["name"] == "blocks"):
+        result = read_json(Path(row["folder"]) / "result.json")
+        rows.setdefault(row["layer"], []).append({**row, "ce_gap": result["nfe"]["4"]["ce_gap"],
+                                                  "fvu": result["nfe"]["8"]["fvu"]})
+    lines = [generate.table(found["rows"], found["real"]), "", f"{cfg.seeds} seeds, {cfg.steps} steps, mean +- sd:", "",
+             "| layer | geometry score | gen-PPL at real entropy | readout accuracy | FVU, NFE 8 | CE gap, NFE 4 |",
+             "|---|---|---|---|---|---|"]
+    for layer, group in rows.items():
+        cell = [generate.spread([r[k] for r in group], form) if None not in [r[k] for r in group] else "never there"
+                for k, form in (("matched", ".1f"), ("readout_accuracy", ".3f"), ("fvu", ".4f"), ("ce_gap", "+.4f"))]
+        score = f"{scores[layer]:+.2f}" if layer in scores else "-"
+        lines.append(f"| {layer} | {score} | " + " | ".join(cell) + " |")
+    inner = [layer for layer in rows if layer in scores and all(r["matched"] for r in rows[layer])]
+    mean = {k: {layer: statistics.mean(r[k] for r in rows[layer]) for layer in inner} for k in ("matched", "ce_gap")}
+    best = {k: min(mean[k], key=mean[k].get) for k in mean}
+    order = {"the score": [scores[i] for i in inner], "-layer": [-i for i in inner]}
+    rho = [f"Spearman({name}, -{what}) = {spearman(values, [-mean[k][i] for i in inner]):+.2f}" for k, what in
+           (("matched", "gen-PPL"), ("ce_gap", "CE gap")) for name, values in order.items()]
+    same = "the same" if best["matched"] == best["ce_gap"] else "not the same"
+    return "\n".join([*lines, "", f"Best to generate at: layer {best['matched']}. Best to replace: layer "
+                      f"{best['ce_gap']}. They are {same}. Over layers {inner[0]} to {inner[-1]}: "
+                      + ", ".join(rho) + "."])
+
+
+def verdicts(groups):
+    """A sentence a layer: each diffusion variant's CE gap at NFE 4 against regression's, paired by seed. It counts as a
+    win or a loss when the mean difference exceeds its 95% interval (Student's t: 4.30 standard errors at 3 seeds)."""
+    quantile = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
+    for (layer, name), results in groups.items():
+        rival = next(((n, r) for (at, n), r in groups.items() if at == layer and n.startswith("regression")), None)
+        if rival is None or name == rival[0] or len(results) < 2:
+            continue
+        gaps = [b["nfe"]["1"]["ce_gap"] - a["nfe"]["4"]["ce_gap"] for a, b in zip(results, rival[1], strict=True)]
+        mean, n = statistics.mean(gaps), len(gaps)
+        wide = quantile.get(n, 2.6) * statistics.stdev(gaps) / n ** 0.5
+        word = "ties with" if abs(mean) <= wide else "beats" if mean > 0 else "loses to"
+        yield (f"- layer {layer}: {name} {word} {rival[0]}: its CE gap is lower by {mean:+.4f} +- {wide:.4f} nats "
+               f"(95%, {n} seeds)")
 
 
 @entry
@@ -109,7 +164,7 @@ def main(argv):
     data.prepare(cfg.data, data.load_tokenizer(cfg.model), Path(cfg.out) / "data")  # once, before two runs want it
     with ThreadPoolExecutor(cfg.jobs) as pool:
         list(pool.map(one, work))
-    text = table(cfg)
+    text = table(cfg) if cfg.study != "generate" else generation_table(cfg)
     with atomic(Path(cfg.out) / f"{cfg.study}.md") as temporary:
         temporary.write_text(text + "\n")
     print(text)

@@ -3,7 +3,7 @@
     python bridge.py                                             # the toy at the layer geometry chose: ~1 min, 2 cores
     torchrun --nproc_per_node 2 bridge.py --layer 2 --model out/toy    # on CPU too: same weights to rounding
     torchrun --nproc_per_node 8 bridge.py --layer 6 --preset 8b --model meta-llama/Llama-3.1-8B
-    python bridge.py --visible mix --layer 4 --out out/blocks    # some tokens unknown: to generate blocks (hybrid.py)
+    python bridge.py --preset blocks --layer 4 --out out/blocks    # with unknown tokens: to generate (generate.py)
 
 The maths is in diffusion.py, the network in denoiser.py. Expected on the default toy: next-token CE within 0.01 nats of
 the intact model at NFE 4. There every token is known, so h[l] is a deterministic function of the input and plain
@@ -37,7 +37,7 @@ from run import Clock, Run, finished, read_json
 
 @dataclass
 class Config:
-    preset: Literal["tiny", "toy", "0.6b", "8b"] = "toy"  # tiny: tests; toy: a minute; 0.6b: one GPU; 8b: eight
+    preset: Literal["tiny", "toy", "blocks", "0.6b", "8b"] = "toy"  # for tests, a minute, generation, one GPU, eight
     model: str = "toy"          # toy (the folder beside --out), a folder or a Hub id
     data: str = "stdlib"        # see data.py
     out: str = ""               # run folder [out/bridge, or out/bridge_lN when --layer N is given]
@@ -47,7 +47,7 @@ class Config:
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the frozen backbone and of autocast
     compile: bool = False       # torch.compile the bridge block by block
     random_init: bool = False   # a backbone of this shape with random weights: for throughput without a download
-    visible: Literal["full", "prefix", "span", "mix"] = "full"  # which tokens are known; mix: half the time all
+    visible: Literal["full", "prefix", "span", "mix"] = "full"  # which tokens are known; mix: some of each
     bidirectional: bool = False  # let unknown tokens see each other and what follows (needed to fill a span)
     objective: Literal["diffusion", "regression"] = "diffusion"  # regression: the same network, once, without noise
     prediction: Literal["x", "v", "eps"] = "x"  # what the network outputs: z, e - z, or e
@@ -56,7 +56,8 @@ class Config:
     t_mean: float = 0.0         # mean of logit t; above 0 trains more near t = 1, where sampling starts
     weighting: Literal["z", "v"] = "z"  # error of z as it is, or over t^2 (t >= 0.1): the error of the velocity
     self_condition: bool = False  # feed the last estimate of z back in (half of the time in training)
-    sampler: Literal["euler", "heun"] = "euler"  # on a uniform grid from t = 1 to 0
+    sampler: Literal["euler", "heun"] = "euler"  # on a grid from t = 1 to 0
+    shift: float = 1.0          # of that grid: 1 is uniform, above 1 spends more calls near t = 1
     nfe: int = 4                # network calls that the hybrid will use by default
     width: int = 0              # W (0: D)
     blocks: int = 0             # of the bridge (0: as many as it replaces)
@@ -87,12 +88,15 @@ class Config:
 PRESETS = {
     "tiny": {"steps": 20, "batch_size": 4, "seq_len": 32, "calibration": 8, "eval_batches": 4, "eval_every": 10,
              "save_every": 10, "log_every": 10, "warmup": 5},
+    "blocks": {"visible": "mix", "bidirectional": True, "self_condition": True, "t_mean": 0.7, "shift": 3.0,
+               "batch_size": 8, "steps": 800, "noise_seeds": 1},
     "0.6b": {"steps": 5000, "batch_size": 32, "seq_len": 1024, "calibration": 64, "compile": True, "ema": 0.999,
              "lr": 0.01, "lr_adam": 6e-4, "warmup": 200, "eval_every": 1000, "save_every": 500},
     "8b": {"steps": 20000, "batch_size": 256, "micro_batch": 8, "seq_len": 1024, "calibration": 64, "compile": True,
            "ema": 0.9995, "lr": 0.01, "lr_adam": 3e-4, "warmup": 500, "eval_every": 2000, "save_every": 500},
 }
 NFES = (1, 2, 4, 8)
+LOGITS = 2 ** 27  # at most so many logits at once when the final numbers are taken: five such tensors live together
 
 
 # -------------------------------------------------------------------------------------------------- train, measure
@@ -120,13 +124,14 @@ def calibrate(lm, net, rows, layer, skip):
 
 
 @torch.no_grad()
-def measure(lm, net, rows, layer, nfes, noise_seeds, skip, batch=8):
+def measure(lm, net, rows, layer, nfes, noise_seeds, skip):
     """The bridge's numbers on held-out rows (N, T+1), at each NFE, means over positions >= skip and noise seeds:
     fvu = E|z_hat - z|^2 / E|z|^2, then through the retained blocks kl(original || hybrid), ce_gap (nats over the
     intact model), agree (top-1). *_noise_sd: spread over sampler noises; ce_gap_se: standard error over sequences."""
     sums = {n: torch.zeros(noise_seeds, 5, dtype=torch.float64) for n in nfes}         # se, kl, ce, agree, sink se
     gaps, energy, ce_intact = {n: [] for n in nfes}, torch.zeros(2, dtype=torch.float64), 0.0
     T = rows.shape[1] - 1
+    batch = max(1, min(8, LOGITS // (T * lm.V)))
     noises = [position_noise(s, range(T), lm.D, rows.device) for s in range(noise_seeds)]
     for ids in rows.split(batch):
         h0 = lm.embed(ids[:, :-1])
@@ -223,12 +228,16 @@ def report_size(cfg, net, shape, layer, world, micro, dtype):
         "frozen prefix": dtype.itemsize * (sum(p.numel() for p in lm.parameters()) - upper), "weights": 4 * size,
         "gradients": 4 * size * (2 if world.size > 1 else 1), "optimizer": 4 * matrices + 8 * (size - matrices),
         "EMA": 4 * size, "activations": tokens * (saved + 36 * D + 3 * wide * dtype.itemsize)}
-    total = sum(gigabytes.values()) / 1e9
+    measuring = {  # the final numbers, on rank 0: the whole backbone and logits, no gradients and no activations
+        "backbone": dtype.itemsize * sum(p.numel() for p in lm.parameters()), "logits": 5 * 4 * max(
+            LOGITS, cfg.seq_len * shape.vocab_size), **{k: gigabytes[k] for k in ("weights", "optimizer", "EMA")}}
+    total, after = sum(gigabytes.values()) / 1e9, sum(measuring.values()) / 1e9
     print(f"bridge at layer {layer} of {shape.num_hidden_layers}: {size:,} parameters, {size / max(1, replaced):.2f}x "
           "the blocks it replaces: " + ", ".join(f"{name} {n:,}" for name, n in count.items()))
     print(f"GB on one GPU at {micro} sequences a pass: "
           + ", ".join(f"{name} {n / 1e9:.2f}" for name, n in gigabytes.items())
-          + f"; together {total:.1f}, which {'fits' if total < 80 else 'does NOT fit'} 80 GB")
+          + f"; together {total:.1f}, and {after:.1f} for the final numbers, which "
+          f"{'fits' if max(total, after) < 80 else 'does NOT fit'} 80 GB")
     print(f"{flops:.3e} FLOPs a token: {0.5 * 989e12 / flops:,.0f} tokens/s a GPU at 50% of 989 TFLOP/s")
     return {"parameters": size, "gigabytes": total, "flops_per_token": flops}
 
@@ -253,8 +262,8 @@ def print_table(result):
 def main(argv):
     cfg = parse(Config, argv, __doc__, PRESETS)
     cfg.out = cfg.out or ("out/bridge" if cfg.layer in ("auto", "all") else f"out/bridge_l{cfg.layer}")
-    if cfg.nfe < 1 or not 0 <= cfg.ema < 1 or not 0 <= cfg.skip < cfg.seq_len:
-        raise UserError("--nfe must be at least 1, --ema in [0, 1) and --skip below --seq_len")
+    if cfg.nfe < 1 or not 0 <= cfg.ema < 1 or not 0 <= cfg.skip < cfg.seq_len or cfg.shift <= 0:
+        raise UserError("--nfe must be at least 1, --ema in [0, 1), --skip below --seq_len and --shift above 0")
 
     # -------------------------------------------------------------------------------------------------- setup
     world = setup(cfg.device)
@@ -284,7 +293,7 @@ def main(argv):
     torch.manual_seed(cfg.seed)
     with torch.device("meta" if cfg.dry_run else "cpu"):
         net = Bridge(D, W, blocks, H, cfg.objective, cfg.prediction, cfg.source, cfg.sampler, cfg.self_condition,
-                     cfg.visible, cfg.bidirectional, shape.vocab_size)
+                     cfg.shift, cfg.visible, cfg.bidirectional, shape.vocab_size)
     if cfg.dry_run:
         return report_size(cfg, net, shape, layer, world, micro, dtype)
 
@@ -349,8 +358,9 @@ def main(argv):
                 error, z_hat = token_loss(net, z, c, t, noise, cfg.skip, cfg.weighting, seen, unknown)
                 each = error.mean(1)                                                              # (b,)
                 total = each.sum()
-                if net.generates:
-                    total = total + readout_loss(net, z_hat, ids).mean(1).sum()
+                if net.generates:  # every fourth token is enough for a linear map: it would cost a fifth of the step
+                    some_tokens = slice(step % 4, None, 4)
+                    total = total + readout_loss(net, z_hat[:, some_tokens], ids[:, some_tokens]).mean(1).sum()
             if some is parts[-1]:
                 gradients.arm()
             (total / cfg.batch_size).backward()
@@ -400,6 +410,7 @@ def main(argv):
         return None
     table, raw, ce = {}, {}, None
     if not cfg.random_init:  # a network of random weights has no upper blocks worth asking
+        del lm  # the prefix is in it
         whole = backbone.load(model, world.device, dtype)
         nfes = sorted({*NFES, cfg.nfe}) if cfg.objective == "diffusion" else (1,)
         table, ce = measure(whole, mean_net, held_out, layer, nfes, cfg.noise_seeds, cfg.skip)

@@ -234,8 +234,9 @@ def prepare(data, tokenizer, out, world=None, vocab=2048, max_tokens=None):
         print(f"data: tokenizing {_name(source)} into {out}", flush=True)
         out.mkdir(parents=True, exist_ok=True)
         start = time.time()
+        own = {"vocab": vocab} if tokenizer is None else {}
         tokenizer = tokenizer or train_tokenizer(source, vocab)
-        meta = write_shards(source, tokenizer, out, max_tokens or 0)
+        meta = {**write_shards(source, tokenizer, out, max_tokens or 0), **own}
         with atomic(out / "tokenizer.json") as temporary:
             tokenizer.backend_tokenizer.save(str(temporary))
         write_json(out / "meta.json", meta)
@@ -245,6 +246,7 @@ def prepare(data, tokenizer, out, world=None, vocab=2048, max_tokens=None):
     meta = read_json(out / "meta.json", "delete that folder and run again")
     wanted = {} if source["kind"] == "shards" else {"source": source}
     wanted |= {"tokenizer": tokenizer_hash(tokenizer)} if tokenizer is not None else {}
+    wanted |= {"vocab": vocab} if tokenizer is None and source["kind"] != "shards" else {}  # that its BPE was made for
     wanted |= {"max_tokens": max_tokens} if max_tokens is not None else {}
     for key, value in wanted.items():
         if meta.get(key) != value:

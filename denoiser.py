@@ -67,11 +67,11 @@ class Bridge(nn.Module):
     FREQUENCIES = 16
 
     def __init__(self, D, W, blocks, H, objective="diffusion", prediction="x", source="noise", sampler="euler",
-                 self_condition=False, visible="full", bidirectional=False, V=0):
+                 self_condition=False, shift=1.0, visible="full", bidirectional=False, V=0):
         super().__init__()
         self.shape = {"D": D, "W": W, "blocks": blocks, "H": H, "objective": objective, "prediction": prediction,
-                      "source": source, "sampler": sampler, "self_condition": self_condition, "visible": visible,
-                      "bidirectional": bidirectional, "V": V}
+                      "source": source, "sampler": sampler, "self_condition": self_condition, "shift": shift,
+                      "visible": visible, "bidirectional": bidirectional, "V": V}
         self.recompute = False                                                # activation checkpointing of the blocks
         self.generates = visible != "full"                                    # it has met unknown tokens
         # [x_t, c] side by side, then the last z and whether the token is unknown, where there are such

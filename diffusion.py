@@ -48,14 +48,14 @@ def to_z(out, x, t, prediction):
 def hide(mode, T, seed, step, slots, purpose="visible"):
     """Which tokens are unknown, (B, T) bool for the given slots; None when the mode hides nothing.
 
-    full: none. prefix: all after a cut. span: all between two cuts. mix: half of the sequences full, the others prefix
-    or span. Cuts are uniform, and position 0 is always visible."""
+    full: none. prefix: all after a cut. span: all between two cuts. mix: a quarter full, half prefix, a quarter span.
+    Cuts are uniform, and position 0 is always visible."""
     if mode == "full":
         return None
     unknown = torch.zeros(len(slots), T, dtype=torch.bool)
     for row, slot in zip(unknown, slots, strict=True):
         draw = generator(seed, purpose, step, slot)
-        kind = draw.choice(["full", "full", "prefix", "span"]) if mode == "mix" else mode
+        kind = draw.choice(["full", "prefix", "prefix", "span"]) if mode == "mix" else mode
         if kind == "prefix":
             row[draw.integers(1, T):] = True
         elif kind == "span":
@@ -111,6 +111,9 @@ def sample(net, c, nfe, noise, positions=None, mask=None, cache=None, *, unknown
     made: z is carried to the noise level where they would have ended, and the rest of the path is run. `watch` is
     called with every estimate of z.
 
+    The grid is even in u with t = shift u / (1 + (shift - 1) u): a shift above 1 spends more calls near t = 1, where
+    what is unknown gets decided (Esser et al. 2024, section 5.3.2).
+
     Euler: x <- z_hat + (s/t)(x - z_hat) from t down to s, exact for a straight path. Heun averages the slopes at both
     ends of a step; its last step is Euler, so nfe = 2 heun + euler calls."""
     kind = net.shape["prediction"]
@@ -132,7 +135,8 @@ def sample(net, c, nfe, noise, positions=None, mask=None, cache=None, *, unknown
 
     x = start(c, noise.expand_as(c), net.shape["source"], unknown)
     heun = (nfe - 1) // 2 if net.shape["sampler"] == "heun" and not done else 0
-    grid = [1 - i / (nfe - heun) for i in range(nfe - heun)] + [0.0]
+    steps, shift = nfe - heun, net.shape["shift"]
+    grid = [shift * (steps - i) / (steps + (shift - 1) * (steps - i)) for i in range(steps)] + [0.0]
     if done:
         grid = grid[done:]
         x = (1 - grid[0]) * z + grid[0] * x

@@ -5,8 +5,9 @@
     python evaluate.py --publish                         # also copies the figure and the numbers to results/
 
 Needs finished runs of backbone.py, geometry.py, bridge.py (the bridge, and the regression control in `regression`),
-hybrid.py and repr_align.py (`repr_align/w0` and `repr_align/w10`) under --runs, all of one backbone. Writes report.md,
-figure.png and result.json to --out. Its first lines say whether diffusion beat plain regression.
+hybrid.py, repr_align.py (`repr_align/w0` and `repr_align/w10`) and generate.py under --runs, all of one backbone.
+Writes report.md, figure.png, generation.png and result.json to --out. Its first lines say whether diffusion beat plain
+regression.
 """
 import shutil
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ import numpy as np
 
 from backbone import identity
 from common import UserError, entry, parse, setup
+from generate import name_of
+from generate import table as generation_table
 from geometry import PROXIES
 from run import Run, atomic, read_json
 
@@ -33,7 +36,7 @@ STAGES = {  # folder under --runs -> the command that makes it
     "toy": "python backbone.py", "geometry": "python geometry.py", "bridge": "python bridge.py",
     "regression": "python bridge.py --objective regression --out {runs}/regression",
     "hybrid": "python hybrid.py", "repr_align/w0": "python repr_align.py --align_weight 0 --out {runs}/repr_align/w0",
-    "repr_align/w10": "python repr_align.py",
+    "repr_align/w10": "python repr_align.py", "generate": "python generate.py",
 }
 
 
@@ -50,6 +53,9 @@ def read_runs(runs):
     if other is not None:
         raise UserError(f"{runs}/geometry and {runs}/{other} come from different backbones; delete the stale one and "
                         "run it again")
+    if found["bridge"]["objective"] != "diffusion" or found["regression"]["objective"] != "regression":
+        raise UserError(f"{runs}/bridge must hold a diffusion bridge and {runs}/regression its control; delete the "
+                        f"wrong one and make it with: {STAGES['bridge']}, or {STAGES['regression'].format(runs=runs)}")
     same = ("layer", "steps", "tokens", "parameters", "seed", "eval_sequences")
     differ = [k for k in same if found["bridge"][k] != found["regression"][k]]
     if differ:
@@ -94,7 +100,20 @@ def rows(found):
         ("hybrid", f"CE gap {hybrid['ce_gap']:+.4f} over {hybrid['ce_intact']:.3f} nats, all positions"),
         *((f"masked twin, w = {r['w']:g}",
            f"masked CE {r['curve'][0][1]:.3f} -> {r['val_loss']:.3f} nats, {r['seconds']:.0f} s") for r in (w0, w10)),
+        ("generated blocks", generation_line(found["generate"])),
     ]
+
+
+def generation_line(found):
+    """gen-PPL at the entropy of real text: the blocks by product of experts, AR sampling, the twin, real text."""
+    def cell(row):
+        return "never at that entropy" if row["matched"] is None else f"{row['matched']:.0f}"
+    rows = {name_of(r): r for r in found["rows"]}
+    mine = next(r for r in found["rows"] if r.get("expert") == "both")
+    twin = f", masked twin {cell(rows['masked twin'])}" if "masked twin" in rows else ""
+    return (f"layer {mine['layer']}, {found['settings']['new']} tokens in {mine['calls']} calls: gen-PPL {cell(mine)} "
+            f"at real text's entropy (AR {cell(rows['AR, intact model'])}{twin}, unigrams {cell(rows['unigram'])}; "
+            f"real text {found['real']['gen_ppl']:.0f})")
 
 
 def figure(found, path):
@@ -175,10 +194,25 @@ def report(found, runs):
         *(f"- w = {r['w']:g}: masked CE {r['curve'][0][1]:.3f} -> {r['val_loss']:.3f} nats after {r['steps']} steps, "
           f"{r['seconds']:.0f} s, {r['tokens_per_s']:,.0f} tokens/s, seed {r['seed']}, {r['eval_sequences']} sequences"
           for r in (found["repr_align/w0"], found["repr_align/w10"])), "",
+        "## GENERATE", "", *generation_section(found["generate"]), "",
         f"Python {bridge['python']}, torch {bridge['torch']}, transformers {bridge['transformers']}, device "
-        f"{bridge['device']}, {bridge['threads']} threads. Not measured yet: layer sweep, interfaces, generation, "
+        f"{bridge['device']}, {bridge['threads']} threads. Not measured yet: layer sweep, interfaces, "
         "cost, circuits, zero-shot (null in result.json).", ""]
     return "\n".join(lines)
+
+
+def generation_section(found):
+    """Text drawn in hidden space beside its rivals, and how it was drawn."""
+    how, mine = found["settings"], next(r for r in found["rows"] if r.get("expert") == "both")
+    return [
+        f"{found['texts']} texts: {how['prefix']} held-out tokens, then {how['new']} written in blocks of "
+        f"{how['block']}; NFE {how['nfe']} and {how['rounds']} refinements = {mine['calls']} calls, alpha "
+        f"{how['alpha']}, temperatures {how['temperatures']}, seed {how['seed']}; bridge of {mine['parameters']:,} "
+        "parameters (readout included) "
+        f"trained for {mine['steps']} steps, {mine['train_seconds']:.0f} s; the readout names "
+        f"{mine['readout_accuracy']:.1%} of the tokens from their true states. gen-PPL is that of the intact model, "
+        "compared where the entropy of a text's tokens equals real text's (interpolated between temperatures).", "",
+        generation_table(found["rows"], found["real"]), "", "![the frontier over temperature](generation.png)"]
 
 
 @entry
@@ -193,10 +227,13 @@ def main(argv):
     run = Run(cfg, world, {"base": found["geometry"]["base"]})
     with atomic(run.out / "figure.png") as temporary:
         figure(found, temporary)
+    with atomic(run.out / "generation.png") as temporary:
+        shutil.copy(runs / "generate" / "generation.png", temporary)
     with atomic(run.out / "report.md") as temporary:
         temporary.write_text(report(found, runs))
     table = rows(found)
-    run.finish({**dict.fromkeys(("sweep", "interfaces", "generation", "cost", "circuits", "zero_shot")),
+    run.finish({**dict.fromkeys(("sweep", "interfaces", "cost", "circuits", "zero_shot")),
+                "generation": {k: found["generate"][k] for k in ("rows", "real", "settings", "texts")},
                 "conversion": {k: found[f"repr_align/{k}"]["curve"] for k in ("w0", "w10")},
                 "verdict": verdict(found), "table": [list(row) for row in table]})
     if cfg.publish:

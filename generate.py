@@ -2,7 +2,7 @@
 
     python generate.py                                            # out/blocks beside AR, the twin, unigrams: ~40 s
     python generate.py --bridges out/a,out/b --out out/generate2  # several bridges: rows by layer, spread over seeds
-    python bridge.py --visible mix --layer 4 --out out/blocks     # makes such a bridge
+    python bridge.py --preset blocks --layer 4 --out out/blocks   # makes such a bridge
 
 Each text is a held-out prefix and what a method writes after it; the intact model judges that part. A single generative
 perplexity (gen-PPL) can be bought with dull text, so every method is swept over the same temperatures and compared
@@ -43,10 +43,11 @@ class Config:
     prefix: int = 64            # visible tokens of each
     new: int = 64               # tokens written after them
     block: int = 64             # of which so many are drawn at once
-    nfe: int = 16               # network calls of the first denoising (steps of the twin)
-    rounds: int = 0             # refinements
+    nfe: int = 8                # network calls of the first denoising
+    rounds: int = 8             # refinements
+    back: float = 0.25          # share of the calls that a refinement makes again, after one that encodes
     alpha: float = 1.0          # weight of the token readout beside the retained blocks
-    temperatures: str = "0.5,0.7,0.85,1.0,1.2"  # the frontier of every row
+    temperatures: str = "0.8,1.0,1.2,1.4"  # the frontier of every row
     experts: bool = True        # also decode by each expert alone
     dry_run: bool = False       # print what would be sampled, then leave
 
@@ -123,24 +124,25 @@ def masked(student, prompts, new, steps, temperature, seed):
 
 def methods(cfg, lm, folders, device, dtype, train):
     """Yields (row name, what it is, temperature -> ids (N, T))."""
-    shape = (cfg.texts, cfg.new)
+    shape, calls = (cfg.texts, cfg.new), cfg.nfe + cfg.rounds * (1 + hybrid.again(cfg.nfe, cfg.back))
     yield "unigram", {}, lambda prompts, t: torch.cat([prompts, unigram(train, 512, shape, t, cfg.seed).to(device)], 1)
     yield "AR, intact model", {"calls": cfg.new}, lambda prompts, t: autoregressive(lm, prompts, cfg.new, t, cfg.seed)
     if cfg.twin:
         student, _ = repr_align.load_converted(cfg.twin, device, dtype)
-        yield "masked twin", {"calls": cfg.nfe}, lambda prompts, t: masked(student, prompts, cfg.new, cfg.nfe, t,
-                                                                           cfg.seed)
+        steps = min(calls, cfg.new)
+        about = {"calls": steps, "train_seconds": read_json(Path(cfg.twin) / "result.json")["seconds"]}
+        yield "masked twin", about, lambda prompts, t: masked(student, prompts, cfg.new, steps, t, cfg.seed)
     for folder in folders:
         model = hybrid.from_bridge(folder, device=device, dtype=dtype)
         result = read_json(Path(folder) / "result.json", "finish that run first")
-        about = {"layer": model.config.layer, "seed": result["seed"], "folder": str(folder), "calls": cfg.nfe,
+        about = {"layer": model.config.layer, "seed": result["seed"], "folder": str(folder), "calls": calls,
                  "steps": result["steps"], "train_seconds": result["seconds"], "parameters": result["parameters"],
                  "readout_accuracy": result["readout_accuracy"], "val_loss": result["val_loss"],
                  "fvu": result["nfe"].get("8", result["nfe"].get("1"))["fvu"]}
         for expert in ("both", "upper", "readout") if cfg.experts else ("both",):
             def blocks(prompts, t, expert=expert, model=model):
                 return model.generate_blocks(prompts, cfg.new, cfg.block, cfg.nfe, cfg.alpha, t, rounds=cfg.rounds,
-                                             expert=expert, seed=cfg.seed)
+                                             back=cfg.back, expert=expert, seed=cfg.seed)
             yield "blocks", {**about, "expert": expert}, blocks
 
 
@@ -211,11 +213,12 @@ def main(argv):
         raise UserError("--temperatures must be above 0 and --texts at least 2")
     world = setup(cfg.device)
     dtype = pick_dtype(cfg.dtype, world.device)
-    infos = [read_json(f / "bridge.json", "train one with: python bridge.py --visible mix") for f in folders]
     if cfg.dry_run:
         print(f"would write {cfg.texts} texts of {cfg.new} tokens at each of {len(temperatures)} temperatures with "
               f"{', '.join(map(str, folders))}, and with AR sampling, unigrams and {cfg.twin or 'no masked twin'}")
         return None
+    remedy = "train one with: python bridge.py --preset blocks --layer 4 --out out/blocks"
+    infos = [read_json(f / "bridge.json", remedy) for f in folders]
     if len({info["base"] for info in infos}) > 1:
         raise UserError("these bridges come from different backbones; compare those of one")
     weights = [backbone.identity(f) for f in [*folders, *([cfg.twin] if cfg.twin else [])]]

@@ -49,7 +49,7 @@ class Config:
     temperature: float = 0.0    # 0: greedy
     block: int = 0              # draw blocks of so many tokens at once, by diffusion (0: token by token)
     suffix: str = ""            # with --block: the text after the gap of max_new_tokens
-    rounds: int = 0             # with --block: refinements of each block
+    rounds: int = 8             # with --block: refinements of each block
     alpha: float = 1.0          # with --block: weight of the token readout beside the retained blocks
     top_p: float = 1.0          # with --block: nucleus
     show: bool = False          # with --block: print what the readout makes of every denoising step
@@ -161,25 +161,26 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
 
     # ------------------------------------------------------------------------------------------- blocks of tokens
     @torch.no_grad()
-    def generate_blocks(self, input_ids, max_new_tokens=64, block=64, nfe=16, alpha=1.0, temperature=1.0, top_p=1.0,
-                        rounds=0, back=0.5, expert="both", seed=0, suffix_ids=None, watch=None):
+    def generate_blocks(self, input_ids, max_new_tokens=64, block=64, nfe=8, alpha=1.0, temperature=1.0, top_p=1.0,
+                        rounds=8, back=0.25, expert="both", seed=0, suffix_ids=None, watch=None):
         """input_ids (B, T) -> (B, T + max_new_tokens [+ suffix]): whole blocks are drawn in hidden space, and each is
         decoded by one pass through the retained blocks. Rows do not depend on one another.
 
-        One block: `nfe` denoising calls on the unknown positions -> decode -> `rounds` times (re-encode the decoded
-        tokens as visible ones, carry them back to noise level `back`, denoise, decode). Blocks follow one another on a
-        cache; with suffix_ids (B, S) one block fills the gap before them, which needs a bidirectional bridge.
+        One block: `nfe` denoising calls on the unknown positions -> decode -> `rounds` times (encode the decoded tokens
+        as visible ones by one call, add noise, make the last `back` share of the calls again, decode). Blocks follow
+        one another on a cache; with suffix_ids (B, S) one block fills the gap before them, which needs a bidirectional
+        bridge.
 
         Each token is drawn from log p = log p_upper(x_i | h[<i]) + alpha log p_read(x_i | h[i]), over temperature and
         cut to the `top_p` nucleus; expert "upper" or "readout" is one of the two alone."""
         limit = self.config.max_position_embeddings
         total = input_ids.shape[1] + max_new_tokens + (0 if suffix_ids is None else suffix_ids.shape[1])
         if not self.net.generates:
-            raise UserError("this bridge has never met an unknown token; train one with: python bridge.py --visible "
-                            "mix")
-        if nfe < 1 or alpha < 0 or rounds < 0 or block < 1 or max_new_tokens < 1 or temperature < 0:
+            raise UserError("this bridge has never met an unknown token; train one with: python bridge.py --preset "
+                            "blocks --layer N")
+        if min(nfe, block, max_new_tokens) < 1 or min(alpha, temperature, rounds) < 0 or not 0 <= back < 1:
             raise UserError("nfe, block and max_new_tokens must be at least 1; alpha, temperature and rounds not "
-                            "negative")
+                            "negative; back in [0, 1)")
         if total > limit or input_ids.shape[1] < 1:
             raise UserError(f"prompt, new tokens and suffix are {total} tokens; they must fit the model's {limit} "
                             "positions, and the prompt must not be empty")
@@ -188,7 +189,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         kept = self.config.nfe
         self.set_nfe(nfe)
         how = dict(nfe=nfe, alpha=alpha, temperature=temperature, top_p=top_p, rounds=rounds, expert=expert, seed=seed,
-                   done=min(nfe - 1, nfe - round(back * nfe)), watch=watch)
+                   done=nfe - again(nfe, back), watch=watch)
         try:
             if suffix_ids is not None:
                 gap = input_ids.new_zeros(len(input_ids), max_new_tokens)
@@ -312,6 +313,11 @@ def from_bridge(folder, model="", nfe=0, device="cpu", dtype=torch.float32):
     config = HybridConfig(base_model=model or info["model"], base=info["base"], layer=info["layer"],
                           nfe=nfe or info["nfe_default"], bridge=net.shape)
     return assemble(net, config, config.base_model, torch.device(device), dtype)
+
+
+def again(nfe, back):
+    """How many of `nfe` calls a refinement makes again, at least one."""
+    return max(1, round(back * nfe))
 
 
 def draw_tokens(logits, temperature, top_p, u):

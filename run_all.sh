@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The whole pipeline: backbone, locate, replace, convert, evaluate. Offline and on a CPU by default: about 7 minutes on
-# two cores. Run it again and it resumes, or prints the finished results in seconds.
+# The whole pipeline: backbone, locate, replace, convert, generate, evaluate. Offline and on a CPU by default: about 9
+# minutes on two cores. Run it again and it resumes, or prints the finished results in seconds.
 #
 #   bash run_all.sh
 #   DATA=notes/ OUT=out/notes bash run_all.sh                               # other text, other folder
 #   MODEL=Qwen/Qwen3-0.6B DATA=Salesforce/wikitext:wikitext-103-raw-v1 bash run_all.sh   # a GPU, the Hub
 set -euo pipefail
-MODEL=${MODEL:-toy} DATA=${DATA:-stdlib} LAYER=${LAYER:-auto} OUT=${OUT:-out}
+MODEL=${MODEL:-toy} DATA=${DATA:-stdlib} LAYER=${LAYER:-auto} BLOCKS_LAYER=${BLOCKS_LAYER:-4} OUT=${OUT:-out}
 here=$(dirname "$0")
 
 stage() {  # stage "what it is about to do and how long it takes" file.py flags...
@@ -32,4 +32,10 @@ for w in 0 10; do
     stage "CONVERT: masked diffusion, alignment weight $w (70 s)" \
         repr_align.py --model "$MODEL" --data "$DATA" --align_weight $w --out "$OUT/repr_align/w$w"
 done
+stage "GENERATE: train a bridge that meets unknown tokens (60 s)" \
+    bridge.py --model "$MODEL" --data "$DATA" --layer "$BLOCKS_LAYER" --preset blocks --steps 400 \
+    --out "$OUT/blocks"
+stage "GENERATE: text drawn in hidden space beside its rivals (30 s)" \
+    generate.py --data "$DATA" --bridges "$OUT/blocks" --twin "$OUT/repr_align/w10" --texts 32 \
+    --temperatures 0.9,1.1,1.3 --out "$OUT/generate"
 stage "EVALUATE: report and figures (5 s)" evaluate.py --runs "$OUT" --out "$OUT/evaluate"

@@ -78,6 +78,7 @@ def runs(tmp_path_factory, text):
     """out/ of a whole tiny pipeline: real data, real training, seconds."""
     import backbone
     import bridge
+    import generate
     import geometry
     import hybrid
     import repr_align
@@ -91,4 +92,8 @@ def runs(tmp_path_factory, text):
                  "--eval_batches", "4"])
     for w in (0, 10):
         repr_align.main([*tiny, "--align_weight", str(w), "--out", f"{out}/repr_align/w{w}"])
+    bridge.main([*tiny, "--visible", "mix", "--bidirectional", "--layer", "2", "--out", f"{out}/blocks"])
+    generate.main(["--data", str(text), "--bridges", f"{out}/blocks", "--twin", f"{out}/repr_align/w10", "--texts", "4",
+                   "--prefix", "16", "--new", "12", "--nfe", "2", "--rounds", "1", "--temperatures", "0.8,1", "--out",
+                   f"{out}/generate"])
     return out

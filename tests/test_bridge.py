@@ -81,7 +81,7 @@ def test_predictions_agree_about_z():
 
 class Gaussian(torch.nn.Module):
     """The exact denoiser E[z | x_t] of z ~ N(m, s^2): what a perfect network would output."""
-    shape = dict(prediction="x", objective="diffusion", source="noise", blocks=1)
+    shape = dict(prediction="x", objective="diffusion", source="noise", blocks=1, shift=1.0)
 
     def __init__(self, m, s, sampler="euler", prediction="x"):
         super().__init__()
