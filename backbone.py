@@ -115,7 +115,8 @@ class Backbone(nn.Module):
             masks = {k: make[k](config=self.config, inputs_embeds=h, attention_mask=attention_mask,
                                 past_key_values=cache, position_ids=positions) for k in kinds}
         else:
-            mask = h.new_zeros(1, 1, h.shape[1], h.shape[1])                                 # (1, 1, T, T), additive
+            past = cache.get_seq_length() if cache is not None else 0
+            mask = h.new_zeros(1, 1, h.shape[1], past + h.shape[1])                          # (1, 1, T, K), additive
             if attention_mask is not None:
                 mask = mask.masked_fill(attention_mask[:, None, None, :] == 0, torch.finfo(h.dtype).min)
             masks = dict.fromkeys(kinds, mask)
@@ -152,6 +153,12 @@ class Backbone(nn.Module):
         logits = self.model.get_output_embeddings()(normed)                           # (..., V)
         cap = getattr(self.config, "final_logit_softcapping", None)
         return torch.tanh(logits / cap) * cap if cap is not None else logits
+
+
+def trim(cache, length):
+    """Drop all but the first `length` tokens of a transformers cache (whose own `crop` changed its meaning)."""
+    for layer in cache.layers if cache is not None else []:
+        layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
 
 
 def beside(out, name):

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import backbone
 import data
 import hybrid
-import repr_align
+import masked
 from common import UserError, entry, generator, parse, pick_dtype, setup
 from run import Run, atomic, finished, read_json
 
@@ -116,10 +116,10 @@ def autoregressive(lm, prompts, new, temperature, seed):
                              top_k=0, attention_mask=torch.ones_like(prompts), pad_token_id=0)
 
 
-def masked(student, prompts, new, steps, temperature, seed):
+def unmasked(student, prompts, new, steps, temperature, seed):
     """prompts (N, P) -> (N, P + new) by the masked twin's most-confident-first sampler."""
     ids = torch.cat([prompts, prompts.new_full((len(prompts), new), student.mask_id)], 1)
-    return repr_align.fill(student, ids, ids == student.mask_id, steps, temperature, seed)
+    return masked.fill(student, ids, ids == student.mask_id, steps, temperature, seed)
 
 
 def methods(cfg, lm, folders, device, dtype, train):
@@ -128,10 +128,10 @@ def methods(cfg, lm, folders, device, dtype, train):
     yield "unigram", {}, lambda prompts, t: torch.cat([prompts, unigram(train, 512, shape, t, cfg.seed).to(device)], 1)
     yield "AR, intact model", {"calls": cfg.new}, lambda prompts, t: autoregressive(lm, prompts, cfg.new, t, cfg.seed)
     if cfg.twin:
-        student, _ = repr_align.load_converted(cfg.twin, device, dtype)
+        student, _ = masked.load_converted(cfg.twin, device, dtype)
         steps = min(calls, cfg.new)
         about = {"calls": steps, "train_seconds": read_json(Path(cfg.twin) / "result.json")["seconds"]}
-        yield "masked twin", about, lambda prompts, t: masked(student, prompts, cfg.new, steps, t, cfg.seed)
+        yield "masked twin", about, lambda prompts, t: unmasked(student, prompts, cfg.new, steps, t, cfg.seed)
     for folder in folders:
         model = hybrid.from_bridge(folder, device=device, dtype=dtype)
         result = read_json(Path(folder) / "result.json", "finish that run first")

@@ -220,8 +220,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
 
         def run(function, *args, **more):
             out = function(*args, **more)
-            for layer in cache.layers if cache is not None else []:                    # the block leaves no trace
-                layer.keys, layer.values = layer.keys[..., :past, :], layer.values[..., :past, :]
+            backbone.trim(cache, past)                                                 # the block leaves no trace
             return out
 
         def noise(turn):

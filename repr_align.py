@@ -2,37 +2,41 @@
 
     python repr_align.py                                          # w = 10 on the toy: ~1 min on 2 cores
     python repr_align.py --align_weight 0 --out out/repr_align/w0     # the control arm: same batches, same masks
-    python repr_align.py --load out/repr_align/w10 --prompt "import " --sample_steps 32
+    python repr_align.py --load out/repr_align/w10 --prompt "import " --sample_steps 64 --show
+    python repr_align.py --load out/repr_align/w10 --prompt "def f(" --suffix "return x" --middle 32
+    python repr_align.py --load out/repr_align/w10 --judge README.md      # bits per byte of a file, with its error
+    torchrun --nproc_per_node 8 repr_align.py --preset 8b --shard --model meta-llama/Llama-3.1-8B
 
 Student = the AR weights with bidirectional attention on masked input; teacher = the same weights, frozen, causal, on
 the clean input. loss = CE + path * p_correct * CE + w * (1 - mean cosine over layers) on the positions whose next token
 is masked (REPR-ALIGN, arXiv 2605.06885; the next-token shift of the AR model is kept). On the default toy the masked
-validation CE falls from 6.6 to about 5.3 nats, with or without alignment. Writes an ordinary Hugging Face folder,
-log.jsonl and result.json to --out.
+validation CE falls from 6.6 to about 5.3 nats, with or without alignment. What such a model can do stands in masked.py.
+Writes an ordinary Hugging Face folder, log.jsonl and result.json to --out.
 
 Letters: B batch, T tokens, D hidden width, L blocks, V vocabulary, r the share of masked tokens.
 """
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import distribute_tensor
+from torch.utils._pytree import tree_map
 
 import backbone
 import data
 import optim
-from common import (GradientSum, StopSignal, UserError, entry, generator, parse, pick_dtype, setup,
-                    split_batch)
-from run import Clock, Run, finished, read_json
+from common import GradientSum, StopSignal, UserError, entry, generator, parse, pick_dtype, setup, split_batch
+from masked import ORDERS, Student, add_mask, sample_text
+from run import Clock, Run, finished
 
 
 @dataclass
 class Config:
-    preset: Literal["tiny", "toy"] = "toy"  # tiny: tests; toy: a minute
+    preset: Literal["tiny", "toy", "0.6b", "8b"] = "toy"  # for tests, a minute, one GPU, eight
     model: str = "toy"          # toy (the folder beside --out), a folder or a Hub id
     data: str = "stdlib"        # see data.py
     out: str = "out/repr_align/w10"  # run folder
@@ -42,7 +46,14 @@ class Config:
     random_init: bool = False   # random weights of the same shape
     align_weight: float = 10.0  # w (0: no alignment, no teacher)
     path: float = 1.0           # weight of the p_correct * CE term (always on in the published code)
-    freeze_embed: bool = True   # keep embeddings and head; only the mask token's vector is learned
+    layers: str = "all"         # states that are aligned: all, lower, middle, upper, or numbers of 0..L such as 0,4,8
+    distance: Literal["cosine", "l2"] = "cosine"  # 1 - cosine, or squared error over the teacher's square
+    positions: Literal["next-masked", "masked", "all"] = "next-masked"  # where: predictors of masked tokens, ...
+    weighting: Literal["mean", "1/t"] = "mean"  # of CE: every masked token alike, or over its sequence's masked share
+    freeze: str = "embed"       # parts that stay as they are: embed (and head), attention, mlp, comma-separated; none
+    shard: bool = False         # spread blocks of student and teacher over the processes (FSDP2; AdamW only)
+    schedule: Literal["wsd", "cosine"] = "wsd"  # of the learning rate, after the warm-up
+    cooldown: float = 0.5       # share of the run in which wsd descends to zero (0: constant, to read steps to a loss)
     train_tokens: int = 0       # use only the first so many training tokens (0: all): the low-data regime
     steps: int = 200            # optimizer steps
     batch_size: int = 16        # sequences a step, over all processes
@@ -56,17 +67,31 @@ class Config:
     eval_every: int = 25        # steps between validations
     log_every: int = 50         # steps between log lines
     save_every: int = 100       # steps between checkpoints
-    load: str = ""              # sample from this converted model instead of training
+    load: str = ""              # use this converted model instead of training
     prompt: str = ""            # text before the masks, with --load
-    max_new_tokens: int = 64    # masks to fill
-    sample_steps: int = 32      # denoising steps, however many masks there are
+    suffix: str = ""            # text after them
+    max_new_tokens: int = 64    # masks to fill after a prompt
+    middle: int = 32            # masks to fill between prompt and suffix
+    sample_steps: int = 32      # rounds, however many masks there are
+    order: Literal[ORDERS] = "confidence"  # which masks are filled first; p2 also takes tokens back
+    block: int = 0              # fill left to right in blocks of so many, what is before cached (0: all at once)
     temperature: float = 0.8    # of token draws (0: argmax)
+    top_p: float = 1.0          # nucleus
+    top_k: int = 0              # only so many best tokens (0: all)
+    show: bool = False          # print the text after every round
+    judge: str = ""             # with --load: a text file whose likelihood is bounded
+    calls: int = 16             # network calls a window for that
     dry_run: bool = False       # print sizes, then leave
 
 
-PRESETS = {"tiny": {"steps": 20, "batch_size": 4, "seq_len": 32, "eval_batches": 4, "eval_every": 10, "log_every": 10,
-                    "save_every": 10, "warmup": 5}}
-MASK = "<|mask|>"
+PRESETS = {
+    "tiny": {"steps": 20, "batch_size": 4, "seq_len": 32, "eval_batches": 4, "eval_every": 10, "log_every": 10,
+             "save_every": 10, "warmup": 5},
+    "0.6b": {"steps": 5000, "batch_size": 32, "micro_batch": 4, "seq_len": 1024, "lr": 0.0, "lr_adam": 3e-4,
+             "warmup": 200, "eval_every": 500, "save_every": 500},
+    "8b": {"steps": 20000, "batch_size": 96, "micro_batch": 1, "seq_len": 4096, "lr": 0.0, "lr_adam": 3e-4,
+           "warmup": 500, "eval_every": 1000, "save_every": 1000},
+}
 
 
 # --------------------------------------------------------------------------------------------- corruption and loss
@@ -80,41 +105,6 @@ def corrupt(T, seed, purpose, step, slots, r=None):
     return masked
 
 
-class Student(nn.Module):
-    """A Backbone run bidirectionally, whose mask token may be learned while every other embedding stays frozen:
-    `shift` is added to the mask row's embedding, and folded into it when the model is saved."""
-
-    def __init__(self, lm, mask_id):
-        super().__init__()
-        self.lm, self.mask_id = lm, mask_id
-        self.shift = nn.Parameter(torch.zeros(lm.D, device=lm.norm.weight.device))
-
-    def embed(self, ids, masked):
-        h = self.lm.embed(ids.masked_fill(masked, self.mask_id))                       # (B, T, D)
-        return h + (masked[..., None] * self.shift).to(h.dtype)
-
-    def states(self, ids, masked):
-        """Yields h[0], ..., h[L-1] and the normed h[L], each (B, T, D), one at a time: never stacked."""
-        yield (h := self.embed(ids, masked))
-        side = self.lm.side(h, causal=False)
-        for i in range(self.lm.L):
-            h = self.lm.block(h, i, side)
-            yield h if i < self.lm.L - 1 else self.lm.norm(h)
-
-    def logits(self, normed):
-        """Normed h[L] (..., D) -> logits (..., V); the mask token itself is never predicted."""
-        out = self.lm.unnormed_head(normed).float()
-        return out.index_fill(-1, torch.tensor([self.mask_id], device=out.device), -torch.inf)
-
-    def fold(self):
-        """Write the learned shift into the mask row (divided by Gemma's embedding scale, where there is one)."""
-        embedding = self.lm.model.get_input_embeddings()
-        scale = getattr(embedding, "embed_scale", 1.0)
-        with torch.no_grad():
-            embedding.weight[self.mask_id] += (self.shift / scale).to(embedding.weight.dtype)
-            self.shift.zero_()
-
-
 def teacher_states(lm, ids):
     """The AR model's own h[0], ..., h[L-1] and normed h[L] on the clean input, causal."""
     yield (h := lm.embed(ids))
@@ -124,27 +114,59 @@ def teacher_states(lm, ids):
         yield h if i < lm.L - 1 else lm.norm(h)
 
 
-def conversion_loss(student, teacher, ids, masked, path, weight):
-    """(loss, CE, cosine per layer (L+1,) or None) of ids (B, T), masked (B, T): sums over the masked tokens, so that
-    any split of a batch adds up to the same.
+def depth(name, L):
+    """--layers -> the set of states that are aligned, of 0 (embeddings) to L (the normed final state)."""
+    thirds = {"all": (0, 1), "lower": (0, 1 / 3), "middle": (1 / 3, 2 / 3), "upper": (2 / 3, 1)}
+    if name in thirds:
+        lo, hi = thirds[name]
+        return {i for i in range(L + 1) if lo * (L + 1) <= i < hi * (L + 1)}
+    if not all(part.isdigit() and int(part) <= L for part in name.split(",")):
+        raise UserError(f"--layers {name} must be all, lower, middle, upper or numbers of 0..{L} such as 0,4,8")
+    return {int(part) for part in name.split(",")}
 
-    1 positions i whose next token is masked  2 student and teacher in step, cosines summed layer by layer
-    3 CE of token i+1 from state i  4 path term: CE again, weighted by the model's own confidence  5 sum."""
-    where = masked[:, 1:]                                                              # (B, T-1): i -> i+1 masked
+
+def distance(kind, h, target):
+    """How far states h (n, D) are from the teacher's: 1 - cosine, or squared error over the teacher's own square."""
+    if kind == "cosine":
+        return 1 - F.cosine_similarity(h, target, dim=-1)                              # (n,)
+    return (h - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)
+
+
+def aligned(positions, masked):
+    """Where states are compared, (B, T-1) bool: at the predictors of masked tokens, at masked tokens, everywhere."""
+    return {"next-masked": masked[:, 1:], "masked": masked[:, :-1], "all": torch.ones_like(masked[:, 1:])}[positions]
+
+
+def conversion_loss(student, teacher, ids, masked, path, layers=None, kind="cosine", positions="next-masked"):
+    """(loss per masked token, its row, alignment loss, CE, cosine per layer (L+1,) or None) of ids (B, T), masked
+    (B, T). All but the first two are sums over positions, so that any split of a batch adds up to the same.
+
+    1 student and teacher in step, distances summed layer by layer, never stacked  2 CE of token i+1 from state i, where
+    token i+1 is masked  3 path term: CE again, weighted by the model's own confidence."""
+    predictors, where = masked[:, 1:], aligned(positions, masked)                      # (B, T-1) each
+    layers = set(range(student.lm.L + 1)) if layers is None else layers
     clean = teacher_states(teacher, ids) if teacher is not None else None
-    cosines = []
-    for h in student.states(ids, masked):
-        if clean is not None:
+    apart, cosines = ids.new_zeros((), dtype=torch.float32), []
+    for i, h in enumerate(student.states(ids, masked)):
+        if clean is not None and (i <= max(layers) or not torch.is_grad_enabled()):      # no teacher above the asked
             with torch.no_grad():
                 target = next(clean)[:, :-1][where].float()                            # (n, D)
-            cosines.append(F.cosine_similarity(h[:, :-1][where].float(), target, dim=-1).sum())
-    logits = student.logits(h[:, :-1][where])                                          # (n, V)
-    ce = F.cross_entropy(logits, ids[:, 1:][where], reduction="none")                  # (n,)
-    loss = ce.sum() + path * (torch.exp(-ce).detach() * ce).sum()
-    if clean is None:
-        return loss, ce.detach().sum(), None
-    cosines = torch.stack(cosines)                                                     # (L+1,)
-    return loss + weight * (len(ce) - cosines.mean()), ce.detach().sum(), cosines.detach()
+            here = h[:, :-1][where].float()
+            if i in layers:
+                apart = apart + distance(kind, here, target).sum() / len(layers)
+            cosines.append(F.cosine_similarity(here.detach(), target, dim=-1).sum())
+    logits = student.logits(h[:, :-1][predictors])                                     # (n, V)
+    ce = F.cross_entropy(logits, ids[:, 1:][predictors], reduction="none")             # (n,)
+    each = ce + path * torch.exp(-ce).detach() * ce
+    cosines = F.pad(torch.stack(cosines), (0, student.lm.L + 1 - len(cosines))) if cosines else None
+    return each, predictors.nonzero()[:, 0], apart, ce.detach().sum(), cosines
+
+
+def row_weights(kind, masked):
+    """What a masked token's CE counts, per row (B,) of the whole batch: 1 over all masked tokens, or "1/t": each row
+    over its own masked share, as in the ELBO. Either way the expected total is that of a mean."""
+    own = masked.sum(1).clamp_min(1)
+    return torch.full((len(masked),), 1 / max(1, masked.sum().item())) if kind == "mean" else 1 / (own * len(masked))
 
 
 @torch.no_grad()
@@ -153,72 +175,108 @@ def validate(student, teacher, rows, cfg, world):
     totals = torch.zeros(3, dtype=torch.float64)
     for i in range(world.rank, len(rows), world.size):
         masked = corrupt(rows.shape[1], cfg.seed, "validate", 0, [i], r=(i + 0.5) / len(rows)).to(world.device)
-        _, ce, cosines = conversion_loss(student, teacher, rows[i:i + 1].to(world.device), masked, 0.0, 0.0)
+        _, _, _, ce, cosines = conversion_loss(student, teacher, rows[i:i + 1].to(world.device), masked, 0.0)
         totals += torch.tensor([ce.item(), masked.sum().item(), 0.0 if cosines is None else cosines.mean().item()])
     ce, count, cosine = world.sum(totals.tolist())
     return ce / count, cosine / count if teacher is not None else None
 
 
-# ------------------------------------------------------------------------------------------------------- sampling
-@torch.no_grad()
-def fill(student, ids, masked, steps, temperature, seed):
-    """Fill the masked positions of ids (B, T) in `steps` rounds, most confident first. Position 0 must be visible.
-
-    1 logits of all masked tokens  2 draw a token for each, in float64  3 keep the most confident draws, enough to be
-    done in time  4 repeat. Which token and which position are decided apart: one joint draw in float32 is biased."""
-    ids, masked = ids.clone(), masked.clone()
-    for step in range(steps):
-        left = masked.sum(1)                                                           # (B,)
-        if not left.any():
-            break
-        *_, normed = student.states(ids, masked)
-        logits = student.logits(normed[:, :-1]).double()                               # (B, T-1, V): of tokens 1..T-1
-        p = torch.softmax(logits / temperature if temperature > 0 else logits, -1)
-        if temperature > 0:
-            u = torch.from_numpy(generator(seed, "tokens", step).random(p.shape[:2])).to(p.device)
-            token = (p.cumsum(-1) < u[..., None] * p.sum(-1, keepdim=True)).sum(-1).clamp_max(p.shape[-1] - 1)
+def freeze(student, parts):
+    """Everything learns but `parts`: embed (input embeddings and head; the mask token's own vector still learns),
+    attention, mlp."""
+    student.requires_grad_(True)
+    model = student.lm.model
+    for part in parts.split(",") if parts != "none" else []:
+        if part == "embed":
+            found = [model.get_input_embeddings(), model.get_output_embeddings()]
         else:
-            token = p.argmax(-1)                                                       # (B, T-1)
-        confidence = p.gather(-1, token[..., None])[..., 0].masked_fill(~masked[:, 1:], -1)
-        keep = -(-left // (steps - step))                                              # ceil: done at the last step
-        rank = confidence.argsort(-1, descending=True).argsort(-1)                     # (B, T-1)
-        reveal = (rank < keep[:, None]) & masked[:, 1:]
-        ids[:, 1:] = torch.where(reveal, token, ids[:, 1:])
-        masked[:, 1:] &= ~reveal
-    return ids
+            words = {"attention": ("attn", "attention"), "mlp": ("mlp",)}.get(part)
+            if words is None:
+                raise UserError(f"--freeze {parts}: {part!r} is not embed, attention or mlp (or none)")
+            found = [m for b in student.lm.blocks for n, m in b.named_children() if n.endswith(words)]
+        for module in found:
+            module.requires_grad_(False)
 
 
-def add_mask(lm, tokenizer):
-    """The mask token's id: the tokenizer's own, or a new one; the vocabulary grows by a row if none is spare. The new
-    row starts as the mean of the others (the library would draw it at random, and two arms would differ)."""
-    if tokenizer.mask_token_id is None:
-        tokenizer.add_special_tokens({"mask_token": MASK})
-    if tokenizer.mask_token_id >= lm.V:
-        with backbone.quiet(), torch.no_grad():
-            lm.model.resize_token_embeddings(tokenizer.mask_token_id + 1, mean_resizing=False)
-            for part in (lm.model.get_input_embeddings(), lm.model.get_output_embeddings()):
-                part.weight[lm.V:] = part.weight[:lm.V].mean(0)
-        lm.V = lm.config.vocab_size
-    return tokenizer.mask_token_id
+# ------------------------------------------------------------------------------------------------------- sharding
+def shard(models, world, dtype):
+    """Spread every block over the processes (FSDP2). What is not in a block stays whole: norms, embeddings, head."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    if world.size == 1:
+        raise UserError("--shard spreads weights over processes; start it with torchrun --nproc_per_node 2 or more")
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype != torch.float32 else None
+    for lm in models:
+        for block in lm.blocks if lm is not None else []:
+            fully_shard(block, mesh=mesh, **({"mp_policy": policy} if policy else {}))
 
 
-def load_converted(folder, device, dtype):
-    """(Student, tokenizer) of a folder this file wrote; refuses an AR model."""
-    if "mask_id" not in read_json(Path(folder) / "result.json", "convert a model with: python repr_align.py"):
-        raise UserError(f"{folder} is no converted model; make one with: python repr_align.py")
-    tokenizer = data.load_tokenizer(folder)
-    return Student(backbone.load(folder, device, dtype), tokenizer.mask_token_id), tokenizer
+def is_sharded(tensor):
+    return hasattr(tensor, "full_tensor")
 
 
-def sample_text(cfg, world, dtype):
-    student, tokenizer = load_converted(cfg.load, world.device, dtype)
-    prompt = tokenizer(cfg.prompt)["input_ids"] or [tokenizer.eos_token_id]
-    ids = torch.tensor([[*prompt, *[tokenizer.mask_token_id] * cfg.max_new_tokens]], device=world.device)   # (1, T)
-    if ids.shape[1] > student.lm.config.max_position_embeddings:
-        raise UserError(f"prompt and masks are {ids.shape[1]} tokens, more than the model's "
-                        f"{student.lm.config.max_position_embeddings}; shorten one")
-    masked = torch.arange(ids.shape[1], device=world.device)[None] >= len(prompt)
-    return tokenizer.decode(fill(student, ids, masked, cfg.sample_steps, cfg.temperature, cfg.seed)[0])
+class Whole:
+    """A module or an optimizer whose state is saved and loaded as whole tensors, sharded or not: a run may change its
+    number of processes. Gathering is collective: every process calls it."""
+
+    def __init__(self, thing):
+        self.thing = thing
+        groups = getattr(thing, "param_groups", [])
+        self.params = [p for g in groups for p in g["params"]] if groups else dict(thing.named_parameters())
+
+    def state_dict(self):
+        return tree_map(lambda t: t.full_tensor() if is_sharded(t) else t, self.thing.state_dict())
+
+    def load_state_dict(self, saved):
+        def spread(t, like):
+            same = is_sharded(like) and torch.is_tensor(t) and t.shape == like.shape
+            return distribute_tensor(t.to(like.device), like.device_mesh, like.placements) if same else t
+        if "param_groups" in saved:
+            state = {i: {k: spread(t, self.params[i]) for k, t in s.items()} for i, s in saved["state"].items()}
+            self.thing.load_state_dict({**saved, "state": state})
+        else:
+            now = self.thing.state_dict()
+            self.thing.load_state_dict({k: spread(t, now[k]) for k, t in saved.items()})
+
+
+def clip(params, limit, world):
+    """Scale gradients down to a joint norm of `limit`; returns the norm before."""
+    if not any(map(is_sharded, params)):
+        return nn.utils.clip_grad_norm_(params, limit).item()
+    mine = [p.grad.to_local() if is_sharded(p) else p.grad for p in params]
+    shares = sum(g.double().square().sum().item() for p, g in zip(params, mine, strict=True) if is_sharded(p))
+    whole = sum(g.double().square().sum().item() for p, g in zip(params, mine, strict=True) if not is_sharded(p))
+    norm = math.sqrt(world.sum([shares])[0] + whole)
+    torch._foreach_mul_(mine, min(1.0, limit / (norm + 1e-6)))
+    return norm
+
+
+def report_size(cfg, shape, world, dtype):
+    """--dry_run: parameters, gigabytes on one GPU by component (with --shard over the processes, 8 if started without
+    torchrun), FLOPs a token."""
+    from transformers import AutoModelForCausalLM
+    print("\n".join(f"  {k} = {v}" for k, v in vars(cfg).items()))
+    with torch.device("meta"):
+        lm = backbone.Backbone(AutoModelForCausalLM.from_config(shape))
+    inside = sum(p.numel() for p in lm.blocks.parameters())
+    outside = sum(p.numel() for p in lm.parameters()) - inside
+    ways = (world.size if world.size > 1 else 8) if cfg.shard else 1
+    micro = cfg.micro_batch or max(1, cfg.batch_size // world.size)
+    tokens, D, wide = micro * cfg.seq_len, shape.hidden_size, getattr(shape, "intermediate_size", 4 * shape.hidden_size)
+    muon = cfg.lr > 0 and not cfg.shard
+    held = {"student": 4 * (inside / ways + outside), "gradients": 4 * inside / ways, "optimizer": (4 if muon else 8) *
+            inside / ways, "teacher": dtype.itemsize * (inside / ways + outside) * (cfg.align_weight > 0),
+            "gathered block": dtype.itemsize * 2 * inside / lm.L * (ways > 1),
+            "activations": tokens * lm.L * (16 * D + 4 * wide) * dtype.itemsize,  # saved for backward, a rough count
+            "logits": tokens / 2 * shape.vocab_size * 4 * 3}                      # half of the tokens are masked
+    total = sum(held.values()) / 1e9
+    flops = backbone.flops_per_token(lm.model, cfg.seq_len) * (4 / 3 if cfg.align_weight > 0 else 1)
+    print(f"{inside + outside:,} parameters, {inside:,} of them in {lm.L} blocks; GB on one GPU, {ways}-way shards: "
+          + ", ".join(f"{k} {v / 1e9:.2f}" for k, v in held.items())
+          + f"; together {total:.1f}, which {'fits' if total < 80 else 'does NOT fit'} 80 GB\n"
+          f"{flops:.3e} FLOPs a token: {0.5 * 989e12 / flops:,.0f} tokens/s a GPU at 50% of 989 TFLOP/s")
+    return {"gigabytes": total, "flops_per_token": flops}
 
 
 @entry
@@ -241,9 +299,7 @@ def main(argv):
         return result
     shape = backbone.read_config(model, cfg.seq_len)
     if cfg.dry_run:
-        print("\n".join(f"  {k} = {v}" for k, v in vars(cfg).items()) + f"\n{model}: {shape.num_hidden_layers} blocks "
-              f"of width {shape.hidden_size}; {cfg.steps * cfg.batch_size * cfg.seq_len:,} tokens")
-        return None
+        return report_size(cfg, shape, world, dtype)
 
     # -------------------------------------------------------------------------------------------- data, models
     tokenizer = data.load_tokenizer(model)
@@ -254,21 +310,26 @@ def main(argv):
     teacher = backbone.load(model, dtype=dtype, **load) if cfg.align_weight > 0 else None
     lm = backbone.load(model, dtype=torch.float32, **load)
     student = Student(lm, add_mask(lm, tokenizer))
-    student.requires_grad_(True)
-    if cfg.freeze_embed:
-        for part in (lm.model.get_input_embeddings(), lm.model.get_output_embeddings()):
-            part.requires_grad_(False)
-    params = [p for p in student.parameters() if p.requires_grad]
+    freeze(student, cfg.freeze)
+    if cfg.shard:
+        shard([student.lm, teacher], world, dtype)
     names = [(n, p) for n, p in student.named_parameters() if p.requires_grad]
-    optimizers = optim.build(names, cfg.lr, cfg.lr_adam, cfg.weight_decay, inside=lm.blocks_name)
+    params = [p for _, p in names]
+    groups = [[(n, p) for n, p in names if is_sharded(p) == there] for there in (True, False)]  # no step mixes the two
+    lr = 0.0 if cfg.shard else cfg.lr
+    optimizers = [o for group in groups if group
+                  for o in optim.build(group, lr, cfg.lr_adam, cfg.weight_decay, inside=lm.blocks_name)]
+    layers = depth(cfg.layers, lm.L)
     run = Run(cfg, world, identity)
-    state = run.resume([student], optimizers)
+    things = [Whole(student)], [Whole(o) for o in optimizers]
+    state = run.resume(*things)
     curve = state.get("curve", [])
     run.say(f"converting {model}: w = {cfg.align_weight:g}, {sum(p.numel() for p in params):,} parameters learn")
 
     # --------------------------------------------------------------------------------------------------- loop
     flops = backbone.flops_per_token(lm.model, cfg.seq_len) * (4 / 3 if teacher is not None else 1)   # + one forward
-    gradients, stop, clock = GradientSum(params, world, overlap=False), StopSignal(world), Clock(state["seconds"])
+    whole = [p for p in params if not is_sharded(p)]
+    gradients, stop, clock = GradientSum(whole, world, overlap=False), StopSignal(world), Clock(state["seconds"])
     for step in range(state["step"], cfg.steps):
         if step % cfg.eval_every == 0:
             with clock.paused():
@@ -277,22 +338,28 @@ def main(argv):
                 run.log(step, cfg.steps, val_loss=curve[-1][1])
         # 1 batch and masks: functions of (seed, step, slot)
         everyone = corrupt(cfg.seq_len, cfg.seed, "mask", step, range(cfg.batch_size))            # (B, T)
-        count, sums = max(1, everyone.sum().item()), torch.zeros(2 + lm.L)
+        count, spots = max(1, everyone.sum().item()), max(1, aligned(cfg.positions, everyone).sum().item())
+        weights = row_weights(cfg.weighting, everyone)                                            # (B,)
+        sums = torch.zeros(2 + lm.L)
         for some in torch.tensor(slots).split(micro):
             ids = train.batch(cfg.seed, step, some.tolist(), cfg.batch_size)[:, :-1].to(world.device)   # (b, T)
-            # 2 gradient of the mean over the whole batch's masked tokens
+            # 2 gradient of the mean over the whole batch's masked tokens and aligned states
             with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
-                loss, ce, cosines = conversion_loss(student, teacher, ids, everyone[some].to(world.device), cfg.path,
-                                                    cfg.align_weight)
-            (loss / count).backward()
-            sums += torch.cat([ce[None], ce.new_zeros(lm.L + 1) if cosines is None else cosines]).cpu() / count
+                each, row, apart, ce, cosines = conversion_loss(
+                    student, teacher, ids, everyone[some].to(world.device), cfg.path, layers, cfg.distance,
+                    cfg.positions)
+            loss = (each * weights[some].to(world.device)[row]).sum() + cfg.align_weight * apart / spots
+            (loss * (world.size if cfg.shard else 1)).backward()  # fully_shard takes the mean, we take sums
+            sums += torch.cat([ce[None] / count, ce.new_zeros(lm.L + 1) if cosines is None else cosines / spots]).cpu()
+        for p in whole if cfg.shard else []:
+            p.grad /= world.size
         gradients.finish()
         # 3 clip, step
-        norm = nn.utils.clip_grad_norm_(params, 1.0).item()
+        norm = clip(params, 1.0, world)
         if not math.isfinite(norm):
             raise UserError(f"the loss or its gradient stopped being finite at step {step}; lower --lr and run again "
                             f"({cfg.out} keeps the last good state)")
-        optim.step_all(optimizers, optim.share_at(step, cfg.steps, cfg.warmup, cooldown=0.5))
+        optim.step_all(optimizers, optim.share_at(step, cfg.steps, cfg.warmup, cfg.cooldown, cfg.schedule))
         for p in params:
             p.grad = None
         # 4 report, save, leave when asked
@@ -303,7 +370,7 @@ def main(argv):
                          lr=optimizers[0].param_groups[0]["lr"], gnorm=norm, cosine_by_layer=cosines)
         leaving = stop.poll()
         if leaving or done % cfg.save_every == 0:
-            run.save(done, clock, [student], optimizers, curve=curve)
+            run.save(done, clock, *things, curve=curve)
         if leaving:
             run.leave(done)
     stop.done()
@@ -312,8 +379,9 @@ def main(argv):
     # ------------------------------------------------------------------------------------------------- result
     curve.append([cfg.steps, *validate(student, teacher, held_out, cfg, world)])
     student.fold()
+    weights = Whole(lm.model).state_dict()
     if world.main:
-        backbone.save_model(lm.model, tokenizer, run.out)
+        backbone.save_model(lm.model, tokenizer, run.out, **({"state_dict": weights} if cfg.shard else {}))
     world.barrier()
     tokens = cfg.steps * cfg.batch_size * cfg.seq_len
     run.finish({"val_loss": curve[-1][1], "curve": curve, "w": cfg.align_weight, "cosine": curve[-1][2],

@@ -144,10 +144,9 @@ class Run:
 
     def save(self, step, clock, modules, optimizers, **more):
         """state.pt: all that a step depends on. Data and noise are functions of the step: no generator is in it."""
+        state = {"step": step, "processes": self.world.size, "seconds": clock.seconds(), **more,
+                 "modules": [m.state_dict() for m in modules], "optimizers": [o.state_dict() for o in optimizers]}
         if self.world.main:
-            state = {"step": step, "processes": self.world.size, "seconds": clock.seconds(),
-                     "modules": [m.state_dict() for m in modules],
-                     "optimizers": [o.state_dict() for o in optimizers], **more}
             with atomic(self.out / "state.pt") as temporary:
                 try:
                     torch.save(state, temporary)

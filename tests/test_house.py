@@ -18,7 +18,7 @@ import run
 
 FILES = sorted(ROOT.glob("*.py"))
 ORDER = ["common", "run", "optim", "data", "backbone", "geometry", "diffusion", "denoiser", "bridge", "hybrid",
-         "repr_align", "generate", "ablate", "circuits", "evaluate", "report", "bench"]
+         "masked", "repr_align", "generate", "ablate", "circuits", "evaluate", "report", "bench"]
 STAGES = ["data", "backbone", "geometry", "bridge", "hybrid", "repr_align", "generate", "evaluate", "bench",
           "ablate"]
 

@@ -11,12 +11,13 @@ from conftest import FAMILIES, fails, tiny_model
 import backbone
 import data
 import repr_align
+from masked import MASK, Student, fill, load_converted
 
 IDS = torch.randint(3, 60, (3, 16), generator=torch.Generator().manual_seed(0))
 
 
 def student(seed=0, family="qwen3"):
-    return repr_align.Student(backbone.Backbone(tiny_model(family, seed).requires_grad_(False)), mask_id=63)
+    return Student(backbone.Backbone(tiny_model(family, seed).requires_grad_(False)), mask_id=63)
 
 
 def masks(step=0, slots=range(3), T=16):
@@ -37,7 +38,7 @@ def test_masks_are_keyed_by_slot_and_spare_position_zero():
 def test_the_loss_by_hand():
     """CE of token i+1 from the state at i, where token i+1 is masked, and nothing else; then the path term."""
     s, masked = student(), masks()
-    loss, ce, _ = repr_align.conversion_loss(s, None, IDS, masked, path=1.0, weight=0.0)
+    each, row, _, ce, _ = repr_align.conversion_loss(s, None, IDS, masked, path=1.0)
     h = s.lm.embed(IDS.masked_fill(masked, 63))
     logits = s.lm.head(s.lm.run(h, 0, s.lm.L, s.lm.side(h, causal=False)))
     logits[..., 63] = -torch.inf
@@ -48,7 +49,8 @@ def test_the_loss_by_hand():
                 here = F.cross_entropy(logits[b, i], IDS[b, i + 1]).item()
                 want += here
                 want_path += math.exp(-here) * here
-    assert ce.item() == pytest.approx(want, rel=1e-4) and loss.item() == pytest.approx(want + want_path, rel=1e-4)
+    assert ce.item() == pytest.approx(want, rel=1e-4) and each.sum().item() == pytest.approx(want + want_path, rel=1e-4)
+    assert torch.bincount(row, minlength=3).tolist() == masked[:, 1:].sum(1).tolist()
 
 
 def test_only_masked_inputs_hide_their_token():
@@ -78,19 +80,41 @@ class Echo(torch.nn.Module):
 @pytest.mark.parametrize("sign, penalty", [(1.0, 0.0), (-1.0, 2.0)])
 def test_alignment_is_zero_for_the_teacher_and_two_for_its_negative(sign, penalty):
     teacher, masked = backbone.Backbone(tiny_model("qwen3")), masks()
-    plain, _, _ = repr_align.conversion_loss(Echo(teacher, sign), None, IDS, masked, 1.0, 0.0)
-    loss, _, cosines = repr_align.conversion_loss(Echo(teacher, sign), teacher, IDS, masked, 1.0, 10.0)
-    count = masked.sum().item()
-    assert (loss - plain).item() / count == pytest.approx(10 * penalty, abs=1e-3)
-    assert len(cosines) == teacher.L + 1 and (cosines / count).tolist() == pytest.approx([sign] * 5, abs=1e-4)
+    for kind, positions in (("cosine", "next-masked"), ("cosine", "all"), ("l2", "masked")):
+        _, _, apart, _, cosines = repr_align.conversion_loss(Echo(teacher, sign), teacher, IDS, masked, 1.0, None, kind,
+                                                             positions)
+        count = repr_align.aligned(positions, masked).sum().item()
+        assert apart.item() / count == pytest.approx(penalty ** (2 if kind == "l2" else 1), abs=1e-4)
+        assert len(cosines) == teacher.L + 1 and (cosines / count).tolist() == pytest.approx([sign] * 5, abs=1e-4)
+
+
+def test_only_the_chosen_layers_are_aligned():
+    assert repr_align.depth("all", 8) == set(range(9)) and repr_align.depth("lower", 8) == {0, 1, 2}
+    assert repr_align.depth("middle", 8) == {3, 4, 5} and repr_align.depth("upper", 8) == {6, 7, 8}
+    s, teacher, masked = student(), backbone.Backbone(tiny_model("qwen3", 1)), masks()
+    parts = [repr_align.conversion_loss(s, teacher, IDS, masked, 1.0, {i})[2].item() for i in range(5)]
+    some = repr_align.conversion_loss(s, teacher, IDS, masked, 1.0, {1, 3})[2].item()
+    assert some == pytest.approx((parts[1] + parts[3]) / 2, rel=1e-5) and len(set(parts)) == 5
+    s.requires_grad_(True)                                                     # and nothing above them is pulled
+    repr_align.conversion_loss(s, teacher, IDS, masked, 1.0, {2})[2].backward()
+    pulled = [any(p.grad is not None and p.grad.any() for p in b.parameters()) for b in s.lm.blocks]
+    assert pulled == [True, True, False, False]
+
+
+def test_weights_of_the_two_weightings():
+    masked = masks(slots=range(50))
+    mean, ratio = (repr_align.row_weights(kind, masked) for kind in ("mean", "1/t"))
+    k = masked.sum(1).clamp_min(1)
+    assert (mean * k).sum().item() == pytest.approx(1, abs=0.05)
+    assert (ratio * k * 50).tolist() == pytest.approx([1] * 50)
 
 
 def test_micro_batches_add_up_exactly():
     s, teacher, masked = student(), backbone.Backbone(tiny_model("qwen3", 1)), masks()
-    whole = repr_align.conversion_loss(s, teacher, IDS, masked, 1.0, 10.0)[0].item()
-    parts = sum(repr_align.conversion_loss(s, teacher, IDS[i:i + 1], masked[i:i + 1], 1.0, 10.0)[0].item()
-                for i in range(3))
-    assert parts == pytest.approx(whole, rel=1e-5)
+    whole = repr_align.conversion_loss(s, teacher, IDS, masked, 1.0)
+    parts = [repr_align.conversion_loss(s, teacher, IDS[i:i + 1], masked[i:i + 1], 1.0) for i in range(3)]
+    for n in (0, 2, 3):                                                        # loss, alignment, CE
+        assert sum(p[n].sum().item() for p in parts) == pytest.approx(whole[n].sum().item(), rel=1e-5)
 
 
 def test_the_future_changes_the_past_after_conversion():
@@ -107,21 +131,21 @@ def test_the_future_changes_the_past_after_conversion():
 @pytest.mark.parametrize("steps", [1, 3, 50])
 def test_filling(steps, temperature):
     s, masked = student(), masks()
-    out = repr_align.fill(s, IDS, masked, steps, temperature, seed=0)
+    out = fill(s, IDS, masked, steps, temperature, seed=0)
     assert torch.equal(out[~masked], IDS[~masked])                             # what was visible stays
     assert (out != s.mask_id).all()                                            # and no mask is left
-    assert torch.equal(out, repr_align.fill(s, IDS, masked, steps, temperature, seed=0))
+    assert torch.equal(out, fill(s, IDS, masked, steps, temperature, seed=0))
     if temperature == 0:
-        assert torch.equal(out[1:2], repr_align.fill(s, IDS[1:2], masked[1:2], steps, 0.0, seed=0))
+        assert torch.equal(out[1:2], fill(s, IDS[1:2], masked[1:2], steps, 0.0, seed=0))
     changed = torch.where(masked, torch.full_like(IDS, 5), IDS)                # the hidden truth plays no part
-    assert torch.equal(out, repr_align.fill(s, changed, masked, steps, temperature, seed=0))
+    assert torch.equal(out, fill(s, changed, masked, steps, temperature, seed=0))
 
 
 def test_filling_in_bf16():
     """What a GPU does by default: bf16 weights beside the fp32 mask vector."""
     s = student().bfloat16()
     s.shift.data = s.shift.data.float() + 0.5
-    assert (repr_align.fill(s, IDS, masks(), 3, 1.0, seed=0) != s.mask_id).all()
+    assert (fill(s, IDS, masks(), 3, 1.0, seed=0) != s.mask_id).all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -135,7 +159,7 @@ def test_every_family_converts(family, runs, tmp_path, text):
     argv = f"--preset tiny --steps 3 --model {tmp_path}/base --out {tmp_path}/twin --data {tmp_path}/some"
     result = repr_align.main(argv.split())
     assert 0 < result["val_loss"] < 100
-    s, _ = repr_align.load_converted(tmp_path / "twin", torch.device("cpu"), torch.float32)
+    s, _ = load_converted(tmp_path / "twin", torch.device("cpu"), torch.float32)
     masked = torch.zeros(3, 16, dtype=torch.bool)
     *_, a = s.states(IDS, masked)
     *_, b = s.states(torch.cat([IDS[:, :-1], (IDS[:, -1:] + 1) % 60], 1), masked)
@@ -150,7 +174,7 @@ def test_draws_follow_the_law():
     masked[:, 5] = True
     *_, normed = s.states(ids[:1], masked[:1])
     p = torch.softmax(s.logits(normed[:, 4]).double() / 3, -1)[0].detach()
-    drawn = repr_align.fill(s, ids, masked, 1, 3.0, seed=0)[:, 5]
+    drawn = fill(s, ids, masked, 1, 3.0, seed=0)[:, 5]
     frequency = torch.bincount(drawn, minlength=64).double() / 4000
     assert (frequency - p).abs().max() < 5 * (p * (1 - p) / 4000).sqrt().max()
 
@@ -166,8 +190,8 @@ def test_the_folder_opens_as_an_ordinary_model(runs):
     from transformers import AutoModelForCausalLM
     folder = runs / "repr_align" / "w10"
     model = AutoModelForCausalLM.from_pretrained(folder)
-    s, tokenizer = repr_align.load_converted(folder, torch.device("cpu"), torch.float32)
-    assert tokenizer.mask_token == repr_align.MASK and s.mask_id == tokenizer.mask_token_id < model.config.vocab_size
+    s, tokenizer = load_converted(folder, torch.device("cpu"), torch.float32)
+    assert tokenizer.mask_token == MASK and s.mask_id == tokenizer.mask_token_id < model.config.vocab_size
     toy = AutoModelForCausalLM.from_pretrained(runs / "toy")
     mine, theirs = model.get_input_embeddings().weight, toy.get_input_embeddings().weight
     assert torch.equal(mine[:len(theirs)], theirs)                             # embeddings were frozen
@@ -206,7 +230,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(runs, tmp_path, text, monk
 
 def test_sampling_from_the_command_line(runs, capsys, tmp_path):
     text = repr_align.main(f"--load {runs}/repr_align/w10 --prompt import --max_new_tokens 9 --sample_steps 4".split())
-    assert text.startswith("import") and repr_align.MASK not in text
+    assert text.startswith("import") and MASK not in text
     assert "no converted model" in fails(capsys, repr_align.main, "--load", runs / "toy")
     long = ["--load", runs / "repr_align" / "w10", "--max_new_tokens", "5000"]
     assert "shorten one" in fails(capsys, repr_align.main, *long)

@@ -1,0 +1,280 @@
+"""masked.py: a masked diffusion LM: how to fill masks, and how likely it finds a text. repr_align.py trains one.
+
+    model, tokenizer = load_converted("out/repr_align/w10", device, dtype)
+    ids = fill(model, ids, masked, steps=32, order="confidence")       # every sampler has this signature
+    nats, error = likelihood(model, ids, calls=64)                     # a bound on -log p(ids), its standard error
+
+The model keeps the next-token shift of the AR model it came from: the state at i predicts token i+1, so the first token
+is always visible and likelihoods run over the other T-1.
+
+Letters: B batch, T tokens, D hidden width, V vocabulary, N = T-1 tokens that can be masked, k of them masked.
+"""
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import DynamicCache
+
+import backbone
+import data
+from common import UserError, generator
+from run import read_json
+
+MASK = "<|mask|>"
+ORDERS = ("random", "confidence", "entropy", "margin", "p2")
+
+
+class Student(nn.Module):
+    """A Backbone run bidirectionally, whose mask token may be learned while every other embedding stays frozen:
+    `shift` is added to the mask row's embedding, and folded into it when the model is saved."""
+
+    def __init__(self, lm, mask_id):
+        super().__init__()
+        self.lm, self.mask_id = lm, mask_id
+        self.shift = nn.Parameter(torch.zeros(lm.D, device=lm.norm.weight.device))
+
+    def embed(self, ids, masked, positions=None):
+        h = self.lm.embed(ids.masked_fill(masked, self.mask_id), positions)            # (B, T, D)
+        return h + (masked[..., None] * self.shift).to(h.dtype)
+
+    def states(self, ids, masked, attention_mask=None, cache=None):
+        """Yields h[0], ..., h[L-1] and the normed h[L], each (B, T, D), one at a time: never stacked. attention_mask
+        (B, T) is 0 on padding. With a `cache` the tokens follow those in it, which cannot see them."""
+        past = cache.get_seq_length() if cache is not None else 0
+        positions = torch.arange(past, past + ids.shape[1], device=ids.device)[None]   # (1, T)
+        yield (h := self.embed(ids, masked, positions))
+        side = self.lm.side(h, positions, attention_mask, cache, causal=False)
+        for i in range(self.lm.L):
+            h = self.lm.block(h, i, side)
+            yield h if i < self.lm.L - 1 else self.lm.norm(h)
+
+    def logits(self, normed):
+        """Normed h[L] (..., D) -> logits (..., V); the mask token itself is never predicted."""
+        out = self.lm.unnormed_head(normed).float()
+        return out.index_fill(-1, torch.tensor([self.mask_id], device=out.device), -torch.inf)
+
+    def fold(self):
+        """Write the learned shift into the mask row (divided by Gemma's embedding scale, where there is one)."""
+        embedding = self.lm.model.get_input_embeddings()
+        scale = getattr(embedding, "embed_scale", 1.0)
+        with torch.no_grad():
+            embedding.weight[self.mask_id] += (self.shift / scale).to(embedding.weight.dtype)
+            self.shift.zero_()
+
+
+def add_mask(lm, tokenizer):
+    """The mask token's id: the tokenizer's own, or a new one; the vocabulary grows by a row if none is spare. The new
+    row starts as the mean of the others (the library would draw it at random, and two arms would differ)."""
+    if tokenizer.mask_token_id is None:
+        tokenizer.add_special_tokens({"mask_token": MASK})
+    if tokenizer.mask_token_id >= lm.V:
+        with backbone.quiet(), torch.no_grad():
+            lm.model.resize_token_embeddings(tokenizer.mask_token_id + 1, mean_resizing=False)
+            for part in (lm.model.get_input_embeddings(), lm.model.get_output_embeddings()):
+                part.weight[lm.V:] = part.weight[:lm.V].mean(0)
+        lm.V = lm.config.vocab_size
+    return tokenizer.mask_token_id
+
+
+def load_converted(folder, device, dtype):
+    """(Student, tokenizer) of a folder that repr_align.py wrote; refuses an AR model."""
+    if "mask_id" not in read_json(Path(folder) / "result.json", "convert a model with: python repr_align.py"):
+        raise UserError(f"{folder} is no converted model; make one with: python repr_align.py")
+    tokenizer = data.load_tokenizer(folder)
+    return Student(backbone.load(folder, device, dtype), tokenizer.mask_token_id), tokenizer
+
+
+# ------------------------------------------------------------------------------------------------------- samplers
+def choose(logits, temperature, top_p, top_k, u):
+    """(tokens, their probability, all probabilities) from float64 logits (..., V), at u (...) uniform in [0, 1).
+
+    Inverting the distribution function draws the token; which position is revealed is decided elsewhere. One joint draw
+    over {tokens, mask} by float32 Gumbel noise is biased towards too few reveals (arXiv 2409.02908)."""
+    if temperature == 0:
+        p = torch.softmax(logits, -1)
+        token = p.argmax(-1)
+        return token, p.gather(-1, token[..., None])[..., 0], p
+    p = torch.softmax(logits / temperature, -1)
+    if top_k or top_p < 1:
+        high, order = p.sort(-1, descending=True)
+        high = high.masked_fill(high.cumsum(-1) - high >= top_p, 0)                    # the smallest set holding top_p
+        if top_k:
+            high[..., top_k:] = 0
+        p = torch.zeros_like(p).scatter(-1, order, high)
+        p = p / p.sum(-1, keepdim=True)
+    token = (p.cumsum(-1) < u[..., None]).sum(-1).clamp_max(p.shape[-1] - 1)
+    return token, p.gather(-1, token[..., None])[..., 0], p
+
+
+def certainty(order, sure, p, u):
+    """How soon a position is revealed, (B, T): by chance, by the drawn token's probability `sure`, by low entropy, by
+    the margin between the two best tokens."""
+    if order == "random":
+        return u
+    if order == "entropy":
+        return torch.xlogy(p, p).sum(-1)
+    if order == "margin":
+        best = p.topk(2, -1).values
+        return best[..., 0] - best[..., 1]
+    return sure
+
+
+@torch.no_grad()
+def fill(model, ids, masked, steps, temperature=0.8, seed=0, order="confidence", top_p=1.0, top_k=0, block=0,
+         watch=None):
+    """Fill the masked positions of ids (B, T) in `steps` rounds. Position 0 must be visible.
+
+    Each round: 1 logits of all masked tokens  2 draw a token for each, in float64  3 reveal the most certain ones,
+    enough to be done in time. Order "p2" (arXiv 2502.03540) also takes back the least certain of those revealed before.
+    With `block`, positions are filled left to right in blocks of so many, `steps` shared out among them; what lies
+    before a block is cached and does not see it. `watch` is called with (ids, masked) after every round."""
+    if steps < 1:
+        raise UserError("--sample_steps must be at least 1")
+    if masked[:, 0].any():
+        raise UserError("the first token cannot be a mask: give a prompt")
+    ids, masked = ids.clone(), masked.clone()
+    if not block:
+        return _rounds(model, ids, masked, steps, 0, None, (seed, 0), temperature, order, top_p, top_k, watch)
+    where = masked.any(0).nonzero()[:, 0]                                              # the first and last to fill
+    if len(where) == 0:
+        return ids
+    lo, hi = int(where[0]), int(where[-1]) + 1
+    if hi < ids.shape[1] and not masked[:, -1].any():
+        raise UserError("blocks are filled left to right and see nothing after them: leave --suffix or --block out")
+    starts = list(range(lo, hi, block))
+    cache, known = DynamicCache(), 0                                                   # no windows: they are lifted
+    for number, start in enumerate(starts):
+        before = slice(known, start - 1)
+        for _ in model.states(ids[:, before], masked[:, before], cache=cache) if start - 1 > known else ():
+            pass                                                                       # what is filled joins the cache
+        known, end = start - 1, min(start + block, hi)
+        some = steps * (number + 1) // len(starts) - steps * number // len(starts)
+        ids[:, known:end] = _rounds(model, ids[:, known:end], masked[:, known:end].clone(), max(1, some), known, cache,
+                                    (seed, number), temperature, order, top_p, top_k, watch)
+        masked[:, known:end] = False
+    return ids
+
+
+def _rounds(model, ids, masked, steps, past, cache, key, temperature, order, top_p, top_k, watch):
+    """The rounds of `fill` on one stretch ids (B, T), whose first token is visible."""
+    drawn, asked = masked.clone(), masked.sum(1)
+    for step in range(steps):
+        left = masked.sum(1)                                                           # (B,)
+        if order != "p2" and not left.any():
+            break
+        *_, normed = model.states(ids, masked, cache=cache)
+        backbone.trim(cache, past)
+        logits = model.logits(normed[:, :-1]).double()                                 # (B, T-1, V): of tokens 1..T-1
+        draws = [generator(key[0], "fill", key[1], step, b).random((2, logits.shape[1])) for b in range(len(ids))]
+        u = torch.from_numpy(np.stack(draws, 1)).to(logits.device)                     # (2, B, T-1)
+        token, sure, p = choose(logits, temperature, top_p, top_k, u[0])
+        if order == "p2":
+            keep = asked - (asked * (1 - (step + 1) / steps)).floor().long()
+            rank = certainty(order, sure, p, u[1]).masked_fill(~drawn[:, 1:], -torch.inf)
+        else:
+            keep = -(-left // (steps - step))                                          # ceil: done at the last step
+            rank = certainty(order, sure, p, u[1]).masked_fill(~masked[:, 1:], -torch.inf)
+        rank = rank.argsort(dim=-1, descending=True, stable=True).argsort(-1)          # 0 is the most certain
+        chosen = rank < keep[:, None]
+        reveal = chosen & masked[:, 1:]
+        ids[:, 1:] = torch.where(reveal, token, ids[:, 1:])
+        masked[:, 1:] = drawn[:, 1:] & ~chosen if order == "p2" else masked[:, 1:] & ~reveal
+        if watch is not None:
+            watch(ids, masked)
+    return ids
+
+
+# ----------------------------------------------------------------------------------------------------- likelihood
+def strata(N, calls, seed, purpose, *key):
+    """Mask counts k for `calls` network calls, two in each of calls/2 equal slices of 1..N, so that every count is as
+    likely as every other one and a pair tells the spread inside its slice."""
+    pairs = calls // 2
+    u = (np.arange(pairs)[:, None] + generator(seed, purpose, *key).random((pairs, 2))) / pairs
+    return np.floor(u * N).astype(int).flatten() + 1                                   # floor, not round: unbiased
+
+
+@torch.no_grad()
+def likelihood(model, ids, calls=64, seed=0, context=1, batch=16, key=0):
+    """(bound, standard error) in nats of -log p(ids[context:] | ids[:context]) for one text ids (T,).
+
+    -log p <= E_k [ (N/k) sum of CE over k masked tokens ], k uniform on 1..N, the k tokens a uniform subset: the exact
+    mask-count form of the masked diffusion ELBO (Ou et al. 2024; Nie et al. 2025, equation 6), here stratified over k,
+    which removes the variance between counts."""
+    T = len(ids)
+    N = T - context
+    if N < 1 or context < 1:
+        raise UserError("a text needs a visible first token and one to judge")
+    if calls < 4 or calls % 2:
+        raise UserError("the likelihood needs an even number of calls, at least 4")
+    counts, values = strata(N, calls, seed, "count", key), []
+    for lo in range(0, calls, batch):
+        some = counts[lo:lo + batch]
+        masked = torch.zeros(len(some), T, dtype=torch.bool, device=ids.device)
+        for row, (i, k) in enumerate(enumerate(some, lo)):
+            masked[row, torch.from_numpy(context + generator(seed, "subset", key, i).permutation(N)[:k])] = True
+        values.append(masked_ce(model, ids, masked) * N / torch.from_numpy(some))
+    pairs = torch.cat(values).view(-1, 2)                                              # (calls / 2, 2)
+    error = (pairs[:, 0] - pairs[:, 1]).square().sum().sqrt() / 2 / len(pairs)         # a pair's mean errs by |a-b|/2
+    return pairs.mean().item(), error.item()
+
+
+@torch.no_grad()
+def masked_ce(model, ids, masked):
+    """Sum of CE (nats, float64) over the masked tokens of each row: ids (T,), masked (n, T) -> (n,)."""
+    rows = ids.expand(len(masked), -1)
+    *_, normed = model.states(rows, masked)
+    logits = model.logits(normed[:, :-1])                                              # (n, T-1, V)
+    ce = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none").view(len(rows), -1)
+    return (ce.double() * masked[:, 1:]).sum(1).cpu()
+
+
+def text_likelihood(model, windows, calls, seed=0):
+    """(nats, standard error) summed over windows (N, T) of a text; each window's first token is given."""
+    found = [likelihood(model, ids, calls, seed, key=i) for i, ids in enumerate(windows)]
+    return sum(f[0] for f in found), math.sqrt(sum(f[1] ** 2 for f in found))
+
+
+# ------------------------------------------------------------------------------------- the command line of --load
+def sample_text(cfg, world, dtype):
+    """--load: the prompt, the filled masks and the suffix as text; or with --judge the likelihood of a file."""
+    model, tokenizer = load_converted(cfg.load, world.device, dtype)
+    if cfg.judge:
+        return judge_file(cfg, model, tokenizer, world)
+    before = tokenizer(cfg.prompt)["input_ids"] or [tokenizer.eos_token_id]
+    after = tokenizer(cfg.suffix)["input_ids"] if cfg.suffix else []
+    count = cfg.middle if cfg.suffix else cfg.max_new_tokens
+    if tokenizer.mask_token_id in [*before, *after]:
+        raise UserError("the prompt or the suffix holds the mask token itself; leave it out")
+    if count < 1:
+        raise UserError("there is nothing to fill: --max_new_tokens, and --middle with --suffix, must be at least 1")
+    ids = torch.tensor([[*before, *[model.mask_id] * count, *after]], device=world.device)               # (1, T)
+    if ids.shape[1] > model.lm.config.max_position_embeddings:
+        raise UserError(f"prompt, masks and suffix are {ids.shape[1]} tokens, more than the model's "
+                        f"{model.lm.config.max_position_embeddings}; shorten one")
+
+    def watch(ids, masked):
+        print(repr(tokenizer.decode(ids[0].masked_fill(masked[0], model.mask_id)).replace(tokenizer.mask_token, "_")))
+    return tokenizer.decode(fill(
+        model, ids, ids == model.mask_id, cfg.sample_steps, cfg.temperature, cfg.seed, cfg.order, cfg.top_p, cfg.top_k,
+        cfg.block, watch if cfg.show else None)[0])
+
+
+def judge_file(cfg, model, tokenizer, world):
+    """Bits per byte of a text file (an upper bound) with its standard error, in windows of --seq_len tokens."""
+    if not Path(cfg.judge).is_file():
+        raise UserError(f"--judge {cfg.judge}: there is no such file")
+    text = Path(cfg.judge).read_text(encoding="utf-8", errors="replace")
+    ids = torch.tensor([tokenizer.eos_token_id, *tokenizer(text)["input_ids"]], device=world.device)
+    if len(ids) < 3:
+        raise UserError(f"--judge {cfg.judge} holds fewer than two tokens")
+    windows, start = [], 0
+    while start < len(ids) - 1:  # the last token of a window is the given first one of the next
+        windows.append(ids[start:start + cfg.seq_len])
+        start += cfg.seq_len - 1
+    nats, error = text_likelihood(model, windows, cfg.calls, cfg.seed)
+    bits = len(text.encode()) * math.log(2)
+    return (f"{nats / bits:.4f} +- {error / bits:.4f} bits per byte at most, {cfg.judge}: {len(ids) - 1} tokens, "
+            f"{cfg.calls} network calls a window of {cfg.seq_len}")

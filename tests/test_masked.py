@@ -1,0 +1,226 @@
+"""A masked diffusion LM: samplers that keep their promises, a likelihood bound that agrees with enumeration."""
+import itertools
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES, ROOT, fails, tiny_model
+from transformers import DynamicCache
+
+import backbone
+import masked
+import repr_align
+from common import UserError
+from masked import ORDERS, Student, fill
+
+IDS = torch.randint(3, 60, (3, 16), generator=torch.Generator().manual_seed(0))
+HIDE = repr_align.corrupt(16, 0, "mask", 0, range(3))
+
+
+def student(family="qwen3", seed=0):
+    return Student(backbone.Backbone(tiny_model(family, seed).requires_grad_(False)), mask_id=63)
+
+
+# ------------------------------------------------------------------------------------------------------- samplers
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("how", [{}, {"temperature": 0.0}, {"top_p": 0.5, "top_k": 3}])
+def test_every_sampler_keeps_its_promises(order, how):
+    """What was visible stays, no mask is left, the hidden truth plays no part, a row does not depend on its batch."""
+    s, seen = student(), []
+    for steps in (1, 3, 50):
+        out = fill(s, IDS, HIDE, steps, order=order, **how, watch=lambda i, m: seen.append(m.sum().item()))
+        assert torch.equal(out[~HIDE], IDS[~HIDE]) and (out != s.mask_id).all()
+        changed = torch.where(HIDE, torch.full_like(IDS, 5), IDS)
+        assert torch.equal(out, fill(s, changed, HIDE, steps, order=order, **how))
+        assert torch.equal(out[:1], fill(s, IDS[:1], HIDE[:1], steps, order=order, **how))
+    assert seen[-1] == 0 and seen[1] > 0 and (order == "p2" or seen[1:4] == sorted(seen[1:4], reverse=True))
+
+
+def test_the_orders_differ_and_p2_takes_tokens_back():
+    s, outs = student(), {}
+    for order in ORDERS:
+        rounds = []
+        outs[order] = fill(s, IDS, HIDE, 6, order=order, watch=lambda i, m, rounds=rounds: rounds.append(m.clone()))
+        back = any((later & ~now).any() for now, later in zip(rounds, rounds[1:]))
+        assert back == (order == "p2"), order
+    assert len({tuple(o.flatten().tolist()) for o in outs.values()}) >= 4
+
+
+def test_nucleus_and_top_k():
+    p = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
+    u = torch.linspace(0, 1, 10001, dtype=torch.float64)[:-1]
+    one = torch.tensor([1, 0, 0, 0])
+    for top_p, top_k, want in ((1.0, 0, p), (0.7, 0, torch.tensor([5, 3, 0, 0]) / 8), (1.0, 1, one)):
+        token, sure, _ = masked.choose(p.log().expand(10000, 4), 1.0, top_p, top_k, u)
+        assert torch.allclose(torch.bincount(token, minlength=4) / 10000, want.float(), atol=1e-3)
+        assert torch.allclose(sure, want.double()[token])
+
+
+def test_one_joint_float32_draw_is_biased_and_two_draws_are_not():
+    """Reveal with probability a = 1/1024 over V = 32768 tokens. By one float32 Gumbel draw over {tokens, mask} too few
+    are revealed: uniforms live on a grid of 2^-24, so the best token's noise is cut off. (The largest of V uniforms is
+    drawn by inverting its distribution function on that grid.) Ours counts the reveals; nothing is left to chance."""
+    a, V, n = 1 / 1024, 32768, 8_000_000
+    draw = np.random.default_rng(0)
+    top = np.ceil(2 ** 24 * draw.random(n) ** (1 / V)).clip(max=2 ** 24) - 1
+    best = -np.log(-np.log(np.maximum(top, 1) / 2 ** 24)) + math.log(a / V)
+    mask = -np.log(-np.log(draw.random(n))) + math.log(1 - a)
+    assert (best > mask).mean() / a < 0.9
+    exact = -np.log(-np.log(draw.random(n) ** (1 / V))) + math.log(a / V)
+    assert (exact > mask).mean() / a == pytest.approx(1, abs=0.05)
+    ids, hide = IDS[:1].repeat(1, 4), torch.ones(1, 64, dtype=torch.bool)
+    hide[0, 0] = False
+    left = []
+    fill(student(), ids, hide, 7, order="random", watch=lambda i, m: left.append(m.sum().item()))
+    assert left == [54, 45, 36, 27, 18, 9, 0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_cached_prefix_equals_block_causal_attention(family):
+    s, none = student(family), torch.zeros(3, 16, dtype=torch.bool)
+    hide = none.clone()
+    hide[:, 11:] = True
+    cache = DynamicCache()
+    for _ in s.states(IDS[:, :10], none[:, :10], cache=cache):
+        pass
+    *_, got = s.states(IDS[:, 10:], hide[:, 10:], cache=cache)
+    h = s.embed(IDS, hide)
+    side = s.lm.side(h, causal=False)
+    wall = torch.zeros(1, 1, 16, 16)
+    wall[..., :10, 10:] = torch.finfo(torch.float32).min
+    side["masks"] = dict.fromkeys(side["masks"], wall)
+    want = s.lm.norm(s.lm.run(h, 0, s.lm.L, side))
+    assert torch.allclose(got, want[:, 10:], atol=1e-4)
+    side["masks"] = dict.fromkeys(side["masks"], torch.zeros(1, 1, 16, 16))      # the broken twin: no wall
+    assert not torch.allclose(got, s.lm.norm(s.lm.run(h, 0, s.lm.L, side))[:, 10:], atol=1e-3)
+
+
+def test_blocks_fill_from_left_to_right():
+    s, hide, filled = student(), torch.zeros(3, 16, dtype=torch.bool), []
+    hide[:, 4:] = True
+    out = fill(s, IDS, hide, 6, block=4, watch=lambda i, m: filled.append(i.shape[1]))
+    assert torch.equal(out[:, :4], IDS[:, :4]) and (out != s.mask_id).all() and filled == [5] * 6
+    assert torch.equal(out[:1], fill(s, IDS[:1], hide[:1], 6, block=4))
+    shorter = fill(s, IDS[:, :12], hide[:, :12], 4, block=4)                     # a later block changes no earlier one
+    assert torch.equal(out[:, :12], shorter)
+    with pytest.raises(UserError, match="see nothing after"):
+        fill(s, IDS, HIDE & (torch.arange(16) < 9), 6, block=4)
+
+
+def test_padding_changes_nothing():
+    s, none = student(), torch.zeros(3, 16, dtype=torch.bool)
+    *_, want = s.states(IDS, none)
+    ids = torch.cat([IDS, torch.full((3, 3), 7)], 1)
+    keep = torch.cat([torch.ones(3, 16), torch.zeros(3, 3)], 1)
+    *_, got = s.states(ids, ids < 0, keep)
+    assert torch.allclose(got[:, :16], want, atol=1e-5)
+    *_, open_ = s.states(ids, ids < 0)
+    assert not torch.allclose(open_[:, :16], want, atol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------- likelihood
+def by_orders(s, ids, context):
+    """The ELBO as an average over all orders of revealing tokens one by one: a definition without mask counts."""
+    places, total = range(context, len(ids)), 0.0
+    orders = list(itertools.permutations(places))
+    for order in orders:
+        for j, place in enumerate(order):
+            hide = torch.zeros(1, len(ids), dtype=torch.bool)
+            hide[0, list(order[j:])] = True
+            *_, normed = s.states(ids[None], hide)
+            total -= torch.log_softmax(s.logits(normed[0, place - 1]), -1)[ids[place]].item()
+    return total / len(orders)
+
+
+@pytest.mark.parametrize("context", [1, 2])
+@torch.no_grad()
+def test_the_bound_equals_its_enumeration(context):
+    s, ids = student(), IDS[0, :5]
+    want, N = by_orders(s, ids, context), 5 - context
+    exact = 0.0                                                                  # all counts and subsets, equally often
+    for k in range(1, N + 1):
+        subsets = list(itertools.combinations(range(context, 5), k))
+        hide = torch.zeros(len(subsets), 5, dtype=torch.bool)
+        for row, subset in zip(hide, subsets, strict=True):
+            row[list(subset)] = True
+        exact += masked.masked_ce(s, ids, hide).mean().item() / k
+    assert exact == pytest.approx(want, rel=1e-5)
+    found = [masked.likelihood(s, ids, 8, seed, context) for seed in range(60)]
+    values, errors = np.array(found).T
+    assert abs(values.mean() - want) < 4 * values.std(ddof=1) / 60 ** 0.5
+    assert (errors ** 2).mean() ** 0.5 == pytest.approx(values.std(ddof=1), rel=0.35)
+
+
+def test_mask_counts_are_uniform():
+    counts = np.concatenate([masked.strata(7, 6, seed, "count", 0) for seed in range(3000)])
+    assert np.abs(np.bincount(counts, minlength=8)[1:] / 18000 - 1 / 7).max() < 0.01
+    assert all(np.histogram(masked.strata(60, 6, s, "count", 0), [1, 21, 41, 61])[0].tolist() == [2, 2, 2]
+               for s in range(20))
+
+
+def test_likelihood_refuses():
+    with pytest.raises(UserError, match="even number"):
+        masked.likelihood(student(), IDS[0], 5)
+    with pytest.raises(UserError, match="one to judge"):
+        masked.likelihood(student(), IDS[0, :1], 4)
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+def test_filling_between_and_judging(runs, capsys, tmp_path):
+    load = ["--load", f"{runs}/repr_align/w10", "--sample_steps", "3"]
+    between = repr_align.main([*load, "--prompt", "def f(", "--suffix", "return x", "--middle", "5", "--show"])
+    assert between.startswith("def f(") and between.endswith("return x") and masked.MASK not in between
+    assert len(capsys.readouterr().out.splitlines()) >= 4
+    (tmp_path / "a.txt").write_text("import os\nprint(os.getcwd())\n" * 4)
+    line = repr_align.main([*load, "--judge", f"{tmp_path}/a.txt", "--calls", "4", "--seq_len", "32"])
+    assert 0.5 < float(line.split()[0]) < 20 and "bits per byte" in line
+    for order in ("random", "p2"):
+        assert repr_align.main([*load, "--prompt", "import", "--order", order]).startswith("import")
+    assert repr_align.main([*load, "--prompt", "import", "--block", "16"]).startswith("import")
+    bad = [*load, "--prompt", "import"]
+    assert "mask token itself" in fails(capsys, repr_align.main, *load, "--prompt", f"a{masked.MASK}b")
+    assert "--middle" in fails(capsys, repr_align.main, *bad, "--suffix", "x", "--middle", "0")
+    assert "--sample_steps" in fails(capsys, repr_align.main, *bad, "--sample_steps", "0")
+    assert "no such file" in fails(capsys, repr_align.main, *load, "--judge", tmp_path / "none")
+
+
+def test_flags_of_the_arms(runs, text, tmp_path, capsys):
+    argv = f"--preset tiny --model {runs}/toy --steps 3 --data {text}".split()
+    for flags in ("--distance l2 --positions all --layers lower", "--weighting 1/t --freeze embed,mlp --cooldown 0",
+                  "--positions masked --layers 0,4 --schedule cosine --freeze none"):
+        out = tmp_path / "arms" / flags.replace("/", "_").replace(" ", "")
+        assert 0 < repr_align.main([*argv, *flags.split(), "--out", str(out)])["val_loss"] < 20
+    x = [*argv, "--out", tmp_path / "x" / "y"]
+    assert "numbers of 0..4" in fails(capsys, repr_align.main, *x, "--layers", "9")
+    assert "not embed, attention or mlp" in fails(capsys, repr_align.main, *x, "--freeze", "head")
+    assert "torchrun" in fails(capsys, repr_align.main, *x, "--shard")
+
+
+def test_shards_equal_the_whole(runs, text, tmp_path):
+    """Two gloo processes with student and teacher spread over them, against one process with both whole."""
+    from safetensors.torch import load_file
+    argv = f"--preset tiny --model {runs}/toy --steps 4 --lr 0 --log_every 1 --save_every 2 --data {text} --out".split()
+    one = repr_align.main([*argv, f"{tmp_path}/a/one"])
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                           "repr_align.py", *argv, f"{tmp_path}/a/two", "--shard"], cwd=ROOT, capture_output=True,
+                          text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    a, b = (load_file(tmp_path / "a" / n / "model.safetensors") for n in ("one", "two"))
+    assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], atol=2e-5) for k in a)
+    assert f"masked val CE {one['curve'][0][1]:.3f} -> {one['val_loss']:.3f}" in done.stdout
+
+
+def test_dry_run_at_8b_shape(tmp_path, capsys):
+    from transformers import LlamaConfig
+    LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+                num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False).save_pretrained(tmp_path / "8b")
+    argv = f"--preset 8b --shard --dry_run --random_init --dtype bf16 --model {tmp_path}/8b".split()
+    size = repr_align.main(argv)
+    out = capsys.readouterr().out
+    assert "8-way shards" in out and "which fits 80 GB" in out and size["gigabytes"] < 80
+    assert size["flops_per_token"] == pytest.approx(6 * 8.03e9 * 4 / 3, rel=0.1)
