@@ -1,7 +1,10 @@
 """ablate.py: what the choices in bridge.py are worth. Variants x layers x seeds at equal budget, one table a study.
 
     python ablate.py --study objective               # diffusion against regression, layers 1, 4, 7: ~20 min, 2 cores
-    python ablate.py --study tricks                  # attempts to make the iterative bridge win, layer 4: ~20 min
+    python ablate.py --study tricks                  # attempts to make the iterative bridge win, layer 4: ~25 min
+    python ablate.py --study compute                 # at equal compute when used; --study size: depth, width, EMA
+    python ablate.py --study generate --steps 600    # text drawn at every layer, embeddings included: ~40 min
+    python ablate.py --study align --steps 200       # arms of repr_align.py, all data and 60k tokens: ~30 min
     python ablate.py --study objective --seeds 1 --steps 100      # a quick look
 
 Each cell is an ordinary run of bridge.py in a folder under --out, so an interrupted study goes on where it stopped.
@@ -39,12 +42,17 @@ STUDIES = {  # study -> groups of (layers, {variant: flags of bridge.py})
         "--blocks 2 --width 192", "EMA 0.98": "--ema 0.98", "cosine": "--schedule cosine"})],
     # one size of network at every layer, embeddings (l = 0) included; both uses of it are measured
     "generate": [(range(8), {"blocks": "--preset blocks --blocks 4"})],
+    # arms of repr_align.py (no layer): a constant learning rate, so that steps to a loss can be read off
+    "align": [((0,), {f"w = {w:g}{'' if freeze == 'embed' else ', nothing frozen'}{', 60k tokens' if few else ''}":
+                      f"--align_weight {w:g} --cooldown 0 --freeze {freeze} --train_tokens {few}"
+                      for few in (0, 60000) for w, freeze in ((0, "embed"), (0, "none"), (1, "embed"), (3, "embed"),
+                                                              (10, "embed"))})],
 }
 
 
 @dataclass
 class Config:
-    study: Literal["objective", "compute", "tricks", "size", "generate"] = "objective"  # which table
+    study: Literal["objective", "compute", "tricks", "size", "generate", "align"] = "objective"  # which table
     model: str = "out/toy"      # a finished backbone
     data: str = "stdlib"        # its text
     out: str = "out/ablate"     # folder of the runs and the table
@@ -58,17 +66,20 @@ class Config:
 
 def cells(cfg):
     """Every run of the study: (variant, layer, seed, folder, command)."""
-    only = [int(part) for part in cfg.layers.split(",")] if cfg.layers else None
+    only = cfg.layers.split(",") if cfg.layers else []
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         for layers, variants in STUDIES[cfg.study]:
             for layer, (name, flags) in itertools.product(layers, variants.items()):
-                if only and layer not in only:
+                if only and str(layer) not in only:
                     continue
                 changed = flags.replace("--", "").replace(" ", "_")
-                folder = Path(cfg.out) / f"layer{layer}_seed{seed}_steps{cfg.steps}_{changed}".rstrip("_")
-                command = [sys.executable, str(Path(__file__).with_name("bridge.py")), "--model", cfg.model, "--data",
-                           cfg.data, "--layer", str(layer), "--seed", str(seed), "--steps", str(cfg.steps), "--out",
-                           str(folder), *flags.split()]
+                script, what, place = "bridge.py", f"layer{layer}", ["--layer", str(layer)]
+                if cfg.study == "align":
+                    script, what, place = "repr_align.py", "align", []
+                folder = Path(cfg.out) / f"{what}_seed{seed}_steps{cfg.steps}_{changed}".rstrip("_")
+                command = [sys.executable, str(Path(__file__).with_name(script)), "--model", cfg.model, "--data",
+                           cfg.data, *place, "--seed", str(seed), "--steps", str(cfg.steps), "--out", str(folder),
+                           *flags.split()]
                 yield name, layer, seed, folder, command
 
 
@@ -118,9 +129,12 @@ def generation_table(cfg):
                 for k, form in (("matched", ".1f"), ("readout_accuracy", ".3f"), ("fvu", ".4f"), ("ce_gap", "+.4f"))]
         score = f"{scores[layer]:+.2f}" if layer in scores else "-"
         lines.append(f"| {layer} | {score} | " + " | ".join(cell) + " |")
-    inner = [layer for layer in rows if layer in scores and all(r["matched"] for r in rows[layer])]
-    mean = {k: {layer: statistics.mean(r[k] for r in rows[layer]) for layer in inner} for k in ("matched", "ce_gap")}
-    best = {k: min(mean[k], key=mean[k].get) for k in mean}
+    there = [layer for layer in rows if all(r["matched"] for r in rows[layer])]
+    inner = [layer for layer in there if layer in scores]
+    if len(inner) < 3:
+        return "\n".join([*lines, "", "Too few layers reach real text's entropy to compare them."])
+    mean = {k: {layer: statistics.mean(r[k] for r in rows[layer]) for layer in there} for k in ("matched", "ce_gap")}
+    best = {"matched": min(there, key=mean["matched"].get), "ce_gap": min(inner, key=mean["ce_gap"].get)}
     order = {"the score": [scores[i] for i in inner], "-layer": [-i for i in inner]}
     rho = [f"Spearman({name}, -{what}) = {spearman(values, [-mean[k][i] for i in inner]):+.2f}" for k, what in
            (("matched", "gen-PPL"), ("ce_gap", "CE gap")) for name, values in order.items()]
@@ -128,6 +142,39 @@ def generation_table(cfg):
     return "\n".join([*lines, "", f"Best to generate at: layer {best['matched']}. Best to replace: layer "
                       f"{best['ce_gap']}. They are {same}. Over layers {inner[0]} to {inner[-1]}: "
                       + ", ".join(rho) + "."])
+
+
+def steps_to(curve, loss):
+    """The step, interpolated, at which a validation curve first reaches `loss`; None if it never does."""
+    for (a, y, _), (b, z, _) in zip(curve, curve[1:]):
+        if z <= loss:
+            return a + (b - a) * (y - loss) / max(y - z, 1e-12) if y > loss else a
+    return None
+
+
+def alignment_table(cfg):
+    """Each arm's masked CE, and how much sooner than the unaligned arm it reaches that arm's final loss: in steps, and
+    in seconds. The unaligned arm is w = 0 with frozen embeddings, on the same data and seed."""
+    arms = {}
+    for name, _, _, folder, _ in cells(cfg):
+        arms.setdefault(name, []).append(read_json(folder / "result.json"))
+    lines = [f"Study `align`: {cfg.seeds} seeds, {cfg.steps} steps, constant learning rate, mean +- sd over seeds.", "",
+             "| arm | masked CE | best on the way | acceleration, steps | acceleration, seconds | final cosine |",
+             "|---|---|---|---|---|---|"]
+    for name, results in arms.items():
+        rivals, fast, quick = arms["w = 0, 60k tokens" if "60k" in name else "w = 0"], [], []
+        for mine, rival in zip(results, rivals, strict=True):
+            goal = min(row[1] for row in rival["curve"])                # low data: the rival may have passed its best
+            there, first = steps_to(mine["curve"], goal), steps_to(rival["curve"], goal)
+            fast.append(first / there if there else None)
+            quick.append(first * rival["seconds"] / (there * mine["seconds"]) if there else None)
+        cells_ = [generate.spread([r["val_loss"] for r in results], ".3f"),
+                  generate.spread([min(row[1] for row in r["curve"]) for r in results], ".3f"),
+                  *(generate.spread(f, ".2f") if None not in f else f"not reached in {f.count(None)} of {len(f)}"
+                    for f in (fast, quick)),
+                  "-" if results[0]["cosine"] is None else generate.spread([r["cosine"] for r in results], ".3f")]
+        lines.append(f"| {name} | " + " | ".join(cells_) + " |")
+    return "\n".join(lines)
 
 
 def verdicts(groups):
@@ -150,6 +197,8 @@ def verdicts(groups):
 def main(argv):
     cfg = parse(Config, argv, __doc__)
     work = list(cells(cfg))
+    if not work:
+        raise UserError(f"study {cfg.study} has none of the layers {cfg.layers}")
     if cfg.dry_run:
         print("\n".join(" ".join(command) for *_, command in work))
         return None
@@ -164,7 +213,7 @@ def main(argv):
     data.prepare(cfg.data, data.load_tokenizer(cfg.model), Path(cfg.out) / "data")  # once, before two runs want it
     with ThreadPoolExecutor(cfg.jobs) as pool:
         list(pool.map(one, work))
-    text = table(cfg) if cfg.study != "generate" else generation_table(cfg)
+    text = {"generate": generation_table, "align": alignment_table}.get(cfg.study, table)(cfg)
     with atomic(Path(cfg.out) / f"{cfg.study}.md") as temporary:
         temporary.write_text(text + "\n")
     print(text)

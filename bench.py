@@ -16,11 +16,14 @@ from torch.utils._pytree import tree_flatten
 
 import backbone
 import bridge
+import data
 import denoiser
 import diffusion
 import geometry
 import hybrid
-from common import entry, matmul_rate, parse, setup
+import masked
+import repr_align
+from common import entry, generator, matmul_rate, parse, setup
 
 
 @dataclass
@@ -28,6 +31,7 @@ class Config:
     model: str = "out/toy"      # a model folder or a Hub id
     bridge: str = "out/bridge"  # a trained bridge
     blocks: str = "out/blocks"  # a bridge trained with --visible (empty: leave its row out)
+    twin: str = "out/repr_align/w10"  # a converted model (empty: leave its rows out)
     seed: int = 0               # of the random tokens
     tokens: int = 8192          # tokens of the geometry rows
     repeats: int = 5            # the best of so many is reported
@@ -133,6 +137,68 @@ def bench_blocks(cfg):
               end="; " if nfe < 32 else "\n")
 
 
+def bench_convert(cfg):
+    """Step time and memory of the aligned arm beside the unaligned one, and the unaligned one's share of torch.mm.
+    Memory: bytes saved for backward, counted by hooks, and weights."""
+    def arm(weight):
+        lm, teacher = (backbone.load(cfg.model, torch.device("cpu"), torch.float32) for _ in range(2))
+        student = masked.Student(lm, lm.V - 1)
+        repr_align.freeze(student, "embed")
+        ids = torch.randint(1, lm.V - 1, (16, 128))
+        hide, held = repr_align.corrupt(128, cfg.seed, "mask", 0, range(16)), {}
+
+        def step():
+            each, _, apart, _, _ = repr_align.conversion_loss(student, teacher if weight else None, ids, hide, 1.0)
+            (each.sum() + weight * apart).backward()
+
+        def pack(tensor):
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+        seconds = best_of(cfg.repeats, step)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            repr_align.conversion_loss(student, teacher if weight else None, ids, hide, 1.0)
+        for p in [*lm.parameters(), *(teacher.parameters() if weight else [])]:  # some are saved for backward too
+            held[p.untyped_storage().data_ptr()] = p.untyped_storage().nbytes()
+        return seconds, sum(held.values()), backbone.flops_per_token(lm.model, 128)
+    (slow, more, _), (fast, less, flops) = arm(10.0), arm(0.0)
+    print(f"conversion, 16 x 128 tokens: aligned over unaligned {slow / fast:.2f}x in time, {more / less:.2f}x in "
+          f"memory; unaligned {2048 * flops / fast / 1e9:.0f} GFLOP/s, "
+          f"{2048 * flops / fast / matmul_rate():.0%} of torch.mm")
+
+
+@torch.no_grad()
+def bench_twin(cfg):
+    """The masked twin's samplers against a plain loop of full forward passes, and the likelihood's standard error
+    against masking every token with probability t and weighting by 1/t, at equal calls."""
+    model, _ = masked.load_converted(cfg.twin, torch.device("cpu"), torch.float32)
+    ids = torch.randint(1, 1000, (16, 128))
+    hide = torch.arange(128).expand(16, 128) >= 64
+
+    def plain():
+        for _ in range(64):
+            model.lm.model(ids)
+    stock = 64 * 16 / best_of(2, plain)
+    print(f"twin, 64 new tokens, 64 steps, batch 16: plain loop {stock:.0f} tokens/s; ", end="")
+    for name, how in (("fill", {}), ("blocks of 16 with cache", {"block": 16})):
+        speed = 64 * 16 / best_of(2, lambda: masked.fill(model, ids, hide, 64, **how))  # noqa: B023
+        print(f"{name} {speed:.0f} ({speed / stock:.2f}x)", end="; " if not how else "\n")
+    shards = backbone.beside(cfg.twin, "data")
+    text, calls, errors = data.Tokens(shards, "val", 128).spread(8)[:, :-1], 32, [[], []]
+    for i, row in enumerate(text):
+        draws = [[], []]
+        for seed in range(8):
+            draws[0].append(masked.likelihood(model, row, calls, seed, key=i)[0])
+            hidden = torch.cat([repr_align.corrupt(128, seed, "bernoulli", i, [c]) for c in range(calls)])
+            share = torch.tensor([min(max(generator(seed, "bernoulli", i, c).random(), 1 / 500), 1 - 1 / 500)
+                                  for c in range(calls)])
+            draws[1].append((masked.masked_ce(model, row, hidden) / share).mean().item())
+        for kind in (0, 1):
+            errors[kind].append(torch.tensor(draws[kind]).var().item())
+    ours, theirs = (sum(e) ** 0.5 for e in errors)
+    print(f"likelihood at {calls} calls a window: standard error {ours / len(text) ** 0.5:.2f} nats by stratified "
+          f"counts, {theirs / len(text) ** 0.5:.2f} by Bernoulli 1/t: {theirs / ours:.2f}x smaller (8 texts x 8)")
+
+
 @entry
 def main(argv):
     cfg = parse(Config, argv, __doc__)
@@ -146,8 +212,11 @@ def main(argv):
     for width in (128, 512):
         bench_bridge(width, cfg)
     bench_generate(cfg)
+    bench_convert(cfg)
     if cfg.blocks:
         bench_blocks(cfg)
+    if cfg.twin:
+        bench_twin(cfg)
 
 
 if __name__ == "__main__":

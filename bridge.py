@@ -62,7 +62,8 @@ class Config:
     width: int = 0              # W (0: D)
     blocks: int = 0             # of the bridge (0: as many as it replaces)
     recompute: bool = False     # activation checkpointing: less memory, a third more compute
-    overlap: bool = True        # send gradients during backward (NCCL; gloo always sends one flat buffer)
+    overlap: Literal["auto", "on", "off"] = "auto"  # send gradients during backward; auto: with NCCL, not with gloo
+    bucket_mb: float = 25.0     # size of the buckets in which they are sent
     ema: float = 0.995          # decay of the weights' running mean, reached by min(ema, (1+k)/(10+k))
     steps: int = 400            # optimizer steps
     batch_size: int = 16        # sequences a step, over all processes
@@ -202,9 +203,11 @@ def to(device, tensor):
 def train_flops(net, replaced, layer, T):
     """FLOPs a training token: forward and backward of the bridge (6 a parameter), forward only of the `layer` blocks of
     the frozen prefix (2 a parameter), and causal attention (6 and 2 per attended key and channel)."""
-    own = sum(p.numel() for p in net.parameters() if p.ndim == 2 and p is not net.time.weight)
+    own = sum(p.numel() for n, p in net.named_parameters() if p.ndim == 2 and not n.startswith(("time", "readout")))
     blocks, W, D = net.shape["blocks"], net.shape["W"], net.shape["D"]
-    return 6 * (own + blocks * W * T) + 2 * (replaced + layer * D * T)
+    passes = 8 if net.shape["self_condition"] else 6                         # one more forward for the first estimate
+    readout = D * net.shape["V"] if net.generates else 0                     # 4 a parameter, at every fourth token
+    return passes * (own + blocks * W * T) + readout + 2 * (replaced + layer * D * T)
 
 
 def report_size(cfg, net, shape, layer, world, micro, dtype):
@@ -247,7 +250,7 @@ def summary(result):
         return f"{result['tokens_per_s']:,.0f} tokens/s at random weights"
     last = str(max(int(n) for n in result["nfe"] if int(n) <= 4))
     return (f"layer {result['layer']}, {result['objective']}, NFE {last}: FVU {result['nfe'][last]['fvu']:.4f}, CE gap "
-            f"{result['nfe'][last]['ce_gap']:+.4f} nats, {result['size_ratio']:.2f}x the size it replaces")
+            f"{result['nfe'][last]['ce_gap']:+.4f} nats, {result['parameters']:,} parameters")
 
 
 def print_table(result):
@@ -262,8 +265,9 @@ def print_table(result):
 def main(argv):
     cfg = parse(Config, argv, __doc__, PRESETS)
     cfg.out = cfg.out or ("out/bridge" if cfg.layer in ("auto", "all") else f"out/bridge_l{cfg.layer}")
-    if cfg.nfe < 1 or not 0 <= cfg.ema < 1 or not 0 <= cfg.skip < cfg.seq_len or cfg.shift <= 0:
-        raise UserError("--nfe must be at least 1, --ema in [0, 1), --skip below --seq_len and --shift above 0")
+    if cfg.nfe < 1 or not 0 <= cfg.ema < 1 or not 0 <= cfg.skip < cfg.seq_len or min(cfg.shift, cfg.bucket_mb) <= 0:
+        raise UserError("--nfe must be at least 1, --ema in [0, 1), --skip below --seq_len, --shift and --bucket_mb "
+                        "above 0")
 
     # -------------------------------------------------------------------------------------------------- setup
     world = setup(cfg.device)
@@ -327,7 +331,8 @@ def main(argv):
 
     # --------------------------------------------------------------------------------------------------- loop
     flops = train_flops(net, replaced, layer, cfg.seq_len)
-    gradients = GradientSum(params, world, cfg.overlap and world.device.type == "cuda")
+    overlap = cfg.overlap == "on" or cfg.overlap == "auto" and world.device.type == "cuda"
+    gradients = GradientSum(params, world, overlap, cfg.bucket_mb * 1e6)
     stop, clock, waited = StopSignal(world), Clock(state["seconds"]), 0.0
     bins = torch.zeros(8, 2, dtype=torch.float64)                           # loss sum and count by noise level
     parts = [some.tolist() for some in torch.tensor(slots).split(micro)]    # this process's micro-batches
@@ -417,7 +422,8 @@ def main(argv):
         raw, _ = measure(whole, net.requires_grad_(False), held_out, layer, nfes, 1, cfg.skip)
     mfu = cfg.steps * cfg.batch_size * cfg.seq_len / seconds * flops / (peak_flops(world.device) * world.size)
     settings = {"layer": layer, "objective": cfg.objective, "visible": cfg.visible, "seed": cfg.seed,
-                "size_ratio": size / max(1, replaced), "nfe_default": cfg.nfe, "model": model, "base": identity["base"]}
+                "size_ratio": size / replaced if layer else None, "nfe_default": cfg.nfe, "model": model,
+                "base": identity["base"]}
     save(mean_net, run.out, {**settings, "tokenizer": tokenizer and data.tokenizer_hash(tokenizer)})
     tokens = cfg.steps * cfg.batch_size * cfg.seq_len
     run.finish({**settings, "nfe": table, "raw_nfe": raw, "val_loss": val_loss, "readout_accuracy": named,

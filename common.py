@@ -100,8 +100,9 @@ def parse(Config, argv, doc="", presets=None):
     cfg = Config(**{**preset, **vars(given)})
     for f in fields:
         value = getattr(cfg, f.name)
-        if f.type is int and value < min(f.default, 1):  # a count whose default is 1 or more makes no sense below 1
-            raise UserError(f"--{f.name} must be at least {min(f.default, 1)}, not {value}")
+        least = 0 if "(0:" in comments.get(f.name, "") else min(f.default, 1) if f.type is int else None
+        if f.type is int and value < least:  # a count makes no sense below 1, unless its help says what 0 means
+            raise UserError(f"--{f.name} must be at least {least}, not {value}")
         if f.type is float and not math.isfinite(value):
             raise UserError(f"--{f.name} must be a finite number, not {value}")
     return cfg

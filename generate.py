@@ -21,6 +21,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from transformers import GenerationConfig
 
 import backbone
 import data
@@ -44,7 +45,7 @@ class Config:
     new: int = 64               # tokens written after them
     block: int = 64             # of which so many are drawn at once
     nfe: int = 8                # network calls of the first denoising
-    rounds: int = 8             # refinements
+    rounds: int = 8             # refinements (0: none)
     back: float = 0.25          # share of the calls that a refinement makes again, after one that encodes
     alpha: float = 1.0          # weight of the token readout beside the retained blocks
     temperatures: str = "0.8,1.0,1.2,1.4"  # the frontier of every row
@@ -112,8 +113,9 @@ def unigram(train, count, shape, temperature, seed):
 def autoregressive(lm, prompts, new, temperature, seed):
     """prompts (N, P) -> (N, P + new) by stock generate() of the intact model."""
     torch.manual_seed(seed)
-    return lm.model.generate(prompts, max_new_tokens=new, min_new_tokens=new, do_sample=True, temperature=temperature,
-                             top_k=0, attention_mask=torch.ones_like(prompts), pad_token_id=0)
+    how = GenerationConfig(max_new_tokens=new, min_new_tokens=new, do_sample=True, temperature=temperature, top_k=0,
+                           eos_token_id=lm.config.eos_token_id, pad_token_id=0)  # not the model's own nucleus and such
+    return lm.model.generate(prompts, generation_config=how, attention_mask=torch.ones_like(prompts))
 
 
 def unmasked(student, prompts, new, steps, temperature, seed):
@@ -124,8 +126,9 @@ def unmasked(student, prompts, new, steps, temperature, seed):
 
 def methods(cfg, lm, folders, device, dtype, train):
     """Yields (row name, what it is, temperature -> ids (N, T))."""
-    shape, calls = (cfg.texts, cfg.new), cfg.nfe + cfg.rounds * (1 + hybrid.again(cfg.nfe, cfg.back))
-    yield "unigram", {}, lambda prompts, t: torch.cat([prompts, unigram(train, 512, shape, t, cfg.seed).to(device)], 1)
+    calls = cfg.nfe + cfg.rounds * (1 + hybrid.again(cfg.nfe, cfg.back))
+    yield "unigram", {}, lambda prompts, t: torch.cat(
+        [prompts, unigram(train, 512, (len(prompts), cfg.new), t, cfg.seed).to(device)], 1)
     yield "AR, intact model", {"calls": cfg.new}, lambda prompts, t: autoregressive(lm, prompts, cfg.new, t, cfg.seed)
     if cfg.twin:
         student, _ = masked.load_converted(cfg.twin, device, dtype)
@@ -135,7 +138,8 @@ def methods(cfg, lm, folders, device, dtype, train):
     for folder in folders:
         model = hybrid.from_bridge(folder, device=device, dtype=dtype)
         result = read_json(Path(folder) / "result.json", "finish that run first")
-        about = {"layer": model.config.layer, "seed": result["seed"], "folder": str(folder), "calls": calls,
+        about = {"layer": model.config.layer, "seed": result["seed"], "folder": str(folder),
+                 "calls": calls if result["objective"] == "diffusion" else 1,
                  "steps": result["steps"], "train_seconds": result["seconds"], "parameters": result["parameters"],
                  "readout_accuracy": result["readout_accuracy"], "val_loss": result["val_loss"],
                  "fvu": result["nfe"].get("8", result["nfe"].get("1"))["fvu"]}
@@ -156,15 +160,17 @@ def name_of(row):
 
 def table(rows, real):
     """Markdown: one line a method; bridges that differ in their seed alone are one line, mean +- sd."""
-    lines = ["| method | gen-PPL at real entropy | over real text | gen-PPL, T = 1 | entropy | diversity | rep-4 |",
-             "|---|---|---|---|---|---|---|",
+    near = min((p["temperature"] for p in rows[0]["frontier"]), key=lambda t: abs(t - 1))
+    lines = ["| method | gen-PPL at real entropy | over real text | "
+             f"gen-PPL, T = {near:g} | entropy | diversity | rep-4 |", "|---|---|---|---|---|---|---|",
              f"| real text | {real['gen_ppl']:.1f} | 1.00 | {real['gen_ppl']:.1f} | {real['entropy']:.2f} | "
              f"{real['diversity']:.2f} | {real['rep_4']:.2f} |"]
     groups = {}
     for row in rows:
-        groups.setdefault(name_of(row), []).append(row)
-    for title, group in groups.items():
-        one = [next((p for p in r["frontier"] if p["temperature"] == 1), r["frontier"][-1]) for r in group]
+        alike = tuple(row.get(k) for k in ("steps", "parameters"))  # all but the seed
+        groups.setdefault((name_of(row), alike), []).append(row)
+    for (title, _), group in groups.items():
+        one = [next(p for p in r["frontier"] if p["temperature"] == near) for r in group]
         matched = [r["matched"] for r in group]
         cell = "never there" if None in matched else spread(matched, ".1f")
         ratio = "-" if None in matched else f"{statistics.mean(matched) / real['gen_ppl']:.2f}"
@@ -207,10 +213,15 @@ def figure(rows, real, path):
 @entry
 def main(argv):
     cfg = parse(Config, argv, __doc__)
-    temperatures = [float(t) for t in cfg.temperatures.split(",")]
     folders = [Path(f) for f in cfg.bridges.split(",")]
-    if min(temperatures) <= 0 or cfg.texts < 2:
-        raise UserError("--temperatures must be above 0 and --texts at least 2")
+    try:
+        temperatures = [float(t) for t in cfg.temperatures.split(",")]
+    except ValueError:
+        temperatures = [0.0]
+    if not all(0 < t < 100 for t in temperatures) or cfg.texts < 2 or cfg.new < 4:
+        raise UserError("--temperatures must be numbers above 0, --texts at least 2 and --new at least 4")
+    if cfg.alpha < 0 or not 0 <= cfg.back < 1:
+        raise UserError("--alpha must not be negative, and --back lie in [0, 1)")
     world = setup(cfg.device)
     dtype = pick_dtype(cfg.dtype, world.device)
     if cfg.dry_run:
@@ -221,6 +232,13 @@ def main(argv):
     infos = [read_json(f / "bridge.json", remedy) for f in folders]
     if len({info["base"] for info in infos}) > 1:
         raise UserError("these bridges come from different backbones; compare those of one")
+    twin = read_json(Path(cfg.twin) / "result.json", "finish it, or pass --twin ''") if cfg.twin else infos[0]
+    if twin["base"] != infos[0]["base"]:
+        raise UserError(f"{cfg.twin} was converted from another backbone than these bridges; pass --twin ''")
+    never = [str(f) for f, info in zip(folders, infos, strict=True) if info.get("visible", "full") == "full"]
+    if never:
+        raise UserError(f"{never[0]} has never met an unknown token; {remedy}")
+    backbone.read_config(infos[0]["model"], cfg.prefix + cfg.new)
     weights = [backbone.identity(f) for f in [*folders, *([cfg.twin] if cfg.twin else [])]]
     identity = {"base": infos[0]["base"], "weights": weights}
     if result := finished(cfg, identity):
@@ -232,7 +250,6 @@ def main(argv):
     shards, _ = backbone.shards_beside(cfg, tokenizer, world)
     T = cfg.prefix + cfg.new
     text = data.Tokens(shards, "val", T - 1).spread(cfg.texts).to(world.device)                # (N, T)
-    cfg.texts = len(text)
     lm = backbone.load(infos[0]["model"], world.device, dtype)
     run = Run(cfg, world, identity)
     real = measure(lm, text, cfg.prefix)

@@ -49,7 +49,7 @@ class Config:
     temperature: float = 0.0    # 0: greedy
     block: int = 0              # draw blocks of so many tokens at once, by diffusion (0: token by token)
     suffix: str = ""            # with --block: the text after the gap of max_new_tokens
-    rounds: int = 8             # with --block: refinements of each block
+    rounds: int = 8             # with --block: refinements of each block (0: none)
     alpha: float = 1.0          # with --block: weight of the token readout beside the retained blocks
     top_p: float = 1.0          # with --block: nucleus
     show: bool = False          # with --block: print what the readout makes of every denoising step
@@ -181,6 +181,12 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         if min(nfe, block, max_new_tokens) < 1 or min(alpha, temperature, rounds) < 0 or not 0 <= back < 1:
             raise UserError("nfe, block and max_new_tokens must be at least 1; alpha, temperature and rounds not "
                             "negative; back in [0, 1)")
+        if not 0 < top_p <= 1 or expert not in ("both", "upper", "readout"):
+            raise UserError("top_p must lie in (0, 1], and expert be both, upper or readout")
+        if self.net.shape["objective"] == "regression":
+            rounds = 0  # nothing to refine: it would answer the same
+        if rounds and self.net.shape["sampler"] == "heun":
+            raise UserError("refinements run a part of the Euler grid; with a Heun bridge set rounds (--rounds) to 0")
         if total > limit or input_ids.shape[1] < 1:
             raise UserError(f"prompt, new tokens and suffix are {total} tokens; they must fit the model's {limit} "
                             "positions, and the prompt must not be empty")
@@ -386,6 +392,8 @@ def main(argv):
               f"{cfg.model or info['model']} and save to {cfg.out}")
         return None
 
+    if not cfg.block and (cfg.suffix or cfg.show) or cfg.block and (cfg.compare or not cfg.prompt):
+        raise UserError("--suffix and --show go with --block, and --block with --prompt and without --compare")
     if cfg.prompt:
         model = from_bridge(cfg.bridge, cfg.model, cfg.nfe, world.device, dtype)
         tokenizer = data.load_tokenizer(model.config.base_model)

@@ -89,14 +89,12 @@ def load_converted(folder, device, dtype):
 
 # ------------------------------------------------------------------------------------------------------- samplers
 def choose(logits, temperature, top_p, top_k, u):
-    """(tokens, their probability, all probabilities) from float64 logits (..., V), at u (...) uniform in [0, 1).
+    """Tokens (...) from float64 logits (..., V), at u (...) uniform in [0, 1); argmax at temperature 0.
 
     Inverting the distribution function draws the token; which position is revealed is decided elsewhere. One joint draw
     over {tokens, mask} by float32 Gumbel noise is biased towards too few reveals (arXiv 2409.02908)."""
     if temperature == 0:
-        p = torch.softmax(logits, -1)
-        token = p.argmax(-1)
-        return token, p.gather(-1, token[..., None])[..., 0], p
+        return logits.argmax(-1)
     p = torch.softmax(logits / temperature, -1)
     if top_k or top_p < 1:
         high, order = p.sort(-1, descending=True)
@@ -105,21 +103,21 @@ def choose(logits, temperature, top_p, top_k, u):
             high[..., top_k:] = 0
         p = torch.zeros_like(p).scatter(-1, order, high)
         p = p / p.sum(-1, keepdim=True)
-    token = (p.cumsum(-1) < u[..., None]).sum(-1).clamp_max(p.shape[-1] - 1)
-    return token, p.gather(-1, token[..., None])[..., 0], p
+    return torch.searchsorted(p.cumsum(-1), u[..., None]).clamp_max(p.shape[-1] - 1)[..., 0]
 
 
-def certainty(order, sure, p, u):
-    """How soon a position is revealed, (B, T): by chance, by the drawn token's probability `sure`, by low entropy, by
-    the margin between the two best tokens."""
+def certainty(order, logits, token, u):
+    """How soon a position is revealed, (n,): by chance, by the probability of its `token`, by low entropy, by the
+    margin between the two best tokens. From the model's own law, whatever temperature and nucleus the draw had."""
     if order == "random":
         return u
+    p = torch.softmax(logits, -1)                                                      # (n, V)
     if order == "entropy":
         return torch.xlogy(p, p).sum(-1)
     if order == "margin":
         best = p.topk(2, -1).values
         return best[..., 0] - best[..., 1]
-    return sure
+    return p.gather(-1, token[..., None])[..., 0]
 
 
 @torch.no_grad()
@@ -128,11 +126,14 @@ def fill(model, ids, masked, steps, temperature=0.8, seed=0, order="confidence",
     """Fill the masked positions of ids (B, T) in `steps` rounds. Position 0 must be visible.
 
     Each round: 1 logits of all masked tokens  2 draw a token for each, in float64  3 reveal the most certain ones,
-    enough to be done in time. Order "p2" (arXiv 2502.03540) also takes back the least certain of those revealed before.
-    With `block`, positions are filled left to right in blocks of so many, `steps` shared out among them; what lies
-    before a block is cached and does not see it. `watch` is called with (ids, masked) after every round."""
+    enough to be done in time. Order "p2" (arXiv 2502.03540) also takes back those revealed before whose token has
+    become the least certain. With `block`, positions are filled left to right in blocks of so many, `steps` shared out
+    among them; what lies before a block is cached and does not see it. `watch` is called with (ids, masked) of the
+    stretch being filled after every round."""
     if steps < 1:
         raise UserError("--sample_steps must be at least 1")
+    if not 0 < top_p <= 1 or top_k < 0 or temperature < 0:
+        raise UserError("--top_p must lie in (0, 1], --top_k and --temperature must not be negative")
     if masked[:, 0].any():
         raise UserError("the first token cannot be a mask: give a prompt")
     ids, masked = ids.clone(), masked.clone()
@@ -142,7 +143,7 @@ def fill(model, ids, masked, steps, temperature=0.8, seed=0, order="confidence",
     if len(where) == 0:
         return ids
     lo, hi = int(where[0]), int(where[-1]) + 1
-    if hi < ids.shape[1] and not masked[:, -1].any():
+    if hi < ids.shape[1]:
         raise UserError("blocks are filled left to right and see nothing after them: leave --suffix or --block out")
     starts = list(range(lo, hi, block))
     cache, known = DynamicCache(), 0                                                   # no windows: they are lifted
@@ -160,28 +161,31 @@ def fill(model, ids, masked, steps, temperature=0.8, seed=0, order="confidence",
 
 def _rounds(model, ids, masked, steps, past, cache, key, temperature, order, top_p, top_k, watch):
     """The rounds of `fill` on one stretch ids (B, T), whose first token is visible."""
-    drawn, asked = masked.clone(), masked.sum(1)
+    drawn, asked = masked.clone(), masked.sum(1)                                       # what p2 may take back; (B,)
     for step in range(steps):
         left = masked.sum(1)                                                           # (B,)
         if order != "p2" and not left.any():
             break
+        b, i = (drawn if order == "p2" else masked).nonzero(as_tuple=True)             # n positions of the batch
         *_, normed = model.states(ids, masked, cache=cache)
         backbone.trim(cache, past)
-        logits = model.logits(normed[:, :-1]).double()                                 # (B, T-1, V): of tokens 1..T-1
-        draws = [generator(key[0], "fill", key[1], step, b).random((2, logits.shape[1])) for b in range(len(ids))]
-        u = torch.from_numpy(np.stack(draws, 1)).to(logits.device)                     # (2, B, T-1)
-        token, sure, p = choose(logits, temperature, top_p, top_k, u[0])
+        logits = model.logits(normed[b, i - 1]).double()                               # (n, V): token i from state i-1
+        u = [generator(key[0], "fill", key[1], step, row).random((2, ids.shape[1])) for row in range(len(ids))]
+        u = torch.from_numpy(np.stack(u, 1)).to(logits.device)[:, b, i]                # (2, n)
+        token = choose(logits, temperature, top_p, top_k, u[0])
+        standing = torch.where(masked[b, i], token, ids[b, i])                         # p2 judges what is there already
+        score = torch.full(ids.shape, -torch.inf, dtype=torch.float64, device=ids.device)
+        score[b, i] = certainty(order, logits, standing, u[1])
+        rank = score.argsort(dim=-1, descending=True, stable=True).argsort(-1)         # (B, T): 0 is the most certain
         if order == "p2":
             keep = asked - (asked * (1 - (step + 1) / steps)).floor().long()
-            rank = certainty(order, sure, p, u[1]).masked_fill(~drawn[:, 1:], -torch.inf)
         else:
             keep = -(-left // (steps - step))                                          # ceil: done at the last step
-            rank = certainty(order, sure, p, u[1]).masked_fill(~masked[:, 1:], -torch.inf)
-        rank = rank.argsort(dim=-1, descending=True, stable=True).argsort(-1)          # 0 is the most certain
         chosen = rank < keep[:, None]
-        reveal = chosen & masked[:, 1:]
-        ids[:, 1:] = torch.where(reveal, token, ids[:, 1:])
-        masked[:, 1:] = drawn[:, 1:] & ~chosen if order == "p2" else masked[:, 1:] & ~reveal
+        fresh = ids.clone()
+        fresh[b, i] = token
+        ids = torch.where(chosen & masked, fresh, ids)
+        masked = (drawn if order == "p2" else masked) & ~chosen
         if watch is not None:
             watch(ids, masked)
     return ids
@@ -228,7 +232,7 @@ def masked_ce(model, ids, masked):
     *_, normed = model.states(rows, masked)
     logits = model.logits(normed[:, :-1])                                              # (n, T-1, V)
     ce = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none").view(len(rows), -1)
-    return (ce.double() * masked[:, 1:]).sum(1).cpu()
+    return torch.where(masked[:, 1:], ce.double(), 0).sum(1).cpu()
 
 
 def text_likelihood(model, windows, calls, seed=0):
@@ -243,13 +247,11 @@ def sample_text(cfg, world, dtype):
     model, tokenizer = load_converted(cfg.load, world.device, dtype)
     if cfg.judge:
         return judge_file(cfg, model, tokenizer, world)
-    before = tokenizer(cfg.prompt)["input_ids"] or [tokenizer.eos_token_id]
-    after = tokenizer(cfg.suffix)["input_ids"] if cfg.suffix else []
+    before = tokenizer(cfg.prompt)["input_ids"] or [tokenizer.eos_token_id or 0]
+    after = tokenizer(cfg.suffix, add_special_tokens=False)["input_ids"] if cfg.suffix else []
     count = cfg.middle if cfg.suffix else cfg.max_new_tokens
     if tokenizer.mask_token_id in [*before, *after]:
         raise UserError("the prompt or the suffix holds the mask token itself; leave it out")
-    if count < 1:
-        raise UserError("there is nothing to fill: --max_new_tokens, and --middle with --suffix, must be at least 1")
     ids = torch.tensor([[*before, *[model.mask_id] * count, *after]], device=world.device)               # (1, T)
     if ids.shape[1] > model.lm.config.max_position_embeddings:
         raise UserError(f"prompt, masks and suffix are {ids.shape[1]} tokens, more than the model's "
@@ -267,9 +269,13 @@ def judge_file(cfg, model, tokenizer, world):
     if not Path(cfg.judge).is_file():
         raise UserError(f"--judge {cfg.judge}: there is no such file")
     text = Path(cfg.judge).read_text(encoding="utf-8", errors="replace")
-    ids = torch.tensor([tokenizer.eos_token_id, *tokenizer(text)["input_ids"]], device=world.device)
-    if len(ids) < 3:
-        raise UserError(f"--judge {cfg.judge} holds fewer than two tokens")
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = torch.tensor([tokenizer.eos_token_id or 0, *tokens], device=world.device)
+    if len(ids) < 3 or model.mask_id in tokens:
+        raise UserError(f"--judge {cfg.judge} holds fewer than two tokens, or the mask token itself; use another text")
+    if not 2 <= cfg.seq_len <= model.lm.config.max_position_embeddings:
+        raise UserError(f"--seq_len {cfg.seq_len} must lie in 2..{model.lm.config.max_position_embeddings}, the "
+                        "positions of the model")
     windows, start = [], 0
     while start < len(ids) - 1:  # the last token of a window is the given first one of the next
         windows.append(ids[start:start + cfg.seq_len])

@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import distribute_tensor
-from torch.utils._pytree import tree_map
 
 import backbone
 import data
@@ -48,7 +47,7 @@ class Config:
     path: float = 1.0           # weight of the p_correct * CE term (always on in the published code)
     layers: str = "all"         # states that are aligned: all, lower, middle, upper, or numbers of 0..L such as 0,4,8
     distance: Literal["cosine", "l2"] = "cosine"  # 1 - cosine, or squared error over the teacher's square
-    positions: Literal["next-masked", "masked", "all"] = "next-masked"  # where: predictors of masked tokens, ...
+    positions: Literal["next-masked", "masked", "all"] = "next-masked"  # where: predictors of masked tokens, those, all
     weighting: Literal["mean", "1/t"] = "mean"  # of CE: every masked token alike, or over its sequence's masked share
     freeze: str = "embed"       # parts that stay as they are: embed (and head), attention, mlp, comma-separated; none
     shard: bool = False         # spread blocks of student and teacher over the processes (FSDP2; AdamW only)
@@ -125,13 +124,6 @@ def depth(name, L):
     return {int(part) for part in name.split(",")}
 
 
-def distance(kind, h, target):
-    """How far states h (n, D) are from the teacher's: 1 - cosine, or squared error over the teacher's own square."""
-    if kind == "cosine":
-        return 1 - F.cosine_similarity(h, target, dim=-1)                              # (n,)
-    return (h - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)
-
-
 def aligned(positions, masked):
     """Where states are compared, (B, T-1) bool: at the predictors of masked tokens, at masked tokens, everywhere."""
     return {"next-masked": masked[:, 1:], "masked": masked[:, :-1], "all": torch.ones_like(masked[:, 1:])}[positions]
@@ -152,14 +144,19 @@ def conversion_loss(student, teacher, ids, masked, path, layers=None, kind="cosi
             with torch.no_grad():
                 target = next(clean)[:, :-1][where].float()                            # (n, D)
             here = h[:, :-1][where].float()
-            if i in layers:
-                apart = apart + distance(kind, here, target).sum() / len(layers)
-            cosines.append(F.cosine_similarity(here.detach(), target, dim=-1).sum())
+            cosine = F.cosine_similarity(here, target, dim=-1)                         # (n,)
+            cosines.append(cosine.detach().sum())
+            if i in layers and kind == "cosine":
+                apart = apart + (1 - cosine).sum() / len(layers)
+            elif i in layers:  # squared error over the teacher's own square
+                apart = apart + ((here - target).square().sum(-1) / target.square().sum(-1)).sum() / len(layers)
     logits = student.logits(h[:, :-1][predictors])                                     # (n, V)
     ce = F.cross_entropy(logits, ids[:, 1:][predictors], reduction="none")             # (n,)
     each = ce + path * torch.exp(-ce).detach() * ce
-    cosines = F.pad(torch.stack(cosines), (0, student.lm.L + 1 - len(cosines))) if cosines else None
-    return each, predictors.nonzero()[:, 0], apart, ce.detach().sum(), cosines
+    if clean is None:
+        return each, predictors.nonzero()[:, 0], apart, ce.detach().sum(), None
+    cosines += [torch.full_like(apart, torch.nan)] * (student.lm.L + 1 - len(cosines))  # above the highest aligned one
+    return each, predictors.nonzero()[:, 0], apart, ce.detach().sum(), torch.stack(cosines)
 
 
 def row_weights(kind, masked):
@@ -173,10 +170,12 @@ def row_weights(kind, masked):
 def validate(student, teacher, rows, cfg, world):
     """(masked CE in nats over all masked tokens, mean cosine or None) on rows (N, T); r on an even grid, own keys."""
     totals = torch.zeros(3, dtype=torch.float64)
-    for i in range(world.rank, len(rows), world.size):
+    for i in range(world.rank, -(-len(rows) // world.size) * world.size, world.size):  # as many passes on every rank:
+        counts, i = i < len(rows), min(i, len(rows) - 1)                               # with --shard each is collective
         masked = corrupt(rows.shape[1], cfg.seed, "validate", 0, [i], r=(i + 0.5) / len(rows)).to(world.device)
         _, _, _, ce, cosines = conversion_loss(student, teacher, rows[i:i + 1].to(world.device), masked, 0.0)
-        totals += torch.tensor([ce.item(), masked.sum().item(), 0.0 if cosines is None else cosines.mean().item()])
+        cosine = 0.0 if cosines is None else cosines.mean().item()
+        totals += counts * torch.tensor([ce.item(), masked.sum().item(), cosine])
     ce, count, cosine = world.sum(totals.tolist())
     return ce / count, cosine / count if teacher is not None else None
 
@@ -216,28 +215,43 @@ def is_sharded(tensor):
     return hasattr(tensor, "full_tensor")
 
 
+def whole(tensors, world):
+    """{name: tensor} with every shard gathered, kept on the CPU of rank 0 alone: one tensor at a time, so that a GPU
+    never holds more than its share. Collective: every process calls it."""
+    gathered = {}
+    for name, t in tensors.items():
+        t = t.full_tensor() if is_sharded(t) else t
+        if world.main:
+            gathered[name] = t.cpu() if torch.is_tensor(t) else t
+    return gathered
+
+
 class Whole:
     """A module or an optimizer whose state is saved and loaded as whole tensors, sharded or not: a run may change its
-    number of processes. Gathering is collective: every process calls it."""
+    number of processes."""
 
-    def __init__(self, thing):
-        self.thing = thing
+    def __init__(self, thing, world):
+        self.thing, self.world = thing, world
         groups = getattr(thing, "param_groups", [])
-        self.params = [p for g in groups for p in g["params"]] if groups else dict(thing.named_parameters())
+        self.params = [p for g in groups for p in g["params"]]
 
     def state_dict(self):
-        return tree_map(lambda t: t.full_tensor() if is_sharded(t) else t, self.thing.state_dict())
+        if not self.params:  # a module, each tensor once: a Backbone holds its blocks under several names
+            return whole({n: p.detach() for n, p in self.thing.named_parameters()}, self.world)
+        state = self.thing.state_dict()
+        return {**state, "state": {i: whole(s, self.world) for i, s in state["state"].items()}}
 
     def load_state_dict(self, saved):
         def spread(t, like):
             same = is_sharded(like) and torch.is_tensor(t) and t.shape == like.shape
             return distribute_tensor(t.to(like.device), like.device_mesh, like.placements) if same else t
-        if "param_groups" in saved:
-            state = {i: {k: spread(t, self.params[i]) for k, t in s.items()} for i, s in saved["state"].items()}
-            self.thing.load_state_dict({**saved, "state": state})
-        else:
-            now = self.thing.state_dict()
-            self.thing.load_state_dict({k: spread(t, now[k]) for k, t in saved.items()})
+        if not self.params:
+            with torch.no_grad():
+                for name, p in self.thing.named_parameters():
+                    p.copy_(spread(saved[name], p))
+            return
+        state = {i: {k: spread(t, self.params[i]) for k, t in s.items()} for i, s in saved["state"].items()}
+        self.thing.load_state_dict({**saved, "state": state})
 
 
 def clip(params, limit, world):
@@ -246,8 +260,8 @@ def clip(params, limit, world):
         return nn.utils.clip_grad_norm_(params, limit).item()
     mine = [p.grad.to_local() if is_sharded(p) else p.grad for p in params]
     shares = sum(g.double().square().sum().item() for p, g in zip(params, mine, strict=True) if is_sharded(p))
-    whole = sum(g.double().square().sum().item() for p, g in zip(params, mine, strict=True) if not is_sharded(p))
-    norm = math.sqrt(world.sum([shares])[0] + whole)
+    rest = sum(g.double().square().sum().item() for p, g in zip(params, mine, strict=True) if not is_sharded(p))
+    norm = math.sqrt(world.sum([shares])[0] + rest)
     torch._foreach_mul_(mine, min(1.0, limit / (norm + 1e-6)))
     return norm
 
@@ -288,6 +302,8 @@ def main(argv):
     # -------------------------------------------------------------------------------------------------- setup
     world = setup(cfg.device)
     dtype = pick_dtype(cfg.dtype, world.device)
+    if not cfg.load and (cfg.prompt or cfg.suffix or cfg.judge):
+        raise UserError("--prompt, --suffix and --judge use a converted model; name it with --load")
     if cfg.load:
         print(text := sample_text(cfg, world, dtype))
         return text
@@ -297,6 +313,8 @@ def main(argv):
     if (result := finished(cfg, identity)) and not cfg.dry_run:
         print(f"{cfg.out} is finished: w = {result['w']:g}, masked val CE {result['val_loss']:.3f} nats")
         return result
+    if cfg.seq_len < 3:
+        raise UserError("--seq_len must be at least 3: the first token is never masked")
     shape = backbone.read_config(model, cfg.seq_len)
     if cfg.dry_run:
         return report_size(cfg, shape, world, dtype)
@@ -321,15 +339,15 @@ def main(argv):
                   for o in optim.build(group, lr, cfg.lr_adam, cfg.weight_decay, inside=lm.blocks_name)]
     layers = depth(cfg.layers, lm.L)
     run = Run(cfg, world, identity)
-    things = [Whole(student)], [Whole(o) for o in optimizers]
+    things = [Whole(student, world)], [Whole(o, world) for o in optimizers]
     state = run.resume(*things)
     curve = state.get("curve", [])
     run.say(f"converting {model}: w = {cfg.align_weight:g}, {sum(p.numel() for p in params):,} parameters learn")
 
     # --------------------------------------------------------------------------------------------------- loop
     flops = backbone.flops_per_token(lm.model, cfg.seq_len) * (4 / 3 if teacher is not None else 1)   # + one forward
-    whole = [p for p in params if not is_sharded(p)]
-    gradients, stop, clock = GradientSum(whole, world, overlap=False), StopSignal(world), Clock(state["seconds"])
+    local = [p for p in params if not is_sharded(p)]
+    gradients, stop, clock = GradientSum(local, world, overlap=False), StopSignal(world), Clock(state["seconds"])
     for step in range(state["step"], cfg.steps):
         if step % cfg.eval_every == 0:
             with clock.paused():
@@ -351,7 +369,7 @@ def main(argv):
             loss = (each * weights[some].to(world.device)[row]).sum() + cfg.align_weight * apart / spots
             (loss * (world.size if cfg.shard else 1)).backward()  # fully_shard takes the mean, we take sums
             sums += torch.cat([ce[None] / count, ce.new_zeros(lm.L + 1) if cosines is None else cosines / spots]).cpu()
-        for p in whole if cfg.shard else []:
+        for p in local if cfg.shard else []:
             p.grad /= world.size
         gradients.finish()
         # 3 clip, step
@@ -366,6 +384,7 @@ def main(argv):
         done = step + 1
         if done % cfg.log_every == 0 or done == cfg.steps:
             ce, *cosines = world.sum(sums.tolist())
+            cosines = [c if math.isfinite(c) else None for c in cosines]
             run.progress(done, cfg.steps, clock, cfg.batch_size * cfg.seq_len, flops, ce=ce,
                          lr=optimizers[0].param_groups[0]["lr"], gnorm=norm, cosine_by_layer=cosines)
         leaving = stop.poll()
@@ -379,7 +398,7 @@ def main(argv):
     # ------------------------------------------------------------------------------------------------- result
     curve.append([cfg.steps, *validate(student, teacher, held_out, cfg, world)])
     student.fold()
-    weights = Whole(lm.model).state_dict()
+    weights = whole(lm.model.state_dict(), world) if cfg.shard else None
     if world.main:
         backbone.save_model(lm.model, tokenizer, run.out, **({"state_dict": weights} if cfg.shard else {}))
     world.barrier()

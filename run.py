@@ -76,8 +76,8 @@ class Clock:
         self.start += time.perf_counter() - now
 
 
-FREE = {"device", "compile", "eval_every", "log_every", "save_every", "micro_batch", "recompute", "overlap", "dry_run",
-        "out", "publish"}  # what may differ when a run goes on: none of it changes the result
+FREE = {"device", "compile", "eval_every", "log_every", "save_every", "micro_batch", "recompute", "overlap",
+        "bucket_mb", "dry_run", "out", "publish"}  # may differ when a run goes on: none of it changes the result
 
 
 def differences(out, config):

@@ -8,7 +8,6 @@ from transformers import DynamicCache
 
 import backbone
 import bridge
-import data
 import denoiser
 import diffusion
 import generate
@@ -198,12 +197,36 @@ def test_the_cache_of_the_prefix_changes_nothing(bidirectional):
         assert torch.allclose(block, joint[:, 9:], atol=1e-4) != broken
 
 
+@pytest.mark.parametrize("bidirectional", [False, True])
+@torch.no_grad()
+def test_the_second_block_equals_a_joint_pass(bidirectional):
+    """Greedy, without refinement: prompt and first block visible, second unknown, all in one run without a cache."""
+    model = random_hybrid(bidirectional=bidirectional)
+    model.net.leave.bias.zero_()                                                  # else one token wins everywhere
+    model.net.readout.bias.zero_()
+    model.net.readout.weight.mul_(0.1)
+    states = []
+    out = model.generate_blocks(IDS, 10, block=5, nfe=3, rounds=0, temperature=0, seed=1, watch=states.append)
+    model.set_nfe(3)
+    unknown = (torch.arange(24) >= 19).expand(2, 24)
+    seen = model.noise_at(torch.arange(19)).expand(2, 19, 32)
+    drawn = torch.stack([diffusion.normal((5, 32), torch.device("cpu"), 1, "block", 19, 0, b) for b in range(2)])
+    c = model.net.standard_c(model.lm.embed(out.masked_fill(unknown, 7)))
+    z = diffusion.sample(model.net, c, 3, torch.cat([seen, drawn], 1), unknown=unknown)
+    assert torch.allclose(states[-1], z[:, 19:], atol=1e-4)                      # the last estimate is the sample
+    upper = model.lm.head(model.lm.run(model.net.hidden(z), 2, 4)).log_softmax(-1)
+    both = upper[:, 18:23] + model.net.readout(z)[:, 19:].log_softmax(-1)
+    assert torch.equal(both.argmax(-1), out[:, 19:])
+    shifted = upper[:, 19:24] + model.net.readout(z)[:, 19:].log_softmax(-1)      # the broken twin: one token off
+    assert len(out[:, 19:].unique()) > 1 and (both - shifted).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_in_every_family(family):
     """Visible tokens are never changed, a row does not depend on its neighbours, blocks continue one another."""
-    for layer, more in ((2, {}), (0, {}), (4, {"self_condition": True}), (1, {"prediction": "v", "sampler": "heun"})):
+    for layer, more in ((2, {}), (0, {"self_condition": True}), (4, {"prediction": "v", "sampler": "heun"})):
         model = random_hybrid(family, layer, **more)
-        how = dict(max_new_tokens=20, block=7, nfe=3, rounds=1, seed=3)
+        how = dict(max_new_tokens=20, block=7, nfe=3, rounds=int("sampler" not in more), seed=3)
         out = model.generate_blocks(IDS, **how)
         assert out.shape == (2, 34) and torch.equal(out[:, :14], IDS) and model.config.nfe == 3
         assert torch.equal(model.generate_blocks(IDS[:1], **how)[0], out[0])
@@ -322,5 +345,10 @@ def test_bad_input(runs, causal, text, tmp_path, capsys):
     sample = ["--bridges", f"{runs}/bridge", "--data", str(text), "--out", str(tmp_path / "y"), "--texts", "2"]
     assert "never met an unknown token" in fails(capsys, generate.main, *sample, "--twin", "", "--prefix", "8",
                                                  "--new", "8")
+    assert not (tmp_path / "y").exists()                                          # refused before anything is written
     assert "--texts" in fails(capsys, generate.main, "--texts", "1")
-    assert data.Tokens(runs / "data", "val", 32).n > 0
+    assert "--temperatures" in fails(capsys, generate.main, "--temperatures", "warm")
+    assert "--block" in fails(capsys, hybrid.main, "--bridge", runs / "blocks", "--show", "--prompt", "x")
+    heun = random_hybrid(sampler="heun")
+    with pytest.raises(UserError, match="Heun"):
+        heun.generate_blocks(IDS, 4)

@@ -1,5 +1,6 @@
 """A masked diffusion LM: samplers that keep their promises, a likelihood bound that agrees with enumeration."""
 import itertools
+import json
 import math
 import os
 import subprocess
@@ -50,14 +51,35 @@ def test_the_orders_differ_and_p2_takes_tokens_back():
     assert len({tuple(o.flatten().tolist()) for o in outs.values()}) >= 4
 
 
+class Fickle(torch.nn.Module):
+    """Shows token 1 at position 1 first; once position 2 is filled, it wants token 2 there."""
+    mask_id = 3
+
+    def states(self, ids, masked, cache=None):
+        yield torch.stack([ids.float(), masked.float(), masked[:, 2:3].float().expand_as(ids)], -1)
+
+    def logits(self, normed):
+        first = torch.tensor([0.0, 6.0, 0.0, -torch.inf]).expand(len(normed), 4)
+        then = torch.tensor([0.0, 0.0, 9.0, -torch.inf]).expand(len(normed), 4)
+        other = torch.tensor([1.0, 0.9, 0.8, -torch.inf]).expand(len(normed), 4)
+        at_one = (normed[:, 0] == 0)[:, None]                                    # the state of position 0 tells token 1
+        return torch.where(at_one, torch.where(normed[:, 2:] > 0, first, then), other)
+
+
+def test_p2_takes_back_what_the_model_now_rejects():
+    """It judges the token that stands there, not a fresh draw: position 1 changes its mind, and so does the text."""
+    ids, hide = torch.tensor([[0, 3, 3, 3]]), torch.tensor([[False, True, True, True]])
+    assert fill(Fickle(), ids, hide, 3, temperature=0, order="confidence")[0, 1] == 1
+    assert fill(Fickle(), ids, hide, 6, temperature=0, order="p2")[0, 1] == 2
+
+
 def test_nucleus_and_top_k():
     p = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
     u = torch.linspace(0, 1, 10001, dtype=torch.float64)[:-1]
     one = torch.tensor([1, 0, 0, 0])
     for top_p, top_k, want in ((1.0, 0, p), (0.7, 0, torch.tensor([5, 3, 0, 0]) / 8), (1.0, 1, one)):
-        token, sure, _ = masked.choose(p.log().expand(10000, 4), 1.0, top_p, top_k, u)
+        token = masked.choose(p.log().expand(10000, 4), 1.0, top_p, top_k, u)
         assert torch.allclose(torch.bincount(token, minlength=4) / 10000, want.float(), atol=1e-3)
-        assert torch.allclose(sure, want.double()[token])
 
 
 def test_one_joint_float32_draw_is_biased_and_two_draws_are_not():
@@ -186,6 +208,11 @@ def test_filling_between_and_judging(runs, capsys, tmp_path):
     assert "mask token itself" in fails(capsys, repr_align.main, *load, "--prompt", f"a{masked.MASK}b")
     assert "--middle" in fails(capsys, repr_align.main, *bad, "--suffix", "x", "--middle", "0")
     assert "--sample_steps" in fails(capsys, repr_align.main, *bad, "--sample_steps", "0")
+    (tmp_path / "b.txt").write_text(f"import os {masked.MASK} print")
+    assert "mask token itself" in fails(capsys, repr_align.main, *load, "--judge", tmp_path / "b.txt")
+    assert "--seq_len" in fails(capsys, repr_align.main, *load, "--judge", tmp_path / "a.txt", "--seq_len", "1")
+    assert "--top_p" in fails(capsys, repr_align.main, *bad, "--top_p", "0")
+    assert "--load" in fails(capsys, repr_align.main, "--prompt", "x")
     assert "no such file" in fails(capsys, repr_align.main, *load, "--judge", tmp_path / "none")
 
 
@@ -204,7 +231,8 @@ def test_flags_of_the_arms(runs, text, tmp_path, capsys):
 def test_shards_equal_the_whole(runs, text, tmp_path):
     """Two gloo processes with student and teacher spread over them, against one process with both whole."""
     from safetensors.torch import load_file
-    argv = f"--preset tiny --model {runs}/toy --steps 4 --lr 0 --log_every 1 --save_every 2 --data {text} --out".split()
+    argv = f"--preset tiny --model {runs}/toy --steps 4 --lr 0 --log_every 1 --save_every 2 --eval_batches 3".split()
+    argv += ["--data", str(text), "--out"]
     one = repr_align.main([*argv, f"{tmp_path}/a/one"])
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
                            "repr_align.py", *argv, f"{tmp_path}/a/two", "--shard"], cwd=ROOT, capture_output=True,
@@ -213,12 +241,18 @@ def test_shards_equal_the_whole(runs, text, tmp_path):
     a, b = (load_file(tmp_path / "a" / n / "model.safetensors") for n in ("one", "two"))
     assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], atol=2e-5) for k in a)
     assert f"masked val CE {one['curve'][0][1]:.3f} -> {one['val_loss']:.3f}" in done.stdout
+    logs = [[json.loads(line) for line in (tmp_path / "a" / n / "log.jsonl").read_text().splitlines()]
+            for n in ("one", "two")]
+    for key in ("ce", "gnorm"):  # Adam would hide a gradient that is off by a factor
+        first, second = ([row[key] for row in log if key in row] for log in logs)
+        assert len(first) == 4 and second == pytest.approx(first, rel=1e-3)
 
 
 def test_dry_run_at_8b_shape(tmp_path, capsys):
     from transformers import LlamaConfig
     LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-                num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False).save_pretrained(tmp_path / "8b")
+                num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192,
+                tie_word_embeddings=False).save_pretrained(tmp_path / "8b")
     argv = f"--preset 8b --shard --dry_run --random_init --dtype bf16 --model {tmp_path}/8b".split()
     size = repr_align.main(argv)
     out = capsys.readouterr().out
