@@ -206,7 +206,7 @@ def train_flops(net, replaced, layer, T):
     own = sum(p.numel() for n, p in net.named_parameters() if p.ndim == 2 and not n.startswith(("time", "readout")))
     blocks, W, D = net.shape["blocks"], net.shape["W"], net.shape["D"]
     passes = 8 if net.shape["self_condition"] else 6                         # one more forward for the first estimate
-    readout = D * net.shape["V"] if net.generates else 0                     # 4 a parameter, at every fourth token
+    readout = 4 * D * net.shape["V"] if net.generates else 0                 # its input needs no gradient
     return passes * (own + blocks * W * T) + readout + 2 * (replaced + layer * D * T)
 
 
@@ -363,9 +363,8 @@ def main(argv):
                 error, z_hat = token_loss(net, z, c, t, noise, cfg.skip, cfg.weighting, seen, unknown)
                 each = error.mean(1)                                                              # (b,)
                 total = each.sum()
-                if net.generates:  # every fourth token is enough for a linear map: it would cost a fifth of the step
-                    some_tokens = slice(step % 4, None, 4)
-                    total = total + readout_loss(net, z_hat[:, some_tokens], ids[:, some_tokens]).mean(1).sum()
+                if net.generates:
+                    total = total + readout_loss(net, z_hat, ids).mean(1).sum()
             if some is parts[-1]:
                 gradients.arm()
             (total / cfg.batch_size).backward()

@@ -2,7 +2,7 @@
 
     python evaluate.py                                   # reads out/, writes out/evaluate/report.md: seconds
     python evaluate.py --runs out/wiki --out out/wiki/evaluate
-    python evaluate.py --publish                         # also copies the figure and the numbers to results/
+    python evaluate.py --publish                         # also copies the figures and the numbers to results/
 
 Needs finished runs of backbone.py, geometry.py, bridge.py (the bridge, and the regression control in `regression`),
 hybrid.py, repr_align.py (`repr_align/w0` and `repr_align/w10`) and generate.py under --runs, all of one backbone.
@@ -28,7 +28,7 @@ class Config:
     runs: str = "out"           # folder that holds the stages' runs
     out: str = "out/evaluate"   # folder of the report
     seed: int = 0               # unused so far: the numbers come from the stages
-    publish: bool = False       # copy figure.png and result.json to results/, where the README finds them
+    publish: bool = False       # copy the figures and result.json to results/, where the README finds them
     dry_run: bool = False       # print what would be read, then leave
 
 
@@ -238,7 +238,7 @@ def main(argv):
                 "verdict": verdict(found), "table": [list(row) for row in table]})
     if cfg.publish:
         Path("results").mkdir(exist_ok=True)
-        for name in ("figure.png", "result.json"):
+        for name in ("figure.png", "generation.png", "result.json"):
             shutil.copy(run.out / name, Path("results") / name)
     width = max(len(what) for what, _ in table)
     print("\n".join(f"{what:{width}}  {value}" for what, value in table) + f"\n\nIn short: {verdict(found)}.\n"
