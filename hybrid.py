@@ -173,25 +173,14 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
 
         Each token is drawn from log p = log p_upper(x_i | h[<i]) + alpha log p_read(x_i | h[i]), over temperature and
         cut to the `top_p` nucleus; expert "upper" or "readout" is one of the two alone."""
-        limit = self.config.max_position_embeddings
         total = input_ids.shape[1] + max_new_tokens + (0 if suffix_ids is None else suffix_ids.shape[1])
-        if not self.net.generates:
-            raise UserError("this bridge has never met an unknown token; train one with: python bridge.py --preset "
-                            "blocks --layer N")
-        if min(nfe, block, max_new_tokens) < 1 or min(alpha, temperature, rounds) < 0 or not 0 <= back < 1:
-            raise UserError("nfe, block and max_new_tokens must be at least 1; alpha, temperature and rounds not "
-                            "negative; back in [0, 1)")
-        if not 0 < top_p <= 1 or expert not in ("both", "upper", "readout"):
-            raise UserError("top_p must lie in (0, 1], and expert be both, upper or readout")
+        self._refuse_blocks(total, suffix_ids is not None, expert, top_p, min(nfe, block, max_new_tokens,
+                                                                             input_ids.shape[1]),
+                            min(alpha, temperature, rounds, back, 0.999 - back))
         if self.net.shape["objective"] == "regression":
             rounds = 0  # nothing to refine: it would answer the same
         if rounds and self.net.shape["sampler"] == "heun":
             raise UserError("refinements run a part of the Euler grid; with a Heun bridge set rounds (--rounds) to 0")
-        if total > limit or input_ids.shape[1] < 1:
-            raise UserError(f"prompt, new tokens and suffix are {total} tokens; they must fit the model's {limit} "
-                            "positions, and the prompt must not be empty")
-        if suffix_ids is not None and not self.net.shape["bidirectional"]:
-            raise UserError("a suffix can only be seen by a bridge trained with --bidirectional")
         kept = self.config.nfe
         self.set_nfe(nfe)
         how = dict(nfe=nfe, alpha=alpha, temperature=temperature, top_p=top_p, rounds=rounds, expert=expert, seed=seed,
@@ -215,6 +204,23 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
             return ids
         finally:
             self.set_nfe(kept)
+
+    def _refuse_blocks(self, total, suffix, expert, top_p, least_one, least_zero):
+        """Raise UserError for what `generate_blocks` cannot do."""
+        if not self.net.generates:
+            raise UserError("this bridge has never met an unknown token; train one with: python bridge.py --preset "
+                            "blocks --layer N")
+        if least_one < 1:
+            raise UserError("nfe, block, max_new_tokens and the length of the prompt must be at least 1")
+        if least_zero < 0:
+            raise UserError("alpha, temperature and rounds must not be negative, and back must lie in [0, 1)")
+        if not 0 < top_p <= 1 or expert not in ("both", "upper", "readout"):
+            raise UserError("top_p must lie in (0, 1], and expert be both, upper or readout")
+        if total > self.config.max_position_embeddings:
+            raise UserError(f"prompt, new tokens and suffix are {total} tokens; they must fit the model's "
+                            f"{self.config.max_position_embeddings} positions")
+        if suffix and not self.net.shape["bidirectional"]:
+            raise UserError("a suffix can only be seen by a bridge trained with --bidirectional")
 
     def _draw(self, ids, unknown, cache, last, how, key):
         """ids (B, T) with its `unknown` (B, T) tokens drawn. They follow the tokens in `cache`, whose next-token
