@@ -31,6 +31,7 @@ STUDIES = {  # study -> groups of (layers, {variant: flags of bridge.py})
     "compute": [  # equal compute when used: four calls of a small network, or one call of one four times as deep
         ((1,), {"diffusion, 4 calls of 1 block": "", "regression, 4 blocks": "--objective regression --blocks 4"}),
         ((4,), {"diffusion, 4 calls of 1 block": "--blocks 1", "regression, 4 blocks": "--objective regression"}),
+        # 7 blocks against 8 calls of a block: what the blocks it replaces are worth; regression gets an eighth less
         ((7,), {"diffusion, 4 calls of 2 blocks": "--blocks 2", "regression, 7 blocks": "--objective regression"})],
     "tricks": [((4,), {
         "default": "", "t near 1 (t_mean 1)": "--t_mean 1", "t near 1 (t_mean 2)": "--t_mean 2",

@@ -229,7 +229,8 @@ def report_size(cfg, net, shape, layer, world, micro, dtype):
     wide = getattr(shape, "intermediate_size", None) or 4 * D
     gigabytes = {
         "frozen prefix": dtype.itemsize * (sum(p.numel() for p in lm.parameters()) - upper), "weights": 4 * size,
-        "gradients": 4 * size * (2 if world.size > 1 else 1), "optimizer": 4 * matrices + 8 * (size - matrices),
+        "gradients": 4 * size * (2 if world.size > 1 or cfg.preset == "8b" else 1),  # and the buffer that travels
+        "optimizer": 4 * matrices + 8 * (size - matrices),
         "EMA": 4 * size, "activations": tokens * (saved + 36 * D + 3 * wide * dtype.itemsize)}
     measuring = {  # the final numbers, on rank 0: the whole backbone and logits, no gradients and no activations
         "backbone": dtype.itemsize * sum(p.numel() for p in lm.parameters()), "logits": 5 * 4 * max(
@@ -392,7 +393,8 @@ def main(argv):
             total, *table = world.sum([loss, *bins.flatten().tolist()])
             table = torch.tensor(table).view(8, 2)
             run.progress(done, cfg.steps, clock, cfg.batch_size * cfg.seq_len, flops, loss=total,
-                         lr=optimizers[0].param_groups[0]["lr"], gnorm=norm, wait=waited / clock.seconds(),
+                         lr=optimizers[0].param_groups[0]["lr"], gnorm=norm,
+                         wait=waited / max(1e-9, clock.seconds() - state["seconds"]),
                          loss_by_t=(table[:, 0] / table[:, 1].clamp_min(1)).tolist(), count_by_t=table[:, 1].tolist())
             bins.zero_()
         if done % cfg.eval_every == 0 and done < cfg.steps:

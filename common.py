@@ -16,6 +16,7 @@ import math
 import os
 import re
 import resource
+import shutil
 import signal
 import sys
 import textwrap
@@ -47,10 +48,12 @@ def entry(main):
             raise
         except UserError as error:
             message = str(error)
-        except OSError as error:
-            if error.errno is None:  # not from the operating system: a bug, so let it be seen whole
-                raise
-            message = f"{error.strerror} ({error.filename or 'while writing'}); free the space or choose another path"
+        except Exception as error:  # a full disk: safetensors and shutil have errors of their own for it
+            from_system = getattr(error, "errno", None) or isinstance(error, shutil.Error)
+            if not from_system and type(error).__name__ != "SafetensorError":
+                raise  # a bug, so let it be seen whole
+            message = (f"{getattr(error, 'strerror', None) or error} ({getattr(error, 'filename', None) or 'a file'}); "
+                       "free some space or choose another path")
         print(f"error: {message}", file=sys.stderr)
         leave_group(2)
         raise SystemExit(2)

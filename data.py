@@ -10,6 +10,7 @@ it holds what the stage asks for and refuses it, naming the difference, when it 
 
 Letters: B sequences, T tokens a sequence.
 """
+import collections
 import contextlib
 import hashlib
 import itertools
@@ -328,15 +329,15 @@ class RandomTokens:
 
 
 def prefetch(make, keys):
-    """Yield make(key) for each key, made one ahead in a thread, so that a loop does not wait for data."""
+    """Yield make(key) for each key, made up to three ahead in a thread, so that a loop does not wait for data."""
     with ThreadPoolExecutor(1) as pool:
-        ahead = None
+        ahead = collections.deque()
         for key in keys:
-            ahead, ready = pool.submit(make, key), ahead
-            if ready is not None:
-                yield ready.result()
-        if ahead is not None:
-            yield ahead.result()
+            ahead.append(pool.submit(make, key))
+            if len(ahead) > 3:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
 @entry

@@ -131,18 +131,33 @@ def save(net, folder, extra):
     """bridge.safetensors, then bridge.json: what hybrid.py needs to rebuild and to trust it."""
     from safetensors.torch import save_file
     with atomic(Path(folder) / "bridge.safetensors") as temporary:
-        save_file({k: v.contiguous() for k, v in net.state_dict().items()}, temporary)
+        save_file({k: v.contiguous() for k, v in net.state_dict().items()}, temporary, seal(extra))
     write_json(Path(folder) / "bridge.json", {**net.shape, **extra})
+
+
+def seal(info):
+    """What is written into the weights too, so that a bridge.json of another run is noticed."""
+    return {"layer": str(info["layer"]), "base": str(info["base"])}
 
 
 def load(folder, device):
     """(Bridge in eval mode, its bridge.json). Raises UserError for a missing, truncated or foreign file."""
+    from safetensors import safe_open
     from safetensors.torch import load_file
-    info = read_json(Path(folder) / "bridge.json", "train one with: python bridge.py")
-    net = Bridge(**{k: info[k] for k in inspect.signature(Bridge).parameters if k in info})
+    file, info = Path(folder) / "bridge.safetensors", read_json(Path(folder) / "bridge.json",
+                                                                "train one with: python bridge.py")
     try:
-        net.load_state_dict(load_file(Path(folder) / "bridge.safetensors"))
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{folder}/bridge.safetensors could not be read ({reason}); train the bridge again") from None
+        net = Bridge(**{k: info[k] for k in inspect.signature(Bridge).parameters if k in info})
+        net.load_state_dict(load_file(file))
+        with safe_open(file, "pt") as f:
+            sealed = f.metadata()
+        wanted = {**seal(info), "tokenizer, model and nfe": [info["tokenizer"], info["model"], info["nfe_default"]]}
+    except Exception as error:  # a missing key, a truncated file, tensors of another shape
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{file} and bridge.json could not be read ({type(error).__name__}: {reason}); train the "
+                        "bridge again") from None
+    for key in sealed:
+        if sealed[key] != wanted[key]:
+            raise UserError(f"{file} was trained for {key} {sealed[key]}, but bridge.json says {wanted[key]}; train "
+                            "the bridge again")
     return net.to(device).eval().requires_grad_(False), info

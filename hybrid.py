@@ -68,8 +68,8 @@ class HybridConfig(PretrainedConfig):
     model_type = "dihal_hybrid"
 
     def __init__(self, base_model="", base="", layer=0, nfe=4, noise_seed=0, bridge=None, use_cache=True,
-                 **rest):
-        self.base_model, self.base, self.layer, self.nfe = base_model, base, layer, nfe
+                 tokenizer=None, **rest):
+        self.base_model, self.base, self.layer, self.nfe, self.tokenizer = base_model, base, layer, nfe, tokenizer
         self.noise_seed, self.bridge, self.use_cache = noise_seed, bridge or {}, use_cache
         super().__init__(**rest)
 
@@ -322,7 +322,7 @@ def from_bridge(folder, model="", nfe=0, device="cpu", dtype=torch.float32):
     """HybridForCausalLM from a bridge folder. Raises UserError for a bridge of another base, or nfe < 1."""
     net, info = denoiser.load(folder, device)
     config = HybridConfig(base_model=model or info["model"], base=info["base"], layer=info["layer"],
-                          nfe=nfe or info["nfe_default"], bridge=net.shape)
+                          nfe=nfe or info["nfe_default"], bridge=net.shape, tokenizer=info["tokenizer"])
     return assemble(net, config, config.base_model, torch.device(device), dtype)
 
 
@@ -340,6 +340,14 @@ def draw_tokens(logits, temperature, top_p, u):
     p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)
     place = (p.cumsum(-1) < (u * p.sum(-1))[..., None]).sum(-1).clamp_max(p.shape[-1] - 1)
     return order.gather(-1, place[..., None])[..., 0]
+
+
+def tokenizer_of(model):
+    """The base's tokenizer. Raises UserError when it is not the one the bridge was trained with."""
+    tokenizer = data.load_tokenizer(model.config.base_model)
+    if data.tokenizer_hash(tokenizer) != model.config.tokenizer:
+        raise UserError(f"the tokenizer in {model.config.base_model} is not the one this bridge was trained with")
+    return tokenizer
 
 
 @torch.no_grad()
@@ -402,7 +410,7 @@ def main(argv):
         raise UserError("--suffix and --show go with --block, and --block with --prompt and without --compare")
     if cfg.prompt:
         model = from_bridge(cfg.bridge, cfg.model, cfg.nfe, world.device, dtype)
-        tokenizer = data.load_tokenizer(model.config.base_model)
+        tokenizer = tokenizer_of(model)
         if cfg.block:
             print(text := write_blocks(model, tokenizer, cfg))
             return text
@@ -422,9 +430,7 @@ def main(argv):
         print(f"{cfg.out} is finished: layer {result['layer']}, CE gap {result['ce_gap']:+.4f} nats")
         return result
     model = from_bridge(cfg.bridge, cfg.model, cfg.nfe, world.device, dtype)
-    tokenizer = data.load_tokenizer(model.config.base_model)
-    if data.tokenizer_hash(tokenizer) != info["tokenizer"]:
-        raise UserError(f"the tokenizer in {model.config.base_model} is not the one this bridge was trained with")
+    tokenizer = tokenizer_of(model)
     shards, _ = backbone.shards_beside(cfg, tokenizer, world)
     rows = data.Tokens(shards, "val", cfg.seq_len).spread(cfg.eval_batches).to(world.device)
     run = Run(cfg, world, identity)

@@ -315,7 +315,8 @@ def agree(a, b):
 def test_four_processes_equal_one(runs, tmp_path, text):
     bridge.main(command(runs, text, tmp_path / "1", "--steps", "4", "--log_every", "1"))
     one = load_file(tmp_path / "1" / "bridge.safetensors")
-    argv = command(runs, text, tmp_path / "4", "--steps", "4", "--save_every", "2", "--log_every", "1")
+    argv = command(runs, text, tmp_path / "4", "--steps", "4", "--save_every", "2", "--log_every", "1", "--overlap",
+                   "on", "--bucket_mb", "0.01")
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4",
                            "bridge.py", *argv], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
                           capture_output=True, text=True, timeout=120)
@@ -439,4 +440,8 @@ def test_layer_all_makes_one_run_a_layer(runs, tmp_path, text):
     argv[argv.index("--layer") + 1] = "all"
     results = bridge.main(argv)
     assert [r["layer"] for r in results] == [1, 2, 3, 4]
+    (tmp_path / "all_l2" / "result.json").unlink()                             # as if killed there: that one is redone
+    file = tmp_path / "all_l3" / "bridge.safetensors"
+    kept = file.stat().st_mtime_ns
+    assert bridge.main(argv)[1]["layer"] == 2 and file.stat().st_mtime_ns == kept
     assert (tmp_path / "all_l3" / "bridge.safetensors").exists()

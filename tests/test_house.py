@@ -153,6 +153,34 @@ def test_a_full_disk_is_a_sentence(runs, tmp_path, capsys, text, monkeypatch):
         assert "could not be written" in fails(capsys, bridge.main, *argv)
     assert not (tmp_path / "b" / "result.json").exists() and not list((tmp_path / "b").glob("*.pt"))
     assert not list((tmp_path / "b").glob(".*.tmp"))
+    calls = []
+
+    def later(state, path):  # the first checkpoint fits, the second does not: the first survives, and is gone on from
+        calls.append(state["step"])
+        return save(state, path if len(calls) < 2 else "/dev/full")
+    argv = [*argv, "--steps", "6", "--save_every", "2"]
+    argv[argv.index("--out") + 1] = tmp_path / "c"
+    with monkeypatch.context() as patch:
+        patch.setattr(run.torch, "save", later)
+        assert "could not be written" in fails(capsys, bridge.main, *argv)
+    assert calls == [2, 4] and torch.load(tmp_path / "c" / "state.pt", weights_only=True)["step"] == 2
+    bridge.main([str(a) for a in argv])
+    assert "resuming at step 2" in capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_is_a_sentence(runs, tmp_path, capsys, text, monkeypatch):
+    import bridge
+    argv = ["--preset", "tiny", "--data", str(text), "--model", f"{runs}/toy", "--layer", "1", "--out", f"{tmp_path}/b"]
+    with monkeypatch.context() as patch:
+        patch.setattr(common.StopSignal, "poll", lambda self: True)
+        with pytest.raises(SystemExit):
+            bridge.main(argv)
+    whole = (tmp_path / "b" / "state.pt").read_bytes()
+    for cut in range(0, len(whole), len(whole) // 8):
+        (tmp_path / "b" / "state.pt").write_bytes(whole[:cut])
+        assert "is damaged" in fails(capsys, bridge.main, *argv)
+    (tmp_path / "b" / "state.pt").write_bytes(whole)
+    assert bridge.main(argv)["steps"] == 20
 
 
 def test_tokenizer_of_other_shards(runs, tmp_path, capsys, text):

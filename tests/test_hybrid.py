@@ -1,6 +1,7 @@
 """The hybrid is an ordinary causal LM: it saves, loads, generates, ignores padding and never sees the future."""
 import json
 import shutil
+import signal
 
 import pytest
 import torch
@@ -119,13 +120,47 @@ def test_cached_logits_at_every_nfe_and_layer(nfe, layer):
         assert torch.allclose(cached_logits(model, TOKENS, 20), other, atol=1e-4, rtol=1e-4)
 
 
+def leaks(model):
+    """Does a changed token at 15 change any logit before it? (It must change some from there on.)"""
+    other = TOKENS.clone()
+    other[:, 15] = (other[:, 15] + 1) % 60 + 3
+    before, after = model(TOKENS).logits, model(other).logits
+    assert not torch.equal(before[:, 15:], after[:, 15:])
+    return not torch.equal(before[:, :15], after[:, :15])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_the_future_never_changes_the_past_in_any_family(family):
-    model, other = random_hybrid(family), TOKENS.clone()
-    other[:, 15] = (other[:, 15] + 1) % 60 + 3
-    before, after = model(TOKENS).logits, model(other).logits
-    assert torch.equal(before[:, :15], after[:, :15]) and not torch.equal(before[:, 15:], after[:, 15:])
+    assert not leaks(random_hybrid(family))
+
+
+@pytest.mark.parametrize("layer", [1, 2, 3, 4])
+@torch.no_grad()
+def test_the_future_never_changes_the_past_at_any_layer_and_nfe(layer, monkeypatch):
+    for nfe, sampler, again in ((1, "euler", False), (2, "heun", False), (4, "euler", True), (8, "heun", True)):
+        assert not leaks(random_hybrid("qwen3", sampler=sampler, layer=layer, nfe=nfe, self_condition=again))
+    honest = denoiser.Bridge.forward
+
+    def open_mask(self, x, c, t, positions=None, mask=None, *rest, **more):       # the broken twin: bidirectional
+        return honest(self, x, c, t, positions, torch.ones(1, 1, 26, 26, dtype=torch.bool), *rest, **more)
+    monkeypatch.setattr(denoiser.Bridge, "forward", open_mask)
+    assert leaks(random_hybrid("qwen3", layer=layer))
+
+
+@torch.no_grad()
+def test_broken_caches_and_positions_are_noticed():
+    """The same assertion as in the caching tests, with a cache one token off and with positions one off."""
+    model = random_hybrid("qwen3")
+    want = model(TOKENS, use_cache=False).logits[:, 12:]
+    for broken in (None, "rolled", "positions"):
+        cache = DynamicCache(config=model.config)
+        model(TOKENS[:, :12], past_key_values=cache, use_cache=True)
+        positions = torch.arange(12, 26)[None] + (broken == "positions")
+        for layer in cache.layers if broken == "rolled" else []:
+            layer.keys = layer.keys.roll(1, dims=2)
+        got = model(TOKENS[:, 12:], past_key_values=cache, use_cache=True, position_ids=positions).logits
+        assert torch.allclose(got, want, atol=1e-4, rtol=1e-4) == (broken is None)
 
 
 @torch.no_grad()
@@ -195,10 +230,25 @@ def test_refusals(runs, model, tmp_path, capsys):
     assert "--nfe" in fails(capsys, hybrid.main, "--bridge", runs / "bridge", "--nfe", "-1")
     named = tmp_path / "named"                                                 # same weights, another tokenizer
     shutil.copytree(runs / "toy", named)
-    spec = (named / "tokenizer.json").read_text()
-    (named / "tokenizer.json").write_text(spec.replace('"Ġself"', '"Ġelves"'))
-    message = fails(capsys, hybrid.main, "--bridge", runs / "bridge", "--model", named, "--out", tmp_path / "out")
-    assert "tokenizer" in message and not (tmp_path / "out").exists()
+    spec = json.loads((named / "tokenizer.json").read_text())
+    vocab = spec["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (named / "tokenizer.json").write_text(json.dumps(spec))
+    for flags in (["--out", tmp_path / "out"], ["--prompt", "x"]):
+        message = fails(capsys, hybrid.main, "--bridge", runs / "bridge", "--model", named, *flags)
+        assert "is not the one this bridge was trained with" in message and not (tmp_path / "out").exists()
+    other = tmp_path / "other"                                                 # a bridge.json of another layer, or torn
+    shutil.copytree(runs / "bridge", other)
+    info = json.loads((other / "bridge.json").read_text())
+    (other / "bridge.json").write_text(json.dumps({**info, "layer": info["layer"] % 4 + 1}))
+    assert "was trained for layer" in fails(capsys, hybrid.main, "--bridge", other, "--prompt", "x")
+    (other / "bridge.json").write_text(json.dumps({**info, "D": 64}))
+    assert "size mismatch" in fails(capsys, hybrid.main, "--bridge", other, "--prompt", "x")
+    del info["layer"]
+    (other / "bridge.json").write_text(json.dumps(info))
+    assert "layer" in fails(capsys, hybrid.main, "--bridge", other, "--prompt", "x")
+    with pytest.raises(UserError, match="at least 1"):
+        model.set_nfe(0)
     moved = tmp_path / "moved"
     model.config.base_model = str(tmp_path / "gone")
     model.save_pretrained(moved)
@@ -207,6 +257,24 @@ def test_refusals(runs, model, tmp_path, capsys):
     assert hybrid.HybridForCausalLM.from_pretrained(moved, base_model=f"{runs}/toy").config.layer
     short = tmp_path / "short"
     shutil.copytree(runs / "bridge", short)
-    (short / "bridge.safetensors").write_bytes((short / "bridge.safetensors").read_bytes()[:500])
-    assert "could not be read" in fails(capsys, hybrid.main, "--bridge", short, "--out", tmp_path / "out")
+    for name in ("bridge.safetensors", "bridge.json"):                         # cut at any byte
+        whole = (short / name).read_bytes()
+        for cut in range(0, len(whole) - 2, max(1, len(whole) // 12)):
+            (short / name).write_bytes(whole[:cut])
+            message = fails(capsys, hybrid.main, "--bridge", short, "--out", tmp_path / "out")
+            assert "could not be read" in message or "not valid JSON" in message
+        (short / name).write_bytes(whole)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_while_saving(runs, tmp_path, capsys):
+    """safetensors has an error of its own; files may not grow past 20 kB here."""
+    import resource
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        message = fails(capsys, hybrid.main, "--bridge", runs / "bridge", "--out", tmp_path / "out", "--seq_len", "32")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "space" in message and not (tmp_path / "out" / "result.json").exists()
