@@ -402,10 +402,11 @@ def main(argv):
                 run.log(done, cfg.steps, val_loss=validate(lm, mean_net, held_out, layer, cfg, world)[0])
         leaving = stop.poll()
         if leaving or done % cfg.save_every == 0:
-            check_replicas(params, world)
+            check_replicas([*params, *mean_net.parameters()], world)
             run.save(done, clock, [net, mean_net], optimizers)
         if leaving:
             run.leave(done)
+    check_replicas([*params, *mean_net.parameters()], world)
     stop.done()
     seconds = clock.seconds()
 

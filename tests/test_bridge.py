@@ -312,17 +312,24 @@ def agree(a, b):
         assert len(first) >= 3 and second == pytest.approx(first, rel=1e-3)
 
 
-def test_four_processes_equal_one(runs, tmp_path, text):
-    bridge.main(command(runs, text, tmp_path / "1", "--steps", "4", "--log_every", "1"))
+def test_four_processes_go_on_as_one_would(runs, tmp_path, text, monkeypatch):
+    """Started by one process, stopped at step 1 and finished by four, which send their gradients in small buckets
+    during backward; against one process that was left alone."""
+    bridge.main(command(runs, text, tmp_path / "1", "--steps", "5", "--log_every", "1"))
     one = load_file(tmp_path / "1" / "bridge.safetensors")
-    argv = command(runs, text, tmp_path / "4", "--steps", "4", "--save_every", "2", "--log_every", "1", "--overlap",
+    argv = command(runs, text, tmp_path / "4", "--steps", "5", "--save_every", "2", "--log_every", "1", "--overlap",
                    "on", "--bucket_mb", "0.01")
+    with monkeypatch.context() as patch:
+        patch.setattr(common.StopSignal, "poll", lambda self: True)
+        with pytest.raises(SystemExit):
+            bridge.main(argv)
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4",
                            "bridge.py", *argv], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
                           capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     four = load_file(tmp_path / "4" / "bridge.safetensors")
     assert all(torch.allclose(one[k], four[k], atol=2e-5, rtol=1e-4) for k in one)
+    assert "on 4 processes instead of 1: equal up to rounding" in done.stdout
     assert json.loads((tmp_path / "4" / "result.json").read_text())["processes"] == 4
     agree(tmp_path / "1", tmp_path / "4")
 
@@ -393,17 +400,21 @@ def test_a_loss_that_is_not_finite(runs, tmp_path, capsys, text, monkeypatch):
         assert state["step"] == 4 and all(v.isfinite().all() for v in state["modules"][0].values())
 
 
-def test_dry_run_at_8b_shape(tmp_path, capsys):
+@pytest.mark.parametrize("family, layers, ffn, vocab, block", [("Llama", 32, 14336, 128256, 218.1e6),
+                                                                ("Qwen3", 36, 12288, 151936, 192.9e6)])
+def test_dry_run_at_8b_shape(family, layers, ffn, vocab, block, tmp_path, capsys):
     """The design card's command, from a config alone: it fits 80 GB, and no 8B tensor is made."""
-    from transformers import LlamaConfig
-    LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-                num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False).save_pretrained(tmp_path / "8b")
+    import transformers
+    config = getattr(transformers, f"{family}Config")(
+        hidden_size=4096, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, vocab_size=vocab, tie_word_embeddings=False)
+    config.save_pretrained(tmp_path / "8b")
     argv = f"--preset 8b --layer 6 --random_init --dry_run --dtype bf16 --model {tmp_path}/8b".split()
     size = bridge.main(argv)
     out = capsys.readouterr().out
-    assert size["gigabytes"] < 80 and "which fits 80 GB" in out and "bridge at layer 6 of 32" in out
+    assert size["gigabytes"] < 80 and "which fits 80 GB" in out and f"bridge at layer 6 of {layers}" in out
     assert size["parameters"] == pytest.approx(6 * 10 * 4096 ** 2 + 3 * 4096 ** 2, rel=0.01)
-    assert size["flops_per_token"] == pytest.approx(6 * size["parameters"] + 2 * 6 * 218.1e6, rel=0.05)
+    assert size["flops_per_token"] == pytest.approx(6 * size["parameters"] + 2 * 6 * block, rel=0.05)
     assert bridge.main([*argv, "--recompute"])["gigabytes"] < size["gigabytes"]
 
 

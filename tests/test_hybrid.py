@@ -171,6 +171,27 @@ def test_a_shifted_position_is_noticed():
     assert not torch.allclose(shifted, want, atol=1e-3)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_families_by_the_public_interface(family, tmp_path):
+    """A base folder and a bridge folder -> from_bridge -> save_pretrained -> AutoModelForCausalLM: the same logits."""
+    tiny_model(family).save_pretrained(tmp_path / "base")
+    net = randomise(denoiser.Bridge(32, 32, 2, 2))
+    for name in ("mu_z", "mu_c", "sigma_z", "sigma_c"):
+        getattr(net, name).uniform_(0.5, 2.0)
+    denoiser.save(net, tmp_path, {"layer": 2, "base": backbone.identity(f"{tmp_path}/base"), "nfe_default": 2,
+                                  "model": f"{tmp_path}/base", "tokenizer": None})
+    made = hybrid.from_bridge(tmp_path)
+    lm, noise = backbone.Backbone(tiny_model(family)), diffusion.position_noise(0, range(26), 32, "cpu")
+    z = diffusion.sample(net, net.standard_c(lm.embed(TOKENS)), 2, noise)
+    assert torch.equal(made(TOKENS).logits, lm.head(lm.run(net.hidden(z), 2, 4)))
+    made.save_pretrained(tmp_path / "hybrid")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "hybrid")
+    assert torch.equal(again(TOKENS).logits, made(TOKENS).logits)
+    out = again.generate(TOKENS, max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=63)
+    assert torch.equal(out[:, 26], made(TOKENS).logits[:, -1].argmax(-1))
+
+
 @pytest.mark.parametrize("family", ["qwen3", "gemma3", "gpt2"])
 @torch.no_grad()
 def test_generate(family):
