@@ -337,14 +337,15 @@ def test_four_processes_go_on_as_one_would(runs, tmp_path, text, monkeypatch):
 def test_killed_and_resumed_equals_uninterrupted(runs, tmp_path, text):
     """One real SIGKILL in the middle of training; tests/kill_and_resume.py does it twenty times."""
     import kill_and_resume as killing
+    (tmp_path / "data").symlink_to(runs / "data")                              # not made twice at once
     quiet = killing.start(tmp_path / "quiet", runs / "toy", 80, text)
-    assert quiet.wait(60) == 0
     killed = killing.start(tmp_path / "killed", runs / "toy", 80, text)
     deadline = time.monotonic() + 60
     while not (tmp_path / "killed" / "state.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     killed.kill()
     killed.wait()
+    assert quiet.wait(60) == 0
     assert not (tmp_path / "killed" / "result.json").exists()                 # it was killed before the end
     again = killing.start(tmp_path / "killed", runs / "toy", 80, text)
     assert again.wait(60) == 0 and killing.equal(tmp_path / "quiet", tmp_path / "killed")

@@ -86,14 +86,14 @@ def test_one_joint_float32_draw_is_biased_and_two_draws_are_not():
     """Reveal with probability a = 1/1024 over V = 32768 tokens. By one float32 Gumbel draw over {tokens, mask} too few
     are revealed: uniforms live on a grid of 2^-24, so the best token's noise is cut off. (The largest of V uniforms is
     drawn by inverting its distribution function on that grid.) Ours counts the reveals; nothing is left to chance."""
-    a, V, n = 1 / 1024, 32768, 8_000_000
+    a, V, n = 1 / 1024, 32768, 3_000_000
     draw = np.random.default_rng(0)
     top = np.ceil(2 ** 24 * draw.random(n) ** (1 / V)).clip(max=2 ** 24) - 1
     best = -np.log(-np.log(np.maximum(top, 1) / 2 ** 24)) + math.log(a / V)
     mask = -np.log(-np.log(draw.random(n))) + math.log(1 - a)
     assert (best > mask).mean() / a < 0.9
     exact = -np.log(-np.log(draw.random(n) ** (1 / V))) + math.log(a / V)
-    assert (exact > mask).mean() / a == pytest.approx(1, abs=0.05)
+    assert (exact > mask).mean() / a == pytest.approx(1, abs=0.06)
     ids, hide = IDS[:1].repeat(1, 4), torch.ones(1, 64, dtype=torch.bool)
     hide[0, 0] = False
     left = []
