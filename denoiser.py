@@ -150,7 +150,7 @@ def load(folder, device):
         net = Bridge(**{k: info[k] for k in inspect.signature(Bridge).parameters if k in info})
         net.load_state_dict(load_file(file))
         with safe_open(file, "pt") as f:
-            sealed = f.metadata()
+            sealed = f.metadata() or {}                                # none in a file that an older version wrote
         wanted = {**seal(info), "tokenizer, model and nfe": [info["tokenizer"], info["model"], info["nfe_default"]]}
     except Exception as error:  # a missing key, a truncated file, tensors of another shape
         reason = " ".join(str(error).split())[:200]

@@ -107,7 +107,7 @@ def rows(found):
 def generation_line(found):
     """gen-PPL at the entropy of real text: the blocks by product of experts, AR sampling, the twin, real text."""
     def cell(row):
-        return "never at that entropy" if row["matched"] is None else f"{row['matched']:.0f}"
+        return "(never there)" if row["matched"] is None else f"{row['matched']:.0f}"
     rows = {name_of(r): r for r in found["rows"]}
     mine = next(r for r in found["rows"] if r.get("expert") == "both")
     twin = f", masked twin {cell(rows['masked twin'])}" if "masked twin" in rows else ""

@@ -37,5 +37,5 @@ stage "GENERATE: train a bridge that meets unknown tokens (60 s)" \
     --out "$OUT/blocks"
 stage "GENERATE: text drawn in hidden space beside its rivals (30 s)" \
     generate.py --data "$DATA" --bridges "$OUT/blocks" --twin "$OUT/repr_align/w10" --texts 32 \
-    --temperatures 0.8,1.0,1.2 --out "$OUT/generate"
+    --temperatures 0.8,1.0,1.3,1.6 --out "$OUT/generate"
 stage "EVALUATE: report and figures (5 s)" evaluate.py --runs "$OUT" --out "$OUT/evaluate"
