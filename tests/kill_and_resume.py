@@ -3,7 +3,7 @@
     python tests/kill_and_resume.py --model out/toy --kills 20          # about 4 minutes on 2 cores
 
 Each kill is SIGKILL or SIGTERM at a random moment, start-up and saving included. Exits 1 unless the final weights are
-equal bit for bit. (The test suite does the same with one kill.)
+equal bit for bit. (.ci/run does the same with two kills.)
 """
 import argparse
 import random

@@ -3,7 +3,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -332,23 +331,6 @@ def test_four_processes_go_on_as_one_would(runs, tmp_path, text, monkeypatch):
     assert "on 4 processes instead of 1: equal up to rounding" in done.stdout
     assert json.loads((tmp_path / "4" / "result.json").read_text())["processes"] == 4
     agree(tmp_path / "1", tmp_path / "4")
-
-
-def test_killed_and_resumed_equals_uninterrupted(runs, tmp_path, text):
-    """One real SIGKILL in the middle of training; tests/kill_and_resume.py does it twenty times."""
-    import kill_and_resume as killing
-    (tmp_path / "data").symlink_to(runs / "data")                              # not made twice at once
-    quiet = killing.start(tmp_path / "quiet", runs / "toy", 80, text)
-    killed = killing.start(tmp_path / "killed", runs / "toy", 80, text)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "killed" / "state.pt").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    killed.kill()
-    killed.wait()
-    assert quiet.wait(60) == 0
-    assert not (tmp_path / "killed" / "result.json").exists()                 # it was killed before the end
-    again = killing.start(tmp_path / "killed", runs / "toy", 80, text)
-    assert again.wait(60) == 0 and killing.equal(tmp_path / "quiet", tmp_path / "killed")
 
 
 def test_objectives_and_predictions_train(runs, tmp_path, text):
