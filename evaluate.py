@@ -110,7 +110,7 @@ def generation_line(found):
         return "(never there)" if row["matched"] is None else f"{row['matched']:.0f}"
     rows = {name_of(r): r for r in found["rows"]}
     mine = next(r for r in found["rows"] if r.get("expert") == "both")
-    twin = f", masked twin {cell(rows['masked twin'])}" if "masked twin" in rows else ""
+    twin = "".join(f", {name} {cell(row)}" for name, row in rows.items() if name.startswith("masked twin"))
     return (f"layer {mine['layer']}, {found['settings']['new']} tokens in {mine['calls']} calls: gen-PPL {cell(mine)} "
             f"at real text's entropy (AR {cell(rows['AR, intact model'])}{twin}, unigrams {cell(rows['unigram'])}; "
             f"real text {found['real']['gen_ppl']:.0f})")

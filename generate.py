@@ -118,10 +118,10 @@ def autoregressive(lm, prompts, new, temperature, seed):
     return lm.model.generate(prompts, generation_config=how, attention_mask=torch.ones_like(prompts))
 
 
-def unmasked(student, prompts, new, steps, temperature, seed):
-    """prompts (N, P) -> (N, P + new) by the masked twin's most-confident-first sampler."""
+def unmasked(student, prompts, new, steps, temperature, seed, order):
+    """prompts (N, P) -> (N, P + new) by the masked twin, tokens revealed in this `order` (see masked.fill)."""
     ids = torch.cat([prompts, prompts.new_full((len(prompts), new), student.mask_id)], 1)
-    return masked.fill(student, ids, ids == student.mask_id, steps, temperature, seed)
+    return masked.fill(student, ids, ids == student.mask_id, steps, temperature, seed, order)
 
 
 def methods(cfg, lm, folders, device, dtype, train):
@@ -134,7 +134,9 @@ def methods(cfg, lm, folders, device, dtype, train):
         student, _ = masked.load_converted(cfg.twin, device, dtype)
         steps = min(calls, cfg.new)
         about = {"calls": steps, "train_seconds": read_json(Path(cfg.twin) / "result.json")["seconds"]}
-        yield "masked twin", about, lambda prompts, t: unmasked(student, prompts, cfg.new, steps, t, cfg.seed)
+        for order in ("random", "confidence"):  # confidence first is the usual one, and collapses the entropy
+            yield f"masked twin, {order} order", about, lambda prompts, t, order=order: unmasked(
+                student, prompts, cfg.new, steps, t, cfg.seed, order)
     for folder in folders:
         model = hybrid.from_bridge(folder, device=device, dtype=dtype)
         result = read_json(Path(folder) / "result.json", "finish that run first")
@@ -191,7 +193,8 @@ def figure(rows, real, path):
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(6.2, 4.2), constrained_layout=True)
     layers = sorted({r["layer"] for r in rows if "layer" in r})
-    colors = {"unigram": "#bbbbbb", "AR, intact model": "#222222", "masked twin": "#edae49"}
+    colors = {"unigram": "#bbbbbb", "AR, intact model": "#222222", "masked twin, random order": "#edae49",
+              "masked twin, confidence order": "#f3d19c"}
     seen = set()
     for row in rows:
         if row.get("expert", "both") != "both":

@@ -30,6 +30,7 @@ import backbone
 import data
 import denoiser
 import diffusion
+import masked
 from common import UserError, entry, generator, normal, parse, pick_dtype, setup
 from run import Run, finished, read_json
 
@@ -263,7 +264,8 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         upper, read = (F.log_softmax(part.double(), -1) for part in (upper, self.net.readout(z)))
         logits = {"both": upper + how["alpha"] * read, "upper": upper, "readout": read}[how["expert"]]
         u = [generator(how["seed"], "decode", *key, b).random(z.shape[1]) for b in range(len(z))]
-        return draw_tokens(logits, how["temperature"], how["top_p"], torch.tensor(np.stack(u), device=z.device))
+        u = torch.tensor(np.stack(u), device=z.device)
+        return masked.choose(logits, how["temperature"], how["top_p"], 0, u)
 
     def save_pretrained(self, folder, standalone=False, **_):
         """config.json and hybrid.safetensors (the bridge alone); `standalone` puts a copy of the base's folder beside
@@ -329,17 +331,6 @@ def from_bridge(folder, model="", nfe=0, device="cpu", dtype=torch.float32):
 def again(nfe, back):
     """How many of `nfe` calls a refinement makes again, at least one."""
     return max(1, round(back * nfe))
-
-
-def draw_tokens(logits, temperature, top_p, u):
-    """Tokens (...) from float64 logits (..., V) by inverting the distribution function at u (...) in [0, 1): argmax at
-    temperature 0. `top_p` keeps the smallest set of tokens that holds this much probability."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    p, order = torch.softmax(logits / temperature, -1).sort(-1, descending=True)                       # (..., V)
-    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)
-    place = (p.cumsum(-1) < (u * p.sum(-1))[..., None]).sum(-1).clamp_max(p.shape[-1] - 1)
-    return order.gather(-1, place[..., None])[..., 0]
 
 
 def tokenizer_of(model):

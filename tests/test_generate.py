@@ -12,6 +12,7 @@ import denoiser
 import diffusion
 import generate
 import hybrid
+import masked
 from common import UserError
 
 B, T, D, V = 3, 12, 16, 40
@@ -270,9 +271,9 @@ def test_tokens_are_drawn_from_their_law():
     for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.6)):
         want = p ** (1 / temperature)
         want = want * torch.tensor([1, 1, 0, 0]) if top_p < 1 else want
-        drawn = hybrid.draw_tokens(p.log().expand(20000, 4), temperature, top_p, u)
+        drawn = masked.choose(p.log().expand(20000, 4), temperature, top_p, 0, u)
         assert torch.allclose(torch.bincount(drawn, minlength=4).double() / 20000, want / want.sum(), atol=1e-3)
-    assert hybrid.draw_tokens(p.log()[None], 0, 1.0, u[:1]).item() == 0
+    assert masked.choose(p.log()[None], 0, 1.0, 0, u[:1]).item() == 0
 
 
 # ------------------------------------------------------------------------------------------------------ metrics
@@ -308,7 +309,8 @@ def test_the_stage_runs(runs, causal, text, tmp_path, capsys):
             str(text), "--texts", "3", "--prefix", "16", "--new", "12", "--nfe", "2", "--rounds", "1",
             "--temperatures", "0.8,1", "--out", str(tmp_path / "g")]
     found = generate.main(argv)
-    assert [r["name"] for r in found["rows"]] == ["unigram", "AR, intact model", "masked twin", *["blocks"] * 6]
+    names = ["unigram", "AR, intact model", "masked twin, random order", "masked twin, confidence order"]
+    assert [r["name"] for r in found["rows"]] == [*names, *["blocks"] * 6]
     assert all(p["gen_ppl"] > 1 and 0 < p["entropy"] < 2.5 for r in found["rows"] for p in r["frontier"])
     assert {r["calls"] for r in found["rows"] if r["name"] == "blocks"} == {4}   # 2, and 1 + 1 to refine
     assert (tmp_path / "g" / "generation.png").stat().st_size > 5000

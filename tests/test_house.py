@@ -17,8 +17,8 @@ import evaluate
 import run
 
 FILES = sorted(ROOT.glob("*.py"))
-ORDER = ["common", "run", "optim", "data", "backbone", "geometry", "diffusion", "denoiser", "bridge", "hybrid",
-         "masked", "repr_align", "generate", "ablate", "circuits", "evaluate", "report", "bench"]
+ORDER = ["common", "run", "optim", "data", "backbone", "geometry", "diffusion", "denoiser", "bridge", "masked",
+         "hybrid", "repr_align", "generate", "ablate", "circuits", "evaluate", "report", "bench"]
 STAGES = ["data", "backbone", "geometry", "bridge", "hybrid", "repr_align", "generate", "evaluate", "bench",
           "ablate"]
 
