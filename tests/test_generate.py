@@ -314,7 +314,7 @@ def test_the_stage_runs(runs, causal, text, tmp_path, capsys):
     assert all(p["gen_ppl"] > 1 and 0 < p["entropy"] < 2.5 for r in found["rows"] for p in r["frontier"])
     assert {r["calls"] for r in found["rows"] if r["name"] == "blocks"} == {4}   # 2, and 1 + 1 to refine
     assert (tmp_path / "g" / "generation.png").stat().st_size > 5000
-    assert len((tmp_path / "g" / "samples.jsonl").read_text().splitlines()) == 9 * 2 * 3
+    assert len((tmp_path / "g" / "samples.jsonl").read_text().splitlines()) == 10 * 2 * 3
     capsys.readouterr()
     generate.main(argv)                                                        # finished: prints its table
     assert "real text" in capsys.readouterr().out
