@@ -2,7 +2,7 @@
 
     python ablate.py --study objective               # diffusion against regression, layers 1, 4, 7: ~20 min, 2 cores
     python ablate.py --study tricks                  # attempts to make the iterative bridge win, layer 4: ~25 min
-    python ablate.py --study compute                 # at equal compute when used; --study size: depth, width, EMA
+    python ablate.py --study compute                 # at equal compute when used; --study size: depth, width
     python ablate.py --study generate --steps 600    # text drawn at every layer, embeddings included: ~40 min
     python ablate.py --study align --steps 200       # arms of repr_align.py, all data and 60k tokens: ~30 min
     python ablate.py --study objective --seeds 1 --steps 100      # a quick look
@@ -40,7 +40,7 @@ STUDIES = {  # study -> groups of (layers, {variant: flags of bridge.py})
         "--prediction eps", "Heun": "--sampler heun", "regression": "--objective regression"})],
     "size": [((4,), {
         "4 blocks of width 128": "", "2 blocks of width 128": "--blocks 2", "2 blocks of width 192":
-        "--blocks 2 --width 192", "EMA 0.98": "--ema 0.98", "cosine": "--schedule cosine"})],
+        "--blocks 2 --width 192", "cosine": "--schedule cosine"})],  # EMA has its own column
     # one size of network at every layer, embeddings (l = 0) included; both uses of it are measured
     "generate": [(range(8), {"blocks": "--preset blocks --blocks 4"})],
     # arms of repr_align.py (no layer): a constant learning rate, so that steps to a loss can be read off

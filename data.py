@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import tasks as generated
 from common import UserError, entry, generator, parse, setup
 from run import atomic, read_json, write_json
 
@@ -42,6 +43,7 @@ class Config:
     model: str = "toy"          # whose tokenizer: toy (trains a byte-level BPE on the text), a folder or a Hub id
     out: str = "out/data"       # folder to write
     vocab: int = 2048           # vocabulary of the toy's BPE
+    tasks: float = 0.1          # with the toy's own BPE: share of generated lines (tasks.py) in the training text
     max_tokens: int = 0         # stop after this many training tokens (0: the whole corpus)
     seed: int = 0               # unused by the shards themselves; kept so that every stage takes --seed
     dry_run: bool = False       # print what would be read and written, then leave
@@ -198,27 +200,32 @@ def tokenized(source, tokenizer):
         yield from zip(group, tokenizer(group, add_special_tokens=False)["input_ids"])
 
 
-def write_shards(source, tokenizer, out, max_tokens=0):
-    """Tokenize `source` into out/train.bin and out/val.bin; returns meta. Memory holds one group of documents."""
+def write_shards(source, tokenizer, out, max_tokens=0, share=0.0):
+    """Tokenize `source` into out/train.bin and out/val.bin; returns meta. Memory holds one group of documents. Lines of
+    tasks.py follow every training document until they are this `share` of all training tokens."""
     dtype = np.uint16 if len(tokenizer) <= 2 ** 16 else np.uint32
     tokens, size, sha = {"train": 0, "val": 0}, {"train": 0, "val": 0}, {s: hashlib.sha256() for s in ("train", "val")}
+    lines, own = generated.lines(tokenizer), 0
     with contextlib.ExitStack() as stack:
         files = {s: open(stack.enter_context(atomic(out / f"{s}.bin")), "wb") for s in ("train", "val")}
         for file in files.values():
             stack.enter_context(file)                                        # closed before it is renamed
         for i, (text, ids) in enumerate(tokenized(source, tokenizer)):
             split = "val" if held_out(text, i == 0) else "train"
-            block = np.asarray([*ids, tokenizer.eos_token_id], dtype).tobytes()
-            files[split].write(block)
-            sha[split].update(block)
-            tokens[split] += len(ids) + 1
+            block = [*ids, tokenizer.eos_token_id]
             size[split] += len(text.encode("utf-8", "surrogatepass"))
+            while split == "train" and own < share * (tokens[split] + len(block)):
+                line = [*next(lines), tokenizer.eos_token_id]
+                block, own = block + line, own + len(line)
+            files[split].write(piece := np.asarray(block, dtype).tobytes())
+            sha[split].update(piece)
+            tokens[split] += len(block)
             if 0 < max_tokens <= tokens["train"]:
                 break
         if min(tokens.values()) == 0:
             raise UserError(f"the corpus {_name(source)} is empty or a single document; it needs two, one to hold out")
     return {"tokens": tokens, "bytes": size, "dtype": np.dtype(dtype).name, "tokenizer": tokenizer_hash(tokenizer),
-            "vocab_size": len(tokenizer), "source": source, "max_tokens": max_tokens,
+            "vocab_size": len(tokenizer), "source": source, "max_tokens": max_tokens, "tasks": share,
             "sha256": {s: h.hexdigest() for s, h in sha.items()}}
 
 
@@ -226,9 +233,10 @@ def _name(source):
     return source.get("path") or source.get("id") or source["kind"]
 
 
-def prepare(data, tokenizer, out, world=None, vocab=2048, max_tokens=None):
+def prepare(data, tokenizer, out, world=None, vocab=2048, max_tokens=None, tasks=None):
     """The folder of shards for `data` under `tokenizer` (None: train a BPE): made at `out` if missing, reused if it
-    holds the same, refused by naming the difference otherwise. Returns (folder, meta)."""
+    holds the same, refused by naming the difference otherwise. With a BPE of its own the training text has a share of
+    `tasks`. Returns (folder, meta)."""
     source = resolve(data)
     out = Path(source["path"]) if source["kind"] == "shards" else Path(out)
     if (world is None or world.main) and not (out / "meta.json").exists():
@@ -236,8 +244,9 @@ def prepare(data, tokenizer, out, world=None, vocab=2048, max_tokens=None):
         out.mkdir(parents=True, exist_ok=True)
         start = time.time()
         own = {"vocab": vocab} if tokenizer is None else {}
+        share = tasks or 0.0 if tokenizer is None else 0.0
         tokenizer = tokenizer or train_tokenizer(source, vocab)
-        meta = {**write_shards(source, tokenizer, out, max_tokens or 0), **own}
+        meta = {**write_shards(source, tokenizer, out, max_tokens or 0, share), **own}
         with atomic(out / "tokenizer.json") as temporary:
             tokenizer.backend_tokenizer.save(str(temporary))
         write_json(out / "meta.json", meta)
@@ -247,7 +256,8 @@ def prepare(data, tokenizer, out, world=None, vocab=2048, max_tokens=None):
     meta = read_json(out / "meta.json", "delete that folder and run again")
     wanted = {} if source["kind"] == "shards" else {"source": source}
     wanted |= {"tokenizer": tokenizer_hash(tokenizer)} if tokenizer is not None else {}
-    wanted |= {"vocab": vocab} if tokenizer is None and source["kind"] != "shards" else {}  # that its BPE was made for
+    if tokenizer is None and source["kind"] != "shards":
+        wanted |= {"vocab": vocab} | ({} if tasks is None else {"tasks": tasks})                # that it was made for
     wanted |= {"max_tokens": max_tokens} if max_tokens is not None else {}
     for key, value in wanted.items():
         if meta.get(key) != value:
@@ -349,7 +359,7 @@ def main(argv):
         print(f"would read {source}\nwould write train.bin, val.bin, meta.json, tokenizer.json to {cfg.out}")
         return
     tokenizer = None if cfg.model == "toy" else load_tokenizer(cfg.model)
-    out, meta = prepare(cfg.data, tokenizer, cfg.out, vocab=cfg.vocab, max_tokens=cfg.max_tokens)
+    out, meta = prepare(cfg.data, tokenizer, cfg.out, vocab=cfg.vocab, max_tokens=cfg.max_tokens, tasks=cfg.tasks)
     print(f"{out}: {meta['tokens']['train']:,} train and {meta['tokens']['val']:,} val tokens of "
           f"{_name(meta['source'])}, vocabulary {meta['vocab_size']}, {meta['dtype']}")
 

@@ -1,0 +1,124 @@
+"""tasks.py: small tasks with one right answer, generated for the tokenizer at hand. No training, no files.
+
+    python data.py --tasks 0.1                 # mixes lines of them into the training text, never into val
+    python circuits.py --task induction        # compares how two models solve one
+    pairs = examples("induction", tokenizer, 64, seed=0)        # clean and corrupted prompts of equal length
+
+A line is one document, so a prompt is EOS and the beginning of a line. Two tasks are solved by looking back along the
+prefix, two only by weighing all of it (the grouping of the mechanism-shift paper; its tasks are too hard for a toy):
+
+    induction   w1 w2 w3 w4 w5 w6 w1 w2 w3 -> w4              prefix     the word that followed last time
+    brackets    ( w1 [ w2 { w3 } -> ]                         prefix     the type that is open
+    missing     w1 w2 w3 w4 : w3 w1 w4 -> w2                  global     the word that has not come back yet
+    countdown   7 = 3 + -> 4                                  global     what brings the sum to its target, modulo 10
+
+The corrupted prompt differs in one token, which changes the answer. Both prompts have the same length.
+"""
+from typing import NamedTuple
+
+import numpy as np
+
+from common import UserError, generator
+
+TASKS = ("induction", "brackets", "missing", "countdown")
+GLOBAL = ("missing", "countdown")
+WORDS = 256     # single-token words that the tasks use: the most frequent ones of the vocabulary
+LEAST = 16      # fewer than this and the tokenizer cannot pose the tasks
+
+
+class Pair(NamedTuple):
+    """Token ids: a prompt, the same with one token changed, what follows the one and the other, and how the line ends
+    after the clean prompt's answer."""
+    clean: list
+    corrupted: list
+    answer: int
+    wrong: int
+    rest: list
+
+
+class Pieces:
+    """The single tokens that the tasks are written with."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.eos = tokenizer, tokenizer.eos_token_id
+        vocabulary = [tokenizer.decode([i]) for i in range(len(tokenizer))]
+        self.words = [i for i, text in enumerate(vocabulary) if text[:1] == " " and len(text) > 3
+                      and text[1:].isalpha() and text[1:].isascii() and text.islower()][:WORDS]
+        if len(self.words) < LEAST or self.eos is None:
+            raise UserError(f"this tokenizer has {len(self.words)} single-token words and end-of-text token "
+                            f"{self.eos}; the tasks need {LEAST} words and such a token")
+
+    def signs(self, characters):
+        """Their ids: all with a space before them, or none. Raises UserError when neither way each is one token."""
+        for space in (" ", ""):
+            ids = [self.tokenizer(space + c, add_special_tokens=False)["input_ids"] for c in characters]
+            if all(len(i) == 1 for i in ids):
+                return [i[0] for i in ids]
+        raise UserError(f"{characters!r} are no single tokens of this tokenizer, so its task cannot be posed")
+
+    def draw(self, gen, count):
+        """`count` different words."""
+        return [self.words[i] for i in gen.choice(len(self.words), count, replace=False)]
+
+
+# ---------------------------------------------------------------------------------------------------- the tasks
+def induction(pieces, gen, size):
+    *words, other = pieces.draw(gen, size + 1)
+    known = size // 2 if size == 6 else int(gen.integers(1, size))
+    changed = [*words[:known], other, *words[known + 1:]]
+    return Pair(words + words[:known], changed + words[:known], words[known], other, words[known + 1:])
+
+
+def brackets(pieces, gen, size):
+    signs = pieces.signs("([{)]}")
+    kinds = list(zip(signs[:3], signs[3:]))
+    depth = max(2, size // 2)
+    chosen = [kinds[i] for i in gen.integers(0, 3, depth)]
+    words = pieces.draw(gen, depth)
+    target = chosen[-2]
+    other = kinds[(kinds.index(target) + int(gen.integers(1, 3))) % 3]
+    prompt = [token for kind, word in zip(chosen, words, strict=True) for token in (kind[0], word)] + [chosen[-1][1]]
+    changed = [*prompt[:2 * depth - 4], other[0], *prompt[2 * depth - 3:]]
+    return Pair(prompt, changed, target[1], other[1], [kind[1] for kind in chosen[:-2]][::-1])
+
+
+def missing(pieces, gen, size):
+    count = max(3, size - 2)
+    words = pieces.draw(gen, count)
+    *shown, answer = [words[i] for i in gen.permutation(count)]
+    place, [colon] = int(gen.integers(count - 1)), pieces.signs(":")
+    changed = [*shown[:place], answer, *shown[place + 1:]]
+    return Pair([*words, colon, *shown], [*words, colon, *changed], answer, shown[place], [])
+
+
+def countdown(pieces, gen, size):
+    digits, (equals, plus) = pieces.signs("0123456789"), pieces.signs("=+")
+    a, b = gen.integers(0, 10, 2)
+    c = (a + gen.integers(1, 10)) % 10
+    rest = [equals, digits[b], plus]
+    return Pair([digits[a], *rest], [digits[c], *rest], digits[(a - b) % 10], digits[(c - b) % 10], [])
+
+
+def make(name, pieces, gen, size=6):
+    """One Pair of the task `name`. `size` sets the length; 6 is the one that is analysed."""
+    return {"induction": induction, "brackets": brackets, "missing": missing,
+            "countdown": countdown}[name](pieces, gen, size)
+
+
+def examples(name, tokenizer, count, seed):
+    """`count` Pairs of one length, every prompt beginning with EOS."""
+    pieces, gen = Pieces(tokenizer), generator(seed, f"task {name}")
+    pairs = [make(name, pieces, gen) for _ in range(count)]
+    pairs = [p._replace(clean=[pieces.eos, *p.clean], corrupted=[pieces.eos, *p.corrupted]) for p in pairs]
+    if len({len(ids) for p in pairs for ids in (p.clean, p.corrupted)}) > 1:
+        raise UserError(f"the prompts of task {name} differ in length under this tokenizer")
+    return pairs
+
+
+def lines(tokenizer, seed=0):
+    """Endless training lines as token ids (without EOS): the tasks in turn, of varying size."""
+    pieces, gen = Pieces(tokenizer), generator(seed, "task lines")
+    while True:
+        for name in TASKS:
+            pair = make(name, pieces, gen, int(gen.integers(4, 9)))
+            yield np.array([*pair.clean, pair.answer, *pair.rest])
