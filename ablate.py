@@ -84,6 +84,19 @@ def cells(cfg):
                 yield name, layer, seed, folder, command
 
 
+def execute(work, jobs, threads=1):
+    """Run commands [(title, command)], `jobs` at a time. Raises UserError with the first failure's last line."""
+    def one(item):
+        title, command = item
+        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, capture_output=True,
+                              text=True)
+        if done.returncode:
+            raise UserError(f"{title} failed: {(done.stderr.strip() or 'it said nothing').splitlines()[-1]}")
+        print(f"{title}: {done.stdout.strip().splitlines()[-1]}", flush=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(one, work))
+
+
 def table(cfg):
     """The study as Markdown: per layer and variant the mean +- sd over seeds of FVU and CE gap."""
     groups = {}
@@ -203,17 +216,8 @@ def main(argv):
     if cfg.dry_run:
         print("\n".join(" ".join(command) for *_, command in work))
         return None
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def one(cell):
-        name, layer, seed, _, command = cell
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise UserError(f"{name} at layer {layer}, seed {seed} failed: {done.stderr.strip().splitlines()[-1]}")
-        print(f"{name}, layer {layer}, seed {seed}: {done.stdout.strip().splitlines()[-1]}", flush=True)
     data.prepare(cfg.data, data.load_tokenizer(cfg.model), Path(cfg.out) / "data")  # once, before two runs want it
-    with ThreadPoolExecutor(cfg.jobs) as pool:
-        list(pool.map(one, work))
+    execute([(f"{name}, layer {layer}, seed {seed}", command) for name, layer, seed, _, command in work], cfg.jobs)
     text = {"generate": generation_table, "align": alignment_table}.get(cfg.study, table)(cfg)
     with atomic(Path(cfg.out) / f"{cfg.study}.md") as temporary:
         temporary.write_text(text + "\n")

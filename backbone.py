@@ -49,7 +49,7 @@ class Config:
     width: int = 128            # hidden width D
     heads: int = 4              # query heads; half as many key/value heads
     vocab: int = 2048           # vocabulary of the byte-level BPE
-    tasks: float = 0.1          # share of generated task lines in its training text; see tasks.py
+    tasks: float = 0.0          # share of generated task lines in its training text; see tasks.py
     lr: float = 0.02            # Muon, for the matrices inside the blocks
     lr_adam: float = 8e-3       # AdamW, for embeddings and norms
     weight_decay: float = 0.1   # decoupled, on both

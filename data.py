@@ -43,7 +43,7 @@ class Config:
     model: str = "toy"          # whose tokenizer: toy (trains a byte-level BPE on the text), a folder or a Hub id
     out: str = "out/data"       # folder to write
     vocab: int = 2048           # vocabulary of the toy's BPE
-    tasks: float = 0.1          # with the toy's own BPE: share of generated lines (tasks.py) in the training text
+    tasks: float = 0.0          # with the toy's own BPE: share of generated lines (tasks.py) in the training text
     max_tokens: int = 0         # stop after this many training tokens (0: the whole corpus)
     seed: int = 0               # unused by the shards themselves; kept so that every stage takes --seed
     dry_run: bool = False       # print what would be read and written, then leave

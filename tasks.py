@@ -1,6 +1,6 @@
 """tasks.py: small tasks with one right answer, generated for the tokenizer at hand. No training, no files.
 
-    python data.py --tasks 0.1                 # mixes lines of them into the training text, never into val
+    python data.py --tasks 0.6                 # mixes lines of them into the training text, never into val
     python circuits.py --task induction        # compares how two models solve one
     pairs = examples("induction", tokenizer, 64, seed=0)        # clean and corrupted prompts of equal length
 
@@ -10,7 +10,7 @@ prefix, two only by weighing all of it (the grouping of the mechanism-shift pape
     induction   w1 w2 w3 w4 w5 w6 w1 w2 w3 -> w4              prefix     the word that followed last time
     brackets    ( w1 [ w2 { w3 } -> ]                         prefix     the type that is open
     missing     w1 w2 w3 w4 : w3 w1 w4 -> w2                  global     the word that has not come back yet
-    countdown   7 = 3 + -> 4                                  global     what brings the sum to its target, modulo 10
+    countdown   7 = 3 + -> 4                                  global     what brings the sum to its target
 
 The corrupted prompt differs in one token, which changes the answer. Both prompts have the same length.
 """
@@ -22,7 +22,7 @@ from common import UserError, generator
 
 TASKS = ("induction", "brackets", "missing", "countdown")
 GLOBAL = ("missing", "countdown")
-WORDS = 256     # single-token words that the tasks use: the most frequent ones of the vocabulary
+WORDS = 64      # single-token words that the tasks use: the most frequent ones of the vocabulary
 LEAST = 16      # fewer than this and the tokenizer cannot pose the tasks
 
 
@@ -93,10 +93,10 @@ def missing(pieces, gen, size):
 
 def countdown(pieces, gen, size):
     digits, (equals, plus) = pieces.signs("0123456789"), pieces.signs("=+")
-    a, b = gen.integers(0, 10, 2)
-    c = (a + gen.integers(1, 10)) % 10
+    b = int(gen.integers(7))
+    a, c = gen.choice(np.arange(b, 10), 2, replace=False)
     rest = [equals, digits[b], plus]
-    return Pair([digits[a], *rest], [digits[c], *rest], digits[(a - b) % 10], digits[(c - b) % 10], [])
+    return Pair([digits[a], *rest], [digits[c], *rest], digits[a - b], digits[c - b], [])
 
 
 def make(name, pieces, gen, size=6):

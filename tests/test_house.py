@@ -18,7 +18,8 @@ import run
 
 FILES = sorted(ROOT.glob("*.py"))
 ORDER = ["common", "run", "optim", "tasks", "data", "backbone", "geometry", "diffusion", "denoiser", "bridge", "masked",
-         "hybrid", "repr_align", "generate", "ablate", "circuits", "evaluate", "report", "bench"]
+         "hybrid", "repr_align", "generate", "ablate", "sweep", "attribution", "circuits", "evaluate", "report",
+         "bench"]
 STAGES = ["data", "backbone", "geometry", "bridge", "hybrid", "repr_align", "generate", "evaluate", "bench",
           "ablate"]
 

@@ -1,0 +1,277 @@
+"""attribution.py: what each edge of a network contributes to a task, by hooks on an ordinary model.
+
+    subject = Subject(lm)                                   # or Subject(lm, student) for a masked model
+    scores = attribute(subject, batches, steps=5)           # EAP-IG: every edge at once, a few backward passes
+    effects = patch(subject, batch, [(sender, receiver)])   # the exact effect of single edges, one run each
+
+Edge attribution patching (EAP, Syed et al. 2023) and its integrated-gradients form over inputs (EAP-IG, Hanna et al.
+2024). The graph: senders are the embedding, each head `a1.3` and each MLP `m1` (block 1, head 3, counted from 0);
+receivers are each head's input by way of q, k and v (`a1.3.q`; those of grouped heads once), each MLP's input, and the
+logits. An edge u -> v is the part of v's input that u wrote into the residual stream.
+
+Letters: P pairs, T tokens, D hidden width, H heads, K key heads, d channels a head, S senders, R receivers.
+"""
+import contextlib
+from typing import NamedTuple
+
+import torch
+
+from common import UserError
+
+ADDS_UP = {  # model_type -> names in a block: norm, attention, its output matrix, second norm. The rest is refused.
+    **dict.fromkeys(("llama", "qwen2", "qwen3", "mistral"),
+                    ("input_layernorm", "self_attn", "o_proj", "post_attention_layernorm")),
+    "gpt2": ("ln_1", "attn", "c_proj", "ln_2")}
+
+
+# ------------------------------------------------------------------------------------------------------ the graph
+class Graph(NamedTuple):
+    """Names of S senders and R receivers; `before` (R,) says how many senders, from the first, feed each receiver."""
+    senders: list
+    receivers: list
+    before: list
+
+    def edges(self):
+        """(S, R) bool: which edges exist."""
+        return torch.arange(len(self.senders))[:, None] < torch.tensor(self.before)[None]
+
+
+class Subject:
+    """A model under study, cut into the parts that the graph names. `student` is set for a masked model, whose
+    attention is bidirectional and whose prompt ends in a mask: its state before the mask predicts the mask's token.
+    Several subjects of one `kind` differ in their training seed."""
+
+    def __init__(self, lm, student=None, name="AR", kind="AR"):
+        family = lm.config.model_type
+        if family not in ADDS_UP:
+            raise UserError(f"the heads of a {family} model do not simply add up in its residual stream (output norms "
+                            f"or parallel blocks); circuits are supported for {', '.join(ADDS_UP)}")
+        self.lm, self.student, self.name, self.kind = lm, student, name, kind
+        self.H = lm.config.num_attention_heads
+        self.K = getattr(lm.config, "num_key_value_heads", None) or self.H
+        norm1, attention, out, norm2 = ADDS_UP[family]
+        self.norm1, self.norm2, self.attention, self.mlp, self.out = ([], [], [], [], [])
+        for block in lm.blocks:
+            self.norm1.append(getattr(block, norm1))
+            self.attention.append(getattr(block, attention))
+            self.norm2.append(getattr(block, norm2))
+            self.mlp.append(block.mlp)
+            self.out.append(getattr(getattr(block, attention), out))
+        self.joint = family == "gpt2"                                         # one matrix for q, k, v, stored (in, out)
+
+    def graph(self):
+        senders, receivers, before = ["embed"], [], []
+        for i in range(self.lm.L):
+            inputs = [f"a{i}.{h}.{part}" for part, count in (("q", self.H), ("k", self.K), ("v", self.K))
+                      for h in range(count)]
+            receivers, before = receivers + inputs, before + [len(senders)] * len(inputs)
+            senders += [f"a{i}.{h}" for h in range(self.H)]
+            receivers, before = [*receivers, f"m{i}"], [*before, len(senders)]
+            senders.append(f"m{i}")
+        return Graph(senders, [*receivers, "logits"], [*before, len(senders)])
+
+    def project(self, i, x):
+        """The normed input x (..., D) of block i's attention -> q, k, v, each (..., heads * d); past every hook."""
+        a = self.attention[i]
+        if self.joint:
+            return list(a.c_attn.forward(x).chunk(3, -1))
+        return [p.forward(x) for p in (a.q_proj, a.k_proj, a.v_proj)]
+
+    def inward(self, i, grads):
+        """Gradients at q, k, v (P, T, heads * d) -> at the normed input, apart for each head: (P, T, H + 2K, D)."""
+        a, parts = self.attention[i], []
+        weights = a.c_attn.weight.T.chunk(3) if self.joint else [p.weight for p in (a.q_proj, a.k_proj, a.v_proj)]
+        for g, w, heads in zip(grads, weights, (self.H, self.K, self.K), strict=True):
+            parts.append(torch.einsum("pthd,hde->pthe", g.unflatten(-1, (heads, -1)), w.unflatten(0, (heads, -1))))
+        return torch.cat(parts, 2)
+
+    def outward(self, i, z):
+        """What the heads of block i, concatenated in z (P, T, H * d), write into the residual stream: (P, T, H, D)."""
+        w = self.out[i].weight if self.joint else self.out[i].weight.T                          # (H * d, D)
+        return torch.einsum("pthd,hde->pthe", z.unflatten(-1, (self.H, -1)), w.unflatten(0, (self.H, -1)))
+
+    def embed(self, ids):
+        """Prompts (P, T) -> h[0] (P, T [+ 1 mask], D)."""
+        if self.student is None:
+            return self.lm.embed(ids)
+        ids = torch.cat([ids, torch.full_like(ids[:, :1], self.student.mask_id)], 1)
+        return self.student.embed(ids, ids == self.student.mask_id)
+
+    def run(self, h, start=0):
+        """h[start] (P, T, D) -> logits (P, V) of the token after the prompt."""
+        side = self.lm.side(h, causal=self.student is None)
+        h = self.lm.run(h, start, self.lm.L, side)
+        if self.student is not None:
+            return self.student.logits(self.lm.norm(h))[:, -2]
+        return self.lm.head(h)[:, -1].float()
+
+
+@contextlib.contextmanager
+def record(subject, seen):
+    """While open, a forward pass leaves in `seen`: x{i} and r{i}, the residual stream before block i's attention and
+    MLP; q{i}, y{i}, the list of q, k, v and the MLP's normed input, where gradients arrive; z{i} and m{i}, the heads
+    side by side and the MLP's output; f, the stream before the final norm."""
+    handles = []
+
+    def take(module, name, output=False):
+        def hook(_, args, *more):
+            value = more[-1] if output else args[0]
+            seen[name] = value[0] if isinstance(value, tuple) else value
+        handles.append((module.register_forward_hook if output else module.register_forward_pre_hook)(hook))
+
+    for i in range(subject.lm.L):
+        take(subject.norm1[i], f"x{i}")
+        a = subject.attention[i]
+        for name in ("c_attn",) if subject.joint else ("q_proj", "k_proj", "v_proj"):
+            take(getattr(a, name), f"{name}{i}", output=True)
+        take(subject.out[i], f"z{i}")
+        take(subject.norm2[i], f"r{i}")
+        take(subject.mlp[i], f"y{i}")
+        take(subject.mlp[i], f"m{i}", output=True)
+    take(subject.lm.norm, "f")
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# ---------------------------------------------------------------------------------------------------- attribution
+def metric(logits, batch):
+    """Logit of the right answer over the wrong one, (P,)."""
+    return (logits.gather(1, batch["answer"][:, None]) - logits.gather(1, batch["wrong"][:, None]))[:, 0]
+
+
+def written(subject, h0, seen):
+    """What each sender wrote into the stream: (P, T, S, D)."""
+    parts = [h0[:, :, None]]
+    for i in range(subject.lm.L):
+        parts += [subject.outward(i, seen[f"z{i}"]), seen[f"m{i}"][:, :, None]]
+    return torch.cat(parts, 2)
+
+
+def through_norm(norm, x, g):
+    """Gradients g (P, T, n, D) at the output of a norm whose input is x (P, T, D) -> at its input, for each of n."""
+    with torch.enable_grad():
+        x = x.detach()[:, :, None].expand_as(g).clone().requires_grad_()
+        return torch.autograd.grad(norm.forward(x), x, g)[0]
+
+
+def attribute(subject, batches, steps):
+    """Scores (S, R), mean over pairs: the change of the metric, to first order, when the edge alone carries what it
+    carries on the corrupted prompt. steps = 0 is EAP: gradients at the clean prompt. Otherwise EAP-IG: their mean at
+    `steps` midpoints of the line between the corrupted embedding and the clean one.
+
+    1 what every sender writes, corrupted minus clean  2 gradient at every receiver's input, along the line
+    3 a score is the product of the two, summed over positions. Memory holds one batch of pairs."""
+    graph = subject.graph()
+    scores, count = torch.zeros(len(graph.senders), len(graph.receivers), dtype=torch.float64), 0
+    for batch in batches:
+        with torch.no_grad():
+            clean, corrupted = subject.embed(batch["clean"]), subject.embed(batch["corrupted"])
+            change = 0
+            for h0, sign in ((corrupted, 1), (clean, -1)):
+                with record(subject, {}) as seen:
+                    subject.run(h0)
+                change = change + sign * written(subject, h0, seen)                            # (P, T, S, D)
+        for way in [1.0] if not steps else [(k + 0.5) / steps for k in range(steps)]:
+            h0 = (corrupted + way * (clean - corrupted)).detach().requires_grad_()
+            with record(subject, {}) as seen:
+                total = metric(subject.run(h0), batch).sum()
+            names = [f"{n}{i}" for i in range(subject.lm.L)
+                     for n in (("c_attn",) if subject.joint else ("q_proj", "k_proj", "v_proj"))]
+            names += [f"y{i}" for i in range(subject.lm.L)] + ["f"]
+            grads = dict(zip(names, torch.autograd.grad(total, [seen[n] for n in names]), strict=True))
+            column = 0
+            for i in range(subject.lm.L):
+                qkv = grads[f"c_attn{i}"].chunk(3, -1) if subject.joint else [grads[f"{n}_proj{i}"] for n in "qkv"]
+                for g, norm, x in ((subject.inward(i, qkv), subject.norm1[i], seen[f"x{i}"]),
+                                   (grads[f"y{i}"][:, :, None], subject.norm2[i], seen[f"r{i}"])):
+                    g, n = through_norm(norm, x, g), graph.before[column]                      # (P, T, n_r, D)
+                    scores[:n, column:column + g.shape[2]] += torch.einsum(
+                        "ptsd,ptrd->sr", change[:, :, :n], g).double().cpu() / max(steps, 1)
+                    column += g.shape[2]
+            scores[:, column] += torch.einsum("ptsd,ptd->s", change, grads["f"]).double().cpu() / max(steps, 1)
+        count += len(batch["clean"])
+    return scores / count
+
+
+@torch.no_grad()
+def patch(subject, batch, edges):
+    """The exact effect of each edge (sender, receiver) on the metric, mean over the pairs of one batch: the receiver
+    alone is given a stream in which the sender's part is the corrupted one. A list of numbers, as `attribute` scores.
+
+    Blocks below the receiver do not change, so each run starts at its block."""
+    graph = subject.graph()
+    with record(subject, {}) as seen_corrupted:
+        subject.run(h_corrupted := subject.embed(batch["corrupted"]))
+    with record(subject, {}) as seen:
+        clean = metric(subject.run(h_clean := subject.embed(batch["clean"])), batch).mean().item()
+    change = written(subject, h_corrupted, seen_corrupted) - written(subject, h_clean, seen)   # (P, T, S, D)
+    effects = []
+    for s, r in edges:
+        name, delta = graph.receivers[r], change[:, :, s]                                      # (P, T, D)
+        if name == "logits":
+            start = subject.lm.L
+            logits = subject.run(seen["f"] + delta, start)
+        else:
+            start = int(name[1:].split(".")[0])
+            with instead(subject, name, seen, delta):
+                logits = subject.run(seen[f"x{start}"], start)
+        effects.append(metric(logits, batch).mean().item() - clean)
+    return effects
+
+
+@contextlib.contextmanager
+def instead(subject, name, seen, delta):
+    """While open, the receiver `name` reads the stream of `seen` plus `delta` (P, T, D); nobody else does."""
+    i = int(name[1:].split(".")[0])
+    if name.startswith("m"):
+        y = subject.norm2[i].forward(seen[f"r{i}"] + delta)
+        handle = subject.mlp[i].register_forward_pre_hook(lambda *_: (y,))
+    else:
+        _, h, part = name.split(".")
+        place = "qkv".index(part)
+        new = subject.project(i, subject.norm1[i].forward(seen[f"x{i}"] + delta))[place]        # (P, T, heads * d)
+        d = new.shape[-1] // (self_heads := subject.H if part == "q" else subject.K)
+        lo = int(h) * d
+        a = subject.attention[i]
+        module = a.c_attn if subject.joint else getattr(a, f"{part}_proj")
+        first = (place * self_heads * d if subject.joint else 0) + lo
+
+        def hook(_, __, output):
+            output = output.clone()
+            output[..., first:first + d] = new[..., lo:lo + d]
+            return output
+        handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def without(subject, components):
+    """While open, these senders write nothing: heads `a1.3` and MLPs `m1`. Raises UserError for an unknown one."""
+    known, handles = subject.graph().senders[1:], []
+    for name in components:
+        if name not in known:
+            raise UserError(f"--ablate {name}: no such component; heads are a0.0 to "
+                            f"a{subject.lm.L - 1}.{subject.H - 1}, MLPs m0 to m{subject.lm.L - 1}")
+        i, _, h = name[1:].partition(".")
+
+        def zero_head(_, args, h=h):
+            z = args[0].unflatten(-1, (subject.H, -1)).clone()
+            z[..., int(h), :] = 0
+            return (z.flatten(-2),)
+
+        def zero(_, __, output):
+            return torch.zeros_like(output)
+        i = int(i)
+        handles.append(subject.out[i].register_forward_pre_hook(zero_head) if h else
+                       subject.mlp[i].register_forward_hook(zero))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,282 @@
+"""attribution.py and circuits.py: completeness, exactness on a linear model, symmetry, and the stage as it is used."""
+import json
+
+import pytest
+import torch
+from conftest import fails, tiny_model
+from torch import nn
+
+import attribution
+import backbone
+import circuits
+import data
+import masked
+import tasks
+from attribution import Subject, attribute, metric, patch, without
+from common import UserError, generator
+
+L, H = 4, 4
+SUPPORTED = ("llama", "qwen2", "qwen3", "mistral", "gpt2")
+
+
+def subject_of(family, seed=0, **changes):
+    return Subject(backbone.Backbone(tiny_model(family, seed, **changes).requires_grad_(False)))
+
+
+def batch_of(pairs=5, length=9, seed=0):
+    gen = torch.Generator().manual_seed(seed)
+    clean = torch.randint(3, 64, (pairs, length), generator=gen)
+    corrupted = clean.clone()
+    corrupted[:, 4] = (clean[:, 4] + 7) % 61 + 3
+    answer = torch.randint(3, 64, (pairs,), generator=gen)
+    return {"clean": clean, "corrupted": corrupted, "answer": answer, "wrong": (answer + 5) % 64}
+
+
+def difference(subject, batch):
+    """m(corrupted) - m(clean), mean over pairs."""
+    with torch.no_grad():
+        there, here = (metric(subject.run(subject.embed(batch[k])), batch) for k in ("corrupted", "clean"))
+    return (there - here).mean().item()
+
+
+def every_edge(graph):
+    return [(s, r) for r, n in enumerate(graph.before) for s in range(n)]
+
+
+# -------------------------------------------------------------------------------------------------- attribution
+@pytest.mark.parametrize("family", SUPPORTED)
+def test_the_edges_that_leave_the_embedding_add_up_to_the_difference(family):
+    subject, batch = subject_of(family), batch_of()
+    want = difference(subject, batch)
+    errors = [abs(attribute(subject, [batch], steps)[0].sum().item() - want) for steps in (3, 100)]
+    assert abs(want) > 1e-2 and errors[1] < 2e-2 * abs(want) and errors[1] < errors[0]
+
+
+class Same(nn.Module):
+    """The identity, as a tensor of its own: gradients at its output are not those of the residual stream."""
+
+    def forward(self, x):
+        return x * 1
+
+
+def linear(family):
+    """A model that is linear in its embeddings: even attention, no norms, a matrix in place of each MLP."""
+    subject = subject_of(family)
+    torch.manual_seed(1)
+    for block in subject.lm.blocks:
+        block.mlp = nn.Linear(32, 32).requires_grad_(False)
+    with torch.no_grad():
+        for a in subject.attention:
+            if subject.joint:
+                a.c_attn.weight[:, :64] = 0
+                a.c_attn.bias[:64] = 0
+            else:
+                a.q_proj.weight.zero_()
+                a.k_proj.weight.zero_()
+    norm1, _, _, norm2 = attribution.ADDS_UP[subject.lm.config.model_type]
+    for block in subject.lm.blocks:
+        setattr(block, norm1, Same())
+        setattr(block, norm2, Same())
+    stack, _, norm = backbone.FAMILIES[subject.lm.config.model_type]
+    setattr(getattr(subject.lm.model, stack), norm, Same())
+    return Subject(backbone.Backbone(subject.lm.model))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_on_a_linear_model_eap_is_exact_patching(family):
+    subject, batch = linear(family), batch_of()
+    graph = subject.graph()
+    scores, edges = attribute(subject, [batch], 0), every_edge(graph)
+    exact = torch.tensor(patch(subject, batch, edges))
+    guess = torch.tensor([scores[e] for e in edges], dtype=exact.dtype)
+    assert exact.abs().max() > 1e-2 and torch.allclose(exact, guess, atol=2e-4 * float(exact.abs().max()))
+    assert not torch.allclose(exact, torch.tensor([attribute(subject_of(family), [batch], 0)[e] for e in edges],
+                                                  dtype=exact.dtype), atol=1e-2)
+
+
+def test_patching_every_edge_into_a_receiver_is_the_corrupted_run_there():
+    """The logits' edges, patched one by one on a model that is linear behind them, add up to the whole difference."""
+    subject, batch = linear("llama"), batch_of()
+    graph = subject.graph()
+    last = len(graph.receivers) - 1
+    total = sum(patch(subject, batch, [(s, last) for s in range(graph.before[last])]))
+    assert total == pytest.approx(difference(subject, batch), rel=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_small_changes_are_patched_as_attributed(family):
+    """Where the corrupted prompt is near the clean one, first order is exact: at every kind of receiver."""
+    subject, batch = subject_of(family), batch_of()
+    table = subject.lm.model.get_input_embeddings().weight
+    with torch.no_grad():
+        old, new = batch["clean"][:, 4], torch.arange(5)
+        batch["clean"][:, 4], batch["corrupted"][:, 4] = 10 + new, 20 + new
+        table[20 + new] = table[10 + new] + 1e-3 * table[old]
+    graph = subject.graph()
+    edges = every_edge(graph)[::3]
+    scores, exact = attribute(subject, [batch], 0), torch.tensor(patch(subject, batch, edges)).double()
+    guess = torch.stack([scores[e] for e in edges])
+    assert torch.corrcoef(torch.stack([exact, guess]))[0, 1] > 0.98
+    assert {graph.receivers[r].split(".")[-1] for _, r in edges} >= {"q", "k", "v", "logits", "m1"}
+
+
+def test_permuted_heads_have_permuted_scores():
+    one, two, batch = (subject_of("llama", num_key_value_heads=4) for _ in range(2)), None, batch_of()
+    one, two = one
+    order = [2, 0, 3, 1]
+    with torch.no_grad():
+        a, b = one.attention[1], two.attention[1]
+        for name in ("q_proj", "k_proj", "v_proj"):
+            getattr(b, name).weight.copy_(getattr(a, name).weight.view(4, 8, 32)[order].reshape(32, 32))
+        b.o_proj.weight.copy_(a.o_proj.weight.view(32, 4, 8)[:, order].reshape(32, 32))
+    first, second, graph = attribute(one, [batch], 2), attribute(two, [batch], 2), one.graph()
+    rows, columns = list(range(len(graph.senders))), list(range(len(graph.receivers)))
+    for new, old in enumerate(order):
+        rows[graph.senders.index(f"a1.{new}")] = graph.senders.index(f"a1.{old}")
+        for part in "qkv":
+            columns[graph.receivers.index(f"a1.{new}.{part}")] = graph.receivers.index(f"a1.{old}.{part}")
+    assert torch.allclose(second, first[rows][:, columns], atol=1e-5)
+    assert not torch.allclose(second, first, atol=1e-3)
+
+
+def test_an_untouched_component_has_no_attribution():
+    subject, batch = subject_of("llama"), batch_of()
+    graph = subject.graph()
+    with torch.no_grad():
+        subject.attention[2].o_proj.weight[:, 8:16] = 0                         # head a2.1 writes nothing
+        subject.lm.blocks[1].mlp.down_proj.weight.zero_()                       # neither does m1
+    scores = attribute(subject, [batch], 3)
+    for name in ("a2.1", "m1"):
+        s = graph.senders.index(name)
+        assert scores[s].abs().max() == 0
+        assert all(e == pytest.approx(0, abs=1e-5) for e in patch(subject, batch, [(s, r) for r in range(
+            len(graph.receivers)) if graph.before[r] > s]))
+    assert scores[graph.senders.index("m1"):, graph.receivers.index("m1")].abs().max() == 0  # nor is it read
+    assert scores[:, graph.receivers.index("a2.1.q")].abs().max() == 0
+    assert scores[:, graph.receivers.index("a2.0.q")].abs().max() > 0
+
+
+def test_scores_do_not_depend_on_how_pairs_are_batched():
+    subject, batch = subject_of("qwen3"), batch_of(6)
+    whole = attribute(subject, [batch], 2)
+    assert torch.allclose(whole, attribute(subject, circuits.slices(batch, 2), 2), atol=1e-6)
+
+
+def test_the_masked_model_looks_both_ways_and_at_a_mask(runs):
+    student, tokenizer = masked.load_converted(runs / "repr_align" / "w0", torch.device("cpu"), torch.float32)
+    subject = Subject(student.lm, student, "twin", "twin")
+    ids = torch.randint(0, 200, (3, 7))
+    mask = torch.cat([ids, ids.new_full((3, 1), student.mask_id)], 1)
+    *_, last = student.states(mask, mask == student.mask_id)
+    with torch.no_grad():
+        assert torch.allclose(subject.run(subject.embed(ids)), student.logits(last)[:, 6], atol=1e-5)
+    batch = {"clean": ids, "corrupted": ids.roll(1, 0), "answer": torch.tensor([5, 6, 7]),
+             "wrong": torch.tensor([8, 9, 10])}
+    want = difference(subject, batch)
+    assert attribute(subject, [batch], 60)[0].sum().item() == pytest.approx(want, rel=0.05, abs=1e-3)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "olmo2", "gpt_neox"])
+def test_models_whose_heads_do_not_add_up_are_refused_by_name(family):
+    name = {"gemma3": "gemma3_text"}.get(family, family)
+    with pytest.raises(UserError, match=name):
+        subject_of(family)
+
+
+def test_zeroing_is_what_it_says():
+    subject, batch = subject_of("llama"), batch_of()
+    with torch.no_grad():
+        before = subject.run(subject.embed(batch["clean"]))
+        with without(subject, ["a1.2", "m3"]):
+            now = subject.run(subject.embed(batch["clean"]))
+        again = subject.run(subject.embed(batch["clean"]))
+        subject.attention[1].o_proj.weight[:, 16:24] = 0
+        subject.lm.blocks[3].mlp.down_proj.weight.zero_()
+        want = subject.run(subject.embed(batch["clean"]))
+    assert torch.equal(before, again) and torch.allclose(now, want, atol=1e-5) and not torch.allclose(now, before)
+    with pytest.raises(UserError, match="a9.0"), without(subject, ["a9.0"]):
+        pass
+
+
+# --------------------------------------------------------------------------------------------------- comparison
+def test_measures_have_known_answers():
+    scores = torch.tensor([[5., -9., 1.], [0., 2., -7.]]).double()
+    edges = torch.tensor([[True, True, True], [False, True, True]])
+    assert circuits.strongest(scores, edges, 2) == {1, 5}
+    assert circuits.jaccard({1, 2, 3}, {2, 3, 4}) == 0.5 and circuits.chance(50, 100) == pytest.approx(1 / 3)
+    gen, n, k = generator(0, "test"), 200, 50
+    drawn = [circuits.jaccard(*(set(gen.choice(n, k, replace=False).tolist()) for _ in "ab")) for _ in range(400)]
+    assert sum(drawn) / 400 == pytest.approx(circuits.chance(k, n), abs=0.01)
+    assert circuits.gini(torch.ones(5)) == pytest.approx(0) and circuits.gini(torch.eye(4)[0]) == pytest.approx(0.75)
+    assert circuits.entropy(torch.ones(5)) == pytest.approx(1) and circuits.entropy(torch.eye(4)[0]) == 0
+    graph = attribution.Graph(["embed", "a0.0", "a0.1", "m0"],
+                              ["a0.0.q", "a0.1.q", "a0.0.k", "a0.0.v", "m0", "logits"], [1, 1, 1, 1, 3, 4])
+    one = torch.zeros(4, 6).double()
+    one[0, 2], one[1, 4] = 4.0, -2.0                                           # embed -> shared key, a0.0 -> m0
+    assert circuits.components(one, graph.edges(), 2, graph).tolist() == [4, 2 + 2, 2, 2]
+    assert circuits.depth(one, graph.edges(), graph, 1).tolist() == pytest.approx([4 / 6, 2 / 6])
+
+
+# --------------------------------------------------------------------------------------------------------- tasks
+def test_pairs_differ_in_one_token_and_have_the_answer_they_claim(runs):
+    tokenizer = data.load_tokenizer(runs / "toy")
+    pieces = tasks.Pieces(tokenizer)
+    for name in tasks.TASKS:
+        for p in tasks.examples(name, tokenizer, 20, seed=3):
+            assert len(p.clean) == len(p.corrupted) and p.answer != p.wrong and p.clean[0] == tokenizer.eos_token_id
+            assert sum(a != b for a, b in zip(p.clean, p.corrupted, strict=True)) == 1
+            for ids, answer in ((p.clean[1:], p.answer), (p.corrupted[1:], p.wrong)):
+                if name == "induction":
+                    assert ids[ids.index(ids[-1]) + 1] == answer and ids.count(ids[-1]) == 2
+                elif name == "missing":
+                    cut = ids.index(pieces.signs(":")[0])
+                    assert {answer} == set(ids[:cut]) - set(ids[cut + 1:])
+                elif name == "countdown":
+                    digit = pieces.signs("0123456789")
+                    assert digit.index(ids[2]) + digit.index(answer) == digit.index(ids[0])
+                else:
+                    signs, stack = pieces.signs("([{)]}"), []
+                    for i in ids:
+                        if i in signs[:3]:
+                            stack.append(signs.index(i))
+                        elif i in signs[3:]:
+                            assert signs.index(i) - 3 == stack.pop()
+                    assert answer == signs[stack[-1] + 3]
+
+
+def test_lines_make_up_their_share_of_the_training_text_and_none_of_the_held_out(text, tmp_path, runs):
+    tokenizer = data.load_tokenizer(runs / "toy")
+    plain, mixed = (data.write_shards(data.resolve(str(text)), tokenizer, folder, share=share)
+                    for share, folder in ((0.0, tmp_path / "a"), (0.3, tmp_path / "b"))
+                    if folder.mkdir() is None)
+    assert mixed["sha256"]["val"] == plain["sha256"]["val"]
+    assert 1 - plain["tokens"]["train"] / mixed["tokens"]["train"] == pytest.approx(0.3, abs=0.01)
+
+
+# --------------------------------------------------------------------------------------------------------- stage
+def test_the_stage_runs_and_refuses(runs, tmp_path, capsys, monkeypatch):
+    argv = ["--model", f"{runs}/toy", "--twins", f"{runs}/repr_align/w0,{runs}/repr_align/w10", "--pairs", "4",
+            "--resamples", "2", "--ig_steps", "2", "--k", "20", "--out", f"{tmp_path}/c"]
+    result = circuits.main([*argv, "--task", "countdown"])                      # a tiny model solves nothing
+    assert not result["tasks"]["countdown"]["usable"] and "not analysed" in result["verdicts"][0]
+    monkeypatch.setattr(circuits, "solved", lambda x, b, which="clean", size=64: torch.ones(len(b["clean"])).bool())
+    argv[-1] = f"{tmp_path}/d"
+    result = circuits.main([*argv, "--patch", "5", "--ablate", "a1.0,m0"])
+    for found in result["tasks"].values():
+        row = found["overlap"]["20"]
+        assert set(row) >= {"chance", "AR, other prompts", "AR and masked, w = 0", "AR and masked, w = 10"}
+        assert 0 <= row["AR and masked, w = 0"]["mean"] <= 1 and row["AR and masked, w = 0"]["n"] == 2
+        assert sum(found["models"]["AR"]["depth"]) == pytest.approx(1)
+        assert found["patching"]["AR"]["edges"] == 25 and -1 <= found["patching"]["AR"]["eap_ig"]["pearson"] <= 1
+        assert found["zeroing"]["AR"]["asked"]["components"] == ["a1.0", "m0"]
+    assert (tmp_path / "d" / "circuits.png").stat().st_size > 5000
+    assert json.loads((tmp_path / "d" / "result.json").read_text())["edges"] == result["edges"]
+    capsys.readouterr()
+    circuits.main([*argv, "--patch", "5", "--ablate", "a1.0,m0"])               # finished: prints its table
+    assert "| induction | prefix |" in capsys.readouterr().out
+    argv[-1] = f"{tmp_path}/e"
+    assert "a9.9" in fails(capsys, circuits.main, *argv, "--ablate", "a9.9")
+    assert "edges of this model" in fails(capsys, circuits.main, *argv, "--k", "100000")
+    assert "no such task" in fails(capsys, circuits.main, *argv, "--task", "chess")
+    assert "repr_align.py" in fails(capsys, circuits.main, "--model", runs / "toy", "--out", tmp_path / "x" / "y" / "z")
+    assert not (tmp_path / "e").exists()
