@@ -1,25 +1,35 @@
 """evaluate.py: EVALUATE. One report with figures, from the runs of the other stages; no number in it is typed.
 
-    python evaluate.py                                   # reads out/, writes out/evaluate/report.md: seconds
-    python evaluate.py --runs out/wiki --out out/wiki/evaluate
+    python evaluate.py                                   # reads out/, writes out/evaluate/report.md: about a minute
+    python evaluate.py --runs out/wiki --out out/wiki/evaluate --text notes.txt
+    python evaluate.py --harness lambada_openai --limit 100      # needs pip install "lm-eval[hf]"
     python evaluate.py --publish                         # also copies the figures and the numbers to results/
 
 Needs finished runs of backbone.py, geometry.py, bridge.py (the bridge, and the regression control in `regression`),
-hybrid.py, repr_align.py (`repr_align/w0` and `repr_align/w10`) and generate.py under --runs, all of one backbone.
-Writes report.md, figure.png, generation.png and result.json to --out. Its first lines say whether diffusion beat plain
-regression.
+hybrid.py, repr_align.py (`repr_align/w0` and `repr_align/w10`) and generate.py under --runs, all of one backbone; those
+of sweep.py and circuits.py are reported where they are found. Measures what the stages do not: speed and memory, bits
+per byte and a cloze suite for the intact model, the hybrid and the twins. Writes report.md, figures and result.json to
+--out. The report's first lines say whether diffusion beat plain regression, and what it costs.
+
+Letters: N texts, T tokens, L blocks, l the replaced layer.
 """
+import math
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+import torch
+import torch.nn.functional as F
 
-from backbone import identity
-from common import UserError, entry, parse, setup
-from generate import name_of
-from generate import table as generation_table
-from geometry import PROXIES
+import backbone
+import data
+import denoiser
+import harness
+import hybrid
+import masked
+import report
+from common import UserError, entry, generator, parse, setup
 from run import Run, atomic, read_json
 
 
@@ -27,7 +37,15 @@ from run import Run, atomic, read_json
 class Config:
     runs: str = "out"           # folder that holds the stages' runs
     out: str = "out/evaluate"   # folder of the report
-    seed: int = 0               # unused so far: the numbers come from the stages
+    text: str = ""              # a text file to judge beside the held-out text
+    texts: int = 64             # held-out windows of 128 tokens for bits per byte
+    calls: int = 16             # network calls a window of the twins' likelihood
+    cloze: int = 60             # questions of each kind
+    repeats: int = 3            # timings are the fastest of so many
+    harness: str = ""           # tasks of lm-evaluation-harness, comma-separated
+    harness_path: str = ""      # folder of local task descriptions
+    limit: int = 0              # examples a task (0: all)
+    seed: int = 0               # of the questions and the twins' masks
     publish: bool = False       # copy the figures and result.json to results/, where the README finds them
     dry_run: bool = False       # print what would be read, then leave
 
@@ -38,17 +56,19 @@ STAGES = {  # folder under --runs -> the command that makes it
     "hybrid": "python hybrid.py", "repr_align/w0": "python repr_align.py --align_weight 0 --out {runs}/repr_align/w0",
     "repr_align/w10": "python repr_align.py", "generate": "python generate.py",
 }
+OPTIONAL = {"sweep": "python sweep.py", "tasks/circuits": "python circuits.py"}  # circuits: of a backbone of its own
+FIGURES = {"generate": "generation.png", "sweep": "sweep.png", "tasks/circuits": "circuits.png"}
 
 
 def read_runs(runs):
     """The result.json of every stage. Raises UserError naming the command for a missing one, and for runs of different
     backbones. A run of run_all.sh on another model has no toy."""
     found = {}
-    for stage, command in STAGES.items():
+    for stage, command in (STAGES | OPTIONAL).items():
         file = runs / stage / "result.json"
-        if stage != "toy" or file.exists():
+        if stage not in ("toy", *OPTIONAL) or file.exists():
             found[stage] = read_json(file, f"make it with: {command.format(runs=runs)}")
-    bases = {stage: result["base"] for stage, result in found.items()}
+    bases = {stage: result["base"] for stage, result in found.items() if stage != "tasks/circuits"}
     other = next((s for s, base in bases.items() if base != bases["geometry"]), None)
     if other is not None:
         raise UserError(f"{runs}/geometry and {runs}/{other} come from different backbones; delete the stale one and "
@@ -61,187 +81,226 @@ def read_runs(runs):
     if differ:
         raise UserError(f"{runs}/bridge and {runs}/regression differ in {', '.join(differ)}, so they cannot be "
                         "compared; run one of them again")
-    if found["hybrid"].get("bridge_weights") != identity(runs / "bridge"):
+    if found["hybrid"].get("bridge_weights") != backbone.identity(runs / "bridge"):
         raise UserError(f"{runs}/hybrid was made of another bridge than {runs}/bridge; delete it and run: "
                         f"python hybrid.py --bridge {runs}/bridge --out {runs}/hybrid")
     return found
 
 
-def verdict(found):
-    """One sentence on diffusion against regression, decided by the numbers: a difference in CE gap counts when it
-    exceeds twice its standard error over held-out sequences (paired: both saw the same ones)."""
-    bridge, regression = found["bridge"], found["regression"]["nfe"]["1"]
-    n = str(bridge["nfe_default"])
-    diffusion = bridge["nfe"][n]
-    better = np.array(regression["ce_gap_rows"]) - np.array(diffusion["ce_gap_rows"])            # > 0: diffusion wins
-    noise = 2 * better.std(ddof=1) / len(better) ** 0.5
-    word = "ties with" if abs(better.mean()) < noise else "beats" if better.mean() > 0 else "loses to"
-    return (f"at layer {bridge['layer']} the diffusion bridge (NFE {n}: CE gap {diffusion['ce_gap']:+.4f} nats, FVU "
-            f"{diffusion['fvu']:.4f}) {word} plain regression with the same network, steps and data "
-            f"({regression['ce_gap']:+.4f}, {regression['fvu']:.4f}): its CE is lower by {better.mean():.4f} +- "
-            f"{noise:.4f} (2 standard errors, {len(better)} sequences, one training seed)")
+# ---------------------------------------------------------------------------------------------------------- cost
+def seconds_of(repeats, run):
+    """The fastest of `repeats` calls: the least disturbed one."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
-def rows(found):
-    """The short table: (what, value) as text."""
-    geometry, bridge, hybrid = found["geometry"], found["bridge"], found["hybrid"]
-    w0, w10 = found["repr_align/w0"], found["repr_align/w10"]
-    four = bridge["nfe"][str(bridge["nfe_default"])]
-    toy = found.get("toy")
-    table = [("backbone", f"{toy['bits_per_byte']:.3f} bits per byte, {toy['seconds']:.0f} s")] if toy else []
-    return table + [
-        ("layer chosen", f"{geometry['best_layer']}, margin {geometry['margin']:.2f} "
-                         f"[{geometry['margin_interval'][0]:.2f}, {geometry['margin_interval'][1]:.2f}]"),
-        (f"bridge at NFE {bridge['nfe_default']}", f"CE gap {four['ce_gap']:+.4f} +- {four['ce_gap_se']:.4f}, FVU "
-         f"{four['fvu']:.4f}, KL {four['kl']:.4f}, agreement {four['agree']:.1%}, {bridge['size_ratio']:.2f}x the size "
-         f"it replaces, {bridge['seconds']:.0f} s"),
-        ("regression control", f"CE gap {found['regression']['nfe']['1']['ce_gap']:+.4f}, FVU "
-                               f"{found['regression']['nfe']['1']['fvu']:.4f}"),
-        ("hybrid", f"CE gap {hybrid['ce_gap']:+.4f} over {hybrid['ce_intact']:.3f} nats, all positions"),
-        *((f"masked twin, w = {r['w']:g}",
-           f"masked CE {r['curve'][0][1]:.3f} -> {r['val_loss']:.3f} nats, {r['seconds']:.0f} s") for r in (w0, w10)),
-        ("generated blocks", generation_line(found["generate"])),
-    ]
+def forward_flops(lm, net, nfe, layer, keys):
+    """FLOPs of one new token with a cache of `keys` tokens: 2 a parameter, 4 a key and channel of each attention. For
+    the intact model net is None."""
+    c = lm.config
+    wide = c.num_attention_heads * (getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads)
+    count = [sum(p.numel() for p in block.parameters()) for block in lm.blocks]
+    total = 2 * (sum(count[layer if net else 0:]) + lm.V * lm.D) + 4 * keys * wide * (lm.L - (layer if net else 0))
+    if net is not None:
+        own = sum(p.numel() for n, p in net.named_parameters() if p.ndim == 2 and not n.startswith(("time", "readout")))
+        total += nfe * (2 * own + 4 * keys * net.shape["W"] * net.shape["blocks"])
+    return total
 
 
-def generation_line(found):
-    """gen-PPL at the entropy of real text: the blocks by product of experts, AR sampling, the twin, real text."""
-    def cell(row):
-        return "(never there)" if row["matched"] is None else f"{row['matched']:.0f}"
-    rows = {name_of(r): r for r in found["rows"]}
-    mine = next(r for r in found["rows"] if r.get("expert") == "both")
-    twin = "".join(f", {name} {cell(row)}" for name, row in rows.items() if name.startswith("masked twin"))
-    return (f"layer {mine['layer']}, {found['settings']['new']} tokens in {mine['calls']} calls: gen-PPL {cell(mine)} "
-            f"at real text's entropy (AR {cell(rows['AR, intact model'])}{twin}, unigrams {cell(rows['unigram'])}; "
-            f"real text {found['real']['gen_ppl']:.0f})")
+@torch.no_grad()
+def cost(model, intact, student, repeats, new=64, prefix=64):
+    """Latency of cached greedy generation, batch 1: the intact model, the hybrid by NFE, random bridges at every layer
+    (as many blocks as they replace), the masked model by steps (no cache). `predicted` is the ratio of FLOPs, `blocks`
+    that of transformer blocks run a token: a toy's time is in the calls, not in the arithmetic."""
+    base = intact.model
+    ids = torch.randint(1, intact.V, (1, prefix), generator=torch.Generator().manual_seed(0), device=base.device)
+    how = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0,
+               attention_mask=torch.ones_like(ids))
+    rows, flops = [], forward_flops(intact, None, 0, 0, prefix + new // 2)
+
+    def measure(what, run, predicted, blocks, weights, **more):
+        ms = 1e3 * seconds_of(repeats, run) / more.pop("tokens", new)
+        ratio = ms / rows[0]["ms"] if rows else 1.0
+        rows.append({"what": what, "ms": ms, "tokens_per_s": 1e3 / ms, "ratio": ratio, "predicted": predicted,
+                     "blocks": blocks, "weights_mb": weights / 1e6, **more})
+    whole = 4 * sum(p.numel() for p in base.parameters())
+    measure("intact model", lambda: base.generate(ids, **how), 1.0, 1.0, whole)
+
+    def of_hybrid(some, nfe, what):
+        layer, net = some.config.layer, some.net
+        some.set_nfe(nfe)
+        kept = whole - 4 * sum(p.numel() for b in intact.blocks[:layer] for p in b.parameters())
+        measure(what, lambda: some.generate(ids, **how),
+                forward_flops(intact, net, nfe, layer, prefix + new // 2) / flops,
+                (nfe * net.shape["blocks"] + intact.L - layer) / intact.L,
+                kept + 4 * sum(p.numel() for p in net.parameters()), layer=layer, nfe=nfe)
+    default = model.config.nfe
+    for nfe in (1, 2, 4, 8, 16):
+        of_hybrid(model, nfe, f"hybrid at layer {model.config.layer}, NFE {nfe}")
+    model.set_nfe(default)
+    for layer in range(1, intact.L):
+        net = denoiser.Bridge(intact.D, intact.D, layer, model.net.shape["H"]).to(base.device).eval()
+        config = hybrid.HybridConfig(base_model=model.config.base_model, base=model.config.base, layer=layer,
+                                     nfe=default, bridge=net.shape, tokenizer=model.config.tokenizer)
+        some = hybrid.assemble(net, config, config.base_model, base.device, torch.float32)
+        of_hybrid(some, default, f"random bridge of {layer} blocks at layer {layer}, NFE {default}")
+    wide, T = 4 * new, prefix + 4 * new
+    text = torch.cat([ids, ids.new_full((1, wide), student.mask_id)], 1)
+    for steps in (16, 64, 256):
+        measure(f"masked twin, {wide} tokens in {steps} steps",
+                lambda steps=steps: masked.fill(student, text, text == student.mask_id, steps),
+                steps * T / wide * forward_flops(intact, None, 0, 0, T) / flops, steps / wide * 1.0, whole,
+                steps=steps, tokens=wide)
+    return rows
 
 
-def figure(found, path):
-    """Three panels: the score over depth, the hybrid's loss over NFE, the conversion's loss over steps."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, 3, figsize=(11, 3.1), constrained_layout=True)
-    layers = found["geometry"]["layers"]
-    x, y = [r["layer"] for r in layers], [r["score"] for r in layers]
-    error = [[max(0, s * (r["score"] - r[end])) for r in layers] for s, end in ((1, "score_low"), (-1, "score_high"))]
-    axes[0].errorbar(x, y, yerr=error, fmt="o-", color="#222222", markersize=4, capsize=3)
-    best = found["geometry"]["best_layer"]
-    axes[0].plot(best, y[best - 1], "o", color="#d1495b", markersize=9)
-    axes[0].set(title=f"LOCATE: layer {best} scores highest", xlabel="layer", ylabel="diffusion-friendliness")
-
-    table = found["bridge"]["nfe"]
-    nfe = [int(n) for n in table]
-    axes[1].errorbar(nfe, [r["ce_gap"] for r in table.values()], yerr=[r["ce_gap_se"] for r in table.values()],
-                     fmt="o-", color="#30638e", capsize=3, markersize=4, label="diffusion bridge")
-    regression = found["regression"]["nfe"]["1"]
-    axes[1].axhline(regression["ce_gap"], color="#d1495b", linestyle="--", label="plain regression (1 call)")
-    axes[1].axhspan(regression["ce_gap"] - regression["ce_gap_se"], regression["ce_gap"] + regression["ce_gap_se"],
-                    color="#d1495b", alpha=0.12, linewidth=0)
-    axes[1].set(title=f"REPLACE: what the hybrid loses, layer {found['bridge']['layer']}", xscale="log", xticks=nfe,
-                xticklabels=nfe, xlabel="network calls (NFE)", ylabel="CE gap (nats)")
-    axes[1].minorticks_off()
-
-    for stage, color in (("repr_align/w0", "#888888"), ("repr_align/w10", "#edae49")):
-        curve = found[stage]["curve"]
-        axes[2].plot([r[0] for r in curve], [r[1] for r in curve], "o-", color=color, markersize=3,
-                     label=f"w = {found[stage]['w']:g}")
-    axes[2].set(title="CONVERT: masked CE of the twin", xlabel="step", ylabel="nats per masked token")
-    for ax in axes:
-        ax.title.set_fontsize(10)
-        ax.spines[["top", "right"]].set_visible(False)
-    axes[1].legend(fontsize=8, frameon=False)
-    axes[2].legend(fontsize=8, frameon=False)
-    fig.savefig(path, dpi=130, format="png")
-    plt.close(fig)
+# ----------------------------------------------------------------------------------------------------- zero-shot
+NAMES = ("value", "name", "path", "data", "line", "item", "result", "index", "key", "text")
+MODULES = ("os", "sys", "re", "json", "time", "math", "random", "string", "types", "copy", "socket", "struct")
 
 
-def report(found, runs):
-    """The text of report.md."""
-    geometry, bridge = found["geometry"], found["bridge"]
-    best, correlation = geometry["best_layer"], geometry["proxy_correlation"]
-    same = [v["name"] for v in geometry["variants"] if v["best_layer"] == best]
-    not_same = [f"{v['name']} ({v['best_layer']})" for v in geometry["variants"] if v["best_layer"] != best]
-    trivial = [v["name"] for v in geometry["trivial"] if v["best_layer"] == best]
-    lines = [
-        "# Where should diffusion enter a language model?", "",
-        f"**In short:** {verdict(found)}.", "", "| what | result |", "|---|---|",
-        *(f"| {what} | {value} |" for what, value in rows(found)), "", "![the three stages](figure.png)", "",
-        "## LOCATE", "",
-        f"{geometry['tokens']} states a layer from {geometry['sequences']} sequences, seed "
-        f"{read_json(runs / 'geometry' / 'config.json')['dihal']['config']['seed']}. "
-        f"{len(same)} of {len(geometry['variants'])} variants choose layer {best}"
-        + (f"; the others: {', '.join(not_same)}." if not_same else "."),
-        f"Trivial predictors that choose it too: {', '.join(trivial) or 'none'}.", "",
-        "| layer | curvature | stiffness | effective rank | score | 95% interval | chosen in resamples |",
-        "|---|---|---|---|---|---|---|",
-        *("| " + " | ".join([str(r["layer"]), *(f"{r[p]:.4g}" for p in PROXIES), f"{r['score']:.2f}",
-                             f"[{r['score_low']:.2f}, {r['score_high']:.2f}]", f"{r['chosen']:.0%}"]) + " |"
-          for r in geometry["layers"]), "",
-        f"Correlation of the proxies over layers: curvature-stiffness {correlation[0][1]:.2f}, curvature-rank "
-        f"{correlation[0][2]:.2f}, stiffness-rank {correlation[1][2]:.2f}.", "",
-        "## REPLACE", "",
-        f"{bridge['objective']} bridge at layer {bridge['layer']}: {bridge['parameters']:,} parameters, "
-        f"{bridge['size_ratio']:.2f}x the {bridge['replaced_parameters']:,} it replaces; {bridge['steps']} steps, "
-        f"{bridge['tokens']:,} tokens, {bridge['seconds']:.0f} s, sampler {bridge['sampler']}, seed {bridge['seed']}; "
-        f"means over {bridge['eval_sequences']} held-out sequences and {bridge['noise_seeds']} sampler noises.", "",
-        "| | NFE | FVU | KL | CE gap +- se | noise sd | agreement |", "|---|---|---|---|---|---|---|",
-        *(f"| {name} | {n} | {r['fvu']:.4f} | {r['kl']:.4f} | {r['ce_gap']:+.4f} +- {r['ce_gap_se']:.4f} | "
-          f"{r['ce_gap_noise_sd']:.5f} | {r['agree']:.1%} |"
-          for name in ("bridge", "regression") for n, r in found[name]["nfe"].items()),
-        "", f"The hybrid, greedy after `{found['hybrid']['prompt']}`:", "", "```", found["hybrid"]["sample"], "```", "",
-        "## CONVERT", "",
-        *(f"- w = {r['w']:g}: masked CE {r['curve'][0][1]:.3f} -> {r['val_loss']:.3f} nats after {r['steps']} steps, "
-          f"{r['seconds']:.0f} s, {r['tokens_per_s']:,.0f} tokens/s, seed {r['seed']}, {r['eval_sequences']} sequences"
-          for r in (found["repr_align/w0"], found["repr_align/w10"])), "",
-        "## GENERATE", "", *generation_section(found["generate"]), "",
-        f"Python {bridge['python']}, torch {bridge['torch']}, transformers {bridge['transformers']}, device "
-        f"{bridge['device']}, {bridge['threads']} threads. Not measured yet: layer sweep, interfaces, "
-        "cost, circuits, zero-shot (null in result.json).", ""]
-    return "\n".join(lines)
+def questions(tokenizer, kind, count, seed):
+    """[(context ids, right id, wrong id)]: which of two tokens comes next. Three kinds: the bracket that is open, the
+    module that was imported, whether a line is indented. Each answer is right about as often as it is wrong."""
+    draw, out = generator(seed, f"cloze {kind}"), []
+    while len(out) < count:
+        a, b, f = (NAMES[i] for i in draw.choice(len(NAMES), 3, replace=False))
+        m, n = (MODULES[i] for i in draw.choice(len(MODULES), 2, replace=False))
+        if kind == "brackets":
+            inner = bool(draw.integers(2))
+            context, right, wrong = (f"{a} = {f}({b}[0", "]", ")") if inner else (f"{a} = {f}({b}", ")", "]")
+        elif kind == "imports":
+            context, right, wrong = f"import {m}\n\ndef {f}({a}):\n    return {m}.{b}({a})\n\n{b} = ", m, n
+        else:
+            opened = bool(draw.integers(2))
+            context = f"def {f}({a}):\n    {b} = {a}\n    return {b}\n" if not opened else f"def {f}({a}):\n"
+            right, wrong = ("    ", "\n") if opened else ("\n", "    ")
+        head = tokenizer(context, add_special_tokens=False)["input_ids"]
+        first = [tokenizer(context + end + "x", add_special_tokens=False)["input_ids"] for end in (right, wrong)]
+        if all(ids[:len(head)] == head and len(ids) > len(head) for ids in first):
+            one, two = first[0][len(head)], first[1][len(head)]
+        else:  # the continuation merges with the context's last token: ask for that one
+            head = head[:-1]
+            one, two = first[0][len(head)], first[1][len(head)]
+        if one != two:
+            out.append(([tokenizer.eos_token_id or 0, *head], one, two))
+    return out
 
 
-def generation_section(found):
-    """Text drawn in hidden space beside its rivals, and how it was drawn."""
-    how, mine = found["settings"], next(r for r in found["rows"] if r.get("expert") == "both")
-    return [
-        f"{found['texts']} texts: {how['prefix']} held-out tokens, then {how['new']} written in blocks of "
-        f"{how['block']}; NFE {how['nfe']} and {how['rounds']} refinements = {mine['calls']} calls, alpha "
-        f"{how['alpha']}, temperatures {how['temperatures']}, seed {how['seed']}; bridge of {mine['parameters']:,} "
-        "parameters (readout included) "
-        f"trained for {mine['steps']} steps, {mine['train_seconds']:.0f} s; the readout names "
-        f"{mine['readout_accuracy']:.1%} of the tokens from their true states. gen-PPL is that of the intact model, "
-        "compared where the entropy of a text's tokens equals real text's (interpolated between temperatures).", "",
-        generation_table(found["rows"], found["real"]), "", "![the frontier over temperature](generation.png)"]
+@torch.no_grad()
+def next_logits(model, ids):
+    """Logits (V,) of the token after ids (1, T), from a causal LM or a masked student."""
+    if not isinstance(model, masked.Student):
+        return model(ids).logits[0, -1]
+    ids = torch.cat([ids, ids.new_full((1, 1), model.mask_id)], 1)
+    *_, normed = model.states(ids, ids == model.mask_id)
+    return model.logits(normed[:, -2])[0]
+
+
+def cloze(models, tokenizer, count, seed, device):
+    """{model: {kind: accuracy}} over `count` questions a kind."""
+    asked = {kind: questions(tokenizer, kind, count, seed) for kind in ("brackets", "imports", "indentation")}
+    out = {}
+    for name, model in models.items():
+        out[name] = {}
+        for kind, items in asked.items():
+            logits = (next_logits(model, torch.tensor([ids], device=device)) for ids, _, _ in items)
+            right = [bool(x[one] > x[two]) for x, (_, one, two) in zip(logits, items, strict=True)]
+            out[name][kind] = sum(right) / len(right)
+    return out
+
+
+@torch.no_grad()
+def bits_per_byte(model, rows, bytes_per_token, calls, seed):
+    """(bits per byte, its standard error over estimator draws or None) of windows (N, T), first tokens given. A masked
+    student's is an upper bound."""
+    count = rows.shape[0] * (rows.shape[1] - 1)
+    if isinstance(model, masked.Student):
+        nats, error = masked.text_likelihood(model, list(rows), calls, seed)
+        return nats / count / math.log(2) / bytes_per_token, error / count / math.log(2) / bytes_per_token
+    nats = 0.0
+    for ids in rows.split(8):
+        logits = model(ids, use_cache=False).logits[:, :-1].float()
+        nats += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
+    return nats / count / math.log(2) / bytes_per_token, None
+
+
+def zero_shot(models, tokenizer, shards, cfg, device):
+    """{model: {text: {bits_per_byte, se}}} on held-out windows and on --text, and the cloze suite."""
+    meta, texts = read_json(Path(shards) / "meta.json"), {}
+    texts["held-out"] = (data.Tokens(shards, "val", 127).spread(cfg.texts).to(device),
+                         meta["bytes"]["val"] / meta["tokens"]["val"])
+    if cfg.text:
+        if not Path(cfg.text).is_file():
+            raise UserError(f"--text {cfg.text}: there is no such file")
+        text = Path(cfg.text).read_text(encoding="utf-8", errors="replace")
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        windows = torch.tensor(ids[:len(ids) // 128 * 128], device=device).view(-1, 128)
+        if not len(windows):
+            raise UserError(f"--text {cfg.text} has {len(ids)} tokens; at least 128 are needed")
+        texts[Path(cfg.text).name] = (windows, len(text.encode()) / len(ids))
+    bits = {name: {title: dict(zip(("bits_per_byte", "se"), bits_per_byte(model, rows, each, cfg.calls, cfg.seed),
+                                   strict=True)) for title, (rows, each) in texts.items()}
+            for name, model in models.items()}
+    return {"bits": bits, "windows": {title: len(rows) for title, (rows, _) in texts.items()},
+            "cloze": cloze(models, tokenizer, cfg.cloze, cfg.seed, device), "questions": cfg.cloze, "calls": cfg.calls}
 
 
 @entry
 def main(argv):
     cfg = parse(Config, argv, __doc__)
     if cfg.dry_run:
-        print("\n".join(f"reads {cfg.runs}/{stage}/result.json" for stage in STAGES))
+        print("\n".join(f"reads {cfg.runs}/{stage}/result.json" for stage in STAGES | OPTIONAL))
         return None
+    if min(cfg.texts, cfg.cloze, cfg.repeats) < 2:
+        raise UserError("--texts, --cloze and --repeats must be at least 2")
     world = setup("cpu")
     runs = Path(cfg.runs)
     found = read_runs(runs)
+    if cfg.harness:
+        harness.needed()
+
+    # ------------------------------------------------------------------------------------- what no stage measures
+    model = hybrid.from_bridge(runs / "bridge", device=world.device)
+    tokenizer = hybrid.tokenizer_of(model)
+    intact = backbone.load(model.config.base_model, world.device, torch.float32)
+    twins = {f"masked, w = {w}": masked.load_converted(runs / "repr_align" / f"w{w}", world.device, torch.float32)[0]
+             for w in (0, 10)}
+    models = {"AR": intact.model, f"hybrid, NFE {model.config.nfe}": model, **twins}
     run = Run(cfg, world, {"base": found["geometry"]["base"]})
+    own = {"zero_shot": zero_shot(models, tokenizer, runs / "data", cfg, world.device),
+           "cost": cost(model, intact, twins["masked, w = 0"], cfg.repeats)}
+    if cfg.harness:
+        own["harness"] = harness.run(models, tokenizer, cfg.harness.split(","), cfg.harness_path, cfg.limit, cfg.calls,
+                                     cfg.seed)
+
+    # ------------------------------------------------------------------------------------------ figures, report
     with atomic(run.out / "figure.png") as temporary:
-        figure(found, temporary)
-    with atomic(run.out / "generation.png") as temporary:
-        shutil.copy(runs / "generate" / "generation.png", temporary)
+        report.figure(found, temporary)
+    with atomic(run.out / "cost.png") as temporary:
+        report.cost_figure(own["cost"], temporary)
+    for stage, name in FIGURES.items():
+        if stage in found:
+            with atomic(run.out / name) as temporary:
+                shutil.copy(runs / stage / name, temporary)
     with atomic(run.out / "report.md") as temporary:
-        temporary.write_text(report(found, runs))
-    table = rows(found)
-    run.finish({**dict.fromkeys(("sweep", "interfaces", "cost", "circuits", "zero_shot")),
+        temporary.write_text(report.report(found, own, runs))
+    table = report.rows(found, own)
+    run.finish({**dict.fromkeys(("sweep", "interfaces", "circuits")), **own,
                 "generation": {k: found["generate"][k] for k in ("rows", "real", "settings", "texts")},
                 "conversion": {k: found[f"repr_align/{k}"]["curve"] for k in ("w0", "w10")},
-                "verdict": verdict(found), "table": [list(row) for row in table]})
+                **{k.split("/")[-1]: found[k] for k in OPTIONAL if k in found},
+                "verdict": report.verdict(found), "table": [list(row) for row in table]})
     if cfg.publish:
         Path("results").mkdir(exist_ok=True)
-        for name in ("figure.png", "generation.png", "result.json"):
+        for name in ("figure.png", "cost.png", *(n for s, n in FIGURES.items() if s in found), "result.json"):
             shutil.copy(run.out / name, Path("results") / name)
     width = max(len(what) for what, _ in table)
-    print("\n".join(f"{what:{width}}  {value}" for what, value in table) + f"\n\nIn short: {verdict(found)}.\n"
+    print("\n".join(f"{what:{width}}  {value}" for what, value in table) + f"\n\nIn short: {report.verdict(found)}.\n"
           f"The report is {run.out}/report.md")
     return run.result
 

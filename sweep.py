@@ -199,7 +199,7 @@ def verdict(result):
         best = max(pooled, key=lambda name: statistics.mean(pooled[name]))
         text += (f"; over {len(result['backbones'])} backbones the mean rho of the score is "
                  f"{statistics.mean(pooled['score']):.2f}, of depth {statistics.mean(pooled['-layer']):.2f}, and the "
-                 f"best predictor is {best} ({statistics.mean(pooled[best]):.2f}); where score and depth disagree about "
+                 f"best predictor is {best} ({statistics.mean(pooled[best]):.2f}); where score and depth disagree on "
                  f"two layers ({apart['pairs']} pairs) the score is right {apart['score_right']} times")
     return text
 

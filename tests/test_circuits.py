@@ -11,6 +11,7 @@ import backbone
 import circuits
 import data
 import masked
+import report
 import tasks
 from attribution import Subject, attribute, metric, patch, without
 from common import UserError, generator
@@ -269,6 +270,9 @@ def test_the_stage_runs_and_refuses(runs, tmp_path, capsys, monkeypatch):
         assert sum(found["models"]["AR"]["depth"]) == pytest.approx(1)
         assert found["patching"]["AR"]["edges"] == 25 and -1 <= found["patching"]["AR"]["eap_ig"]["pearson"] <= 1
         assert found["zeroing"]["AR"]["asked"]["components"] == ["a1.0", "m0"]
+    section = "\n".join(report.optional_sections({"tasks/circuits": result}))
+    assert "exact patching: Pearson" in section and "python sweep.py" in section and "| countdown | global |" in section
+    assert "4 of 4 tasks" in report.circuits_line(result)
     assert (tmp_path / "d" / "circuits.png").stat().st_size > 5000
     assert json.loads((tmp_path / "d" / "result.json").read_text())["edges"] == result["edges"]
     capsys.readouterr()

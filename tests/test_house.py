@@ -18,10 +18,10 @@ import run
 
 FILES = sorted(ROOT.glob("*.py"))
 ORDER = ["common", "run", "optim", "tasks", "data", "backbone", "geometry", "diffusion", "denoiser", "bridge", "masked",
-         "hybrid", "repr_align", "generate", "ablate", "sweep", "attribution", "circuits", "evaluate", "report",
-         "bench"]
+         "hybrid", "repr_align", "generate", "ablate", "sweep", "attribution", "circuits", "harness", "report",
+         "evaluate", "bench"]
 STAGES = ["data", "backbone", "geometry", "bridge", "hybrid", "repr_align", "generate", "evaluate", "bench",
-          "ablate"]
+          "ablate", "sweep", "circuits"]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.name)
@@ -198,7 +198,8 @@ def test_tokenizer_of_other_shards(runs, tmp_path, capsys, text):
 
 
 def test_report(runs, tmp_path, capsys):
-    result = evaluate.main(["--runs", str(runs), "--out", str(tmp_path / "e")])
+    result = evaluate.main(["--runs", str(runs), "--out", str(tmp_path / "e"), "--texts", "3", "--calls",
+                            "4", "--cloze", "4", "--repeats", "2"])
     text = (tmp_path / "e" / "report.md").read_text()
     assert result["verdict"] in text and (tmp_path / "e" / "figure.png").stat().st_size > 20_000
     assert any(word in result["verdict"] for word in ("beats", "ties with", "loses to"))

@@ -1,0 +1,99 @@
+"""harness.py: lm-evaluation-harness on the intact model, the hybrid and the masked twin (optional package).
+
+    pip install "lm-eval[hf]"                                                  # this file has no command of its own
+    python evaluate.py --harness lambada_openai,hellaswag --limit 100
+    python evaluate.py --harness my_task --harness_path tasks/                 # a task described in a local yaml file
+
+The first two go through the harness' own interface for transformers models; the twin has a likelihood of another kind,
+a bound with a standard error (masked.likelihood), and its own sampler.
+
+Letters: T tokens.
+"""
+import torch
+
+import masked
+from common import UserError
+
+
+def needed():
+    """The lm_eval package. Raises UserError when it is not installed."""
+    try:
+        import lm_eval
+        import lm_eval.models.huggingface  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"--harness needs lm-evaluation-harness ({error}); install it with: pip install 'lm-eval[hf]'"
+                        ) from None
+    return lm_eval
+
+
+def twin_interface(student, tokenizer, calls, steps, seed):
+    """The masked twin as the harness' LM: log-likelihoods are minus the bound, `greedy` is never claimed."""
+    from lm_eval.api.model import LM
+
+    class Twin(LM):
+        def ids(self, context, rest):
+            head = tokenizer(context, add_special_tokens=False)["input_ids"] if context else []
+            both = tokenizer(context + rest, add_special_tokens=False)["input_ids"]
+            shift = 0 if both[:len(head)] == head else 1          # a token that spans the border belongs to the rest
+            start = [tokenizer.eos_token_id or 0]
+            ids = torch.tensor([*start, *both], device=student.shift.device)
+            most = student.lm.config.max_position_embeddings
+            known = 1 + max(0, len(head) - shift)
+            return ids[-most:], max(1, known - max(0, len(ids) - most))
+
+        def loglikelihood(self, requests):
+            """[(log p(rest | context), whether it is the greedy continuation: not known, so False)]"""
+            out = []
+            for i, request in enumerate(requests):
+                ids, known = self.ids(*request.args)
+                out.append((-masked.likelihood(student, ids, calls, seed, known, key=i)[0], False))
+            return out
+
+        def loglikelihood_rolling(self, requests):
+            """[log p(text)], in windows of the model's length; the last token of one is the given first of the next."""
+            out, most = [], student.lm.config.max_position_embeddings
+            for request in requests:
+                ids = torch.tensor([tokenizer.eos_token_id or 0, *tokenizer(
+                    request.args[0], add_special_tokens=False)["input_ids"]], device=student.shift.device)
+                windows = [ids[lo:lo + most] for lo in range(0, max(1, len(ids) - 1), most - 1)]
+                out.append(-masked.text_likelihood(student, [w for w in windows if len(w) > 1], calls, seed)[0])
+            return out
+
+        def generate_until(self, requests):
+            """Greedy tokens, most certain first, cut at the first stop string."""
+            out = []
+            for request in requests:
+                context, how = request.args
+                head, _ = self.ids(context, "")
+                new = min(how.get("max_gen_toks", 64), student.lm.config.max_position_embeddings - 1)
+                head = head[-(student.lm.config.max_position_embeddings - new):]
+                ids = torch.cat([head, head.new_full((new,), student.mask_id)])[None]
+                text = tokenizer.decode(masked.fill(student, ids, ids == student.mask_id, min(steps, new),
+                                                    temperature=0.0)[0, len(head):])
+                stops = [how["until"]] if isinstance(how.get("until"), str) else how.get("until") or []
+                out.append(min((text.split(stop)[0] for stop in stops if stop), key=len, default=text))
+            return out
+
+    return Twin()
+
+
+def run(models, tokenizer, tasks, path, limit, calls, seed):
+    """models: name -> a transformers model or a masked.Student. Returns {name: {task: {metric: value}}}. Raises
+    UserError for an unknown task."""
+    lm_eval = needed()
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    manager = TaskManager(include_path=path or None, include_defaults=not path)
+    unknown = [t for t in tasks if t not in manager.all_tasks]
+    if unknown:
+        raise UserError(f"--harness {unknown[0]}: lm-evaluation-harness knows no such task; describe it in a yaml file "
+                        "and pass its folder as --harness_path")
+    out = {}
+    for name, model in models.items():
+        face = twin_interface(model, tokenizer, calls, 64, seed) if isinstance(model, masked.Student) else HFLM(
+            pretrained=model, tokenizer=tokenizer)
+        found = lm_eval.simple_evaluate(face, tasks=list(tasks), task_manager=manager, limit=limit or None,
+                                        bootstrap_iters=0)
+        out[name] = {task: {k: v for k, v in row.items() if isinstance(v, (int, float))}
+                     for task, row in found["results"].items()}
+    return out
