@@ -43,9 +43,10 @@ STUDIES = {  # study -> groups of (layers, {variant: flags of bridge.py})
         "--blocks 2 --width 192", "cosine": "--schedule cosine"})],  # EMA has its own column
     # one size of network at every layer, embeddings (l = 0) included; both uses of it are measured
     "generate": [(range(8), {"blocks": "--preset blocks --blocks 4"})],
-    # arms of repr_align.py (no layer): a constant learning rate, so that steps to a loss can be read off
+    # arms of repr_align.py (no layer), 8 sequences a step: a constant learning rate, so that steps to a loss can be
+    # read off
     "align": [((0,), {f"w = {w:g}{'' if freeze == 'embed' else ', nothing frozen'}{', 60k tokens' if few else ''}":
-                      f"--align_weight {w:g} --cooldown 0 --freeze {freeze} --train_tokens {few}"
+                      f"--align_weight {w:g} --cooldown 0 --freeze {freeze} --train_tokens {few} --batch_size 8"
                       for few in (0, 60000) for w, freeze in ((0, "embed"), (0, "none"), (1, "embed"), (3, "embed"),
                                                               (10, "embed"))})],
 }

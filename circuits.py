@@ -346,7 +346,7 @@ def main(argv):
     beside = backbone.beside(cfg.out, "repr_align")
     twins = [Path(t) for t in cfg.twins.split(",")] if cfg.twins else sorted(f.parent for f in beside.glob(
         "*/result.json"))
-    if not twins:
+    if not twins and not cfg.dry_run:
         raise UserError(f"there is no converted model in {beside}; make one with: python repr_align.py")
     identity = {"base": backbone.identity(model), "weights": [backbone.identity(t) for t in twins]}
     if (result := finished(cfg, identity)) and not cfg.dry_run:

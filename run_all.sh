@@ -38,4 +38,20 @@ stage "GENERATE: train a bridge that meets unknown tokens (60 s)" \
 stage "GENERATE: text drawn in hidden space beside its rivals (30 s)" \
     generate.py --data "$DATA" --bridges "$OUT/blocks" --twin "$OUT/repr_align/w10" --texts 32 \
     --temperatures 0.8,1.0,1.3,1.6 --out "$OUT/generate"
-stage "EVALUATE: report and figures (5 s)" evaluate.py --runs "$OUT" --out "$OUT/evaluate"
+if [ "$MODEL" = toy ]; then
+    # the toy's own text poses no task that both models solve, so a smaller one learns four of them
+    tasks="$OUT/tasks/toy" twins="$OUT/tasks/repr_align/w0,$OUT/tasks/repr_align/w10"
+    stage "COMPARE: train a small LM whose text holds the tasks (70 s)" \
+        backbone.py --data "$DATA" --layers 4 --tasks 0.6 --steps 700 --out "$tasks"
+    for w in 0 10; do
+        stage "COMPARE: its masked twin, alignment weight $w (40 s)" \
+            repr_align.py --data "$DATA" --align_weight $w --out "$OUT/tasks/repr_align/w$w"
+    done
+    stage "LOCATE, checked: a short bridge at every layer (3 min)" \
+        sweep.py --model "$OUT/toy" --seeds 1 --steps 100 --out "$OUT/sweep"
+else
+    tasks="$MODEL" twins="$OUT/repr_align/w0,$OUT/repr_align/w10"
+fi
+stage "COMPARE: circuits before and after conversion (40 s)" \
+    circuits.py --model "$tasks" --twins "$twins" --patch 50 --out "$OUT/tasks/circuits"
+stage "EVALUATE: speed, zero-shot, report and figures (1 min)" evaluate.py --runs "$OUT" --out "$OUT/evaluate"
