@@ -56,7 +56,8 @@ STAGES = {  # folder under --runs -> the command that makes it
     "hybrid": "python hybrid.py", "repr_align/w0": "python repr_align.py --align_weight 0 --out {runs}/repr_align/w0",
     "repr_align/w10": "python repr_align.py", "generate": "python generate.py",
 }
-OPTIONAL = {"sweep": "python sweep.py", "tasks/circuits": "python circuits.py"}  # circuits: of a backbone of its own
+OPTIONAL = {"sweep": "python sweep.py", "interfaces": "python interfaces.py",
+            "tasks/circuits": "python circuits.py"}                             # circuits: of a backbone of its own
 FIGURES = {"generate": "generation.png", "sweep": "sweep.png", "tasks/circuits": "circuits.png"}
 
 

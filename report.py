@@ -7,6 +7,7 @@
 import numpy as np
 
 import circuits
+import interfaces
 import sweep
 from ablate import steps_to
 from generate import name_of
@@ -175,8 +176,7 @@ def report(found, own, runs):
         "## GENERATE", "", *generation_section(found["generate"]), "",
         *optional_sections(found), *cost_section(own["cost"]), *zero_shot_section(own),
         f"Python {bridge['python']}, torch {bridge['torch']}, transformers {bridge['transformers']}, device "
-        f"{bridge['device']}, {bridge['threads']} threads. Not measured yet: interfaces at matched budget (null in "
-        "result.json).", ""]
+        f"{bridge['device']}, {bridge['threads']} threads.", ""]
     return "\n".join(lines)
 
 
@@ -198,7 +198,8 @@ def optional_sections(found):
         lines += [sweep.table(found["sweep"]), "", "![score against what the bridge reaches](sweep.png)", ""]
     else:
         lines += ["Not measured: `python sweep.py`.", ""]
-    lines += ["## COMPARE", ""]
+    lines += ["## Interfaces at equal budget", "", interfaces.table(found["interfaces"]) if "interfaces" in found else
+              "Not measured: `python interfaces.py`.", "", "## COMPARE", ""]
     if "tasks/circuits" not in found:
         return [*lines, "Not measured: `python circuits.py`.", ""]
     some = found["tasks/circuits"]

@@ -17,11 +17,11 @@ import evaluate
 import run
 
 FILES = sorted(ROOT.glob("*.py"))
-ORDER = ["common", "run", "optim", "tasks", "data", "backbone", "geometry", "diffusion", "denoiser", "bridge", "masked",
-         "hybrid", "repr_align", "generate", "ablate", "sweep", "attribution", "circuits", "harness", "report",
-         "evaluate", "bench"]
+ORDER = ["common", "run", "optim", "tasks", "data", "backbone", "geometry", "diffusion", "denoiser", "bridge",
+         "masked", "hybrid", "repr_align", "generate", "interfaces", "ablate", "sweep", "attribution", "circuits",
+         "harness", "report", "evaluate", "bench"]
 STAGES = ["data", "backbone", "geometry", "bridge", "hybrid", "repr_align", "generate", "evaluate", "bench",
-          "ablate", "sweep", "circuits"]
+          "ablate", "sweep", "circuits", "interfaces"]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.name)

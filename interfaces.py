@@ -1,0 +1,334 @@
+"""interfaces.py: at equal budget, what should diffusion produce? A hidden state, an embedding, a latent, a simplex.
+
+    python interfaces.py                             # the toy, five ways, 3 seeds: ~20 min on 2 cores
+    python interfaces.py --kinds hidden,embedding --seeds 1 --steps 50       # a quick look
+    python interfaces.py --layer 4 --out out/interfaces4
+
+Every way predicts the next token from the same context with the same denoiser, optimizer, batches and steps:
+
+    hidden      h[l] of the last token; read by the retained blocks and the head (they are given, pretrained)
+    embedding   the next token's embedding; read by a softmax over squared distances, whose width is fitted
+    latent      the last state in a few dimensions (its principal components, in closed form); read by the head
+    simplex     +-1 for every token of the vocabulary; read by a softmax, five times as steep (SSD-LM's k)
+    causal      no diffusion: the same network trained on next-token cross-entropy, for fairness
+
+The likelihood of a token is its mean probability over --draws noises. Hidden has the retained blocks for free, so it is
+no fair winner: `causal` shows what the same parameters and steps buy without any of it. Writes interfaces.md and
+result.json to --out; each cell is kept as soon as it is finished.
+
+Letters: B batch, T tokens, D width of the backbone, V vocabulary, d width of what is diffused.
+"""
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import backbone
+import data
+import generate
+import optim
+from common import UserError, entry, generator, normal, parse, setup
+from denoiser import Bridge
+from diffusion import position_noise, sample, times, token_loss
+from run import Run, atomic, finished, read_json, write_json
+
+
+@dataclass
+class Config:
+    model: str = "toy"          # toy (the folder beside --out), a folder or a Hub id
+    data: str = "stdlib"        # see data.py
+    out: str = "out/interfaces"  # run folder
+    kinds: str = "hidden,embedding,latent,simplex,causal"  # which ways
+    layer: int = 0              # of `hidden` (0: the one that geometry.py chose beside --out)
+    seeds: int = 3              # training seeds
+    seed: int = 0               # the first one
+    steps: int = 300            # optimizer steps
+    batch_size: int = 8         # sequences a step
+    seq_len: int = 128          # tokens a sequence
+    blocks: int = 4             # of the denoiser, whose width is the backbone's
+    latent: int = 32            # dimensions of `latent`
+    lr: float = 0.02            # Muon
+    lr_adam: float = 2e-3       # AdamW
+    nfe: int = 4                # network calls of a draw
+    draws: int = 16             # noises over which a likelihood is averaged
+    windows: int = 32           # held-out sequences of the likelihood
+    texts: int = 16             # texts of the frontier
+    new: int = 32               # tokens written after 64 of held-out text
+    temperatures: str = "0.7,1.0,1.3"  # of the frontier
+    dry_run: bool = False       # print what would be trained, then leave
+
+
+SKIP = 4            # first positions: attention sinks, as in bridge.py
+STEEP = 5.0         # of the simplex
+WAYS = ("hidden", "embedding", "latent", "simplex", "causal")
+
+
+# ------------------------------------------------------------------------------------------------- the five ways
+class Way:
+    """One way: `target` gives z (B, T, d), `read` turns an estimate of z into log-probabilities (B, T, V)."""
+
+    def __init__(self, kind, lm, layer, rows, latent):
+        self.kind, self.lm, self.layer, self.width = kind, lm, layer, 1.0
+        self.table = lm.model.get_input_embeddings().weight                               # (V, D)
+        self.d = lm.V if kind == "simplex" else lm.D
+        h0 = lm.embed(rows)
+        self.c = standard(h0)
+        if kind == "hidden":
+            self.z = standard(lm.run(h0, 0, layer))
+        elif kind == "embedding":
+            self.z = standard(self.table[rows])
+        elif kind == "latent":
+            h = lm.norm(lm.run(h0, 0, lm.L)).flatten(0, 1).double()                       # (n, D)
+            self.mean, centred = h.mean(0), h - h.mean(0)
+            _, values, basis = torch.linalg.svd(centred, full_matrices=False)
+            self.basis, self.scale = basis[:latent].T, values[:latent] / len(h) ** 0.5    # (D, k), (k,)
+
+    def condition(self, ids):
+        """The denoiser's condition, padded with zeros to d: (B, T, d)."""
+        c = (self.lm.embed(ids) - self.c[0]) / self.c[1]
+        return F.pad(c, (0, self.d - c.shape[-1]))
+
+    def target(self, ids):
+        """ids (B, T + 1) -> z (B, T, d)."""
+        now = self.lm.embed(ids[:, :-1])
+        if self.kind == "hidden":
+            return (self.lm.run(now, 0, self.layer) - self.z[0]) / self.z[1]
+        if self.kind == "embedding":
+            return (self.table[ids[:, 1:]] - self.z[0]) / self.z[1]
+        if self.kind == "simplex":
+            return 2.0 * F.one_hot(ids[:, 1:], self.lm.V) - 1
+        h = self.lm.norm(self.lm.run(now, 0, self.lm.L)).double()
+        return F.pad(((h - self.mean) @ self.basis / self.scale).float(), (0, self.d - len(self.scale)))
+
+    def read(self, z):
+        """z (B, T, d) -> log p (B, T, V)."""
+        if self.kind == "hidden":
+            logits = self.lm.head(self.lm.run(z * self.z[1] + self.z[0], self.layer, self.lm.L))
+        elif self.kind == "embedding":
+            goal = (self.table - self.z[0]) / self.z[1]                                   # (V, D)
+            logits = -torch.cdist(z, goal[None]).square() / (2 * self.width ** 2)
+        elif self.kind == "simplex":
+            logits = STEEP * z
+        else:
+            k = len(self.scale)
+            logits = self.lm.unnormed_head(((z[..., :k].double() * self.scale) @ self.basis.T + self.mean).float())
+        return F.log_softmax(logits.float(), -1)
+
+    def recovery(self):
+        """What reading costs, in words."""
+        given = sum(p.numel() for b in self.lm.blocks[self.layer:] for p in b.parameters()) if self.kind == "hidden" \
+            else 0
+        return {"hidden": f"{given:,} pretrained parameters of the retained blocks and the head, not trained",
+                "embedding": f"the embedding table; a width fitted on 8 training windows ({self.width:.2f})",
+                "latent": f"{len(getattr(self, 'scale', ()))} principal components, in closed form from 64 training "
+                          "windows, and the head",
+                "simplex": "none", "causal": "its own output matrix, trained"}[self.kind]
+
+
+def standard(h):
+    """Mean and standard deviation per channel of (..., D)."""
+    flat = h.flatten(0, -2)
+    return flat.mean(0), flat.std(0).clamp_min(1e-4)
+
+
+class Causal(nn.Module):
+    """The denoiser as a plain language model: no noise, one call, an output matrix of its own."""
+
+    def __init__(self, D, blocks, heads, V):
+        super().__init__()
+        self.net, self.out = Bridge(D, D, blocks, heads, "regression"), nn.Linear(D, V, bias=False)
+
+    def forward(self, c):
+        return self.out(self.net(torch.zeros_like(c), c, torch.ones(len(c), device=c.device)))
+
+
+# --------------------------------------------------------------------------------------------------------- train
+def train(way, net, rows, cfg, seed):
+    """Train in place. Each step: 1 batch, noise levels and noise by their keys  2 loss over all positions but the
+    first  3 clip, step. Returns seconds."""
+    optimizers, start = optim.build(net.named_parameters(), cfg.lr, cfg.lr_adam, 0.01, inside=".blocks."
+                                    if way.kind == "causal" else "blocks."), time.perf_counter()
+    params, slots = list(net.parameters()), list(range(cfg.batch_size))
+    for step in range(cfg.steps):
+        ids = rows.batch(seed, step, slots, cfg.batch_size).to(params[0].device)          # (B, T + 1)
+        with torch.no_grad():
+            c = way.condition(ids[:, :-1])
+        if way.kind == "causal":
+            loss = F.cross_entropy(net(c)[:, SKIP:].flatten(0, 1), ids[:, 1 + SKIP:].flatten())
+        else:
+            with torch.no_grad():
+                z = way.target(ids)
+            t = times("logit-normal", 0.0, seed, step, slots).to(z.device)
+            noise = torch.stack([normal(z.shape[1:], z.device, seed, "noise", step, s) for s in slots])
+            loss = token_loss(net, z, c, t, noise, SKIP)[0].mean()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(params, 1.0).item()
+        if not math.isfinite(norm):
+            raise UserError(f"the loss of {way.kind} stopped being finite at step {step}; lower --lr")
+        optim.step_all(optimizers, optim.share_at(step, cfg.steps, 20))
+        for p in params:
+            p.grad = None
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def estimate(way, net, ids, nfe, seed):
+    """log p of the next token after every prefix of ids (B, T), for one noise: (B, T, V)."""
+    c = way.condition(ids)
+    if way.kind == "causal":
+        return F.log_softmax(net(c), -1)
+    return way.read(sample(net, c, nfe, position_noise(seed, range(ids.shape[1]), way.d, ids.device)))
+
+
+@torch.no_grad()
+def next_token_nll(way, net, rows, cfg, draws):
+    """Mean -log of the next token's probability, itself the mean over `draws` noises: rows (N, T + 1), nats."""
+    total, count = 0.0, 0
+    for ids in rows.split(8):
+        each = torch.stack([estimate(way, net, ids[:, :-1], cfg.nfe, s).gather(-1, ids[:, 1:, None])[:, SKIP:, 0]
+                            for s in range(1 if way.kind == "causal" else draws)])        # (draws, B, T - SKIP)
+        total -= (each.logsumexp(0) - math.log(len(each))).sum().item()
+        count += each[0].numel()
+    return total / count
+
+
+@torch.no_grad()
+def write(way, net, prompts, new, temperature, cfg, seed):
+    """prompts (N, P) -> (N, P + new), token by token; the last position's noise is new at every one."""
+    ids = prompts
+    for i in range(new):
+        logp = estimate(way, net, ids, cfg.nfe, 1000 + seed)[:, -1]
+        u = torch.from_numpy(generator(seed, "write", i).random(len(ids))).to(ids.device)
+        p = torch.softmax(logp.double() / temperature, -1).cumsum(-1)
+        ids = torch.cat([ids, torch.searchsorted(p, u[:, None]).clamp_max(p.shape[-1] - 1)], 1)
+    return ids
+
+
+def fit_width(way, net, rows, cfg):
+    """The width of the embedding's softmax that gives training windows the best likelihood with four draws."""
+    best = (math.inf, 1.0)
+    for width in (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0):
+        way.width = width
+        best = min(best, (next_token_nll(way, net, rows, cfg, 4), width))
+    way.width = best[1]
+
+
+def cell(kind, seed, lm, layer, train_rows, held_out, real, cfg):
+    """One way and one seed: trained and measured."""
+    torch.manual_seed(seed)
+    way = Way(kind, lm, layer, train_rows.spread(64, seed)[:, :-1].to(held_out.device), cfg.latent)
+    heads = max(1, lm.D // 32)
+    net = Causal(lm.D, cfg.blocks, heads, lm.V) if kind == "causal" else Bridge(way.d, lm.D, cfg.blocks, heads)
+    net = net.to(held_out.device)
+    seconds = train(way, net, train_rows, cfg, seed)
+    net.eval()
+    if kind == "embedding":
+        fit_width(way, net, train_rows.spread(8, seed + 1).to(held_out.device), cfg)
+    frontier = []
+    for t in map(float, cfg.temperatures.split(",")):
+        text = write(way, net, held_out[:cfg.texts, :64], cfg.new, t, cfg, seed)
+        frontier.append({"temperature": t, **generate.measure(lm, text, 64)})
+    return {"kind": kind, "seed": seed, "seconds": seconds, "parameters": sum(p.numel() for p in net.parameters()),
+            "d": cfg.latent if kind == "latent" else way.d, "nll": next_token_nll(way, net, held_out, cfg, cfg.draws),
+            "nll_one_draw": next_token_nll(way, net, held_out, cfg, 1), "recovery": way.recovery(),
+            "frontier": frontier, "matched": generate.at_entropy(frontier, real["entropy"])}
+
+
+# --------------------------------------------------------------------------------------------------------- report
+def table(result):
+    lines = [f"{result['steps']} steps of {result['batch_size']} x {result['seq_len']} tokens, NFE {result['nfe']}, "
+             f"{result['draws']} draws, {result['windows']} held-out windows, {len(result['seeds'])} seeds, mean +- sd;"
+             f" texts: {result['texts']} of {result['new']} tokens after 64. The intact model: {result['intact']:.3f} "
+             f"nats, unigrams {result['unigram']:.3f}; real text: gen-PPL {result['real']['gen_ppl']:.1f}, entropy "
+             f"{result['real']['entropy']:.2f}.", "",
+             "| what is diffused | d | trained parameters | next-token NLL | with one draw | gen-PPL at real entropy "
+             "| gen-PPL, T = 1 | entropy | diversity | rep-4 | train (s) | read by |", "|---" * 12 + "|"]
+    for kind in result["kinds"]:
+        group = [c for c in result["cells"] if c["kind"] == kind]
+        one = [min(c["frontier"], key=lambda p: abs(p["temperature"] - 1)) for c in group]
+        name = f"hidden, layer {result['layer']}" if kind == "hidden" else kind
+        matched = [c["matched"] for c in group]
+        lines.append(f"| {name} | {group[0]['d']} | {group[0]['parameters']:,} | " + " | ".join([
+            *(generate.spread([c[k] for c in group], ".3f") for k in ("nll", "nll_one_draw")),
+            "never there" if None in matched else generate.spread(matched, ".0f"),
+            generate.spread([p["gen_ppl"] for p in one], ".0f"),
+            *(generate.spread([p[k] for p in one], ".2f") for k in ("entropy", "diversity", "rep_4")),
+            generate.spread([c["seconds"] for c in group], ".0f"), group[0]["recovery"]]) + " |")
+    return "\n".join([*lines, "", result["verdict"]])
+
+
+def verdict(cells, layer):
+    """One sentence from the numbers."""
+    nll = {k: [c["nll"] for c in cells if c["kind"] == k] for k in dict.fromkeys(c["kind"] for c in cells)}
+    mean = {k: sum(v) / len(v) for k, v in nll.items()}
+    rivals = [k for k in mean if k not in ("hidden", "causal")]
+    if "hidden" not in mean or not rivals:
+        return ""
+    best = min(rivals, key=mean.get)
+    text = (f"hidden at layer {layer} predicts the next token with {mean['hidden']:.3f} nats, the best other interface "
+            f"({best}) with {mean[best]:.3f}: hidden is {'ahead' if mean['hidden'] < mean[best] else 'behind'}, with "
+            "pretrained blocks behind it that the others lack")
+    if "causal" in mean:
+        text += f"; the same network trained on cross-entropy alone reaches {mean['causal']:.3f}"
+    return text[0].upper() + text[1:] + "."
+
+
+@entry
+def main(argv):
+    cfg = parse(Config, argv, __doc__)
+    kinds = cfg.kinds.split(",")
+    unknown = [k for k in kinds if k not in WAYS]
+    if unknown:
+        raise UserError(f"--kinds {unknown[0]}: there are {', '.join(WAYS)}")
+    if min(cfg.seeds, cfg.steps, cfg.nfe, cfg.draws, cfg.latent, cfg.blocks) < 1 or cfg.texts < 2 or cfg.new < 4:
+        raise UserError("--seeds, --steps, --nfe, --draws, --latent, --blocks must be at least 1, --texts 2, --new 4")
+    world = setup("cpu")
+    model = backbone.resolve(cfg.model, cfg.out)
+    identity = {"base": backbone.identity(model)}
+    if (result := finished(cfg, identity)) and not cfg.dry_run:
+        print(table(result))
+        return result
+    if cfg.dry_run:
+        print(f"would train {', '.join(kinds)} for {cfg.steps} steps with {cfg.seeds} seeds each on {model}")
+        return None
+    layer = cfg.layer or read_json(Path(cfg.out).parent / "geometry" / "result.json",
+                                   "run python geometry.py first, or pass --layer N")["best_layer"]
+    lm = backbone.load(model, world.device, torch.float32)
+    if not 1 <= layer <= lm.L or cfg.latent > lm.D:
+        raise UserError(f"--layer {layer} must lie in 1..{lm.L} and --latent {cfg.latent} in 1..{lm.D}")
+    shards, _ = backbone.shards_beside(cfg, data.load_tokenizer(model), world)
+    train_rows = data.Tokens(shards, "train", cfg.seq_len)
+    held_out = data.Tokens(shards, "val", cfg.seq_len).spread(cfg.windows).to(world.device)            # (N, T + 1)
+    run = Run(cfg, world, identity)
+
+    real = generate.measure(lm, held_out[:cfg.texts, :64 + cfg.new], 64)
+    with torch.no_grad():
+        logp = torch.cat([F.log_softmax(lm.head(lm.run(lm.embed(i[:, :-1]), 0, lm.L)), -1) for i in held_out.split(8)])
+    intact = -logp.gather(-1, held_out[:, 1:, None])[:, SKIP:].mean().item()
+    count = torch.bincount(train_rows.spread(512).flatten(), minlength=lm.V).double() + 1
+    unigram = -(count / count.sum()).log()[held_out[:, 1 + SKIP:]].mean().item()
+    cells = []
+    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+        for kind in kinds:
+            file = run.out / f"{kind}_seed{seed}.json"
+            if not file.exists():
+                write_json(file, cell(kind, seed, lm, layer, train_rows, held_out, real, cfg))
+            cells.append(read_json(file))
+            run.say(f"{kind}, seed {seed}: next-token NLL {cells[-1]['nll']:.3f} ({cells[-1]['seconds']:.0f} s)")
+    result = {**identity, "cells": cells, "kinds": kinds, "layer": layer, "real": real, "intact": intact,
+              "unigram": unigram, "seeds": list(range(cfg.seed, cfg.seed + cfg.seeds)),
+              "verdict": verdict(cells, layer), "windows": len(held_out),
+              **{k: getattr(cfg, k) for k in ("steps", "batch_size", "seq_len", "nfe", "draws", "texts", "new")}}
+    with atomic(run.out / "interfaces.md") as temporary:
+        temporary.write_text(table(result) + "\n")
+    run.finish(result)
+    print(table(result))
+    return run.result
+
+
+if __name__ == "__main__":
+    main()
