@@ -345,7 +345,7 @@ def main(argv):
         ids = train.batch(cfg.seed, step, some, cfg.batch_size)[:, :-1].to(world.device)          # (b, T)
         t = times(cfg.times, cfg.t_mean, cfg.seed, step, some).to(world.device)                   # (b,)
         noise = [normal((cfg.seq_len, D), world.device, cfg.seed, "noise", step, s) for s in some]
-        seen = torch.tensor([generator(cfg.seed, "self", step, s).random() < 0.5 for s in some])
+        seen = torch.tensor([cfg.self_condition and generator(cfg.seed, "self", step, s).random() < 0.5 for s in some])
         unknown = hide(cfg.visible, cfg.seq_len, cfg.seed, step, some)
         return ids, t, torch.stack(noise), seen.to(world.device), to(world.device, unknown)
     ready = data.prefetch(draw, ((step, some) for step in range(state["step"], cfg.steps) for some in parts))

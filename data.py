@@ -12,6 +12,7 @@ Letters: B sequences, T tokens a sequence.
 """
 import collections
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -284,6 +285,16 @@ def load_tokenizer(folder):
 
 
 # ------------------------------------------------------------------------------------------------------ batches
+@functools.lru_cache(maxsize=16)
+def walk(seed, epoch, n, T):
+    """(a, b, phase) of an epoch over n windows of T + 1 tokens; see Tokens."""
+    gen = generator(seed, "epoch", epoch)
+    a = int(gen.integers(1, n + 1))
+    while math.gcd(a, n) != 1:
+        a += 1
+    return a, int(gen.integers(n)), int(gen.integers(T))
+
+
 class Tokens:
     """One split, read through a memory map: memory does not grow with the corpus.
 
@@ -308,11 +319,7 @@ class Tokens:
         starts = []
         for slot in slots:
             epoch, i = divmod(step * batch_size + slot, self.n)
-            gen = generator(seed, "epoch", epoch)
-            a = int(gen.integers(1, self.n + 1))
-            while math.gcd(a, self.n) != 1:
-                a += 1
-            b, phase = int(gen.integers(self.n)), int(gen.integers(self.T))
+            a, b, phase = walk(seed, epoch, self.n, self.T)
             starts.append((a * i + b) % self.n * (self.T + 1) + phase)
         return self._cut(starts)
 

@@ -182,7 +182,7 @@ def table(rows, real):
 
 
 def spread(values, form):
-    sd = f" +- {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+    sd = f" +- {statistics.stdev(values):{form.lstrip('+')}}" if len(values) > 1 else ""
     return f"{statistics.mean(values):{form}}{sd}"
 
 
