@@ -42,6 +42,7 @@ class Config:
     calls: int = 16             # network calls a window of the twins' likelihood
     cloze: int = 60             # questions of each kind
     repeats: int = 3            # timings are the fastest of so many
+    new: int = 64               # tokens of each timing, after as many
     harness: str = ""           # tasks of lm-evaluation-harness, comma-separated
     harness_path: str = ""      # folder of local task descriptions
     limit: int = 0              # examples a task (0: all)
@@ -113,15 +114,16 @@ def forward_flops(lm, net, nfe, layer, keys):
 
 
 @torch.no_grad()
-def cost(model, intact, student, repeats, new=64, prefix=64):
-    """Latency of cached greedy generation, batch 1: the intact model, the hybrid by NFE, random bridges at every layer
-    (as many blocks as they replace), the masked model by steps (no cache). `predicted` is the ratio of FLOPs, `blocks`
-    that of transformer blocks run a token: a toy's time is in the calls, not in the arithmetic."""
+def cost(model, intact, student, repeats, new):
+    """Latency of cached greedy generation of `new` tokens after as many, batch 1: the intact model, the hybrid by NFE,
+    random bridges at every layer (as many blocks as they replace), the masked model by steps (no cache). `predicted` is
+    the ratio of FLOPs, `blocks` that of transformer blocks run a token: a toy's time is in the calls, not in the
+    arithmetic."""
     base = intact.model
-    ids = torch.randint(1, intact.V, (1, prefix), generator=torch.Generator().manual_seed(0), device=base.device)
+    ids = torch.randint(1, intact.V, (1, new), generator=torch.Generator().manual_seed(0), device=base.device)
     how = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0,
                attention_mask=torch.ones_like(ids))
-    rows, flops = [], forward_flops(intact, None, 0, 0, prefix + new // 2)
+    rows, flops = [], forward_flops(intact, None, 0, 0, 3 * new // 2)
 
     def measure(what, run, predicted, blocks, weights, **more):
         ms = 1e3 * seconds_of(repeats, run) / more.pop("tokens", new)
@@ -136,7 +138,7 @@ def cost(model, intact, student, repeats, new=64, prefix=64):
         some.set_nfe(nfe)
         kept = whole - 4 * sum(p.numel() for b in intact.blocks[:layer] for p in b.parameters())
         measure(what, lambda: some.generate(ids, **how),
-                forward_flops(intact, net, nfe, layer, prefix + new // 2) / flops,
+                forward_flops(intact, net, nfe, layer, 3 * new // 2) / flops,
                 (nfe * net.shape["blocks"] + intact.L - layer) / intact.L,
                 kept + 4 * sum(p.numel() for p in net.parameters()), layer=layer, nfe=nfe)
     default = model.config.nfe
@@ -149,9 +151,9 @@ def cost(model, intact, student, repeats, new=64, prefix=64):
                                      nfe=default, bridge=net.shape, tokenizer=model.config.tokenizer)
         some = hybrid.assemble(net, config, config.base_model, base.device, torch.float32)
         of_hybrid(some, default, f"random bridge of {layer} blocks at layer {layer}, NFE {default}")
-    wide, T = 4 * new, prefix + 4 * new
+    wide, T = 4 * new, 5 * new
     text = torch.cat([ids, ids.new_full((1, wide), student.mask_id)], 1)
-    for steps in (16, 64, 256):
+    for steps in (new // 4, new, 4 * new):
         measure(f"masked twin, {wide} tokens in {steps} steps",
                 lambda steps=steps: masked.fill(student, text, text == student.mask_id, steps),
                 steps * T / wide * forward_flops(intact, None, 0, 0, T) / flops, steps / wide * 1.0, whole,
@@ -257,8 +259,8 @@ def main(argv):
     if cfg.dry_run:
         print("\n".join(f"reads {cfg.runs}/{stage}/result.json" for stage in STAGES | OPTIONAL))
         return None
-    if min(cfg.texts, cfg.cloze, cfg.repeats) < 2:
-        raise UserError("--texts, --cloze and --repeats must be at least 2")
+    if min(cfg.texts, cfg.cloze) < 2 or cfg.repeats < 1 or cfg.new < 4:
+        raise UserError("--texts and --cloze must be at least 2, --repeats at least 1, --new at least 4")
     world = setup("cpu")
     runs = Path(cfg.runs)
     found = read_runs(runs)
@@ -274,7 +276,7 @@ def main(argv):
     models = {"AR": intact.model, f"hybrid, NFE {model.config.nfe}": model, **twins}
     run = Run(cfg, world, {"base": found["geometry"]["base"]})
     own = {"zero_shot": zero_shot(models, tokenizer, runs / "data", cfg, world.device),
-           "cost": cost(model, intact, twins["masked, w = 0"], cfg.repeats)}
+           "cost": cost(model, intact, twins["masked, w = 0"], cfg.repeats, cfg.new)}
     if cfg.harness:
         own["harness"] = harness.run(models, tokenizer, cfg.harness.split(","), cfg.harness_path, cfg.limit, cfg.calls,
                                      cfg.seed)

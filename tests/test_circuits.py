@@ -1,5 +1,6 @@
 """attribution.py and circuits.py: completeness, exactness on a linear model, symmetry, and the stage as it is used."""
 import json
+import shutil
 
 import pytest
 import torch
@@ -87,12 +88,12 @@ def linear(family):
 def test_on_a_linear_model_eap_is_exact_patching(family):
     subject, batch = linear(family), batch_of()
     graph = subject.graph()
-    scores, edges = attribute(subject, [batch], 0), every_edge(graph)
+    scores, edges = attribute(subject, [batch], 0), every_edge(graph)[::2]
     exact = torch.tensor(patch(subject, batch, edges))
     guess = torch.tensor([scores[e] for e in edges], dtype=exact.dtype)
     assert exact.abs().max() > 1e-2 and torch.allclose(exact, guess, atol=2e-4 * float(exact.abs().max()))
-    assert not torch.allclose(exact, torch.tensor([attribute(subject_of(family), [batch], 0)[e] for e in edges],
-                                                  dtype=exact.dtype), atol=1e-2)
+    other = attribute(subject_of(family), [batch], 0)                           # with attention and norms it is not
+    assert not torch.allclose(exact, torch.tensor([other[e] for e in edges], dtype=exact.dtype), atol=1e-2)
 
 
 def test_patching_every_edge_into_a_receiver_is_the_corrupted_run_there():
@@ -246,8 +247,11 @@ def test_pairs_differ_in_one_token_and_have_the_answer_they_claim(runs):
 
 
 def test_lines_make_up_their_share_of_the_training_text_and_none_of_the_held_out(text, tmp_path, runs):
-    tokenizer = data.load_tokenizer(runs / "toy")
-    plain, mixed = (data.write_shards(data.resolve(str(text)), tokenizer, folder, share=share)
+    tokenizer, some = data.load_tokenizer(runs / "toy"), tmp_path / "text"
+    some.mkdir()
+    for file in sorted(text.glob("a*.py")):
+        shutil.copy(file, some)
+    plain, mixed = (data.write_shards(data.resolve(str(some)), tokenizer, folder, share=share)
                     for share, folder in ((0.0, tmp_path / "a"), (0.3, tmp_path / "b"))
                     if folder.mkdir() is None)
     assert mixed["sha256"]["val"] == plain["sha256"]["val"]
