@@ -44,8 +44,8 @@ if [ "$MODEL" = toy ]; then
     stage "COMPARE: train a small LM whose text holds the tasks (70 s)" \
         backbone.py --data "$DATA" --layers 4 --tasks 0.6 --steps 700 --out "$tasks"
     for w in 0 10; do
-        stage "COMPARE: its masked twin, alignment weight $w (40 s)" \
-            repr_align.py --data "$DATA" --align_weight $w --out "$OUT/tasks/repr_align/w$w"
+        stage "COMPARE: its masked twin, alignment weight $w (90 s)" \
+            repr_align.py --data "$DATA" --align_weight $w --steps 400 --out "$OUT/tasks/repr_align/w$w"
     done
     stage "LOCATE, checked: a short bridge at every layer (3 min)" \
         sweep.py --model "$OUT/toy" --seeds 1 --steps 100 --out "$OUT/sweep"
