@@ -36,7 +36,7 @@ from tasks import GLOBAL, TASKS, Pair, examples
 @dataclass
 class Config:
     model: str = "toy"          # the AR model: toy (the folder beside --out), a folder or a Hub id
-    twins: str = ""             # folders of converted models, comma-separated (empty: all in repr_align beside --out)
+    twins: str = ""             # folders of converted models, comma-separated (empty: all in repr_align beside --model)
     out: str = "out/circuits"   # run folder
     task: str = "all"           # all, or one or more of induction, brackets, missing, countdown
     seed: int = 0               # of the prompts
@@ -343,7 +343,8 @@ def main(argv):
     world = setup(cfg.device)
     dtype = pick_dtype("fp32", world.device)
     model = backbone.resolve(cfg.model, cfg.out)
-    beside = backbone.beside(cfg.out, "repr_align")
+    beside = Path(model).parent / "repr_align"
+    beside = beside if beside.exists() else backbone.beside(cfg.out, "repr_align")
     twins = [Path(t) for t in cfg.twins.split(",")] if cfg.twins else sorted(f.parent for f in beside.glob(
         "*/result.json"))
     if not twins and not cfg.dry_run:
