@@ -278,10 +278,13 @@ def load_tokenizer(folder):
     if (Path(folder) / "meta.json").exists():
         return PreTrainedTokenizerFast(tokenizer_file=str(Path(folder) / "tokenizer.json"), eos_token=EOS)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # the library makes an empty one of a bare config
+            raise ValueError("it knows no words")
     except Exception as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"no tokenizer could be loaded from {folder} ({reason}); save one beside the model") from None
+    return tokenizer
 
 
 # ------------------------------------------------------------------------------------------------------ batches

@@ -10,7 +10,9 @@ where its entropy equals real text's. Writes result.json, samples.jsonl and gene
 
 Letters: N texts, T tokens, V vocabulary.
 """
+import collections
 import dataclasses
+import importlib.util
 import json
 import math
 import statistics
@@ -49,8 +51,12 @@ class Config:
     back: float = 0.25          # share of the calls that a refinement makes again, after one that encodes
     alpha: float = 1.0          # weight of the token readout beside the retained blocks
     temperatures: str = "0.8,1.0,1.2,1.4"  # the frontier of every row
+    judge: str = ""             # a folder or Hub id whose perplexity counts (empty: the intact model's)
     experts: bool = True        # also decode by each expert alone
     dry_run: bool = False       # print what would be sampled, then leave
+
+
+SHAPE = ("entropy", "diversity", "rep_4", "distinct_2", "self_bleu")  # of a text, whoever judges it
 
 
 # ------------------------------------------------------------------------------------------------------- metrics
@@ -63,6 +69,21 @@ def judge(lm, ids, prefix):
         nll = F.cross_entropy(logits.double().flatten(0, 1), part[:, prefix:].flatten(), reduction="none")
         rows.append(nll.view(len(part), -1))
     return torch.cat(rows)
+
+
+@torch.no_grad()
+def judge_text(lm, theirs, ours, ids, prefix):
+    """The same by a judge with another tokenizer: ids (N, T) are decoded by `ours`, prefix and continuation apart, and
+    encoded by `theirs`. A list of N vectors, one number a token of the judge's."""
+    out = []
+    for row in ids.tolist():
+        head, tail = (theirs(ours.decode(part), add_special_tokens=False)["input_ids"]
+                      for part in (row[:prefix], row[prefix:]))
+        head = head or [theirs.eos_token_id or 0]
+        both = torch.tensor([[*head, *tail]], device=ids.device)
+        logits = lm.head(lm.run(lm.embed(both[:, :-1]), 0, lm.L))[0, len(head) - 1:]                      # (n, V)
+        out.append(F.cross_entropy(logits.double(), both[0, len(head):], reduction="none"))
+    return out
 
 
 def entropy(ids):
@@ -82,12 +103,50 @@ def repetition(ids, n):
     return 1 - len(set(grams)) / len(grams)
 
 
-def measure(lm, ids, prefix):
-    """All metrics of ids (N, T) at one setting: gen_ppl = exp(sum NLL / sum tokens), its median over texts, entropy,
-    diversity = product over n = 2, 3, 4 of the share of distinct n-grams, rep_4."""
-    nll, new = judge(lm, ids, prefix), ids[:, prefix:]
-    return {"gen_ppl": math.exp(nll.mean()), "gen_ppl_median": math.exp(nll.mean(1).median()), "entropy": entropy(new),
-            "diversity": math.prod(1 - repetition(new, n) for n in (2, 3, 4)), "rep_4": repetition(new, 4)}
+def self_bleu(ids, order=4):
+    """Mean BLEU (n-grams up to `order`, uniform weights, no smoothing) of each text against all the others: how alike
+    they are. ids (N, T), N >= 2."""
+    if len(ids) < 2 or ids.shape[1] < order:
+        raise UserError(f"self-BLEU needs two texts of at least {order} tokens")
+    total = np.zeros((len(ids), order))
+    for n in range(1, order + 1):
+        counts = [collections.Counter(tuple(row[i:i + n]) for i in range(len(row) - n + 1)) for row in ids.tolist()]
+        first, second = collections.Counter(), collections.Counter()           # largest and next count over texts
+        for count in counts:
+            for gram, c in count.items():
+                high, low = first[gram], second[gram]
+                first[gram], second[gram] = max(high, c), max(low, min(high, c))
+        for i, count in enumerate(counts):
+            others = (second[g] if count[g] == first[g] else first[g] for g in count)
+            total[i, n - 1] = sum(map(min, count.values(), others)) / sum(count.values())
+    with np.errstate(divide="ignore"):
+        return float(np.exp(np.log(total).mean(1)).mean())                     # equal lengths: no brevity penalty
+
+
+@torch.no_grad()
+def mauve(lm, real, ids, prefix):
+    """MAUVE (Pillutla et al. 2021) between what follows the prefix in `real` and in `ids`, both (N, T); features are
+    the mean of lm's last states. None where the package mauve-text is not installed."""
+    if importlib.util.find_spec("mauve") is None:
+        return None
+    from mauve import compute_mauve
+    p, q = (torch.cat([lm.norm(lm.run(lm.embed(part), 0, lm.L))[:, prefix:].mean(1) for part in text.split(16)]).cpu()
+            for text in (real, ids))
+    return float(compute_mauve(p_features=p.numpy(), q_features=q.numpy(), num_buckets=max(2, len(p) // 10),
+                               verbose=False).mauve)
+
+
+def measure(lm, ids, prefix, nll=None):
+    """All metrics of ids (N, T) at one setting: gen_ppl = exp(sum NLL / sum tokens), mean and median over texts of each
+    one's own, entropy, diversity = product over n = 2, 3, 4 of the share of distinct n-grams, rep_4, distinct-n (the
+    share of different n-grams within a text, mean over texts), self_bleu. `nll`: another judge's, see judge_text."""
+    nll, new = judge(lm, ids, prefix) if nll is None else nll, ids[:, prefix:]
+    each = torch.stack([row.mean() for row in nll]).exp()
+    return {"gen_ppl": math.exp(sum(r.sum() for r in nll) / sum(map(len, nll))), "gen_ppl_mean": float(each.mean()),
+            "gen_ppl_median": float(each.median()), "entropy": entropy(new),
+            "diversity": math.prod(1 - repetition(new, n) for n in (2, 3, 4)),
+            "rep_4": repetition(new, 4), "self_bleu": self_bleu(new),
+            **{f"distinct_{n}": 1 - statistics.mean(repetition(row[None], n) for row in new) for n in (1, 2)}}
 
 
 def at_entropy(points, target):
@@ -164,9 +223,10 @@ def table(rows, real):
     """Markdown: one line a method; bridges that differ in their seed alone are one line, mean +- sd."""
     near = min((p["temperature"] for p in rows[0]["frontier"]), key=lambda t: abs(t - 1))
     lines = ["| method | gen-PPL at real entropy | over real text | "
-             f"gen-PPL, T = {near:g} | entropy | diversity | rep-4 |", "|---|---|---|---|---|---|---|",
-             f"| real text | {real['gen_ppl']:.1f} | 1.00 | {real['gen_ppl']:.1f} | {real['entropy']:.2f} | "
-             f"{real['diversity']:.2f} | {real['rep_4']:.2f} |"]
+             f"gen-PPL, T = {near:g} | median | entropy | diversity | rep-4 | distinct-2 | self-BLEU | MAUVE |",
+             "|---" * 11 + "|",
+             f"| real text | {real['gen_ppl']:.1f} | 1.00 | {real['gen_ppl']:.1f} | {real['gen_ppl_median']:.1f} | "
+             + " | ".join(f"{real[k]:.2f}" for k in SHAPE) + " | - |"]
     groups = {}
     for row in rows:
         alike = tuple(row.get(k) for k in ("steps", "parameters"))  # all but the seed
@@ -177,7 +237,9 @@ def table(rows, real):
         cell = "never there" if None in matched else spread(matched, ".1f")
         ratio = "-" if None in matched else f"{statistics.mean(matched) / real['gen_ppl']:.2f}"
         lines.append(f"| {title} | {cell} | {ratio} | {spread([p['gen_ppl'] for p in one], '.1f')} | "
-                     + " | ".join(spread([p[k] for p in one], ".2f") for k in ("entropy", "diversity", "rep_4")) + " |")
+                     f"{spread([p['gen_ppl_median'] for p in one], '.1f')} | "
+                     + " | ".join(spread([p[k] for p in one], ".2f") for k in SHAPE) + " | "
+                     + (spread([r["mauve"] for r in group], ".2f") if group[0].get("mauve") else "-") + " |")
     return "\n".join(lines)
 
 
@@ -242,7 +304,7 @@ def main(argv):
     if never:
         raise UserError(f"{never[0]} has never met an unknown token; {remedy}")
     backbone.read_config(infos[0]["model"], cfg.prefix + cfg.new)
-    weights = [backbone.identity(f) for f in [*folders, *([cfg.twin] if cfg.twin else [])]]
+    weights = [backbone.identity(f) for f in [*folders, *(f for f in (cfg.twin, cfg.judge) if f)]]
     identity = {"base": infos[0]["base"], "weights": weights}
     if result := finished(cfg, identity):
         print(table(result["rows"], result["real"]))
@@ -254,8 +316,11 @@ def main(argv):
     T = cfg.prefix + cfg.new
     text = data.Tokens(shards, "val", T - 1).spread(cfg.texts).to(world.device)                # (N, T)
     lm = backbone.load(infos[0]["model"], world.device, dtype)
+    other = (backbone.load(cfg.judge, world.device, dtype), data.load_tokenizer(cfg.judge)) if cfg.judge else None
     run = Run(cfg, world, identity)
-    real = measure(lm, text, cfg.prefix)
+    def measured(ids):
+        return measure(lm, ids, cfg.prefix, judge_text(*other, tokenizer, ids, cfg.prefix) if other else None)
+    real = measured(text)
 
     # ------------------------------------------------------------------------------------------------ sample
     rows, samples = [], []
@@ -264,7 +329,9 @@ def main(argv):
         for t in temperatures:
             ids = write(text[:, :cfg.prefix], t)
             assert torch.equal(ids[:, :cfg.prefix], text[:, :cfg.prefix])
-            row["frontier"].append({"temperature": t, **measure(lm, ids, cfg.prefix)})
+            row["frontier"].append({"temperature": t, **measured(ids)})
+            if t == min(temperatures, key=lambda x: abs(x - 1)):
+                row["mauve"] = mauve(lm, text, ids, cfg.prefix)
             samples += [{"method": name_of(row), "temperature": t, "prefix": tokenizer.decode(some[:cfg.prefix]),
                          "text": tokenizer.decode(some[cfg.prefix:])} for some in ids[:8]]
         row["matched"] = at_entropy(row["frontier"], real["entropy"])

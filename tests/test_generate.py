@@ -1,5 +1,6 @@
 """Generation: what is unknown stays unknown, what is visible stays as it is, and the sampler follows known laws."""
 import json
+import shutil
 
 import pytest
 import torch
@@ -284,13 +285,44 @@ def test_metrics_have_known_answers():
     assert generate.repetition(ids[:1], 4) == 0
     with pytest.raises(UserError, match="5-grams"):
         generate.repetition(ids, 5)
+    assert generate.self_bleu(torch.tensor([[1, 2, 3, 4, 5]] * 3)) == pytest.approx(1)
+    assert generate.self_bleu(torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]])) == 0
+    half = torch.tensor([[1, 2, 3, 4, 5], [1, 2, 3, 4, 9]])                     # 4/5, 3/4, 2/3 and 1/2 in common
+    assert generate.self_bleu(half) == pytest.approx((4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25)
+    assert generate.self_bleu(torch.tensor([[1, 1, 1, 1, 2], [1, 2, 1, 2, 1]]), 1) == pytest.approx(0.8)
+    with pytest.raises(UserError, match="two texts"):
+        generate.self_bleu(half[:1])
     lm = backbone.Backbone(tiny_model("llama"))
+    own = generate.measure(lm, IDS, 6)
+    assert own["distinct_1"] == pytest.approx(sum(len(set(r[6:])) for r in IDS.tolist()) / IDS[:, 6:].numel())
+    each = generate.judge(lm, IDS, 6).mean(1).exp()
+    assert own["gen_ppl_mean"] == pytest.approx(each.mean().item()) and own["gen_ppl"] <= own["gen_ppl_mean"]
+
+    class Letters:                                                              # one character a token, both ways
+        eos_token_id = 0
+
+        def decode(self, ids):
+            return "".join(chr(97 + i) for i in ids)
+
+        def __call__(self, text, add_special_tokens=False):
+            return {"input_ids": [ord(c) - 97 for c in text]}
     nll = generate.judge(lm, IDS, 6)
+    theirs = generate.judge_text(lm, Letters(), Letters(), IDS, 6)
+    assert torch.allclose(torch.stack(theirs), nll, atol=1e-5)
+    assert generate.measure(lm, IDS, 6, theirs)["gen_ppl"] == pytest.approx(own["gen_ppl"])
     want = torch.nn.functional.cross_entropy(lm.model(IDS).logits[:, 5:-1].flatten(0, 1), IDS[:, 6:].flatten())
     assert nll.shape == (2, 8) and nll.mean().item() == pytest.approx(want.item(), rel=1e-5)
     points = [{"entropy": 3.0, "gen_ppl": 10.0}, {"entropy": 4.0, "gen_ppl": 1000.0}]
     assert generate.at_entropy(points, 3.5) == pytest.approx(100)
     assert generate.at_entropy(points, 4.05) == pytest.approx(1000) and generate.at_entropy(points, 5) is None
+
+
+def test_mauve_tells_texts_apart():
+    pytest.importorskip("mauve", reason="pip install mauve-text")
+    lm = backbone.Backbone(tiny_model("llama"))
+    gen = torch.Generator().manual_seed(0)
+    one, two, other = (torch.randint(lo, hi, (40, 12), generator=gen) for lo, hi in ((3, 64), (3, 64), (3, 9)))
+    assert generate.mauve(lm, one, two, 4) > generate.mauve(lm, one, other, 4) + 0.1
 
 
 # ------------------------------------------------------------------------------------------------------ the runs
@@ -315,6 +347,12 @@ def test_the_stage_runs(runs, causal, text, tmp_path, capsys):
     assert {r["calls"] for r in found["rows"] if r["name"] == "blocks"} == {4}   # 2, and 1 + 1 to refine
     assert (tmp_path / "g" / "generation.png").stat().st_size > 5000
     assert len((tmp_path / "g" / "samples.jsonl").read_text().splitlines()) == 10 * 2 * 3
+    judged = generate.main([*argv[:-1], str(tmp_path / "j"), "--judge", f"{runs}/repr_align/w0", "--no-experts"])
+    assert judged["real"]["gen_ppl"] != found["real"]["gen_ppl"]
+    assert judged["real"]["entropy"] == found["real"]["entropy"]
+    shutil.copytree(runs / "toy", tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
+    assert "tokenizer" in fails(capsys, generate.main, *argv[:-1], tmp_path / "k", "--judge", tmp_path / "mute")
+    assert not (tmp_path / "k").exists()
     capsys.readouterr()
     generate.main(argv)                                                        # finished: prints its table
     assert "real text" in capsys.readouterr().out
