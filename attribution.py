@@ -109,8 +109,8 @@ class Subject:
 @contextlib.contextmanager
 def record(subject, seen):
     """While open, a forward pass leaves in `seen`: x{i} and r{i}, the residual stream before block i's attention and
-    MLP; q{i}, y{i}, the list of q, k, v and the MLP's normed input, where gradients arrive; z{i} and m{i}, the heads
-    side by side and the MLP's output; f, the stream before the final norm."""
+    MLP; q_proj{i}, k_proj{i}, v_proj{i} (GPT-2: c_attn{i}) and y{i}, the MLP's normed input, where gradients arrive;
+    z{i} and m{i}, the heads side by side and the MLP's output; f, the stream before the final norm."""
     handles = []
 
     def take(module, name, output=False):
@@ -233,11 +233,12 @@ def instead(subject, name, seen, delta):
         _, h, part = name.split(".")
         place = "qkv".index(part)
         new = subject.project(i, subject.norm1[i].forward(seen[f"x{i}"] + delta))[place]        # (P, T, heads * d)
-        d = new.shape[-1] // (self_heads := subject.H if part == "q" else subject.K)
+        heads = subject.H if part == "q" else subject.K
+        d = new.shape[-1] // heads
         lo = int(h) * d
         a = subject.attention[i]
         module = a.c_attn if subject.joint else getattr(a, f"{part}_proj")
-        first = (place * self_heads * d if subject.joint else 0) + lo
+        first = (place * heads * d if subject.joint else 0) + lo
 
         def hook(_, __, output):
             output = output.clone()
@@ -254,10 +255,11 @@ def instead(subject, name, seen, delta):
 def without(subject, components):
     """While open, these senders write nothing: heads `a1.3` and MLPs `m1`. Raises UserError for an unknown one."""
     known, handles = subject.graph().senders[1:], []
+    unknown = [name for name in components if name not in known]
+    if unknown:
+        raise UserError(f"--ablate {unknown[0]}: no such component; heads are a0.0 to "
+                        f"a{subject.lm.L - 1}.{subject.H - 1}, MLPs m0 to m{subject.lm.L - 1}")
     for name in components:
-        if name not in known:
-            raise UserError(f"--ablate {name}: no such component; heads are a0.0 to "
-                            f"a{subject.lm.L - 1}.{subject.H - 1}, MLPs m0 to m{subject.lm.L - 1}")
         i, _, h = name[1:].partition(".")
 
         def zero_head(_, args, h=h):

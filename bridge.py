@@ -153,15 +153,17 @@ def measure(lm, net, rows, layer, nfes, noise_seeds, skip):
                 agree = (hybrid.argmax(-1) == intact.argmax(-1))[:, skip:]
                 sums[n][s] += torch.stack([error[:, skip:].sum(), kl.sum(), gap.sum(), agree.sum(),
                                            error[:, :skip].sum()]).double().cpu()
-                if s == 0:
-                    gaps[n].append(gap.mean(1))
+                gaps[n].append(gap.mean(1))
+    for n in nfes:  # per sequence, mean over noises
+        parts = [torch.stack(gaps[n][i:i + noise_seeds]).mean(0) for i in range(0, len(gaps[n]), noise_seeds)]
+        gaps[n] = torch.cat(parts)                                                     # (N,)
     count, out = len(rows) * (T - skip), {}
     for n in nfes:
         mean, sd = sums[n].mean(0), sums[n].std(0) if noise_seeds > 1 else torch.zeros(5)
         out[str(n)] = {"fvu": (mean[0] / energy[0]).item(), "kl": (mean[1] / count).item(),
                        "ce_gap": (mean[2] / count).item(), "agree": (mean[3] / count).item(),
-                       "ce_gap_se": (torch.cat(gaps[n]).std() / len(rows) ** 0.5).item() if len(rows) > 1 else 0.0,
-                       "ce_gap_rows": torch.cat(gaps[n]).tolist(),                     # per sequence, first noise
+                       "ce_gap_se": (gaps[n].std() / len(rows) ** 0.5).item() if len(rows) > 1 else 0.0,
+                       "ce_gap_rows": gaps[n].tolist(),
                        "fvu_noise_sd": (sd[0] / energy[0]).item(), "ce_gap_noise_sd": (sd[2] / count).item(),
                        "fvu_sinks": (mean[4] / energy[1].clamp_min(1e-12)).item()}
     return out, ce_intact / count

@@ -1,8 +1,8 @@
 """circuits.py: COMPARE. Which edges of the network solve a task, before and after conversion to masked diffusion?
 
-    python circuits.py                                   # out/toy against the twins in out/repr_align: ~1 min, 2 cores
-    python circuits.py --task induction --patch 50       # one task, its strongest edges checked by exact patching
-    python circuits.py --task induction --ablate a1.0,m0           # what is left without these components
+    python circuits.py --model out/tasks/toy --out out/tasks/circuits       # as run_all.sh does: ~10 s, 2 cores
+    python circuits.py --model out/tasks/toy --task countdown --patch 50    # its strongest edges, patched exactly
+    python circuits.py --model out/tasks/toy --task countdown --ablate a1.0,m0    # what is left without these
 
 Attribution of one model and of its converted twins on the tasks of tasks.py. Two circuits are compared by the Jaccard
 index of their strongest edges, between a floor (chance) and two ceilings (the same model on other prompts; a twin of
@@ -11,7 +11,7 @@ Writes result.json, circuits.png and scores.safetensors (every edge) to --out.
 
 Edges, senders and receivers are those of attribution.py: `a1.3` is head 3 of block 1, `m1` its MLP, counted from 0.
 
-Letters: P pairs, T tokens, L blocks, S senders, R receivers, K edges in a circuit, N edges in all.
+Letters: P pairs, T tokens, L blocks, S senders, R receivers, k edges in a circuit.
 """
 import math
 import statistics
@@ -30,7 +30,7 @@ from attribution import Subject, attribute, patch, without
 from common import UserError, entry, generator, parse, pick_dtype, setup
 from geometry import spearman
 from run import Run, atomic, finished, read_json
-from tasks import GLOBAL, TASKS, Pair, examples
+from tasks import GLOBAL, TASKS, Pair, Pieces, examples
 
 
 @dataclass
@@ -137,23 +137,26 @@ def solved(subject, batch, which="clean", size=64):
 
 def zeroing(subject, batch, scores, graph, edges, cfg, extra):
     """What zeroing components costs: share of prompts still solved, intact, without the three components that carry
-    the most, without three random ones and three of the same kind and block or nearest to it (five draws each)."""
+    the most by `scores` (the AR model's, so that twins are asked about its circuit), without three random ones and
+    without three of the same kind and block or nearest to it (five draws each)."""
     weight = components(scores, edges, cfg.k, graph)[1:]                                     # the embedding stays
     names, gen = graph.senders[1:], generator(cfg.seed, "controls")
-    top = [names[j] for j in weight.topk(3).indices.tolist()]
+    count = min(3, len(names) // 2)
+    top = [names[j] for j in weight.topk(count).indices.tolist()]
 
     def left(components_):
         with without(subject, components_):
             return solved(subject, batch).double().mean().item()
     others = [n for n in names if n not in top]
-    random = [list(gen.choice(others, 3, replace=False)) for _ in range(5)]
+    random = [list(gen.choice(others, count, replace=False)) for _ in range(5)]
     block = {n: int(n[1:].split(".")[0]) for n in names}
     matched = []
     for _ in range(5):
         free, chosen = list(others), []
         for name in top:
-            near = min(abs(block[n] - block[name]) for n in free if n[0] == name[0])
-            chosen.append(str(gen.choice([n for n in free if n[0] == name[0] and abs(block[n] - block[name]) == near])))
+            same = [n for n in free if n[0] == name[0]] or free
+            near = min(abs(block[n] - block[name]) for n in same)
+            chosen.append(str(gen.choice([n for n in same if abs(block[n] - block[name]) == near])))
             free.remove(chosen[-1])
         matched.append(chosen)
     return {"components": top, "intact": left([]), "strongest": left(top),
@@ -162,7 +165,8 @@ def zeroing(subject, batch, scores, graph, edges, cfg, extra):
 
 
 def check(subject, batch, graph, edges, cfg):
-    """Attribution against exact patching over the --patch strongest edges and four times as many random ones."""
+    """Attribution with 10 points, and without any, against exact patching on 16 pairs: over the --patch strongest edges
+    and four times as many random ones."""
     n = min(cfg.patch, int(edges.sum()) // 5)
     small = {k: v[:16] for k, v in batch.items()}
     fine, plain = (attribute(subject, slices(small, cfg.micro_batch), steps) for steps in (10, 0))
@@ -177,13 +181,16 @@ def check(subject, batch, graph, edges, cfg):
     return out
 
 
-def study(name, subjects, tokenizer, cfg, device):
+def study(name, subjects, pieces, cfg, device):
     """One task: who solves it, and the circuits of those who do. Returns (result, {(subject, set): scores}).
 
-    1 prompts that every such model solves, clean and corrupted  2 attribution, for `resamples` sets of prompts
+    1 prompts that every such model solves, clean and corrupted (`common`: share of a set that recurs in others)
+    2 attribution, for `resamples` sets of prompts
     3 overlap of circuits, with floor and ceilings  4 where the attribution lies  5 zeroing, exact patching"""
     batches, found = [], {"group": "global" if name in GLOBAL else "prefix"}
-    drawn = [stack(examples(name, tokenizer, 4 * cfg.pairs, 1000 * cfg.seed + s), device) for s in range(cfg.resamples)]
+    drawn = [stack(examples(name, pieces, 4 * cfg.pairs, 1000 * cfg.seed + s), device) for s in range(cfg.resamples)]
+    if drawn[0]["clean"].shape[1] >= subjects[0].lm.config.max_position_embeddings:
+        raise UserError(f"the prompts of {name} are longer than the model's positions; use another model")
     right = {x.name: [solved(x, b) & solved(x, b, "corrupted") for b in drawn] for x in subjects}
     found["solved"] = {n: torch.cat(r).double().mean().item() for n, r in right.items()}
     able = [x for x in subjects if found["solved"][x.name] >= cfg.least]
@@ -196,7 +203,9 @@ def study(name, subjects, tokenizer, cfg, device):
     edges, start = graph.edges(), time.perf_counter()
     scores = {(x.name, s): attribute(x, slices(b, cfg.micro_batch), cfg.ig_steps)
               for x in able for s, b in enumerate(batches)}
-    found |= {"usable": True, "pairs": min(len(b["clean"]) for b in batches),
+    prompts = [{tuple(row) for row in b["clean"].tolist()} for b in batches]
+    common = [len(p & set().union(*prompts[:s], *prompts[s + 1:])) / len(p) for s, p in enumerate(prompts)]
+    found |= {"usable": True, "common": statistics.mean(common), "pairs": min(len(b["clean"]) for b in batches),
               "seconds": (time.perf_counter() - start) / len(scores), "overlap": {}, "models": {}}
     kinds = dict.fromkeys(x.kind for x in able[1:])
     sets = range(cfg.resamples)
@@ -246,14 +255,16 @@ def verdicts(result):
         shared = "; ".join(f"{n} {v['mean']:.2f}" for n, v in row.items() if n != "chance")
         where = ", ".join(f"{kind} {spread(m['mean_depth'])}" for kind, m in found["models"].items())
         yield (f"{name} ({found['group']}): overlap of the {result['k']} strongest edges {shared}; by chance "
-               f"{row['chance']:.2f}. Mean block of attribution: {where}. Solved: {percent}")
+               f"{row['chance']:.2f}. Mean block of attribution: {where}. Solved: {percent}. Prompts that recur in "
+               f"another set: {found['common']:.0%}")
 
 
 def table(result):
     """Markdown: a row for a task and model."""
     k = str(result["k"])
     lines = [f"| task | group | model | solved | overlap with AR, K = {k} | chance-adjusted | itself, other prompts "
-             "| other seed | mean block | Gini | entropy | left without the 3 strongest | random 3 | matched 3 |",
+             "| other seed | mean block (0: embedding) | Gini | entropy | left without the AR model's 3 strongest | "
+             "without 3 random | without 3 matched |",
              "|---" * 14 + "|"]
     for name, found in result["tasks"].items():
         if not found["usable"]:
@@ -265,11 +276,15 @@ def table(result):
         def cell(key, row=row):
             return "-" if key not in row else f"{row[key]['mean']:.2f}" + (
                 f" +- {row[key]['sd']:.2f}" if row[key]["sd"] is not None else "")
-        for kind, model in found["models"].items():
+        for kind in dict.fromkeys(n.split(", seed")[0] for n in found["solved"]):
+            solves = [v for n, v in found["solved"].items() if n.split(", seed")[0] == kind]
+            if kind not in found["models"]:
+                lines.append(f"| {name} | {found['group']} | {kind} | {spread(solves)}: not analysed |" + " |" * 10)
+                continue
+            model = found["models"][kind]
             zero = [z for n, z in found["zeroing"].items() if n.split(", seed")[0] == kind]
             over = row.get(f"AR and {kind}")
             adjusted = "-" if over is None else f"{(over['mean'] - row['chance']) / (1 - row['chance']):.2f}"
-            solves = [v for n, v in found["solved"].items() if n.split(", seed")[0] == kind]
             lines.append(f"| {name} | {found['group']} | {kind} | {spread(solves)} | {cell(f'AR and {kind}')} | "
                          f"{adjusted} | {cell(f'{kind}, other prompts')} | {cell(f'{kind}, other seed')} | "
                          + " | ".join(spread(model[key]) for key in ("mean_depth", "gini", "entropy")) + " | "
@@ -287,11 +302,11 @@ def figure(result, scores, path):
     kinds = list(dict.fromkeys(k for n in usable for k in result["tasks"][n]["models"]))
     fig, axes = plt.subplots(max(1, len(usable)), len(kinds) + 2, squeeze=False, constrained_layout=True,
                              figsize=(2.6 * (len(kinds) + 2), 2.5 * max(1, len(usable))))
-    colors = dict(zip(kinds, ("#222222", "#888888", "#edae49", "#30638e"), strict=False))
+    colors = {kind: plt.cm.plasma(i / len(kinds)) for i, kind in enumerate(kinds)}
     for row, name in zip(axes, usable, strict=False):
         found = result["tasks"][name]
         for ax, kind in zip(row, kinds, strict=False):
-            ax.set(title=f"{name}: {kind}", xlabel="from block", ylabel="to block")
+            ax.set(title=f"{name}: {kind}", xlabel="from (0: embedding)", ylabel="to (last: logits)")
             if (mine := next((s for (n, _, task), s in scores.items() if n.split(", seed")[0] == kind
                               and task == name), None)) is not None:
                 ax.imshow(by_block(mine, result).numpy(), origin="lower", cmap="magma_r")
@@ -303,8 +318,10 @@ def figure(result, scores, path):
             if title in found["models"]:
                 row[-1].plot(found["models"][title]["depth"], color=color, label=title)
         for key, style in (("chance", ":"), ("AR, other prompts", "--")):
-            row[-2].plot(*zip(*[(int(k), r[key] if key == "chance" else r[key]["mean"])
-                                for k, r in found["overlap"].items() if key in r]), style, color="#30638e", label=key)
+            points = [(int(k), r[key] if key == "chance" else r[key]["mean"]) for k, r in found["overlap"].items()
+                      if key in r]
+            if points:
+                row[-2].plot(*zip(*points), style, color="#30638e", label=key)
         row[-2].set(xscale="log", xlabel="K strongest edges", ylabel="Jaccard", ylim=(0, 1), title="overlap")
         row[-1].set(xlabel="sender's block (0: embedding)", ylabel="share", title="depth of attribution")
     for ax in axes[0, -2:]:
@@ -334,12 +351,10 @@ def by_block(scores, result):
 @entry
 def main(argv):
     cfg = parse(Config, argv, __doc__)
-    names = list(TASKS) if cfg.task == "all" else cfg.task.split(",")
+    names = list(TASKS) if "all" in cfg.task.split(",") else cfg.task.split(",")
     unknown = [n for n in names if n not in TASKS]
     if unknown:
         raise UserError(f"--task {unknown[0]}: no such task; there are all, {', '.join(TASKS)}")
-    if min(cfg.pairs, cfg.resamples, cfg.k, cfg.micro_batch) < 1 or min(cfg.ig_steps, cfg.patch) < 0:
-        raise UserError("--pairs, --resamples, --k and --micro_batch must be at least 1, --ig_steps and --patch 0")
     world = setup(cfg.device)
     dtype = pick_dtype("fp32", world.device)
     model = backbone.resolve(cfg.model, cfg.out)
@@ -372,13 +387,16 @@ def main(argv):
             raise UserError(f"{folder} was converted from another model than {model}; pass its own as --model")
         student, _ = masked.load_converted(folder, world.device, dtype)
         kind = f"masked, w = {about['w']:g}"
+        if f"{kind}, seed {about['seed']}" in [x.name for x in subjects]:
+            raise UserError(f"{folder} is a second twin with w = {about['w']:g} and seed {about['seed']}; name those "
+                            "to compare with --twins")
         subjects.append(Subject(student.lm, student, f"{kind}, seed {about['seed']}", kind))
     run = Run(cfg, world, identity)
 
     # --------------------------------------------------------------------------------------------- study, result
-    scores, found = {}, {}
+    scores, found, pieces = {}, {}, Pieces(data.load_tokenizer(model))
     for name in names:
-        found[name], own = study(name, subjects, data.load_tokenizer(model), cfg, world.device)
+        found[name], own = study(name, subjects, pieces, cfg, world.device)
         scores |= {(*key, name): value for key, value in own.items()}
     result = {**identity, "tasks": found, "k": cfg.k, "edges": count, "layers": subjects[0].lm.L, "seed": cfg.seed,
               "senders": graph.senders, "receivers": graph.receivers, "resamples": cfg.resamples,

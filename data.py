@@ -238,6 +238,8 @@ def prepare(data, tokenizer, out, world=None, vocab=2048, max_tokens=None, tasks
     """The folder of shards for `data` under `tokenizer` (None: train a BPE): made at `out` if missing, reused if it
     holds the same, refused by naming the difference otherwise. With a BPE of its own the training text has a share of
     `tasks`. Returns (folder, meta)."""
+    if not 0 <= (tasks or 0) < 1:
+        raise UserError(f"--tasks {tasks} is a share of the training text: it must lie in [0, 1)")
     source = resolve(data)
     out = Path(source["path"]) if source["kind"] == "shards" else Path(out)
     if (world is None or world.main) and not (out / "meta.json").exists():

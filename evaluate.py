@@ -13,11 +13,13 @@ per byte and a cloze suite for the intact model, the hybrid and the twins. Write
 
 Letters: N texts, T tokens, L blocks, l the replaced layer.
 """
+import copy
 import math
 import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +31,7 @@ import harness
 import hybrid
 import masked
 import report
-from common import UserError, entry, generator, parse, setup
+from common import UserError, entry, generator, parse, pick_dtype, setup
 from run import Run, atomic, read_json
 
 
@@ -41,6 +43,8 @@ class Config:
     texts: int = 64             # held-out windows of 128 tokens for bits per byte
     calls: int = 16             # network calls a window of the twins' likelihood
     cloze: int = 60             # questions of each kind
+    device: str = "auto"        # auto, cpu, cuda
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the models
     repeats: int = 3            # timings are the fastest of so many
     new: int = 64               # tokens of each timing, after as many
     harness: str = ""           # tasks of lm-evaluation-harness, comma-separated
@@ -52,13 +56,15 @@ class Config:
 
 
 STAGES = {  # folder under --runs -> the command that makes it
-    "toy": "python backbone.py", "geometry": "python geometry.py", "bridge": "python bridge.py",
-    "regression": "python bridge.py --objective regression --out {runs}/regression",
-    "hybrid": "python hybrid.py", "repr_align/w0": "python repr_align.py --align_weight 0 --out {runs}/repr_align/w0",
-    "repr_align/w10": "python repr_align.py", "generate": "python generate.py",
+    "toy": "python backbone.py --out {out}", "geometry": "python geometry.py --out {out}",
+    "bridge": "python bridge.py --out {out}", "regression": "python bridge.py --objective regression --out {out}",
+    "hybrid": "python hybrid.py --bridge {runs}/bridge --out {out}",
+    "repr_align/w0": "python repr_align.py --align_weight 0 --out {out}",
+    "repr_align/w10": "python repr_align.py --align_weight 10 --out {out}",
+    "generate": "python generate.py --bridges {runs}/blocks --twin {runs}/repr_align/w10 --out {out}",
 }
-OPTIONAL = {"sweep": "python sweep.py", "interfaces": "python interfaces.py",
-            "tasks/circuits": "python circuits.py"}                             # circuits: of a backbone of its own
+OPTIONAL = {"sweep": "python sweep.py --model {runs}/toy --out {out}", "interfaces": "python interfaces.py --out {out}",
+            "tasks/circuits": "python circuits.py --model {runs}/tasks/toy --out {out}"}  # of a backbone of its own
 FIGURES = {"generate": "generation.png", "sweep": "sweep.png", "tasks/circuits": "circuits.png"}
 
 
@@ -69,20 +75,25 @@ def read_runs(runs):
     for stage, command in (STAGES | OPTIONAL).items():
         file = runs / stage / "result.json"
         if stage not in ("toy", *OPTIONAL) or file.exists():
-            found[stage] = read_json(file, f"make it with: {command.format(runs=runs)}")
+            found[stage] = read_json(file, f"make it with: {command.format(runs=runs, out=runs / stage)}")
     bases = {stage: result["base"] for stage, result in found.items() if stage != "tasks/circuits"}
     other = next((s for s, base in bases.items() if base != bases["geometry"]), None)
     if other is not None:
         raise UserError(f"{runs}/geometry and {runs}/{other} come from different backbones; delete the stale one and "
                         "run it again")
     if found["bridge"]["objective"] != "diffusion" or found["regression"]["objective"] != "regression":
-        raise UserError(f"{runs}/bridge must hold a diffusion bridge and {runs}/regression its control; delete the "
-                        f"wrong one and make it with: {STAGES['bridge']}, or {STAGES['regression'].format(runs=runs)}")
-    same = ("layer", "steps", "tokens", "parameters", "seed", "eval_sequences")
-    differ = [k for k in same if found["bridge"][k] != found["regression"][k]]
-    if differ:
-        raise UserError(f"{runs}/bridge and {runs}/regression differ in {', '.join(differ)}, so they cannot be "
-                        "compared; run one of them again")
+        raise UserError(f"{runs}/bridge must hold a diffusion bridge and {runs}/regression its control (--objective "
+                        "regression); delete the wrong one and make it again")
+    if (found["repr_align/w0"]["w"], found["repr_align/w10"]["w"]) != (0, 10):
+        raise UserError(f"{runs}/repr_align/w0 and w10 must hold twins of alignment weight 0 and 10; delete the wrong "
+                        "one and make it again")
+    for one, two, same in (("bridge", "regression", ("layer", "steps", "tokens", "parameters", "seed",
+                                                     "eval_sequences")),
+                           ("repr_align/w0", "repr_align/w10", ("steps", "seed", "eval_sequences"))):
+        differ = [k for k in same if found[one][k] != found[two][k]]
+        if differ:
+            raise UserError(f"{runs}/{one} and {runs}/{two} differ in {', '.join(differ)}, so they cannot be compared; "
+                            "run one of them again")
     if found["hybrid"].get("bridge_weights") != backbone.identity(runs / "bridge"):
         raise UserError(f"{runs}/hybrid was made of another bridge than {runs}/bridge; delete it and run: "
                         f"python hybrid.py --bridge {runs}/bridge --out {runs}/hybrid")
@@ -96,6 +107,8 @@ def seconds_of(repeats, run):
     for _ in range(repeats):
         start = time.perf_counter()
         run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return min(times)
 
@@ -130,13 +143,13 @@ def cost(model, intact, student, repeats, new):
         ratio = ms / rows[0]["ms"] if rows else 1.0
         rows.append({"what": what, "ms": ms, "tokens_per_s": 1e3 / ms, "ratio": ratio, "predicted": predicted,
                      "blocks": blocks, "weights_mb": weights / 1e6, **more})
-    whole = 4 * sum(p.numel() for p in base.parameters())
+    whole = sum(p.numel() * p.element_size() for p in base.parameters())
     measure("intact model", lambda: base.generate(ids, **how), 1.0, 1.0, whole)
 
     def of_hybrid(some, nfe, what):
         layer, net = some.config.layer, some.net
         some.set_nfe(nfe)
-        kept = whole - 4 * sum(p.numel() for b in intact.blocks[:layer] for p in b.parameters())
+        kept = whole - sum(p.numel() * p.element_size() for b in intact.blocks[:layer] for p in b.parameters())
         measure(what, lambda: some.generate(ids, **how),
                 forward_flops(intact, net, nfe, layer, 3 * new // 2) / flops,
                 (nfe * net.shape["blocks"] + intact.L - layer) / intact.L,
@@ -145,13 +158,14 @@ def cost(model, intact, student, repeats, new):
     for nfe in (1, 2, 4, 8, 16):
         of_hybrid(model, nfe, f"hybrid at layer {model.config.layer}, NFE {nfe}")
     model.set_nfe(default)
-    for layer in range(1, intact.L):
-        net = denoiser.Bridge(intact.D, intact.D, layer, model.net.shape["H"]).to(base.device).eval()
-        config = hybrid.HybridConfig(base_model=model.config.base_model, base=model.config.base, layer=layer,
-                                     nfe=default, bridge=net.shape, tokenizer=model.config.tokenizer)
-        some = hybrid.assemble(net, config, config.base_model, base.device, torch.float32)
+    heads = max(1, intact.D // (64 if intact.D >= 512 else 32))                     # the rule of bridge.py
+    for layer in sorted({max(1, intact.L * i // 8) for i in range(1, 8)}):          # at most seven of them
+        net = denoiser.Bridge(intact.D, intact.D, layer, heads).to(base.device).eval()
+        config = copy.deepcopy(model.config)
+        config.layer, config.bridge, config.nfe = layer, net.shape, default
+        some = hybrid.HybridForCausalLM(config, net, copy.deepcopy(intact)).eval()
         of_hybrid(some, default, f"random bridge of {layer} blocks at layer {layer}, NFE {default}")
-    wide, T = 4 * new, 5 * new
+    wide, T = 4 * new, 5 * new                                                      # no cache: all tokens in each step
     text = torch.cat([ids, ids.new_full((1, wide), student.mask_id)], 1)
     for steps in (new // 4, new, 4 * new):
         measure(f"masked twin, {wide} tokens in {steps} steps",
@@ -186,9 +200,9 @@ def questions(tokenizer, kind, count, seed):
         first = [tokenizer(context + end + "x", add_special_tokens=False)["input_ids"] for end in (right, wrong)]
         if all(ids[:len(head)] == head and len(ids) > len(head) for ids in first):
             one, two = first[0][len(head)], first[1][len(head)]
-        else:  # the continuation merges with the context's last token: ask for that one
-            head = head[:-1]
-            one, two = first[0][len(head)], first[1][len(head)]
+        else:  # the continuation merges with the context's last tokens: ask for the first one that differs
+            same = next((i for i, (x, y) in enumerate(zip(*first, strict=False)) if x != y), 0)
+            head, one, two = first[0][:same], first[0][same], first[1][same]
         if one != two:
             out.append(([tokenizer.eos_token_id or 0, *head], one, two))
     return out
@@ -238,13 +252,9 @@ def zero_shot(models, tokenizer, shards, cfg, device):
     texts["held-out"] = (data.Tokens(shards, "val", 127).spread(cfg.texts).to(device),
                          meta["bytes"]["val"] / meta["tokens"]["val"])
     if cfg.text:
-        if not Path(cfg.text).is_file():
-            raise UserError(f"--text {cfg.text}: there is no such file")
         text = Path(cfg.text).read_text(encoding="utf-8", errors="replace")
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         windows = torch.tensor(ids[:len(ids) // 128 * 128], device=device).view(-1, 128)
-        if not len(windows):
-            raise UserError(f"--text {cfg.text} has {len(ids)} tokens; at least 128 are needed")
         texts[Path(cfg.text).name] = (windows, len(text.encode()) / len(ids))
     bits = {name: {title: dict(zip(("bits_per_byte", "se"), bits_per_byte(model, rows, each, cfg.calls, cfg.seed),
                                    strict=True)) for title, (rows, each) in texts.items()}
@@ -259,19 +269,28 @@ def main(argv):
     if cfg.dry_run:
         print("\n".join(f"reads {cfg.runs}/{stage}/result.json" for stage in STAGES | OPTIONAL))
         return None
-    if min(cfg.texts, cfg.cloze) < 2 or cfg.repeats < 1 or cfg.new < 4:
-        raise UserError("--texts and --cloze must be at least 2, --repeats at least 1, --new at least 4")
-    world = setup("cpu")
+    if min(cfg.texts, cfg.cloze) < 2 or cfg.repeats < 1 or cfg.new < 4 or cfg.calls < 4 or cfg.calls % 2:
+        raise UserError("--texts and --cloze must be at least 2, --repeats at least 1, --new at least 4, --calls even "
+                        "and at least 4")
+    if cfg.text and not Path(cfg.text).is_file():
+        raise UserError(f"--text {cfg.text}: there is no such file")
+    world = setup(cfg.device)
+    dtype = pick_dtype(cfg.dtype, world.device)
     runs = Path(cfg.runs)
     found = read_runs(runs)
     if cfg.harness:
-        harness.needed()
+        harness.known(cfg.harness.split(","), cfg.harness_path)
 
     # ------------------------------------------------------------------------------------- what no stage measures
-    model = hybrid.from_bridge(runs / "bridge", device=world.device)
+    model = hybrid.from_bridge(runs / "bridge", device=world.device, dtype=dtype)
     tokenizer = hybrid.tokenizer_of(model)
-    intact = backbone.load(model.config.base_model, world.device, torch.float32)
-    twins = {f"masked, w = {w}": masked.load_converted(runs / "repr_align" / f"w{w}", world.device, torch.float32)[0]
+    intact = backbone.load(model.config.base_model, world.device, dtype)
+    if max(128, 5 * cfg.new) > intact.config.max_position_embeddings:
+        raise UserError(f"--new {cfg.new}: five times as many tokens, and windows of 128, must fit the model's "
+                        f"{intact.config.max_position_embeddings} positions")
+    if cfg.text and len(tokenizer(Path(cfg.text).read_text(encoding="utf-8", errors="replace"))["input_ids"]) < 128:
+        raise UserError(f"--text {cfg.text} has fewer than 128 tokens; use a longer text")
+    twins = {f"masked, w = {w}": masked.load_converted(runs / "repr_align" / f"w{w}", world.device, dtype)[0]
              for w in (0, 10)}
     models = {"AR": intact.model, f"hybrid, NFE {model.config.nfe}": model, **twins}
     run = Run(cfg, world, {"base": found["geometry"]["base"]})

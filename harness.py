@@ -27,26 +27,27 @@ def needed():
 
 
 def twin_interface(student, tokenizer, calls, steps, seed):
-    """The masked twin as the harness' LM: log-likelihoods are minus the bound, `greedy` is never claimed."""
+    """The masked twin as the harness' LM: log-likelihoods are minus the bound."""
     from lm_eval.api.model import LM
 
     class Twin(LM):
         def ids(self, context, rest):
             head = tokenizer(context, add_special_tokens=False)["input_ids"] if context else []
             both = tokenizer(context + rest, add_special_tokens=False)["input_ids"]
-            shift = 0 if both[:len(head)] == head else 1          # a token that spans the border belongs to the rest
-            start = [tokenizer.eos_token_id or 0]
-            ids = torch.tensor([*start, *both], device=student.shift.device)
+            same = next((i for i, (x, y) in enumerate(zip(head, both, strict=False)) if x != y), len(head))
+            ids = torch.tensor([tokenizer.eos_token_id or 0, *both], device=student.shift.device)
             most = student.lm.config.max_position_embeddings
-            known = 1 + max(0, len(head) - shift)
-            return ids[-most:], max(1, known - max(0, len(ids) - most))
+            cut = max(0, len(ids) - most)                         # a token across the border belongs to the rest
+            return ids[cut:], min(max(1, 1 + same - cut), len(ids) - cut - 1)
 
         def loglikelihood(self, requests):
-            """[(log p(rest | context), whether it is the greedy continuation: not known, so False)]"""
+            """[(log p(rest | context), whether filling the rest greedily, most certain first, gives it)]"""
             out = []
             for i, request in enumerate(requests):
                 ids, known = self.ids(*request.args)
-                out.append((-masked.likelihood(student, ids, calls, seed, known, key=i)[0], False))
+                hide = (torch.arange(len(ids), device=ids.device) >= known)[None]
+                greedy = masked.fill(student, ids[None], hide, int(hide.sum()), temperature=0.0)[0]
+                out.append((-masked.likelihood(student, ids, calls, seed, known, key=i)[0], torch.equal(greedy, ids)))
             return out
 
         def loglikelihood_rolling(self, requests):
@@ -77,18 +78,22 @@ def twin_interface(student, tokenizer, calls, steps, seed):
     return Twin()
 
 
-def run(models, tokenizer, tasks, path, limit, calls, seed):
-    """models: name -> a transformers model or a masked.Student. Returns {name: {task: {metric: value}}}. Raises
-    UserError for an unknown task."""
-    lm_eval = needed()
-    from lm_eval.models.huggingface import HFLM
+def known(tasks, path):
+    """The harness' TaskManager. Raises UserError for an unknown task."""
+    needed()
     from lm_eval.tasks import TaskManager
     manager = TaskManager(include_path=path or None, include_defaults=not path)
     unknown = [t for t in tasks if t not in manager.all_tasks]
     if unknown:
         raise UserError(f"--harness {unknown[0]}: lm-evaluation-harness knows no such task; describe it in a yaml file "
                         "and pass its folder as --harness_path")
-    out = {}
+    return manager
+
+
+def run(models, tokenizer, tasks, path, limit, calls, seed):
+    """models: name -> a transformers model or a masked.Student. Returns {name: {task: {metric: value}}}."""
+    lm_eval, manager, out = needed(), known(tasks, path), {}
+    from lm_eval.models.huggingface import HFLM
     for name, model in models.items():
         face = twin_interface(model, tokenizer, calls, 64, seed) if isinstance(model, masked.Student) else HFLM(
             pretrained=model, tokenizer=tokenizer)

@@ -23,11 +23,12 @@ def verdict(found):
     n = str(bridge["nfe_default"])
     diffusion = bridge["nfe"][n]
     better = np.array(regression["ce_gap_rows"]) - np.array(diffusion["ce_gap_rows"])            # > 0: diffusion wins
-    noise = 2 * better.std(ddof=1) / len(better) ** 0.5
-    word = "ties with" if abs(better.mean()) < noise else "beats" if better.mean() > 0 else "loses to"
+    noise = 2 * better.std(ddof=1) / len(better) ** 0.5 if len(better) > 1 else float("inf")
+    word = ("cannot be told from" if len(better) < 2 else "ties with" if abs(better.mean()) < noise else
+            "beats" if better.mean() > 0 else "loses to")
     return (f"at layer {bridge['layer']} the diffusion bridge (NFE {n}: CE gap {diffusion['ce_gap']:+.4f} nats, FVU "
             f"{diffusion['fvu']:.4f}) {word} plain regression with the same network, steps and data "
-            f"({regression['ce_gap']:+.4f}, {regression['fvu']:.4f}): its CE is lower by {better.mean():.4f} +- "
+            f"({regression['ce_gap']:+.4f}, {regression['fvu']:.4f}): its CE differs by {-better.mean():+.4f} +- "
             f"{noise:.4f} (2 standard errors, {len(better)} sequences, one training seed)")
 
 
@@ -78,8 +79,9 @@ def circuits_line(found):
         return sum(values) / len(values)
     shared = ", ".join(f"{n[7:]} {mean(n):.2f}" for n in kinds)
     chance = sum(row["chance"] for row in overlaps) / len(overlaps)
+    again = f", AR on other prompts {mean('AR, other prompts'):.2f}" if found["resamples"] > 1 else ""
     return (f"{len(used)} of {len(found['tasks'])} tasks; {k} strongest edges shared with the AR model (Jaccard): "
-            f"{shared}; by chance {chance:.2f}, AR on other prompts {mean('AR, other prompts'):.2f}")
+            f"{shared}; by chance {chance:.2f}{again}")
 
 
 def generation_line(found):
@@ -201,12 +203,13 @@ def optional_sections(found):
     lines += ["## Interfaces at equal budget", "", interfaces.table(found["interfaces"]) if "interfaces" in found else
               "Not measured: `python interfaces.py`.", "", "## COMPARE", ""]
     if "tasks/circuits" not in found:
-        return [*lines, "Not measured: `python circuits.py`.", ""]
+        return [*lines, "Not measured: `python circuits.py --model out/tasks/toy --out out/tasks/circuits`.", ""]
     some = found["tasks/circuits"]
     return [*lines, f"Edge attribution (EAP-IG, {some['ig_steps']} points) over {some['edges']:,} edges of a model of "
             f"{some['layers']} blocks whose text holds the tasks of tasks.py, seed {some['seed']}, {some['resamples']} "
-            "sets of prompts that all models solve (mean +- sd over sets and twins' seeds). Zeroing: share of prompts "
-            "still solved.", "", circuits.table(some), "", *(f"- {line}" for line in some["verdicts"]),
+            "sets of prompts that all analysed models solve (mean +- sd over sets and twins' seeds). The last columns: "
+            "share of prompts still solved without some components.", "", circuits.table(some), "",
+            *(f"- {line}" for line in some["verdicts"]),
             *patching_lines(some), "", "![circuits before and after conversion](circuits.png)", ""]
 
 
@@ -232,7 +235,8 @@ def cost_section(cost):
                                 f"{r['predicted']:.2f} | {r['blocks']:.2f} | {r['weights_mb']:.1f} |" for r in cost),
             "",
             f"Of {len(hybrids)} hybrids, {near('predicted')} are within 25% of the FLOPs ratio, {near('blocks')} of "
-            "the ratio of blocks run: at batch 1 a toy's time is spent in starting operations, not in arithmetic.", "",
+            "the ratio of blocks run." + (" At this size and batch 1 the time goes into starting operations, not into "
+                                          "arithmetic." if near("predicted") < len(hybrids) / 2 else ""), "",
             "![latency by NFE and by layer](cost.png)", ""]
 
 

@@ -76,7 +76,7 @@ class Clock:
         self.start += time.perf_counter() - now
 
 
-FREE = {"device", "compile", "eval_every", "log_every", "save_every", "micro_batch", "recompute", "overlap",
+FREE = {"device", "compile", "eval_every", "log_every", "save_every", "micro_batch", "recompute", "overlap", "jobs",
         "bucket_mb", "dry_run", "out", "publish"}  # may differ when a run goes on: none of it changes the result
 
 

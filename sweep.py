@@ -69,7 +69,8 @@ def altered(model, how, out, seed):
             block.load_state_dict(copies[order[i]])
         elif how == "untrain" or L // 3 <= i < L - L // 3:
             block.load_state_dict(fresh.blocks[i].state_dict())
-    shutil.copytree(model, out, ignore=shutil.ignore_patterns("*.safetensors", "result.json", ".lock", "log.jsonl"))
+    shutil.copytree(model, out, dirs_exist_ok=True,
+                    ignore=shutil.ignore_patterns("*.safetensors", "result.json", ".lock", "log.jsonl"))
     backbone.save_model(lm.model, data.load_tokenizer(model), out)
     shutil.copy(Path(model) / "result.json", out / "result.json")
 
@@ -96,7 +97,7 @@ def cells(cfg, name, model, shards, seeds):
     """Every run on one backbone: (kind, layer, seed, folder, command); the geometry has layer 0."""
     here, home = Path(__file__).parent, Path(cfg.out) / name.split(" (")[0].replace(" ", "_")
     L = read_json(model / "config.json")["num_hidden_layers"]
-    wanted = [int(i) for i in cfg.layers.split(",")] if cfg.layers else list(range(1, L))
+    wanted = sorted({int(i) for i in cfg.layers.split(",")}) if cfg.layers else list(range(1, L))
     if not set(wanted) <= set(range(1, L)):
         raise UserError(f"--layers {cfg.layers}: this backbone has layers 1 to {L - 1} to choose from")
     common = ["--model", str(model), "--data", str(shards)]
@@ -140,18 +141,20 @@ def untrained(lm, net, train, held_out, layer, skip):
 # ----------------------------------------------------------------------------------------------------- statistics
 def permutation_p(a, b, seed=0):
     """How often a random order of `a` correlates with `b` at least as strongly (one-sided): exact up to 8 values, else
-    20,000 draws."""
+    by 20,000 draws, the given order counted as one."""
     n, draw = len(a), generator(seed, "permutations")
     orders = np.array(list(itertools.permutations(range(n))) if n <= 8 else [draw.permutation(n) for _ in range(20000)])
     a, b = (np.array([(x < v).sum() + (x <= v).sum() for v in x], float) for x in (np.asarray(a), np.asarray(b)))
     shared = a[orders] @ (b - b.mean())                                              # ranks: as spearman orders them
-    return float((shared >= a @ (b - b.mean()) - 1e-9).mean())
+    hits = (shared >= a @ (b - b.mean()) - 1e-9).sum()
+    return float(hits / len(orders) if n <= 8 else (1 + hits) / (1 + len(orders)))
 
 
 def correlations(geometry, layers, fvu, seed=0):
     """Spearman of each predictor with -FVU over layers. fvu (seeds, C). Intervals: the score's replicates (sequences,
     anchors; from geometry.py) and the bridges' seeds are resampled together; a difference to the score uses the same
-    resamples. Returns one row per predictor."""
+    resamples. Noise can only lower the score's correlation
+    where depth has none, so the differences' intervals lean against the score. Returns one row per predictor."""
     at = [i - 1 for i in layers]
     goal, draw = -fvu.mean(0), generator(seed, "resampled seeds")
     score = np.array([geometry["layers"][i]["score"] for i in at])
@@ -164,9 +167,10 @@ def correlations(geometry, layers, fvu, seed=0):
     for trivial in geometry["trivial"]:
         value = np.array(trivial["values"])[at]
         other = np.array([spearman(value, g) for g in goals])
+        low, high = np.quantile(mine - other, (.025, .975))
         rows.append({"name": trivial["name"], "rho": spearman(value, goal), "p": permutation_p(value, goal),
-                     "interval": np.quantile(other, (.025, .975)).tolist(),
-                     "score_minus": np.quantile(mine - other, (.025, .5, .975)).tolist()})
+                     "interval": np.quantile(other, (.025, .975)).tolist() if len(fvu) > 1 else None,
+                     "score_minus": [float(low), rows[0]["rho"] - spearman(value, goal), float(high)]})
     for variant in geometry["variants"][1:]:
         rows.append({"name": f"score, {variant['name']}", "rho": spearman(np.array(variant["scores"])[at], goal)})
     return rows
@@ -189,8 +193,8 @@ def verdict(result):
     rows = {r["name"]: r for r in first["correlations"]}
     score, depth = rows["score"], rows["-layer"]
     low, _, high = depth["score_minus"]
-    word = "better than" if low > 0 else "worse than" if high < 0 else "no better than"
-    text = (f"on the toy the score orders layers {first['layers'][0]['layer']} to {first['layers'][-1]['layer']} by "
+    word = "better than" if low > 0 else "worse than" if high < 0 else "not distinguishable from"
+    text = (f"on the model the score orders layers {', '.join(str(r['layer']) for r in first['layers'])} by "
             f"bridgeability with rho = {score['rho']:.2f} [{score['interval'][0]:.2f}, {score['interval'][1]:.2f}] "
             f"(p = {score['p']:.3f}), {word} depth alone ({depth['rho']:.2f})")
     if len(result["backbones"]) > 1:
@@ -223,14 +227,15 @@ def table(result):
                 + (f"{mean_sd(control, '.4f')} | {mean_sd(row['regression_ce_gap'], '+.4f')}" if control else "- | -")
                 + " | " + " | ".join(f"{row['untrained'][k]:.3f}" for k in ("identity", "ridge", "token mean")) + " |")
     names = [r["name"] for r in result["backbones"]["toy"]["correlations"]]
-    lines += ["", "Spearman with -FVU at NFE 8 (on the toy: 95% interval, exact p, score minus this one):", "",
+    lines += ["", "Spearman with -FVU at NFE 8 (on the model: 95% interval, permutation p, score minus this one):", "",
               "| predictor | toy | interval | p | score minus it | "
               + " | ".join(n for n in result["backbones"] if n != "toy") + " | mean |",
               "|---" * (5 + len(result["backbones"])) + "|"]
     for i, name in enumerate(names):
         row = result["backbones"]["toy"]["correlations"][i]
         line = [name, f"{row['rho']:.2f}"]
-        line += [f"[{row['interval'][0]:.2f}, {row['interval'][1]:.2f}]", f"{row['p']:.4f}"] if "p" in row else ["", ""]
+        line.append("[{:.2f}, {:.2f}]".format(*row["interval"]) if row.get("interval") else "")
+        line.append(f"{row['p']:.4f}" if "p" in row else "")
         line.append("{1:+.2f} [{0:+.2f}, {2:+.2f}]".format(*row["score_minus"]) if "score_minus" in row else "")
         line += [f"{b['correlations'][i]['rho']:.2f}" for n, b in result["backbones"].items() if n != "toy"]
         lines.append("| " + " | ".join([*line, f"{statistics.mean(result['pooled'][name]):.2f}"]) + " |")
@@ -292,7 +297,7 @@ def collect(cfg, name, model, shards, seeds):
 @entry
 def main(argv):
     cfg = parse(Config, argv, __doc__)
-    if cfg.seeds < 1 or cfg.jobs < 1 or (cfg.layers and not cfg.layers.replace(",", "").isdigit()):
+    if cfg.seeds < 1 or cfg.jobs < 1 or not all(i.isdigit() for i in (cfg.layers or "1").split(",")):
         raise UserError("--seeds and --jobs must be at least 1, and --layers numbers such as 1,4,7")
     read_json(Path(cfg.model) / "result.json", f"make it with: python backbone.py --out {cfg.model}")
     if cfg.dry_run:

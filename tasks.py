@@ -1,8 +1,8 @@
 """tasks.py: small tasks with one right answer, generated for the tokenizer at hand. No training, no files.
 
     python data.py --tasks 0.6                 # mixes lines of them into the training text, never into val
-    python circuits.py --task induction        # compares how two models solve one
-    pairs = examples("induction", tokenizer, 64, seed=0)        # clean and corrupted prompts of equal length
+    python circuits.py --model out/tasks/toy --task induction        # compares how two models solve one
+    pairs = examples("induction", Pieces(tokenizer), 64, seed=0)    # clean and corrupted prompts of equal length
 
 A line is one document, so a prompt is EOS and the beginning of a line. Two tasks are solved by looking back along the
 prefix, two only by weighing all of it (the grouping of the mechanism-shift paper; its tasks are too hard for a toy):
@@ -41,19 +41,24 @@ class Pieces:
 
     def __init__(self, tokenizer):
         self.tokenizer, self.eos = tokenizer, tokenizer.eos_token_id
-        vocabulary = [tokenizer.decode([i]) for i in range(len(tokenizer))]
-        self.words = [i for i, text in enumerate(vocabulary) if text[:1] == " " and len(text) > 3
-                      and text[1:].isalpha() and text[1:].isascii() and text.islower()][:WORDS]
+        self.known = {}
+        # a leading space is shown as one of two signs, by byte-level and by sentencepiece tokenizers
+        vocabulary = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+        self.words = [i for i, text in enumerate(vocabulary) if text and text[0] in "\u0120\u2581" and len(text) > 3
+                      and text[1:].isalpha() and text[1:].isascii() and text[1:].islower()][:WORDS]
         if len(self.words) < LEAST or self.eos is None:
             raise UserError(f"this tokenizer has {len(self.words)} single-token words and end-of-text token "
                             f"{self.eos}; the tasks need {LEAST} words and such a token")
 
     def signs(self, characters):
         """Their ids: all with a space before them, or none. Raises UserError when neither way each is one token."""
+        if characters in self.known:
+            return self.known[characters]
         for space in (" ", ""):
             ids = [self.tokenizer(space + c, add_special_tokens=False)["input_ids"] for c in characters]
             if all(len(i) == 1 for i in ids):
-                return [i[0] for i in ids]
+                self.known[characters] = [i[0] for i in ids]
+                return self.known[characters]
         raise UserError(f"{characters!r} are no single tokens of this tokenizer, so its task cannot be posed")
 
     def draw(self, gen, count):
@@ -105,9 +110,9 @@ def make(name, pieces, gen, size=6):
             "countdown": countdown}[name](pieces, gen, size)
 
 
-def examples(name, tokenizer, count, seed):
-    """`count` Pairs of one length, every prompt beginning with EOS."""
-    pieces, gen = Pieces(tokenizer), generator(seed, f"task {name}")
+def examples(name, pieces, count, seed):
+    """`count` Pairs of one length, every prompt beginning with EOS. A small task (countdown) has few different ones."""
+    gen = generator(seed, f"task {name}")
     pairs = [make(name, pieces, gen) for _ in range(count)]
     pairs = [p._replace(clean=[pieces.eos, *p.clean], corrupted=[pieces.eos, *p.corrupted]) for p in pairs]
     if len({len(ids) for p in pairs for ids in (p.clean, p.corrupted)}) > 1:

@@ -17,7 +17,6 @@ import tasks
 from attribution import Subject, attribute, metric, patch, without
 from common import UserError, generator
 
-L, H = 4, 4
 SUPPORTED = ("llama", "qwen2", "qwen3", "mistral", "gpt2")
 
 
@@ -92,8 +91,10 @@ def test_on_a_linear_model_eap_is_exact_patching(family):
     exact = torch.tensor(patch(subject, batch, edges))
     guess = torch.tensor([scores[e] for e in edges], dtype=exact.dtype)
     assert exact.abs().max() > 1e-2 and torch.allclose(exact, guess, atol=2e-4 * float(exact.abs().max()))
-    other = attribute(subject_of(family), [batch], 0)                           # with attention and norms it is not
-    assert not torch.allclose(exact, torch.tensor([other[e] for e in edges], dtype=exact.dtype), atol=1e-2)
+    other = subject_of(family)                                                  # with attention and norms it is not
+    exact, scores = torch.tensor(patch(other, batch, edges[::5])), attribute(other, [batch], 0)
+    guess = torch.tensor([scores[e] for e in edges[::5]], dtype=exact.dtype)
+    assert not torch.allclose(exact, guess, atol=0.1 * float(exact.abs().max()))
 
 
 def test_patching_every_edge_into_a_receiver_is_the_corrupted_run_there():
@@ -118,13 +119,16 @@ def test_small_changes_are_patched_as_attributed(family):
     edges = every_edge(graph)[::3]
     scores, exact = attribute(subject, [batch], 0), torch.tensor(patch(subject, batch, edges)).double()
     guess = torch.stack([scores[e] for e in edges])
-    assert torch.corrcoef(torch.stack([exact, guess]))[0, 1] > 0.98
-    assert {graph.receivers[r].split(".")[-1] for _, r in edges} >= {"q", "k", "v", "logits", "m1"}
+    for part in ("q", "k", "v", "m", "logits"):                                 # of the right size at each of them
+        mine = [i for i, (_, r) in enumerate(edges) if graph.receivers[r].split(".")[-1] == part
+                or part == "m" and graph.receivers[r].startswith("m")]
+        slope = (exact[mine] @ guess[mine]) / (guess[mine] @ guess[mine])
+        assert len(mine) > 3 and slope == pytest.approx(1, abs=0.1), part
 
 
 def test_permuted_heads_have_permuted_scores():
-    one, two, batch = (subject_of("llama", num_key_value_heads=4) for _ in range(2)), None, batch_of()
-    one, two = one
+    one, two = (subject_of("llama", num_key_value_heads=4) for _ in range(2))
+    batch = batch_of()
     order = [2, 0, 3, 1]
     with torch.no_grad():
         a, b = one.attention[1], two.attention[1]
@@ -153,7 +157,7 @@ def test_an_untouched_component_has_no_attribution():
         assert scores[s].abs().max() == 0
         assert all(e == pytest.approx(0, abs=1e-5) for e in patch(subject, batch, [(s, r) for r in range(
             len(graph.receivers)) if graph.before[r] > s]))
-    assert scores[graph.senders.index("m1"):, graph.receivers.index("m1")].abs().max() == 0  # nor is it read
+    assert scores[:, graph.receivers.index("m1")].abs().max() == 0                      # nor does what it reads matter
     assert scores[:, graph.receivers.index("a2.1.q")].abs().max() == 0
     assert scores[:, graph.receivers.index("a2.0.q")].abs().max() > 0
 
@@ -224,7 +228,7 @@ def test_pairs_differ_in_one_token_and_have_the_answer_they_claim(runs):
     tokenizer = data.load_tokenizer(runs / "toy")
     pieces = tasks.Pieces(tokenizer)
     for name in tasks.TASKS:
-        for p in tasks.examples(name, tokenizer, 20, seed=3):
+        for p in tasks.examples(name, pieces, 20, seed=3):
             assert len(p.clean) == len(p.corrupted) and p.answer != p.wrong and p.clean[0] == tokenizer.eos_token_id
             assert sum(a != b for a, b in zip(p.clean, p.corrupted, strict=True)) == 1
             for ids, answer in ((p.clean[1:], p.answer), (p.corrupted[1:], p.wrong)):
@@ -251,14 +255,50 @@ def test_lines_make_up_their_share_of_the_training_text_and_none_of_the_held_out
     some.mkdir()
     for file in sorted(text.glob("a*.py")):
         shutil.copy(file, some)
-    plain, mixed = (data.write_shards(data.resolve(str(some)), tokenizer, folder, share=share)
-                    for share, folder in ((0.0, tmp_path / "a"), (0.3, tmp_path / "b"))
-                    if folder.mkdir() is None)
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    plain, mixed = (data.write_shards(data.resolve(str(some)), tokenizer, tmp_path / name, share=share)
+                    for name, share in (("a", 0.0), ("b", 0.3)))
+    with pytest.raises(UserError, match="share"):
+        data.prepare(str(some), None, tmp_path / "c", tasks=1.0)
     assert mixed["sha256"]["val"] == plain["sha256"]["val"]
     assert 1 - plain["tokens"]["train"] / mixed["tokens"]["train"] == pytest.approx(0.3, abs=0.01)
 
 
 # --------------------------------------------------------------------------------------------------------- stage
+def test_a_study_uses_what_all_able_models_solve(runs, monkeypatch):
+    """Six prompts a set: the AR model solves 1 to 5, one twin 0 to 4, a second of its kind all, a third model none."""
+    lm = backbone.load(runs / "toy", torch.device("cpu"), torch.float32)
+    subjects = [Subject(lm), *(Subject(lm, None, f"twin, seed {i}", "twin") for i in range(2)),
+                Subject(lm, None, "poor, seed 0", "poor")]
+    which = {"AR": slice(1, 6), "twin, seed 0": slice(0, 5), "twin, seed 1": slice(0, 8), "poor, seed 0": slice(0, 0)}
+
+    def solved(subject, batch, part="clean", size=64):
+        right = torch.zeros(len(batch["clean"]), dtype=torch.bool)
+        right[which[subject.name]] = True
+        return right
+    monkeypatch.setattr(circuits, "solved", solved)
+    cfg = circuits.Config(pairs=2, resamples=2, ig_steps=1, k=20)                # draws 4 x 2 prompts a set
+    found, scores = circuits.study("missing", subjects, tasks.Pieces(data.load_tokenizer(runs / "toy")), cfg,
+                                   torch.device("cpu"))
+    assert found["usable"] and found["pairs"] == 2 and set(found["models"]) == {"AR", "twin"}
+    assert len(scores) == 6 and found["solved"]["poor, seed 0"] == 0
+    row = found["overlap"]["20"]
+    assert row["twin, other seed"] == {"mean": 1.0, "sd": 0.0, "n": 2} and row["AR and twin"]["n"] == 4
+    assert row["AR and twin"]["mean"] == 1 > row["AR, other prompts"]["mean"] and "AR and poor" not in row
+
+
+def test_controls_exist_even_where_the_strongest_take_all_of_a_kind():
+    subject, batch = subject_of("llama", num_hidden_layers=2), batch_of()
+    graph = subject.graph()
+    scores = torch.zeros(len(graph.senders), len(graph.receivers)).double()
+    for s in ("m0", "m1", "a0.0"):
+        scores[graph.senders.index(s), -1] = 5.0
+    found = circuits.zeroing(subject, batch, scores, graph, graph.edges(), circuits.Config(k=3), ["a1.1"])
+    assert set(found["components"]) == {"m0", "m1", "a0.0"} and 0 <= found["matched"] <= 1
+    assert found["asked"]["components"] == ["a1.1"]
+
+
 def test_the_stage_runs_and_refuses(runs, tmp_path, capsys, monkeypatch):
     argv = ["--model", f"{runs}/toy", "--twins", f"{runs}/repr_align/w0,{runs}/repr_align/w10", "--pairs", "4",
             "--resamples", "2", "--ig_steps", "2", "--k", "20", "--out", f"{tmp_path}/c"]
@@ -283,8 +323,12 @@ def test_the_stage_runs_and_refuses(runs, tmp_path, capsys, monkeypatch):
     circuits.main([*argv, "--patch", "5", "--ablate", "a1.0,m0"])               # finished: prints its table
     assert "| induction | prefix |" in capsys.readouterr().out
     argv[-1] = f"{tmp_path}/e"
+    twice = f"{runs}/repr_align/w0,{runs}/repr_align/w0"
+    assert "second twin" in fails(capsys, circuits.main, *argv, "--twins", twice)
     assert "a9.9" in fails(capsys, circuits.main, *argv, "--ablate", "a9.9")
     assert "edges of this model" in fails(capsys, circuits.main, *argv, "--k", "100000")
     assert "no such task" in fails(capsys, circuits.main, *argv, "--task", "chess")
-    assert "repr_align.py" in fails(capsys, circuits.main, "--model", runs / "toy", "--out", tmp_path / "x" / "y" / "z")
+    shutil.copytree(runs / "toy", tmp_path / "alone" / "toy")
+    argv = ["--model", tmp_path / "alone" / "toy", "--out", tmp_path / "e"]
+    assert "repr_align.py" in fails(capsys, circuits.main, *argv)
     assert not (tmp_path / "e").exists()

@@ -1,5 +1,6 @@
 """evaluate.py and sweep.py: statistics with known answers, what is asked and counted, the sweep on a tiny backbone."""
 import importlib
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ import data
 import denoiser
 import evaluate
 import masked
+import report
+import run
 import sweep
 from common import UserError
 
@@ -22,6 +25,7 @@ def test_exact_permutation_p():
     assert sweep.permutation_p([1, 2, 3, 4], [4, 3, 2, 1]) == 1
     a, b = list(range(10)), [3, 1, 4, 0, 5, 9, 2, 6, 8, 7]
     assert 0 < sweep.permutation_p(a, b) < 0.2                                # drawn, not enumerated
+    assert sweep.permutation_p(range(12), range(12)) == pytest.approx(1 / 20001)
 
 
 def geometry_of(scores, noise=0.01):
@@ -38,6 +42,10 @@ def test_a_predictor_that_is_right_wins_over_one_that_is_not():
     assert score["rho"] == pytest.approx(1) and score["interval"][0] > 0.8 and score["p"] == pytest.approx(1 / 120)
     assert flipped["rho"] == pytest.approx(-1)
     assert depth["score_minus"][0] > 0 and depth["rho"] < 0.5
+    assert depth["score_minus"][1] == pytest.approx(1 - depth["rho"])
+    mixed = np.array([[0.1, 0.2, 0.3], [0.3, 0.2, 0.1]])                       # two seeds that disagree
+    seeds = sweep.correlations(geometry_of([3., 2., 1.]), [1, 2, 3], mixed)[1]
+    assert seeds["interval"] == pytest.approx([-1, 1])
     some = sweep.correlations(geometry_of([5., 4., 3., 2., 1.], 5.0), [2, 4, 5], fvu[:, [1, 3, 4]])
     assert some[0]["interval"][0] < -0.4 < some[0]["interval"][1]              # a score that is all noise says nothing
     rows = [[(1, 0.0, 0.3), (2, 1.0, 0.2), (3, 0.5, 0.1)]]                     # score: 2, 3 before 1; 2 before 3
@@ -90,8 +98,10 @@ def test_the_sweep_runs(runs, tmp_path, monkeypatch, capsys):
     toy = result["backbones"]["toy"]
     assert [r["layer"] for r in toy["layers"]] == [1, 2, 3] and all(len(r["fvu"]) == 2 for r in toy["layers"])
     assert set(result["pooled"]) >= {"score", "-layer", "score, curvature only"}
-    assert len(result["pooled"]["score"]) == 2 and "no better than" in result["verdict"] or "than" in result["verdict"]
+    assert len(result["pooled"]["score"]) == 2
+    assert result["verdict"].startswith("on the model the score orders layers 1, 2, 3 by bridgeability with rho =")
     assert "| -layer |" in (out / "sweep.md").read_text() and (out / "sweep.png").stat().st_size > 5000
+    assert "numbers" in fails(capsys, sweep.main, *argv[:2], "--out", tmp_path / "t", "--layers", "1,,3")
     assert "1 to 3" in fails(capsys, sweep.main, *argv[:2], "--out", tmp_path / "t", "--layers", "9")
     assert "backbone.py" in fails(capsys, sweep.main, "--model", tmp_path / "none", "--out", tmp_path / "t")
 
@@ -105,6 +115,9 @@ def test_questions_ask_for_what_they_say(runs):
         for ids, right, wrong in asked:
             text, one, two = tokenizer.decode(ids[1:]), tokenizer.decode([right]), tokenizer.decode([wrong])
             assert one != two
+            if kind == "imports":
+                assert f"import {one.strip()}" in text and f"import {two.strip()}" not in text.replace(
+                    f"import {one.strip()}", "")
             if kind == "brackets":
                 assert one[0] == ("]" if "[" in text else ")")
             elif kind == "indentation":
@@ -118,6 +131,11 @@ def test_bits_per_byte_and_choices_of_a_known_model(runs):
     nats = torch.nn.functional.cross_entropy(lm.model(rows).logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
     bits, error = evaluate.bits_per_byte(lm.model, rows, 4.0, 4, 0)
     assert bits == pytest.approx(nats.item() / np.log(2) / 4, rel=1e-5) and error is None
+    twin, _ = masked.load_converted(runs / "repr_align" / "w0", torch.device("cpu"), torch.float32)
+    bits, error = evaluate.bits_per_byte(twin, rows[:2, :2], 4.0, 4, 0)         # one token to guess: exact
+    exact = masked.masked_ce(twin, rows[0, :2], torch.tensor([[False, True]])) + masked.masked_ce(
+        twin, rows[1, :2], torch.tensor([[False, True]]))
+    assert bits == pytest.approx(exact.item() / 2 / np.log(2) / 4, rel=1e-5) and error == pytest.approx(0, abs=1e-9)
     ids = rows[:1]
     assert torch.equal(evaluate.next_logits(lm.model, ids), lm.model(ids).logits[0, -1])
     student, _ = masked.load_converted(runs / "repr_align" / "w0", torch.device("cpu"), torch.float32)
@@ -126,6 +144,16 @@ def test_bits_per_byte_and_choices_of_a_known_model(runs):
     for token in (5, 9):
         want = masked.masked_ce(student, torch.cat([ids[0], torch.tensor([token])]), hidden)
         assert -torch.log_softmax(logits, -1)[token].item() == pytest.approx(want.item(), rel=1e-4)
+
+
+def test_the_verdict_is_what_the_numbers_say():
+    def of(gap, rows):
+        return {"nfe": {"1": {"ce_gap": gap, "fvu": 0.1, "ce_gap_rows": rows}}, "nfe_default": 1, "layer": 2}
+    low, high = of(0.1, [0.1, 0.11, 0.09, 0.1]), of(0.3, [0.3, 0.31, 0.3, 0.29])
+    assert "beats" in report.verdict({"bridge": low, "regression": high})
+    assert "loses to" in report.verdict({"bridge": high, "regression": low})
+    assert "ties with" in report.verdict({"bridge": low, "regression": of(0.1, [0.09, 0.1, 0.11, 0.1])})
+    assert "cannot be told from" in report.verdict({"bridge": of(0.1, [0.1]), "regression": of(0.2, [0.2])})
 
 
 def test_flops_are_counted(runs):
@@ -145,6 +173,15 @@ def test_evaluate_refuses_what_it_cannot_measure(runs, tmp_path, capsys):
     assert "no such file" in fails(capsys, evaluate.main, *argv, "--text", tmp_path / "none.txt", "--texts", "2",
                                    "--calls", "4", "--cloze", "2")
     assert "at least 2" in fails(capsys, evaluate.main, *argv, "--texts", "1")
+    (tmp_path / "short.txt").write_text("import os")
+    assert "128 tokens" in fails(capsys, evaluate.main, *argv, "--text", tmp_path / "short.txt")
+    assert "positions" in fails(capsys, evaluate.main, *argv, "--new", "400")
+    assert not (tmp_path / "e").exists()
+    foreign = tmp_path / "r"
+    shutil.copytree(runs, foreign)
+    old = run.read_json(foreign / "repr_align" / "w0" / "result.json")
+    run.write_json(foreign / "repr_align" / "w0" / "result.json", {**old, "steps": 21})
+    assert "differ in steps" in fails(capsys, evaluate.main, "--runs", foreign, "--out", tmp_path / "e")
     if importlib.util.find_spec("lm_eval") is None:
         assert "pip install 'lm-eval" in fails(capsys, evaluate.main, *argv, "--harness", "lambada_openai")
 
@@ -158,7 +195,7 @@ def test_a_tokenizer_without_words_cannot_pose_the_tasks(runs):
         def __len__(self):
             return 3
 
-        def decode(self, ids):
-            return "abc"[ids[0]]
+        def convert_ids_to_tokens(self, ids):
+            return ["abc"[i] for i in ids]
     with pytest.raises(UserError, match="single-token words"):
         tasks.Pieces(Poor())

@@ -65,4 +65,7 @@ def test_the_stage_runs(runs, tmp_path, capsys, text):
     assert "Hidden at layer 2" in result["verdict"] and "| simplex |" in (tmp_path / "i" / "interfaces.md").read_text()
     assert "there are hidden" in fails(capsys, interfaces.main, "--kinds", "magic", "--out", tmp_path / "j")
     assert "--layer 9" in fails(capsys, interfaces.main, *argv[:-1], tmp_path / "j", "--layer", "9")
+    for flag, value, word in (("--temperatures", "warm", "numbers"), ("--temperatures", "0", "numbers"),
+                              ("--seq_len", "60", "--seq_len must"), ("--texts", "9", "--texts")):
+        assert word in fails(capsys, interfaces.main, *argv[:-1], tmp_path / "j", flag, value)
     assert not (tmp_path / "j").exists()
