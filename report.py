@@ -176,7 +176,7 @@ def report(found, own, runs):
           for r in (found["repr_align/w0"], found["repr_align/w10"])), "",
         *conversion_line(found), "",
         "## GENERATE", "", *generation_section(found["generate"]), "",
-        *optional_sections(found), *cost_section(own["cost"]), *zero_shot_section(own),
+        *optional_sections(found), *cost_section(own["cost"]), *zero_shot_section(own), *studies(runs),
         f"Python {bridge['python']}, torch {bridge['torch']}, transformers {bridge['transformers']}, device "
         f"{bridge['device']}, {bridge['threads']} threads.", ""]
     return "\n".join(lines)
@@ -211,6 +211,12 @@ def optional_sections(found):
             "share of prompts still solved without some components.", "", circuits.table(some), "",
             *(f"- {line}" for line in some["verdicts"]),
             *patching_lines(some), "", "![circuits before and after conversion](circuits.png)", ""]
+
+
+def studies(runs):
+    """The tables of ablate.py's studies, where some were run."""
+    for file in sorted((runs / "ablate").glob("*.md")):
+        yield from (f"## Study: {file.stem}", "", file.read_text().strip(), "")
 
 
 def patching_lines(found):

@@ -198,10 +198,12 @@ def test_tokenizer_of_other_shards(runs, tmp_path, capsys, text):
 
 
 def test_report(runs, tmp_path, capsys):
+    (runs / "ablate").mkdir(exist_ok=True)
+    (runs / "ablate" / "align.md").write_text("| w | CE |\n")
     result = evaluate.main(["--runs", str(runs), "--out", str(tmp_path / "e"), "--texts", "3", "--calls",
                             "4", "--cloze", "4", "--repeats", "1", "--new", "4"])
     text = (tmp_path / "e" / "report.md").read_text()
-    assert result["verdict"] in text and (tmp_path / "e" / "figure.png").stat().st_size > 20_000
+    assert "## Study: align" in text and result["verdict"] in text and (tmp_path / "e" / "figure.png").stat().st_size > 20_000
     assert any(word in result["verdict"] for word in ("beats", "ties with", "loses to"))
     bridge = run.read_json(runs / "bridge" / "result.json")["nfe"]["4"]
     assert f"{bridge['ce_gap']:+.4f}" in text and f"{bridge['fvu']:.4f}" in text
