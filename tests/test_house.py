@@ -203,8 +203,8 @@ def test_report(runs, tmp_path, capsys):
     result = evaluate.main(["--runs", str(runs), "--out", str(tmp_path / "e"), "--texts", "3", "--calls",
                             "4", "--cloze", "4", "--repeats", "1", "--new", "4"])
     text = (tmp_path / "e" / "report.md").read_text()
-    assert "## Study: align" in text and result["verdict"] in text and (tmp_path / "e" / "figure.png").stat().st_size > 20_000
-    assert any(word in result["verdict"] for word in ("beats", "ties with", "loses to"))
+    assert "## Study: align" in text and result["verdict"] in text
+    assert (tmp_path / "e" / "figure.png").stat().st_size > 20_000
     bridge = run.read_json(runs / "bridge" / "result.json")["nfe"]["4"]
     assert f"{bridge['ce_gap']:+.4f}" in text and f"{bridge['fvu']:.4f}" in text
     assert set(result) >= {"sweep", "interfaces", "generation", "cost", "conversion", "circuits", "zero_shot"}
