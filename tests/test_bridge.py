@@ -3,6 +3,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -234,6 +236,14 @@ def test_compiled_blocks_equal_eager_ones():
 
 def test_prefetch_keeps_the_order_and_passes_errors_on():
     assert list(data.prefetch(lambda k: k * k, range(5))) == [0, 1, 4, 9, 16]
+    before, early = threading.active_count(), data.prefetch(lambda k: k, range(100))
+    assert next(early) == 0 and threading.active_count() == before + 1
+    early.close()                                                              # a loop that leaves ends the thread
+    for _ in range(100):
+        if threading.active_count() == before:
+            break
+        time.sleep(0.01)
+    assert threading.active_count() == before
     assert list(data.prefetch(lambda k: k, [])) == []
     with pytest.raises(ZeroDivisionError):
         list(data.prefetch(lambda k: 1 / k, [1, 0]))
