@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole pipeline: backbone, locate, replace, convert, generate, evaluate. Offline and on a CPU by default: about 9
-# minutes on two cores. Run it again and it resumes, or prints the finished results in seconds.
+# The whole pipeline: backbone, locate, replace, convert, generate, compare, evaluate. Offline and on a CPU by default:
+# about 18 minutes on two cores. Run it again and it resumes, or prints the finished results in seconds.
 #
 #   bash run_all.sh
 #   DATA=notes/ OUT=out/notes bash run_all.sh                               # other text, other folder
@@ -40,18 +40,20 @@ stage "GENERATE: text drawn in hidden space beside its rivals (30 s)" \
     --temperatures 0.8,1.0,1.3,1.6 --out "$OUT/generate"
 if [ "$MODEL" = toy ]; then
     # the toy's own text poses no task that both models solve, so a smaller one learns four of them
-    tasks="$OUT/tasks/toy" twins="$OUT/tasks/repr_align/w0,$OUT/tasks/repr_align/w10"
+    twins="$OUT/tasks/repr_align/w0,$OUT/tasks/repr_align/w10"
     stage "COMPARE: train a small LM whose text holds the tasks (70 s)" \
-        backbone.py --data "$DATA" --layers 4 --tasks 0.6 --steps 700 --out "$tasks"
+        backbone.py --data "$DATA" --layers 4 --tasks 0.6 --steps 700 --out "$OUT/tasks/toy"
     for w in 0 10; do
         stage "COMPARE: its masked twin, alignment weight $w (90 s)" \
             repr_align.py --data "$DATA" --align_weight $w --steps 400 --out "$OUT/tasks/repr_align/w$w"
     done
     stage "LOCATE, checked: a short bridge at every layer (3 min)" \
         sweep.py --model "$OUT/toy" --seeds 1 --steps 100 --out "$OUT/sweep"
+    stage "COMPARE: circuits before and after conversion (15 s)" \
+        circuits.py --model "$OUT/tasks/toy" --twins "$twins" --patch 50 --out "$OUT/tasks/circuits"
 else
-    tasks="$MODEL" twins="$OUT/repr_align/w0,$OUT/repr_align/w10"
+    printf '\n=== COMPARE: circuits before and after conversion\n'   # not every architecture can be analysed
+    python "$here/circuits.py" --model "$MODEL" --twins "$OUT/repr_align/w0,$OUT/repr_align/w10" \
+        --out "$OUT/tasks/circuits" || printf 'COMPARE is left out.\n'
 fi
-stage "COMPARE: circuits before and after conversion (40 s)" \
-    circuits.py --model "$tasks" --twins "$twins" --patch 50 --out "$OUT/tasks/circuits"
 stage "EVALUATE: speed, zero-shot, report and figures (1 min)" evaluate.py --runs "$OUT" --out "$OUT/evaluate"
