@@ -3,7 +3,7 @@
     python bridge.py                                             # the toy at the layer geometry chose: ~1 min, 2 cores
     torchrun --nproc_per_node 2 bridge.py --layer 2 --model out/toy    # on CPU too: same weights to rounding
     torchrun --nproc_per_node 8 bridge.py --layer 6 --preset 8b --model meta-llama/Llama-3.1-8B
-    python bridge.py --preset blocks --layer 4 --out out/blocks    # with unknown tokens: to generate (generate.py)
+    python bridge.py --preset blocks --layer 2 --blocks 4 --out out/blocks    # meets unknown tokens: for generate.py
 
 The maths is in diffusion.py, the network in denoiser.py. Expected on the default toy: next-token CE within 0.01 nats of
 the intact model at NFE 4. There every token is known, so h[l] is a deterministic function of the input and plain

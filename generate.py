@@ -2,7 +2,7 @@
 
     python generate.py                                            # out/blocks beside AR, the twin, unigrams: ~40 s
     python generate.py --bridges out/a,out/b --out out/generate2  # several bridges: rows by layer, spread over seeds
-    python bridge.py --preset blocks --layer 4 --out out/blocks   # makes such a bridge
+    python bridge.py --preset blocks --layer 2 --blocks 4 --out out/blocks   # makes such a bridge
 
 Each text is a held-out prefix and what a method writes after it; the intact model judges that part. A single generative
 perplexity (gen-PPL) can be bought with dull text, so every method is swept over the same temperatures and compared
@@ -293,7 +293,7 @@ def main(argv):
         print(f"would write {cfg.texts} texts of {cfg.new} tokens at each of {len(temperatures)} temperatures with "
               f"{', '.join(map(str, folders))}, and with AR sampling, unigrams and {cfg.twin or 'no masked twin'}")
         return None
-    remedy = "train one with: python bridge.py --preset blocks --layer 4 --out out/blocks"
+    remedy = "train one with: python bridge.py --preset blocks --layer 2 --blocks 4 --out out/blocks"
     infos = [read_json(f / "bridge.json", remedy) for f in folders]
     if len({info["base"] for info in infos}) > 1:
         raise UserError("these bridges come from different backbones; compare those of one")

@@ -6,7 +6,7 @@
 #   DATA=notes/ OUT=out/notes bash run_all.sh                               # other text, other folder
 #   MODEL=Qwen/Qwen3-0.6B DATA=Salesforce/wikitext:wikitext-103-raw-v1 bash run_all.sh   # a GPU, the Hub
 set -euo pipefail
-MODEL=${MODEL:-toy} DATA=${DATA:-stdlib} LAYER=${LAYER:-auto} BLOCKS_LAYER=${BLOCKS_LAYER:-4} OUT=${OUT:-out}
+MODEL=${MODEL:-toy} DATA=${DATA:-stdlib} LAYER=${LAYER:-auto} BLOCKS_LAYER=${BLOCKS_LAYER:-2} OUT=${OUT:-out}
 here=$(dirname "$0")
 
 stage() {  # stage "what it is about to do and how long it takes" file.py flags...
@@ -33,7 +33,7 @@ for w in 0 10; do
         repr_align.py --model "$MODEL" --data "$DATA" --align_weight $w --out "$OUT/repr_align/w$w"
 done
 stage "GENERATE: train a bridge that meets unknown tokens (60 s)" \
-    bridge.py --model "$MODEL" --data "$DATA" --layer "$BLOCKS_LAYER" --preset blocks --steps 400 \
+    bridge.py --model "$MODEL" --data "$DATA" --layer "$BLOCKS_LAYER" --preset blocks --blocks 4 --steps 400 \
     --out "$OUT/blocks"
 stage "GENERATE: text drawn in hidden space beside its rivals (30 s)" \
     generate.py --data "$DATA" --bridges "$OUT/blocks" --twin "$OUT/repr_align/w10" --texts 32 \
