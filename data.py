@@ -20,7 +20,6 @@ import os
 import platform
 import queue
 import re
-import sys
 import sysconfig
 import threading
 import time
@@ -355,31 +354,29 @@ def prefetch(make, keys):
     """Yield make(key) for each key, made up to three ahead in a thread, so that a loop does not wait for data. An error
     of `make` is raised where its value would have come.
 
-    Two queues in C and a short turn of the interpreter lock (0.2 ms, not 5): else a loop whose batch is ready still
-    waits while the thread draws the next one."""
-    ready, room = queue.SimpleQueue(), queue.SimpleQueue()
+    The thread looks every two milliseconds whether there is room: were it woken by the loop that takes a batch, it
+    would take the interpreter lock from it there and then, and the loop would wait for a whole draw."""
+    ready, left = queue.SimpleQueue(), threading.Event()
 
     def work():
         for key in keys:
-            if not room.get():
+            while ready.qsize() >= 3 and not left.is_set():
+                time.sleep(2e-3)
+            if left.is_set():
                 return
             try:
                 ready.put((make(key), None))
             except Exception as error:  # for the loop to raise
                 ready.put((None, error))
         ready.put(None)
-    sys.setswitchinterval(2e-4)
-    for _ in range(3):
-        room.put(True)
     threading.Thread(target=work, daemon=True).start()
     try:
         while (item := ready.get()) is not None:
-            room.put(True)
             if item[1] is not None:
                 raise item[1]
             yield item[0]
     finally:
-        room.put(False)  # the loop has left early: let the thread go
+        left.set()  # the loop may have left early: let the thread go
 
 
 @entry
