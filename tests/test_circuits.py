@@ -288,6 +288,20 @@ def test_a_study_uses_what_all_able_models_solve(runs, monkeypatch):
     assert row["AR and twin"]["mean"] == 1 > row["AR, other prompts"]["mean"] and "AR and poor" not in row
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_study_of_other_families(family, runs, monkeypatch):
+    tokenizer = data.load_tokenizer(runs / "toy")
+    size = dict(vocab_size=len(tokenizer) + 1, pad_token_id=0, bos_token_id=0, eos_token_id=0, initializer_range=0.1)
+    student = masked.Student(backbone.Backbone(tiny_model(family, 1, **size).requires_grad_(False)), len(tokenizer))
+    subjects = [subject_of(family, **size), Subject(student.lm, student, "masked, seed 0", "masked")]
+    monkeypatch.setattr(circuits, "solved", lambda x, b, which="clean", size=64: torch.ones(len(b["clean"])).bool())
+    cfg = circuits.Config(pairs=4, resamples=2, ig_steps=1, k=20, patch=4)
+    found, scores = circuits.study("brackets", subjects, tasks.Pieces(tokenizer), cfg, torch.device("cpu"))
+    assert len(scores) == 4 and all(s.abs().sum() > 0 for s in scores.values())
+    assert 0 <= found["overlap"]["20"]["AR and masked"]["mean"] < 1
+    assert found["patching"]["masked, seed 0"]["eap_ig"]["pearson"] > 0.5
+
+
 def test_controls_exist_even_where_the_strongest_take_all_of_a_kind():
     subject, batch = subject_of("llama", num_hidden_layers=2), batch_of()
     graph = subject.graph()
