@@ -278,7 +278,8 @@ def cost_figure(cost, path):
             ax.plot([r[key] for r in mine], [r[name] for r in mine], style, markersize=4, color="#30638e",
                     label={"ratio": "measured", "predicted": "by FLOPs", "blocks": "by blocks run"}[name])
         ax.axhline(1, color="#d1495b", linewidth=1)
-        ax.set(xlabel={"nfe": "NFE", "layer": "layer"}[key], yscale="log")
+        ax.set(xlabel={"nfe": "network calls (NFE)", "layer": "layer"}[key], ylim=(0, None),
+               xticks=[r[key] for r in mine])
         ax.set_title(title, fontsize=10)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set(ylabel="time a token over the intact model")
