@@ -310,6 +310,9 @@ def figure(result, scores, path):
             if (mine := next((s for (n, _, task), s in scores.items() if n.split(", seed")[0] == kind
                               and task == name), None)) is not None:
                 ax.imshow(by_block(mine, result).numpy(), origin="lower", cmap="magma_r")
+            else:
+                ax.set(xticks=[], yticks=[], xlabel="", ylabel="")
+                ax.text(0.5, 0.5, "not solved\noften enough", ha="center", va="center", fontsize=8)
         for title, color in colors.items():
             points = [(int(k), r[f"AR and {title}"]["mean"]) for k, r in found["overlap"].items()
                       if f"AR and {title}" in r]
