@@ -9,7 +9,7 @@ Every way predicts the next token from the same context with the same denoiser, 
     hidden      h[l] of the last token; read by the retained blocks and the head (they are given, pretrained)
     embedding   the next token's embedding; read by a softmax over squared distances, whose width is fitted
     latent      the last state in a few dimensions (its principal components, in closed form); read by the head
-    simplex     +-1 for every token of the vocabulary; read by a softmax, five times as steep (SSD-LM's k)
+    simplex     +-1 for every token of the vocabulary; read by a softmax (SSD-LM's k = 5 over a fitted width)
     causal      no diffusion: the same network trained on next-token cross-entropy, for fairness
 
 The likelihood of a token is its mean probability over --draws noises. Hidden has the retained blocks for free, so it is
@@ -65,7 +65,7 @@ class Config:
 
 
 SKIP = 4            # first positions: attention sinks, as in bridge.py
-STEEP = 5.0         # of the simplex
+STEEP = 5.0         # of the simplex, before its width is fitted
 WAYS = ("hidden", "embedding", "latent", "simplex", "causal")
 
 
@@ -114,7 +114,7 @@ class Way:
             goal = (self.table - self.z[0]) / self.z[1]                                   # (V, D)
             logits = -torch.cdist(z, goal[None]).square() / (2 * self.width ** 2)
         elif self.kind == "simplex":
-            logits = STEEP * z
+            logits = STEEP * z / self.width
         else:
             k = len(self.scale)
             logits = self.lm.unnormed_head(((z[..., :k].double() * self.scale) @ self.basis.T + self.mean).float())
@@ -128,7 +128,7 @@ class Way:
                 "embedding": f"the embedding table; a width fitted on 8 training windows ({self.width:.2f})",
                 "latent": f"{len(getattr(self, 'scale', ()))} principal components, in closed form from 64 training "
                           "windows, and the head",
-                "simplex": "none", "causal": "its own output matrix, trained"}[self.kind]
+                "simplex": f"a width fitted on 8 training windows ({self.width:.2f})", "causal": "its own output matrix, trained"}[self.kind]
 
 
 def standard(h):
@@ -211,9 +211,9 @@ def write(way, net, prompts, new, temperature, cfg, seed):
 
 
 def fit_width(way, net, rows, cfg):
-    """The width of the embedding's softmax that gives training windows the best likelihood with four draws."""
+    """The width of a softmax (embedding, simplex) that gives training windows the best likelihood with four draws."""
     best = (math.inf, 1.0)
-    for width in (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0):
+    for width in (0.02, 0.05, 0.1, 0.2, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0):
         way.width = width
         best = min(best, (next_token_nll(way, net, rows, cfg, 4), width))
     way.width = best[1]
@@ -228,7 +228,7 @@ def cell(kind, seed, lm, layer, train_rows, held_out, real, cfg):
     net = net.to(held_out.device)
     seconds = train(way, net, train_rows, cfg, seed)
     net.eval()
-    if kind == "embedding":
+    if kind in ("embedding", "simplex"):
         fit_width(way, net, train_rows.spread(8, seed + 1).to(held_out.device), cfg)
     frontier = []
     for t in map(float, cfg.temperatures.split(",")):
