@@ -128,7 +128,8 @@ class Way:
                 "embedding": f"the embedding table; a width fitted on 8 training windows ({self.width:.2f})",
                 "latent": f"{len(getattr(self, 'scale', ()))} principal components, in closed form from 64 training "
                           "windows, and the head",
-                "simplex": f"a width fitted on 8 training windows ({self.width:.2f})", "causal": "its own output matrix, trained"}[self.kind]
+                "simplex": f"a width fitted on 8 training windows ({self.width:.2f})",
+                "causal": "its own output matrix, trained"}[self.kind]
 
 
 def standard(h):
