@@ -47,8 +47,8 @@ if [ "$MODEL" = toy ]; then
         stage "COMPARE: its masked twin, alignment weight $w (90 s)" \
             repr_align.py --data "$DATA" --align_weight $w --steps 400 --out "$OUT/tasks/repr_align/w$w"
     done
-    stage "LOCATE, checked: a short bridge at every layer (3 min)" \
-        sweep.py --model "$OUT/toy" --seeds 1 --steps 100 --out "$OUT/sweep"
+    stage "LOCATE, checked: a short bridge at every layer (2 min)" \
+        sweep.py --model "$OUT/toy" --seeds 1 --steps 100 --eval_batches 16 --out "$OUT/sweep"
     stage "COMPARE: circuits before and after conversion (15 s)" \
         circuits.py --model "$OUT/tasks/toy" --twins "$twins" --patch 50 --out "$OUT/tasks/circuits"
 else

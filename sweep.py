@@ -44,6 +44,7 @@ class Config:
     blocks: int = 2             # of every bridge (0: as many as it replaces)
     steps: int = 300            # of each bridge
     batch_size: int = 8         # sequences a step
+    eval_batches: int = 64      # held-out sequences of each bridge's numbers
     jobs: int = 2               # runs at a time, one thread each
     seed: int = 0               # the first training seed
     dry_run: bool = False       # print the commands, then leave
@@ -109,7 +110,7 @@ def cells(cfg, name, model, shards, seeds):
         yield kind, layer, seed, folder, [
             sys.executable, str(here / "bridge.py"), *common, "--layer", str(layer), "--seed", str(seed), "--objective",
             kind, "--blocks", str(cfg.blocks), "--steps", str(cfg.steps), "--batch_size", str(cfg.batch_size),
-            "--noise_seeds", "1", "--out", str(folder)]
+            "--eval_batches", str(cfg.eval_batches), "--noise_seeds", "1", "--out", str(folder)]
 
 
 # ------------------------------------------------------------------------------------------------ without training

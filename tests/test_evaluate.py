@@ -93,7 +93,7 @@ def test_the_sweep_runs(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sweep, "POOL", {"shuffled": "shuffle"})
     out = tmp_path / "s"
     argv = ["--model", f"{runs}/toy", "--out", str(out), "--seeds", "2", "--steps", "3", "--blocks", "1", "--pool",
-            "--batch_size", "4"]
+            "--batch_size", "4", "--eval_batches", "4"]
     result = sweep.main(argv)
     toy = result["backbones"]["toy"]
     assert [r["layer"] for r in toy["layers"]] == [1, 2, 3] and all(len(r["fvu"]) == 2 for r in toy["layers"])
