@@ -15,6 +15,8 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
+slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="seconds each: run by .ci/run, which sets SLOW=1")
+
 WINDOW = dict(sliding_window=8, initializer_range=0.3)
 SHAPE = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
              max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)

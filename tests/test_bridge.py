@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, fails, randomise, tiny_model
+from conftest import ROOT, fails, randomise, slow, tiny_model
 from safetensors.torch import load_file
 
 import bridge
@@ -219,6 +219,7 @@ def test_recomputing_activations_changes_no_gradient():
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
+@slow
 def test_compiled_blocks_equal_eager_ones():
     """bf16 autocast and torch.compile, block by block in place, on a tiny case: names stay, numbers agree."""
     a, b, (x, c, t) = net(blocks=1), net(blocks=1), states()
@@ -321,6 +322,7 @@ def agree(a, b):
         assert len(first) >= 3 and second == pytest.approx(first, rel=1e-3)
 
 
+@slow
 def test_four_processes_go_on_as_one_would(runs, tmp_path, text, monkeypatch):
     """Started by one process, stopped at step 1 and finished by four, which send their gradients in small buckets
     during backward; against one process that was left alone."""
@@ -439,6 +441,7 @@ def test_random_init_needs_only_a_config(tmp_path):
     assert result["tokens_per_s"] > 0 and result["layer"] == 2
 
 
+@slow
 def test_layer_all_makes_one_run_a_layer(runs, tmp_path, text):
     argv = command(runs, text, tmp_path / "all", "--steps", "1")
     argv[argv.index("--layer") + 1] = "all"

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import fails, tiny_model
+from conftest import fails, slow, tiny_model
 
 import backbone
 import data
@@ -82,6 +82,7 @@ def test_altered_backbones(runs, tmp_path):
         assert backbone.identity(tmp_path / how) != backbone.identity(runs / "toy")
 
 
+@slow
 def test_the_sweep_runs(runs, tmp_path, monkeypatch, capsys):
     def in_process(work, jobs, threads=1):
         for _, (_, script, *argv) in work:
