@@ -6,7 +6,6 @@ Prints one row a measurement: the value, the stock thing it is compared with, an
 
 Letters: B batch, T tokens.
 """
-import time
 import weakref
 from dataclasses import dataclass
 
@@ -24,6 +23,7 @@ import hybrid
 import masked
 import repr_align
 from common import entry, generator, matmul_rate, parse, setup
+from evaluate import seconds_of
 
 
 @dataclass
@@ -66,16 +66,6 @@ class PeakBytes(TorchDispatchMode):
         self.now -= size
 
 
-def best_of(repeats, run):
-    """The fastest of `repeats` calls in seconds: the least disturbed one."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
 def bench_geometry(lm, cfg):
     """Collecting all layers' states against the stock model's forward passes over the same tokens."""
     windows = torch.randint(0, lm.V, (cfg.tokens // 128, 128))                         # (S, T)
@@ -88,9 +78,9 @@ def bench_geometry(lm, cfg):
 
     def collect():
         return geometry.collect(lm, windows, settings.skip, settings.pool, cfg.seed, settings.batch_size)
-    forward, collecting = best_of(cfg.repeats, stock), best_of(cfg.repeats, collect)
+    forward, collecting = seconds_of(cfg.repeats, stock), seconds_of(cfg.repeats, collect)
     states = collect()
-    rest = best_of(1, lambda: geometry.analyse(states, settings))
+    rest = seconds_of(1, lambda: geometry.analyse(states, settings))
     print(f"geometry, {windows.numel()} tokens: collecting the states {collecting:.2f} s, stock forward passes "
           f"{forward:.2f} s, ratio {collecting / forward:.2f}; everything else {rest:.1f} s")
 
@@ -103,7 +93,7 @@ def bench_bridge(width, cfg):
     def step():
         diffusion.token_loss(net, z, c, t, noise, 4)[0].mean().backward()
     step()
-    rate = 2048 * bridge.train_flops(net, 0, 0, 128) / best_of(cfg.repeats, step)
+    rate = 2048 * bridge.train_flops(net, 0, 0, 128) / seconds_of(cfg.repeats, step)
     print(f"bridge of width {width}: {rate / 1e9:.0f} GFLOP/s forward and backward, {rate / matmul_rate():.0%} of "
           "torch.mm")
 
@@ -115,11 +105,11 @@ def bench_generate(cfg):
     ids = torch.randint(1, intact.config.vocab_size, (1, 64))
     new = dict(max_new_tokens=64, min_new_tokens=64, do_sample=False, pad_token_id=0,
                attention_mask=torch.ones_like(ids))
-    stock = 64 / best_of(cfg.repeats, lambda: intact.generate(ids, **new))
+    stock = 64 / seconds_of(cfg.repeats, lambda: intact.generate(ids, **new))
     print(f"generation at layer {model.config.layer}: stock generate() {stock:.0f} tokens/s; hybrid ", end="")
     for nfe in (1, 2, 4, 8):
         model.set_nfe(nfe)
-        speed = 64 / best_of(cfg.repeats, lambda: model.generate(ids, **new))
+        speed = 64 / seconds_of(cfg.repeats, lambda: model.generate(ids, **new))
         print(f"NFE {nfe}: {speed:.0f} ({speed / stock:.2f}x)", end="; " if nfe < 8 else "\n")
 
 
@@ -128,11 +118,12 @@ def bench_blocks(cfg):
     model = hybrid.from_bridge(cfg.blocks)
     intact = backbone.load(model.config.base_model, torch.device("cpu"), torch.float32).model
     ids = torch.randint(1, intact.config.vocab_size, (1, 64))
-    stock = 64 / best_of(cfg.repeats, lambda: intact.generate(
+    stock = 64 / seconds_of(cfg.repeats, lambda: intact.generate(
         ids, max_new_tokens=64, min_new_tokens=64, do_sample=False, pad_token_id=0, attention_mask=ids > 0))
     print(f"blocks of 64 at layer {model.config.layer}: stock generate() {stock:.0f} tokens/s; ", end="")
     for nfe, rounds in ((4, 0), (16, 0), (8, 8), (32, 0)):
-        speed = 64 / best_of(cfg.repeats, lambda: model.generate_blocks(ids, 64, 64, nfe, rounds=rounds))  # noqa: B023
+        speed = 64 / seconds_of(cfg.repeats, lambda nfe=nfe, rounds=rounds: model.generate_blocks(
+            ids, 64, 64, nfe, rounds=rounds))
         print(f"NFE {nfe}{f' and {rounds} refinements' if rounds else ''}: {speed:.0f} ({speed / stock:.1f}x)",
               end="; " if nfe < 32 else "\n")
 
@@ -154,7 +145,7 @@ def bench_convert(cfg):
         def pack(tensor):
             held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
-        seconds = best_of(cfg.repeats, step)
+        seconds = seconds_of(cfg.repeats, step)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             repr_align.conversion_loss(student, teacher if weight else None, ids, hide, 1.0)
         for p in [*lm.parameters(), *(teacher.parameters() if weight else [])]:  # some are saved for backward too
@@ -177,10 +168,10 @@ def bench_twin(cfg):
     def plain():
         for _ in range(64):
             model.lm.model(ids)
-    stock = 64 * 16 / best_of(2, plain)
+    stock = 64 * 16 / seconds_of(2, plain)
     print(f"twin, 64 new tokens, 64 steps, batch 16: plain loop {stock:.0f} tokens/s; ", end="")
     for name, how in (("fill", {}), ("blocks of 16 with cache", {"block": 16})):
-        speed = 64 * 16 / best_of(2, lambda: masked.fill(model, ids, hide, 64, **how))  # noqa: B023
+        speed = 64 * 16 / seconds_of(2, lambda: masked.fill(model, ids, hide, 64, **how))  # noqa: B023
         print(f"{name} {speed:.0f} ({speed / stock:.2f}x)", end="; " if not how else "\n")
     shards = backbone.beside(cfg.twin, "data")
     text, calls, errors = data.Tokens(shards, "val", 128).spread(8)[:, :-1], 32, [[], []]

@@ -28,6 +28,7 @@ import data
 import masked
 from attribution import Subject, attribute, patch, without
 from common import UserError, entry, generator, parse, pick_dtype, setup
+from generate import spread
 from geometry import spearman
 from run import Run, atomic, finished, read_json
 from tasks import GLOBAL, TASKS, Pair, Pieces, examples
@@ -239,11 +240,6 @@ def study(name, subjects, pieces, cfg, device):
 
 
 # --------------------------------------------------------------------------------------------------------- report
-def spread(values, form=".2f"):
-    sd = f" +- {statistics.stdev(values):{form}}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{form}}{sd}"
-
-
 def verdicts(result):
     """A sentence a task, from the numbers."""
     for name, found in result["tasks"].items():
@@ -253,7 +249,7 @@ def verdicts(result):
             continue
         row = found["overlap"][str(result["k"])]
         shared = "; ".join(f"{n} {v['mean']:.2f}" for n, v in row.items() if n != "chance")
-        where = ", ".join(f"{kind} {spread(m['mean_depth'])}" for kind, m in found["models"].items())
+        where = ", ".join(f"{kind} {spread(m['mean_depth'], '.2f')}" for kind, m in found["models"].items())
         yield (f"{name} ({found['group']}): overlap of the {result['k']} strongest edges {shared}; by chance "
                f"{row['chance']:.2f}. Mean block of attribution: {where}. Solved: {percent}. Prompts that recur in "
                f"another set: {found['common']:.0%}")
@@ -279,17 +275,18 @@ def table(result):
         for kind in dict.fromkeys(n.split(", seed")[0] for n in found["solved"]):
             solves = [v for n, v in found["solved"].items() if n.split(", seed")[0] == kind]
             if kind not in found["models"]:
-                lines.append(f"| {name} | {found['group']} | {kind} | {spread(solves)}: not analysed |" + " |" * 10)
+                lines.append(f"| {name} | {found['group']} | {kind} | {spread(solves, '.2f')}: not analysed |"
+                             + " |" * 10)
                 continue
             model = found["models"][kind]
             zero = [z for n, z in found["zeroing"].items() if n.split(", seed")[0] == kind]
             over = row.get(f"AR and {kind}")
             adjusted = "-" if over is None else f"{(over['mean'] - row['chance']) / (1 - row['chance']):.2f}"
-            lines.append(f"| {name} | {found['group']} | {kind} | {spread(solves)} | {cell(f'AR and {kind}')} | "
+            lines.append(f"| {name} | {found['group']} | {kind} | {spread(solves, '.2f')} | {cell(f'AR and {kind}')} | "
                          f"{adjusted} | {cell(f'{kind}, other prompts')} | {cell(f'{kind}, other seed')} | "
-                         + " | ".join(spread(model[key]) for key in ("mean_depth", "gini", "entropy")) + " | "
-                         + " | ".join(spread([z[key] for z in zero]) for key in ("strongest", "random", "matched"))
-                         + " |")
+                         + " | ".join(spread(model[key], ".2f") for key in ("mean_depth", "gini", "entropy")) + " | "
+                         + " | ".join(spread([z[key] for z in zero], ".2f")
+                                      for key in ("strongest", "random", "matched")) + " |")
     return "\n".join(lines)
 
 

@@ -32,6 +32,7 @@ from torch import nn
 import backbone
 import data
 import generate
+import masked
 import optim
 from common import UserError, entry, generator, normal, parse, setup
 from denoiser import Bridge
@@ -206,8 +207,7 @@ def write(way, net, prompts, new, temperature, cfg, seed):
     for i in range(new):
         logp = estimate(way, net, ids, cfg.nfe, 1000 + seed)[:, -1]
         u = torch.from_numpy(generator(seed, "write", i).random(len(ids))).to(ids.device)
-        p = torch.softmax(logp.double() / temperature, -1).cumsum(-1)
-        ids = torch.cat([ids, torch.searchsorted(p, u[:, None]).clamp_max(p.shape[-1] - 1)], 1)
+        ids = torch.cat([ids, masked.choose(logp.double(), temperature, 1.0, 0, u)[:, None]], 1)
     return ids
 
 

@@ -30,6 +30,7 @@ import data
 from ablate import execute
 from common import UserError, entry, generator, parse, setup
 from denoiser import load
+from generate import spread
 from geometry import spearman
 from run import Run, atomic, finished, read_json
 
@@ -209,11 +210,6 @@ def verdict(result):
 
 
 # --------------------------------------------------------------------------------------------------------- report
-def mean_sd(values, form):
-    sd = f" +- {statistics.stdev(values):{form}}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{form}}{sd}"
-
-
 def table(result):
     lines = []
     for name, found in result["backbones"].items():
@@ -224,8 +220,8 @@ def table(result):
         for row in found["layers"]:
             control = row.get("regression_fvu")
             lines.append(f"| {row['layer']} | {row['score']:+.2f} | " + " | ".join(
-                mean_sd(row[k], f) for k, f in (("fvu", ".4f"), ("kl", ".4f"), ("ce_gap", "+.4f"))) + " | "
-                + (f"{mean_sd(control, '.4f')} | {mean_sd(row['regression_ce_gap'], '+.4f')}" if control else "- | -")
+                spread(row[k], f) for k, f in (("fvu", ".4f"), ("kl", ".4f"), ("ce_gap", "+.4f"))) + " | "
+                + (f"{spread(control, '.4f')} | {spread(row['regression_ce_gap'], '+.4f')}" if control else "- | -")
                 + " | " + " | ".join(f"{row['untrained'][k]:.3f}" for k in ("identity", "ridge", "token mean")) + " |")
     names = [r["name"] for r in result["backbones"]["toy"]["correlations"]]
     lines += ["", "Spearman with -FVU at NFE 8 (on the model: 95% interval, permutation p, score minus this one):", "",
