@@ -5,6 +5,7 @@
     python ablate.py --study compute                 # at equal compute when used; --study size: depth, width
     python ablate.py --study generate --steps 600    # text drawn at every layer, embeddings included: ~40 min
     python ablate.py --study align --steps 200       # arms of repr_align.py, all data and 60k tokens: ~30 min
+    python ablate.py --study regimes --steps 200     # where might alignment help? AdamW, layers, distance: ~25 min
     python ablate.py --study objective --seeds 1 --steps 100      # a quick look
 
 Each cell is an ordinary run of bridge.py in a folder under --out, so an interrupted study goes on where it stopped.
@@ -49,12 +50,22 @@ STUDIES = {  # study -> groups of (layers, {variant: flags of bridge.py})
                       f"--align_weight {w:g} --cooldown 0 --freeze {freeze} --train_tokens {few} --batch_size 8"
                       for few in (0, 60000) for w, freeze in ((0, "embed"), (0, "none"), (1, "embed"), (3, "embed"),
                                                               (10, "embed"))})],
+    # the search for a regime in which alignment helps; a name's rival is "w = 0" with the same words where there is one
+    "regimes": [((0,), {name: f"--cooldown 0 --batch_size 8 {flags}" for name, flags in {
+        "w = 0": "--align_weight 0", "w = 3, lower layers": "--align_weight 3 --layers lower",
+        "w = 3, middle layers": "--align_weight 3 --layers middle", "w = 3, upper layers": "--align_weight 3 --layers "
+        "upper", "w = 1, l2": "--align_weight 1 --distance l2", "w = 3, at every position": "--align_weight 3 "
+        "--positions all", "w = 0, 15k tokens": "--align_weight 0 --train_tokens 15000", "w = 3, 15k tokens":
+        "--align_weight 3 --train_tokens 15000", "w = 0, AdamW 3e-4": "--align_weight 0 --lr 0 --lr_adam 3e-4",
+        "w = 3, AdamW 3e-4": "--align_weight 3 --lr 0 --lr_adam 3e-4", "w = 10, AdamW 3e-4":
+        "--align_weight 10 --lr 0 --lr_adam 3e-4"}.items()})],
 }
+ALIGN = ("align", "regimes")  # studies of repr_align.py, which knows no layer to replace
 
 
 @dataclass
 class Config:
-    study: Literal["objective", "compute", "tricks", "size", "generate", "align"] = "objective"  # which table
+    study: Literal[tuple(STUDIES)] = "objective"  # which table
     model: str = "out/toy"      # a finished backbone
     data: str = "stdlib"        # its text
     out: str = "out/ablate"     # folder of the runs and the table
@@ -76,7 +87,7 @@ def cells(cfg):
                     continue
                 changed = flags.replace("--", "").replace(" ", "_")
                 script, what, place = "bridge.py", f"layer{layer}", ["--layer", str(layer)]
-                if cfg.study == "align":
+                if cfg.study in ALIGN:
                     script, what, place = "repr_align.py", "align", []
                 folder = Path(cfg.out) / f"{what}_seed{seed}_steps{cfg.steps}_{changed}".rstrip("_")
                 command = [sys.executable, str(Path(__file__).with_name(script)), "--model", cfg.model, "--data",
@@ -168,23 +179,27 @@ def steps_to(curve, loss):
 
 
 def alignment_table(cfg):
-    """Each arm's masked CE, and how much sooner than the unaligned arm it reaches that arm's final loss: in steps, and
-    in seconds. The unaligned arm is w = 0 with frozen embeddings, on the same data and seed."""
+    """Each arm's masked CE, and how much sooner than the unaligned arm it reaches that arm's best loss: in steps, and
+    in seconds. The unaligned arm is w = 0 with frozen embeddings, on the same data, optimizer and seed."""
     arms = {}
     for name, _, _, folder, _ in cells(cfg):
         arms.setdefault(name, []).append(read_json(folder / "result.json"))
-    lines = [f"Study `align`: {cfg.seeds} seeds, {cfg.steps} steps, constant learning rate, mean +- sd over seeds.", "",
-             "| arm | masked CE | best on the way | acceleration, steps | acceleration, seconds | final cosine |",
-             "|---|---|---|---|---|---|"]
+    lines = [f"Study `{cfg.study}`: {cfg.seeds} seeds, {cfg.steps} steps, constant learning rate, mean +- sd; the "
+             "rival is w = 0 on the same data, optimizer and seed.", "",
+             "| arm | masked CE | best on the way | best minus the rival's | acceleration, steps | acceleration, seconds "
+             "| final cosine |", "|---" * 7 + "|"]
     for name, results in arms.items():
-        rivals, fast, quick = arms["w = 0, 60k tokens" if "60k" in name else "w = 0"], [], []
+        words = [w for w in name.split(", ")[1:] if f"w = 0, {w}" in arms and w != "nothing frozen"]
+        rivals, fast, quick, gain = arms[", ".join(["w = 0", *words])], [], [], []
         for mine, rival in zip(results, rivals, strict=True):
             goal = min(row[1] for row in rival["curve"])                # low data: the rival may have passed its best
             there, first = steps_to(mine["curve"], goal), steps_to(rival["curve"], goal)
+            gain.append(min(row[1] for row in mine["curve"]) - goal)
             fast.append(first / there if there else None)
             quick.append(first * rival["seconds"] / (there * mine["seconds"]) if there else None)
         cells_ = [generate.spread([r["val_loss"] for r in results], ".3f"),
                   generate.spread([min(row[1] for row in r["curve"]) for r in results], ".3f"),
+                  generate.spread(gain, "+.3f"),
                   *(generate.spread(f, ".2f") if None not in f else f"not reached in {f.count(None)} of {len(f)}"
                     for f in (fast, quick)),
                   "-" if results[0]["cosine"] is None else generate.spread([r["cosine"] for r in results], ".3f")]
@@ -219,7 +234,7 @@ def main(argv):
         return None
     data.prepare(cfg.data, data.load_tokenizer(cfg.model), Path(cfg.out) / "data")  # once, before two runs want it
     execute([(f"{name}, layer {layer}, seed {seed}", command) for name, layer, seed, _, command in work], cfg.jobs)
-    text = {"generate": generation_table, "align": alignment_table}.get(cfg.study, table)(cfg)
+    text = {"generate": generation_table, **dict.fromkeys(ALIGN, alignment_table)}.get(cfg.study, table)(cfg)
     with atomic(Path(cfg.out) / f"{cfg.study}.md") as temporary:
         temporary.write_text(text + "\n")
     print(text)

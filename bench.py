@@ -6,12 +6,9 @@ Prints one row a measurement: the value, the stock thing it is compared with, an
 
 Letters: B batch, T tokens.
 """
-import weakref
 from dataclasses import dataclass
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 import backbone
 import bridge
@@ -36,34 +33,6 @@ class Config:
     tokens: int = 8192          # tokens of the geometry rows
     repeats: int = 5            # the best of so many is reported
     dry_run: bool = False       # print what would be measured, then leave
-
-
-class PeakBytes(TorchDispatchMode):
-    """Within this context, `most` is the largest number of bytes held at once by tensors made in it."""
-
-    def __enter__(self):
-        self.now, self.most, self.known = 0, 0, set()
-        return super().__enter__()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_flatten(out)[0]:
-            if isinstance(tensor, torch.Tensor):
-                self._watch(tensor.untyped_storage())
-        return out
-
-    def _watch(self, storage):
-        pointer, size = storage.data_ptr(), storage.nbytes()
-        if size == 0 or pointer in self.known:
-            return
-        self.known.add(pointer)
-        self.now += size
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._forget, pointer, size)
-
-    def _forget(self, pointer, size):
-        self.known.discard(pointer)
-        self.now -= size
 
 
 def bench_geometry(lm, cfg):
@@ -128,6 +97,31 @@ def bench_blocks(cfg):
               end="; " if nfe < 32 else "\n")
 
 
+def convert_flops(lm, hide):
+    """Of a step of the unaligned arm with masks hide (B, T): blocks forward and backward on all tokens, every token
+    attending to every other; the frozen head on predictors of masked tokens, without gradients of its weights."""
+    inside, tokens, T = sum(p.numel() for p in lm.blocks.parameters()), hide.numel(), hide.shape[1]
+    c = lm.config
+    wide = c.num_attention_heads * (getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads)
+    return tokens * (6 * inside + 12 * lm.L * wide * T) + 4 * int(hide[:, 1:].sum()) * lm.V * lm.D
+
+
+def convert_share(width, cfg):
+    """The unaligned arm's forward and backward on 2,048 tokens, as a share of torch.mm's rate, for the toy at this
+    width."""
+    lm = backbone.Backbone(backbone.build_toy(backbone.Config(width=width, heads=width // 64), 2048))
+    student = masked.Student(lm, lm.V - 1)
+    repr_align.freeze(student, "embed")
+    ids, hide = torch.randint(1, lm.V - 1, (16, 128)), repr_align.corrupt(128, cfg.seed, "mask", 0, range(16))
+
+    def step():
+        repr_align.conversion_loss(student, None, ids, hide, 1.0)[0].sum().backward()
+    step()
+    rate = convert_flops(lm, hide) / seconds_of(cfg.repeats, step)
+    print(f"conversion, unaligned arm at width {width}: {rate / 1e9:.0f} GFLOP/s, {rate / matmul_rate():.0%} of "
+          "torch.mm")
+
+
 def bench_convert(cfg):
     """Step time and memory of the aligned arm beside the unaligned one, and the unaligned one's share of torch.mm.
     Memory: bytes saved for backward, counted by hooks, and weights."""
@@ -150,11 +144,10 @@ def bench_convert(cfg):
             repr_align.conversion_loss(student, teacher if weight else None, ids, hide, 1.0)
         for p in [*lm.parameters(), *(teacher.parameters() if weight else [])]:  # some are saved for backward too
             held[p.untyped_storage().data_ptr()] = p.untyped_storage().nbytes()
-        return seconds, sum(held.values()), backbone.flops_per_token(lm.model, 128)
+        return seconds, sum(held.values()), convert_flops(lm, hide)
     (slow, more, _), (fast, less, flops) = arm(10.0), arm(0.0)
     print(f"conversion, 16 x 128 tokens: aligned over unaligned {slow / fast:.2f}x in time, {more / less:.2f}x in "
-          f"memory; unaligned {2048 * flops / fast / 1e9:.0f} GFLOP/s, "
-          f"{2048 * flops / fast / matmul_rate():.0%} of torch.mm")
+          f"memory; unaligned {flops / fast / 1e9:.0f} GFLOP/s, {flops / fast / matmul_rate():.0%} of torch.mm")
 
 
 @torch.no_grad()
@@ -204,6 +197,7 @@ def main(argv):
         bench_bridge(width, cfg)
     bench_generate(cfg)
     bench_convert(cfg)
+    convert_share(512, cfg)
     if cfg.blocks:
         bench_blocks(cfg)
     if cfg.twin:

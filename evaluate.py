@@ -17,12 +17,15 @@ import copy
 import math
 import shutil
 import time
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 import backbone
 import data
@@ -64,8 +67,10 @@ STAGES = {  # folder under --runs -> the command that makes it
     "generate": "python generate.py --bridges {runs}/blocks --twin {runs}/repr_align/w10 --out {out}",
 }
 OPTIONAL = {"sweep": "python sweep.py --model {runs}/toy --out {out}", "interfaces": "python interfaces.py --out {out}",
-            "tasks/circuits": "python circuits.py --model {runs}/tasks/toy --out {out}"}  # of a backbone of its own
-FIGURES = {"generate": "generation.png", "sweep": "sweep.png", "tasks/circuits": "circuits.png"}
+            "tasks/circuits": "python circuits.py --model {runs}/tasks/toy --out {out}",  # of a backbone of its own
+            "study/sweep": "bash study.sh", "study/matched": "bash study.sh"}  # the full sweep replaces the quick one
+FIGURES = {"generate": "generation.png", "sweep": "sweep.png", "study/sweep": "sweep.png",
+           "tasks/circuits": "circuits.png"}
 
 
 def read_runs(runs):
@@ -113,6 +118,35 @@ def seconds_of(repeats, run):
     return min(times)
 
 
+class PeakBytes(TorchDispatchMode):
+    """Within this context, `most` is the largest number of bytes held at once by tensors made in it, on any device;
+    `known` are tensors that were there before."""
+
+    def __init__(self, known=()):
+        super().__init__()
+        self.now, self.most, self.known = 0, 0, {t.untyped_storage().data_ptr() for t in known}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_flatten(out)[0]:
+            if isinstance(tensor, torch.Tensor):
+                self._watch(tensor.untyped_storage())
+        return out
+
+    def _watch(self, storage):
+        pointer, size = storage.data_ptr(), storage.nbytes()
+        if size == 0 or pointer in self.known:
+            return
+        self.known.add(pointer)
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._forget, pointer, size)
+
+    def _forget(self, pointer, size):
+        self.known.discard(pointer)
+        self.now -= size
+
+
 def forward_flops(lm, net, nfe, layer, keys):
     """FLOPs of one new token with a cache of `keys` tokens: 2 a parameter, 4 a key and channel of each attention. For
     the intact model net is None."""
@@ -131,20 +165,23 @@ def cost(model, intact, student, repeats, new):
     """Latency of cached greedy generation of `new` tokens after as many, batch 1: the intact model, the hybrid by NFE,
     random bridges at every layer (as many blocks as they replace), the masked model by steps (no cache). `predicted` is
     the ratio of FLOPs, `blocks` that of transformer blocks run a token: a toy's time is in the calls, not in the
-    arithmetic."""
+    arithmetic. Memory is that of the weights a model needs and, at the peak, of the tensors it makes: cache, states,
+    logits."""
     base = intact.model
     ids = torch.randint(1, intact.V, (1, new), generator=torch.Generator().manual_seed(0), device=base.device)
     how = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0,
                attention_mask=torch.ones_like(ids))
     rows, flops = [], forward_flops(intact, None, 0, 0, 3 * new // 2)
 
-    def measure(what, run, predicted, blocks, weights, **more):
+    def measure(what, run, predicted, blocks, weights, modules, **more):
         ms = 1e3 * seconds_of(repeats, run) / more.pop("tokens", new)
+        with PeakBytes([t for m in modules for t in (*m.parameters(), *m.buffers())]) as peak:
+            run()
         ratio = ms / rows[0]["ms"] if rows else 1.0
         rows.append({"what": what, "ms": ms, "tokens_per_s": 1e3 / ms, "ratio": ratio, "predicted": predicted,
-                     "blocks": blocks, "weights_mb": weights / 1e6, **more})
+                     "blocks": blocks, "weights_mb": weights / 1e6, "peak_mb": (weights + peak.most) / 1e6, **more})
     whole = sum(p.numel() * p.element_size() for p in base.parameters())
-    measure("intact model", lambda: base.generate(ids, **how), 1.0, 1.0, whole)
+    measure("intact model", lambda: base.generate(ids, **how), 1.0, 1.0, whole, [base])
 
     def of_hybrid(some, nfe, what):
         layer, net = some.config.layer, some.net
@@ -153,7 +190,7 @@ def cost(model, intact, student, repeats, new):
         measure(what, lambda: some.generate(ids, **how),
                 forward_flops(intact, net, nfe, layer, 3 * new // 2) / flops,
                 (nfe * net.shape["blocks"] + intact.L - layer) / intact.L,
-                kept + 4 * sum(p.numel() for p in net.parameters()), layer=layer, nfe=nfe)
+                kept + 4 * sum(p.numel() for p in net.parameters()), [some, some.lm], layer=layer, nfe=nfe)
     default = model.config.nfe
     for nfe in (1, 2, 4, 8, 16):
         of_hybrid(model, nfe, f"hybrid at layer {model.config.layer}, NFE {nfe}")
@@ -171,7 +208,7 @@ def cost(model, intact, student, repeats, new):
         measure(f"masked twin, {wide} tokens in {steps} steps",
                 lambda steps=steps: masked.fill(student, text, text == student.mask_id, steps),
                 steps * T / wide * forward_flops(intact, None, 0, 0, T) / flops, steps / wide * 1.0, whole,
-                steps=steps, tokens=wide)
+                [student], steps=steps, tokens=wide)
     return rows
 
 

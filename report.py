@@ -52,9 +52,14 @@ def rows(found, own):
            f"masked CE {r['curve'][0][1]:.3f} -> {r['val_loss']:.3f} nats, {r['seconds']:.0f} s") for r in (w0, w10)),
         ("generated blocks", generation_line(found["generate"])),
         ("speed", speed_line(own["cost"])),
-        *((("score and bridgeability", found["sweep"]["verdict"]),) if "sweep" in found else ()),
+        *((("score and bridgeability", of_sweep(found)["verdict"]),) if of_sweep(found) else ()),
         *((("circuits", circuits_line(found["tasks/circuits"])),) if "tasks/circuits" in found else ()),
     ]
+
+
+def of_sweep(found):
+    """The full layer sweep of study.sh, or the quick one of run_all.sh, or None."""
+    return found.get("study/sweep", found.get("sweep"))
 
 
 def speed_line(cost):
@@ -196,10 +201,13 @@ def conversion_line(found):
 def optional_sections(found):
     """Layer sweep and circuits, where they have been run; the command that runs them, where not."""
     lines = ["## Does the score foretell bridgeability?", ""]
-    if "sweep" in found:
-        lines += [sweep.table(found["sweep"]), "", "![score against what the bridge reaches](sweep.png)", ""]
+    if some := of_sweep(found):
+        lines += [sweep.table(some), "", "![score against what the bridge reaches](sweep.png)", ""]
     else:
         lines += ["Not measured: `python sweep.py`.", ""]
+    if "study/matched" in found:
+        lines += ["### The same layers, each bridge as deep as the blocks it replaces", "",
+                  sweep.table(found["study/matched"]), ""]
     lines += ["## Interfaces at equal budget", "", interfaces.table(found["interfaces"]) if "interfaces" in found else
               "Not measured: `python interfaces.py`.", "", "## COMPARE", ""]
     if "tasks/circuits" not in found:
@@ -235,10 +243,12 @@ def cost_section(cost):
     def near(key):
         return sum(abs(r["ratio"] / r[key] - 1) <= 0.25 for r in hybrids)
     return ["## Cost", "", "Cached greedy generation, batch 1 (the twin: all tokens at once, no cache); "
-            "ratios to the intact model's stock generate(). FLOPs: 2 a parameter, 4 a key and channel. Not sold as a "
-            "speed-up.", "", "| model | ms a token | tokens/s | ratio | FLOPs ratio | blocks ratio | weights (MB) |",
-            "|---" * 7 + "|", *(f"| {r['what']} | {r['ms']:.2f} | {r['tokens_per_s']:.0f} | {r['ratio']:.2f} | "
-                                f"{r['predicted']:.2f} | {r['blocks']:.2f} | {r['weights_mb']:.1f} |" for r in cost),
+            "ratios to the intact model's stock generate(). FLOPs: 2 a parameter, 4 a key and channel. Peak: weights "
+            "and the tensors made on the way. Not sold as a speed-up.", "",
+            "| model | ms a token | tokens/s | ratio | FLOPs ratio | blocks ratio | weights (MB) | peak (MB) |",
+            "|---" * 8 + "|", *(f"| {r['what']} | {r['ms']:.2f} | {r['tokens_per_s']:.0f} | {r['ratio']:.2f} | "
+                                f"{r['predicted']:.2f} | {r['blocks']:.2f} | {r['weights_mb']:.1f} | "
+                                f"{r['peak_mb']:.1f} |" for r in cost),
             "",
             f"Of {len(hybrids)} hybrids, {near('predicted')} are within 25% of the FLOPs ratio, {near('blocks')} of "
             "the ratio of blocks run." + (" At this size and batch 1 the time goes into starting operations, not into "

@@ -1,7 +1,7 @@
 """sweep.py: does the score of geometry.py foretell which layer a bridge can replace? And better than depth does?
 
     python sweep.py                              # the toy, layers 1 to 7, 3 seeds, diffusion and control: ~12 min
-    python sweep.py --pool                       # six more backbones, on some of which depth and geometry disagree: ~30
+    python sweep.py --pool                       # and seven more backbones, on some of which depth is wrong: ~40 min
     python sweep.py --seeds 1 --layers 1,4,7 --steps 50           # a quick look
     python sweep.py --blocks 0 --out out/sweep_matched            # each bridge as deep as what it replaces
 
@@ -15,6 +15,7 @@ Letters: B batch, T tokens, D hidden width, L blocks, C = L - 1 layers that can 
 """
 import itertools
 import math
+import pydoc_data
 import shutil
 import statistics
 import sys
@@ -53,7 +54,9 @@ class Config:
 
 POOL = {  # name -> flags of backbone.py, or what is done to the blocks of --model
     "deep (12 x 96)": "--layers 12 --width 96 --heads 3 --steps 500", "young (100 steps)": "--steps 100",
-    "tasks": "--tasks 0.6 --steps 500", "shuffled": "shuffle", "untrained": "untrain", "middle untrained": "middle"}
+    "tasks": "--tasks 0.6 --steps 500",
+    "prose (pydoc)": f"--data {Path(pydoc_data.__file__).parent} --steps 500",   # Python's manual, in English
+    "shuffled": "shuffle", "untrained": "untrain", "middle untrained": "middle"}
 
 
 # ------------------------------------------------------------------------------------------------------ backbones
@@ -179,14 +182,26 @@ def correlations(geometry, layers, fvu, seed=0):
 
 
 def disagreements(rows):
-    """Over all pairs of layers of all backbones that the score and depth order differently: how often each is right.
-    rows: one list per backbone of (layer, score, fvu)."""
-    score_right = total = 0
-    for backbone_rows in rows:
-        for (_, s, f), (_, t, g) in itertools.combinations(sorted(backbone_rows), 2):        # the first is lower
-            if t > s:                                                                        # the score: the higher
-                total, score_right = total + 1, score_right + (g < f)
-    return {"pairs": total, "score_right": score_right}
+    """Over all pairs of layers of a backbone that the score and depth order differently: how often the score is right.
+    rows: (layer, score, error), where a low error is good."""
+    pairs = [g < f for (_, s, f), (_, t, g) in itertools.combinations(sorted(rows), 2) if t > s]   # the score: higher
+    return {"pairs": len(pairs), "score_right": sum(pairs)}
+
+
+def by_measure(found):
+    """What is meant by bridgeability decides: mean rho of score and depth over the backbones, and the pairs on which
+    the two disagree, by FVU, KL and CE gap."""
+    out = {}
+    for key in ("fvu", "kl", "ce_gap"):
+        rows = {name: [(r["layer"], r["score"], statistics.mean(r[key])) for r in b["layers"]]
+                for name, b in found.items()}
+        out[key] = {"disagreements": {name: disagreements(some) for name, some in rows.items()}} | {
+            name: statistics.mean(spearman(np.array([f(layer, score) for layer, score, _ in some]),
+                                           np.array([-error for *_, error in some])) for some in rows.values())
+            for name, f in (("score", lambda layer, score: score), ("-layer", lambda layer, score: -layer))}
+        apart = out[key]["disagreements"].values()
+        out[key] |= {"pairs": sum(d["pairs"] for d in apart), "score_right": sum(d["score_right"] for d in apart)}
+    return out
 
 
 def verdict(result):
@@ -200,12 +215,14 @@ def verdict(result):
             f"bridgeability with rho = {score['rho']:.2f} [{score['interval'][0]:.2f}, {score['interval'][1]:.2f}] "
             f"(p = {score['p']:.3f}), {word} depth alone ({depth['rho']:.2f})")
     if len(result["backbones"]) > 1:
-        pooled, apart = result["pooled"], result["disagreements"]
+        pooled, measures = result["pooled"], result["measures"]
+        apart, kl = measures["fvu"], measures["kl"]
         best = max(pooled, key=lambda name: statistics.mean(pooled[name]))
         text += (f"; over {len(result['backbones'])} backbones the mean rho of the score is "
                  f"{statistics.mean(pooled['score']):.2f}, of depth {statistics.mean(pooled['-layer']):.2f}, and the "
                  f"best predictor is {best} ({statistics.mean(pooled[best]):.2f}); where score and depth disagree on "
-                 f"two layers ({apart['pairs']} pairs) the score is right {apart['score_right']} times")
+                 f"two layers ({apart['pairs']} pairs) the score is right {apart['score_right']} times. By KL instead "
+                 f"of FVU: {kl['score']:.2f} against {kl['-layer']:.2f}, and right {kl['score_right']} times")
     return text
 
 
@@ -236,7 +253,16 @@ def table(result):
         line.append("{1:+.2f} [{0:+.2f}, {2:+.2f}]".format(*row["score_minus"]) if "score_minus" in row else "")
         line += [f"{b['correlations'][i]['rho']:.2f}" for n, b in result["backbones"].items() if n != "toy"]
         lines.append("| " + " | ".join([*line, f"{statistics.mean(result['pooled'][name]):.2f}"]) + " |")
-    return "\n".join([*lines, "", result["verdict"].capitalize() + "."])
+    if len(result["backbones"]) > 1:
+        lines += ["", "Pairs of layers that score and depth order differently, and on how many of them the score is "
+                  "right, by three measures of the bridge's error:", "",
+                  "| error | mean rho of the score | of depth | " + " | ".join(result["backbones"]) + " | together |",
+                  "|---" * (4 + len(result["backbones"])) + "|"]
+        for key, name in (("fvu", "FVU, NFE 8"), ("kl", "KL, NFE 8"), ("ce_gap", "CE gap, NFE 4")):
+            some = result["measures"][key]
+            lines.append(f"| {name} | {some['score']:.2f} | {some['-layer']:.2f} | " + " | ".join(
+                f"{d['score_right']} of {d['pairs']}" for d in (*some["disagreements"].values(), some)) + " |")
+    return "\n".join([*lines, "", result["verdict"][0].upper() + result["verdict"][1:] + "."])
 
 
 def figure(result, path):
@@ -315,8 +341,7 @@ def main(argv):
     result = {**identity, "backbones": found, "steps": cfg.steps, "blocks": cfg.blocks, "seed": cfg.seed, "pooled": {
         row["name"]: [b["correlations"][i]["rho"] for b in found.values()]
         for i, row in enumerate(found["toy"]["correlations"])},
-        "disagreements": disagreements([[(r["layer"], r["score"], statistics.mean(r["fvu"])) for r in b["layers"]]
-                                        for b in found.values()])}
+        "measures": by_measure(found)}
     result["verdict"] = verdict(result)
     with atomic(run.out / "sweep.png") as temporary:
         figure(result, temporary)

@@ -41,5 +41,17 @@ def test_acceleration_is_read_off_the_curves(tmp_path):
     assert "not reached in 2 of 2" in rows["w = 3"] and rows["w = 0"].endswith("| 1.00 +- 0.00 | 1.00 +- 0.00 | - |")
 
 
+def test_an_arm_is_compared_with_its_own_rival(tmp_path):
+    cfg = ablate.Config(study="regimes", out=str(tmp_path), seeds=1, steps=100)
+    ends = {"w = 0": 5.0, "w = 0, AdamW 3e-4": 5.8, "w = 3, AdamW 3e-4": 5.6, "w = 3, upper layers": 4.0}
+    for name, _, _, folder, _ in ablate.cells(cfg):
+        end = ends.get(name, 5.9)
+        write(folder, curve=[[0, 6.0, None], [100, end, None]], val_loss=end, cosine=None, seconds=10.0)
+    rows = {line.split(" | ")[0][2:]: line for line in ablate.alignment_table(cfg).splitlines() if "| w" in line}
+    assert "| -0.200 | 2.00 | 2.00 |" in rows["w = 3, AdamW 3e-4"]
+    assert "| -1.000 | 2.00 | 2.00 |" in rows["w = 3, upper layers"]
+    assert "not reached in 1 of 1" in rows["w = 3, lower layers"] and "| 1.00" in rows["w = 0, 15k tokens"]
+
+
 def test_no_such_layer(capsys):
     assert "none of the layers" in fails(capsys, ablate.main, "--study", "objective", "--layers", "3")

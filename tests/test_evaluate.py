@@ -48,8 +48,17 @@ def test_a_predictor_that_is_right_wins_over_one_that_is_not():
     assert seeds["interval"] == pytest.approx([-1, 1])
     some = sweep.correlations(geometry_of([5., 4., 3., 2., 1.], 5.0), [2, 4, 5], fvu[:, [1, 3, 4]])
     assert some[0]["interval"][0] < -0.4 < some[0]["interval"][1]              # a score that is all noise says nothing
-    rows = [[(1, 0.0, 0.3), (2, 1.0, 0.2), (3, 0.5, 0.1)]]                     # score: 2, 3 before 1; 2 before 3
+
+
+def test_what_is_meant_by_bridgeability_is_shown():
+    rows = [(1, 0.0, 0.3), (2, 1.0, 0.2), (3, 0.5, 0.1)]                       # score: 2, 3 before 1; 2 before 3
     assert sweep.disagreements(rows) == {"pairs": 2, "score_right": 2}
+    layers = [{"layer": i, "score": s, "fvu": [f], "kl": [k], "ce_gap": [k, k]} for (i, s, f), k in
+              zip(rows, (0.1, 0.2, 0.3), strict=True)]                         # by KL depth is right
+    found = sweep.by_measure({"one": {"layers": layers}, "two": {"layers": layers}})
+    assert (found["fvu"]["pairs"], found["fvu"]["score_right"]) == (4, 4) and found["kl"]["score_right"] == 0
+    assert found["kl"]["-layer"] == pytest.approx(1) and found["fvu"]["-layer"] == pytest.approx(-1)
+    assert found["fvu"]["score"] == pytest.approx(0.5) and found["ce_gap"]["score"] == pytest.approx(-0.5)
 
 
 def test_bridges_without_training_have_the_error_they_must(runs):
@@ -167,6 +176,17 @@ def test_flops_are_counted(runs):
     inside = sum(p.numel() for n, p in net.named_parameters() if p.ndim == 2 and not n.startswith("time"))
     assert (four - one) == 3 * (2 * inside + 4 * 10 * net.shape["W"] * net.shape["blocks"])
     assert evaluate.forward_flops(lm, None, 0, 0, 10) > whole
+
+
+def test_peak_memory_counts_what_is_held_at_once():
+    weight = torch.ones(1000)
+    with evaluate.PeakBytes([weight]) as peak:
+        a = weight * 2                                                         # 4,000 bytes
+        b = a.view(10, 100) + 1                                                # and as many again; the view is free
+        del a
+        c = weight[:500].clone() + b[0, 0]                                     # b, the clone and the sum: 8,000
+        del b, c
+    assert peak.most == 8000 and peak.now == 0
 
 
 def test_evaluate_refuses_what_it_cannot_measure(runs, tmp_path, capsys):

@@ -10,7 +10,7 @@ from conftest import fails, tiny_model
 
 import backbone
 import geometry
-from bench import PeakBytes
+from evaluate import PeakBytes
 
 EPS = torch.tensor(1e-3)
 
