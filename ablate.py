@@ -186,8 +186,8 @@ def alignment_table(cfg):
         arms.setdefault(name, []).append(read_json(folder / "result.json"))
     lines = [f"Study `{cfg.study}`: {cfg.seeds} seeds, {cfg.steps} steps, constant learning rate, mean +- sd; the "
              "rival is w = 0 on the same data, optimizer and seed.", "",
-             "| arm | masked CE | best on the way | best minus the rival's | acceleration, steps | acceleration, seconds "
-             "| final cosine |", "|---" * 7 + "|"]
+             "| arm | masked CE | best on the way | best minus the rival's | acceleration, steps | acceleration, "
+             "seconds | final cosine |", "|---" * 7 + "|"]
     for name, results in arms.items():
         words = [w for w in name.split(", ")[1:] if f"w = 0, {w}" in arms and w != "nothing frozen"]
         rivals, fast, quick, gain = arms[", ".join(["w = 0", *words])], [], [], []
