@@ -70,7 +70,7 @@ OPTIONAL = {"sweep": "python sweep.py --model {runs}/toy --out {out}", "interfac
             "tasks/circuits": "python circuits.py --model {runs}/tasks/toy --out {out}",  # of a backbone of its own
             "study/sweep": "bash study.sh", "study/matched": "bash study.sh"}  # the full sweep replaces the quick one
 FIGURES = {"generate": "generation.png", "sweep": "sweep.png", "study/sweep": "sweep.png",
-           "tasks/circuits": "circuits.png"}
+           "interfaces": "interfaces.png", "tasks/circuits": "circuits.png"}
 
 
 def read_runs(runs):

@@ -248,31 +248,35 @@ def spread(values, form):
     return f"{statistics.mean(values):{form}}{sd}"
 
 
-def figure(rows, real, path):
-    """Frontiers: entropy against gen-PPL, one line a method; real text as a cross."""
+def frontiers(lines, real, path, title):
+    """Entropy against gen-PPL over temperature: one line for each (name, color, points) of `lines`, real text as a
+    cross. Lines of one name share a label: they are its seeds."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(6.2, 4.2), constrained_layout=True)
-    layers = sorted({r["layer"] for r in rows if "layer" in r})
-    colors = {"unigram": "#bbbbbb", "AR, intact model": "#222222", "masked twin, random order": "#edae49",
-              "masked twin, confidence order": "#f3d19c"}
     seen = set()
-    for row in rows:
-        if row.get("expert", "both") != "both":
-            continue
-        title = name_of(row)
-        color = colors.get(row["name"]) or plt.cm.viridis(layers.index(row["layer"]) / max(1, len(layers) - 1))
-        ax.plot([p["entropy"] for p in row["frontier"]], [p["gen_ppl"] for p in row["frontier"]], "o-", markersize=3,
-                color=color, label=None if title in seen else title)
-        seen.add(title)
+    for name, color, points in lines:
+        ax.plot([p["entropy"] for p in points], [p["gen_ppl"] for p in points], "o-", markersize=3, color=color,
+                label=None if name in seen else name)
+        seen.add(name)
     ax.plot(real["entropy"], real["gen_ppl"], "x", color="#d1495b", markersize=10, markeredgewidth=2, label="real text")
     ax.set(yscale="log", xlabel="entropy of a text's tokens (nats)", ylabel="gen-PPL, judged by the intact model",
-           title="GENERATE: the frontier over temperature")
+           title=title)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(fontsize=8, frameon=False)
     fig.savefig(path, dpi=130, format="png")
     plt.close(fig)
+
+
+def figure(rows, real, path):
+    """Every method's frontier; blocks are coloured by layer, and drawn by the product of experts."""
+    layers = sorted({r["layer"] for r in rows if "layer" in r})
+    colors = {"unigram": "#bbbbbb", "AR, intact model": "#222222", "masked twin, random order": "#edae49",
+              "masked twin, confidence order": "#f3d19c"}
+    shades = {layer: (i / max(1, len(layers) - 1) * 0.6, 0.45, 0.65) for i, layer in enumerate(layers)}
+    frontiers([(name_of(r), colors.get(r["name"]) or shades[r["layer"]], r["frontier"]) for r in rows
+               if r.get("expert", "both") == "both"], real, path, "GENERATE: the frontier over temperature")
 
 
 @entry

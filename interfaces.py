@@ -1,6 +1,6 @@
 """interfaces.py: at equal budget, what should diffusion produce? A hidden state, an embedding, a latent, a simplex.
 
-    python interfaces.py                             # the toy, five ways, 3 seeds: ~20 min on 2 cores
+    python interfaces.py                             # the toy, six ways, 3 seeds: ~20 min on 2 cores
     python interfaces.py --kinds hidden,embedding --seeds 1 --steps 50       # a quick look
     python interfaces.py --layer 4 --out out/interfaces4
 
@@ -9,13 +9,14 @@ Every way predicts the next token from the same context with the same denoiser, 
     hidden      h[l] of the last token; read by the retained blocks and the head (they are given, pretrained)
     embedding   the next token's embedding; read by a softmax over squared distances, whose width is fitted
     latent      the last state in a few dimensions (its principal components, in closed form); read by the head
+    bottleneck  h[l] in as few dimensions; read like `hidden`: a latent that gets the same retained blocks
     simplex     +-1 for every token of the vocabulary; read by a softmax (SSD-LM's k = 5 over a fitted width)
     causal      no diffusion: the same network trained on next-token cross-entropy, for fairness
 
 The likelihood of a token is its mean probability over --draws noises. Hidden has the retained blocks for free, so it is
-no fair winner: `causal` shows what the same parameters and steps buy without any of it. (Decoding the other targets by
-the same retained blocks, which design.md asks for, has no meaning for the next token's embedding and is left out.)
-Writes interfaces.md and result.json to --out; each cell is kept as soon as it is finished.
+no fair winner: `bottleneck` has them too, and `causal` shows what the same parameters and steps buy without. (An
+embedding or a simplex of the *next* token cannot be read by blocks that expect the state of the last one.)
+Writes interfaces.md, interfaces.png and result.json to --out; each cell is kept as soon as it is finished.
 
 Letters: B batch, T tokens, D width of the backbone, V vocabulary, d width of what is diffused.
 """
@@ -45,7 +46,7 @@ class Config:
     model: str = "toy"          # toy (the folder beside --out), a folder or a Hub id
     data: str = "stdlib"        # see data.py
     out: str = "out/interfaces"  # run folder
-    kinds: str = "hidden,embedding,latent,simplex,causal"  # which ways
+    kinds: str = "hidden,embedding,latent,bottleneck,simplex,causal"  # which ways
     layer: int = 0              # of `hidden` (0: the one that geometry.py chose beside --out)
     seeds: int = 3              # training seeds
     seed: int = 0               # the first one
@@ -53,7 +54,7 @@ class Config:
     batch_size: int = 8         # sequences a step
     seq_len: int = 128          # tokens a sequence
     blocks: int = 4             # of the denoiser, whose width is the backbone's
-    latent: int = 32            # dimensions of `latent`
+    latent: int = 32            # dimensions of `latent` and `bottleneck`
     lr: float = 0.02            # Muon
     lr_adam: float = 2e-3       # AdamW
     nfe: int = 4                # network calls of a draw
@@ -67,10 +68,12 @@ class Config:
 
 SKIP = 4            # first positions: attention sinks, as in bridge.py
 STEEP = 5.0         # of the simplex, before its width is fitted
-WAYS = ("hidden", "embedding", "latent", "simplex", "causal")
+COLORS = {"hidden": "#30638e", "embedding": "#edae49", "latent": "#5f9e6e", "bottleneck": "#7fb0d4",
+          "simplex": "#9b6a9e", "causal": "#222222"}
+WAYS = tuple(COLORS)
 
 
-# ------------------------------------------------------------------------------------------------- the five ways
+# -------------------------------------------------------------------------------------------------- the six ways
 class Way:
     """One way: `target` gives z (B, T, d), `read` turns an estimate of z into log-probabilities (B, T, V)."""
 
@@ -84,11 +87,17 @@ class Way:
             self.z = standard(lm.run(h0, 0, layer)[:, SKIP:])
         elif kind == "embedding":
             self.z = standard(self.table[rows])
-        elif kind == "latent":
-            h = lm.norm(lm.run(h0, 0, lm.L)).flatten(0, 1).double()                       # (n, D)
+        elif kind in ("latent", "bottleneck"):
+            h = self.state(h0).flatten(0, 1).double()                                     # (n, D)
             self.mean, centred = h.mean(0), h - h.mean(0)
             _, values, basis = torch.linalg.svd(centred, full_matrices=False)
             self.basis, self.scale = basis[:latent].T, values[:latent] / len(h) ** 0.5    # (D, k), (k,)
+
+    def state(self, h0):
+        """h[0] (B, T, D) -> what is reduced to a few dimensions: h[l] for `bottleneck`, the normed last state."""
+        if self.kind == "bottleneck":
+            return self.lm.run(h0, 0, self.layer)
+        return self.lm.norm(self.lm.run(h0, 0, self.lm.L))
 
     def condition(self, ids):
         """The denoiser's condition, padded with zeros to d: (B, T, d)."""
@@ -104,8 +113,8 @@ class Way:
             return (self.table[ids[:, 1:]] - self.z[0]) / self.z[1]
         if self.kind == "simplex":
             return 2.0 * F.one_hot(ids[:, 1:], self.lm.V) - 1
-        h = self.lm.norm(self.lm.run(now, 0, self.lm.L)).double()
-        return F.pad(((h - self.mean) @ self.basis / self.scale).float(), (0, self.d - len(self.scale)))
+        few = (self.state(now).double() - self.mean) @ self.basis / self.scale            # (B, T, k)
+        return F.pad(few.float(), (0, self.d - len(self.scale)))
 
     def read(self, z):
         """z (B, T, d) -> log p (B, T, V)."""
@@ -117,18 +126,18 @@ class Way:
         elif self.kind == "simplex":
             logits = STEEP * z / self.width
         else:
-            k = len(self.scale)
-            logits = self.lm.unnormed_head(((z[..., :k].double() * self.scale) @ self.basis.T + self.mean).float())
+            h = ((z[..., :len(self.scale)].double() * self.scale) @ self.basis.T + self.mean).float()
+            logits = self.lm.unnormed_head(h) if self.kind == "latent" else self.lm.head(
+                self.lm.run(h, self.layer, self.lm.L))
         return F.log_softmax(logits.float(), -1)
 
     def recovery(self):
         """What reading costs, in words."""
-        given = sum(p.numel() for b in self.lm.blocks[self.layer:] for p in b.parameters()) if self.kind == "hidden" \
-            else 0
-        return {"hidden": f"{given:,} pretrained parameters of the retained blocks and the head, not trained",
+        given = sum(p.numel() for b in self.lm.blocks[self.layer:] for p in b.parameters())
+        blocks = f"{given:,} pretrained parameters of the retained blocks, not trained, and the head"
+        few = f"{len(getattr(self, 'scale', ()))} principal components, in closed form from 64 training windows"
+        return {"hidden": blocks, "bottleneck": f"{few}, and {blocks}", "latent": f"{few}, and the head",
                 "embedding": f"the embedding table; a width fitted on 8 training windows ({self.width:.2f})",
-                "latent": f"{len(getattr(self, 'scale', ()))} principal components, in closed form from 64 training "
-                          "windows, and the head",
                 "simplex": f"a width fitted on 8 training windows ({self.width:.2f})",
                 "causal": "its own output matrix, trained"}[self.kind]
 
@@ -236,7 +245,8 @@ def cell(kind, seed, lm, layer, train_rows, held_out, real, cfg):
         text = write(way, net, held_out[:cfg.texts, :64], cfg.new, t, cfg, seed)
         frontier.append({"temperature": t, **generate.measure(lm, text, 64)})
     return {"kind": kind, "seed": seed, "seconds": seconds, "parameters": sum(p.numel() for p in net.parameters()),
-            "d": cfg.latent if kind == "latent" else way.d, "nll": next_token_nll(way, net, held_out, cfg, cfg.draws),
+            "d": cfg.latent if kind in ("latent", "bottleneck") else way.d,
+            "nll": next_token_nll(way, net, held_out, cfg, cfg.draws),
             "nll_one_draw": next_token_nll(way, net, held_out, cfg, 1), "recovery": way.recovery(),
             "frontier": frontier, "matched": generate.at_entropy(frontier, real["entropy"])}
 
@@ -254,7 +264,7 @@ def table(result):
     for kind in result["kinds"]:
         group = [c for c in result["cells"] if c["kind"] == kind]
         one = [min(c["frontier"], key=lambda p: abs(p["temperature"] - 1)) for c in group]
-        name = f"hidden, layer {result['layer']}" if kind == "hidden" else kind
+        name = f"{kind}, layer {result['layer']}" if kind in ("hidden", "bottleneck") else kind
         matched = [c["matched"] for c in group]
         lines.append(f"| {name} | {group[0]['d']} | {group[0]['parameters']:,} | " + " | ".join([
             *(generate.spread([c[k] for c in group], ".3f") for k in ("nll", "nll_one_draw")),
@@ -269,7 +279,7 @@ def verdict(cells, layer):
     """One sentence from the numbers."""
     nll = {k: [c["nll"] for c in cells if c["kind"] == k] for k in dict.fromkeys(c["kind"] for c in cells)}
     mean = {k: sum(v) / len(v) for k, v in nll.items()}
-    rivals = [k for k in mean if k not in ("hidden", "causal")]
+    rivals = [k for k in mean if k not in ("hidden", "bottleneck", "causal")]
     if "hidden" not in mean or not rivals:
         return ""
     best = min(rivals, key=mean.get)
@@ -280,6 +290,8 @@ def verdict(cells, layer):
         f" by {abs(gap):.3f} +- {wide:.3f} (95%, 3 seeds)" if wide < abs(gap) else ", but not beyond doubt")
     text = (f"hidden at layer {layer} predicts the next token with {mean['hidden']:.3f} nats, the best other interface "
             f"({best}) with {mean[best]:.3f}: hidden is {word}, with the retained blocks' pretraining behind it")
+    if "bottleneck" in mean:
+        text += f"; in few dimensions and through the same blocks it reaches {mean['bottleneck']:.3f}"
     if "causal" in mean:
         text += f"; the same network trained on cross-entropy alone reaches {mean['causal']:.3f}"
     return text[0].upper() + text[1:] + "."
@@ -340,6 +352,9 @@ def main(argv):
               "unigram": unigram, "seeds": list(range(cfg.seed, cfg.seed + cfg.seeds)),
               "verdict": verdict(cells, layer), "windows": len(held_out),
               **{k: getattr(cfg, k) for k in ("steps", "batch_size", "seq_len", "nfe", "draws", "texts", "new")}}
+    with atomic(run.out / "interfaces.png") as temporary:
+        generate.frontiers([(c["kind"], COLORS[c["kind"]], c["frontier"]) for c in cells], real, temporary,
+                           "What should diffusion produce? Frontiers over temperature")
     with atomic(run.out / "interfaces.md") as temporary:
         temporary.write_text(table(result) + "\n")
     run.finish(result)

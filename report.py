@@ -208,8 +208,9 @@ def optional_sections(found):
     if "study/matched" in found:
         lines += ["### The same layers, each bridge as deep as the blocks it replaces", "",
                   sweep.table(found["study/matched"]), ""]
-    lines += ["## Interfaces at equal budget", "", interfaces.table(found["interfaces"]) if "interfaces" in found else
-              "Not measured: `python interfaces.py`.", "", "## COMPARE", ""]
+    lines += ["## Interfaces at equal budget", "", *(
+        [interfaces.table(found["interfaces"]), "", "![their frontiers over temperature](interfaces.png)"]
+        if "interfaces" in found else ["Not measured: `python interfaces.py`."]), "", "## COMPARE", ""]
     if "tasks/circuits" not in found:
         return [*lines, "Not measured: `python circuits.py --model out/tasks/toy --out out/tasks/circuits`.", ""]
     some = found["tasks/circuits"]

@@ -16,7 +16,7 @@ def toy(runs):
     return lm, data.Tokens(runs / "data", "val", 33).spread(8)                            # (8, 34)
 
 
-@pytest.mark.parametrize("kind", ["hidden", "embedding", "latent", "simplex"])
+@pytest.mark.parametrize("kind", ["hidden", "embedding", "latent", "bottleneck", "simplex"])
 def test_a_true_target_is_read_as_it_should(toy, kind):
     lm, rows = toy
     way = interfaces.Way(kind, lm, 2, rows[:, :-1], latent=lm.D)
@@ -24,11 +24,11 @@ def test_a_true_target_is_read_as_it_should(toy, kind):
     assert z.shape == (8, 33, lm.V if kind == "simplex" else lm.D)
     intact = F.log_softmax(lm.head(lm.run(lm.embed(rows[:, :-1]), 0, lm.L)), -1)
     way.width = 0.1
-    if kind in ("hidden", "latent"):                     # all dimensions kept: the model's own prediction
+    if kind in ("hidden", "latent", "bottleneck"):                     # all dimensions kept: the model's own prediction
         assert torch.allclose(way.read(z), intact, atol=2e-3)
     else:                                                # the next token itself, and nothing else
         assert torch.equal(way.read(z).argmax(-1), rows[:, 1:])
-    few = interfaces.Way("latent", lm, 2, rows[:, :-1], latent=2)
+    few = interfaces.Way("bottleneck" if kind == "bottleneck" else "latent", lm, 2, rows[:, :-1], latent=2)
     assert not torch.allclose(few.read(few.target(rows)), intact, atol=0.05)
     if kind != "simplex":
         assert z.flatten(0, 1)[:, :lm.D].mean().abs() < 0.2
