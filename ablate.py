@@ -210,17 +210,15 @@ def alignment_table(cfg):
 def verdicts(groups):
     """A sentence a layer: each diffusion variant's CE gap at NFE 4 against regression's, paired by seed. It counts as a
     win or a loss when the mean difference exceeds its 95% interval (Student's t: 4.30 standard errors at 3 seeds)."""
-    quantile = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
     for (layer, name), results in groups.items():
         rival = next(((n, r) for (at, n), r in groups.items() if at == layer and n.startswith("regression")), None)
         if rival is None or name == rival[0] or len(results) < 2:
             continue
-        gaps = [b["nfe"]["1"]["ce_gap"] - a["nfe"]["4"]["ce_gap"] for a, b in zip(results, rival[1], strict=True)]
-        mean, n = statistics.mean(gaps), len(gaps)
-        wide = quantile.get(n, 2.6) * statistics.stdev(gaps) / n ** 0.5
+        mean, wide = generate.paired([r["nfe"]["1"]["ce_gap"] for r in rival[1]],
+                                     [r["nfe"]["4"]["ce_gap"] for r in results])
         word = "ties with" if abs(mean) <= wide else "beats" if mean > 0 else "loses to"
         yield (f"- layer {layer}: {name} {word} {rival[0]}: its CE gap is lower by {mean:+.4f} +- {wide:.4f} nats "
-               f"(95%, {n} seeds)")
+               f"(95%, {len(results)} seeds)")
 
 
 @entry

@@ -1,6 +1,6 @@
 """bench.py: speed and memory of the stages beside their ceilings, measured in one run.
 
-    python bench.py --model out/toy                      # ~30 s on 2 cores
+    python bench.py --model out/toy                      # ~2 min on 2 cores
 
 Prints one row a measurement: the value, the stock thing it is compared with, and their ratio. Writes nothing.
 
@@ -161,10 +161,10 @@ def bench_twin(cfg):
     def plain():
         for _ in range(64):
             model.lm.model(ids)
-    stock = 64 * 16 / seconds_of(2, plain)
+    stock = 64 * 16 / seconds_of(cfg.repeats, plain)
     print(f"twin, 64 new tokens, 64 steps, batch 16: plain loop {stock:.0f} tokens/s; ", end="")
     for name, how in (("fill", {}), ("blocks of 16 with cache", {"block": 16})):
-        speed = 64 * 16 / seconds_of(2, lambda: masked.fill(model, ids, hide, 64, **how))  # noqa: B023
+        speed = 64 * 16 / seconds_of(cfg.repeats, lambda: masked.fill(model, ids, hide, 64, **how))  # noqa: B023
         print(f"{name} {speed:.0f} ({speed / stock:.2f}x)", end="; " if not how else "\n")
     shards = backbone.beside(cfg.twin, "data")
     text, calls, errors = data.Tokens(shards, "val", 128).spread(8)[:, :-1], 32, [[], []]

@@ -248,6 +248,15 @@ def spread(values, form):
     return f"{statistics.mean(values):{form}}{sd}"
 
 
+def paired(a, b):
+    """(mean of a - b over seeds, half the width of its 95% interval by Student's t; None with one seed)."""
+    gaps = [x - y for x, y in zip(a, b, strict=True)]
+    if len(gaps) < 2:
+        return gaps[0], None
+    quantile = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}.get(len(gaps), 2.31)    # n - 1 freedom
+    return statistics.mean(gaps), quantile * statistics.stdev(gaps) / len(gaps) ** 0.5
+
+
 def frontiers(lines, real, path, title):
     """Entropy against gen-PPL over temperature: one line for each (name, color, points) of `lines`, real text as a
     cross. Lines of one name share a label: they are its seeds."""

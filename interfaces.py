@@ -7,15 +7,16 @@
 Every way predicts the next token from the same context with the same denoiser, optimizer, batches and steps:
 
     hidden      h[l] of the last token; read by the retained blocks and the head (they are given, pretrained)
-    embedding   the next token's embedding; read by a softmax over squared distances, whose width is fitted
+    embedding   the next token's embedding; read by Bayes' rule: a Gaussian of fitted width, unigrams as the prior
     latent      the last state in a few dimensions (its principal components, in closed form); read by the head
     bottleneck  h[l] in as few dimensions; read like `hidden`: a latent that gets the same retained blocks
-    simplex     +-1 for every token of the vocabulary; read by a softmax (SSD-LM's k = 5 over a fitted width)
-    causal      no diffusion: the same network trained on next-token cross-entropy, for fairness
+    simplex     +-1 for every token of the vocabulary; (z + 1)/2 is read as its law, mixed with unigrams (fitted share)
+    causal      no diffusion: the same network and an output matrix, trained on next-token cross-entropy
 
 The likelihood of a token is its mean probability over --draws noises. Hidden has the retained blocks for free, so it is
-no fair winner: `bottleneck` has them too, and `causal` shows what the same parameters and steps buy without. (An
-embedding or a simplex of the *next* token cannot be read by blocks that expect the state of the last one.)
+no fair winner: `bottleneck` has them too, and `causal` shows what the same network and steps buy without. (An embedding
+or a simplex of the *next* token cannot be read by blocks that expect the state of the last one.) Readers differ, so the
+table says what each would give a perfect denoiser: only a gap to that ceiling is diffusion's own.
 Writes interfaces.md, interfaces.png and result.json to --out; each cell is kept as soon as it is finished.
 
 Letters: B batch, T tokens, D width of the backbone, V vocabulary, d width of what is diffused.
@@ -67,7 +68,6 @@ class Config:
 
 
 SKIP = 4            # first positions: attention sinks, as in bridge.py
-STEEP = 5.0         # of the simplex, before its width is fitted
 COLORS = {"hidden": "#30638e", "embedding": "#edae49", "latent": "#5f9e6e", "bottleneck": "#7fb0d4",
           "simplex": "#9b6a9e", "causal": "#222222"}
 WAYS = tuple(COLORS)
@@ -80,13 +80,15 @@ class Way:
     def __init__(self, kind, lm, layer, rows, latent):
         self.kind, self.lm, self.layer, self.width = kind, lm, layer, 1.0
         self.table = lm.model.get_input_embeddings().weight                               # (V, D)
+        count = torch.bincount(rows.flatten(), minlength=lm.V) + 1.0
+        self.unigrams = (count / count.sum()).to(rows.device)                             # (V,)
         self.d = lm.V if kind == "simplex" else lm.D
         h0 = lm.embed(rows)
-        self.c = standard(h0[:, SKIP:])
+        self.stats_c = standard(h0[:, SKIP:])
         if kind == "hidden":
-            self.z = standard(lm.run(h0, 0, layer)[:, SKIP:])
+            self.stats_z = standard(lm.run(h0, 0, layer)[:, SKIP:])
         elif kind == "embedding":
-            self.z = standard(self.table[rows])
+            self.stats_z = standard(self.table[rows])
         elif kind in ("latent", "bottleneck"):
             h = self.state(h0).flatten(0, 1).double()                                     # (n, D)
             self.mean, centred = h.mean(0), h - h.mean(0)
@@ -101,16 +103,16 @@ class Way:
 
     def condition(self, ids):
         """The denoiser's condition, padded with zeros to d: (B, T, d)."""
-        c = (self.lm.embed(ids) - self.c[0]) / self.c[1]
+        c = (self.lm.embed(ids) - self.stats_c[0]) / self.stats_c[1]
         return F.pad(c, (0, self.d - c.shape[-1]))
 
     def target(self, ids):
         """ids (B, T + 1) -> z (B, T, d)."""
         now = self.lm.embed(ids[:, :-1])
         if self.kind == "hidden":
-            return (self.lm.run(now, 0, self.layer) - self.z[0]) / self.z[1]
+            return (self.lm.run(now, 0, self.layer) - self.stats_z[0]) / self.stats_z[1]
         if self.kind == "embedding":
-            return (self.table[ids[:, 1:]] - self.z[0]) / self.z[1]
+            return (self.table[ids[:, 1:]] - self.stats_z[0]) / self.stats_z[1]
         if self.kind == "simplex":
             return 2.0 * F.one_hot(ids[:, 1:], self.lm.V) - 1
         few = (self.state(now).double() - self.mean) @ self.basis / self.scale            # (B, T, k)
@@ -119,12 +121,12 @@ class Way:
     def read(self, z):
         """z (B, T, d) -> log p (B, T, V)."""
         if self.kind == "hidden":
-            logits = self.lm.head(self.lm.run(z * self.z[1] + self.z[0], self.layer, self.lm.L))
+            logits = self.lm.head(self.lm.run(z * self.stats_z[1] + self.stats_z[0], self.layer, self.lm.L))
         elif self.kind == "embedding":
-            goal = (self.table - self.z[0]) / self.z[1]                                   # (V, D)
-            logits = -torch.cdist(z, goal[None]).square() / (2 * self.width ** 2)
+            goal = (self.table - self.stats_z[0]) / self.stats_z[1]                       # (V, D)
+            logits = self.unigrams.log() - torch.cdist(z, goal[None]).square() / (2 * self.width ** 2)
         elif self.kind == "simplex":
-            logits = STEEP * z / self.width
+            logits = ((z + 1) / 2).clamp_min(0).add(self.width * self.unigrams).log()     # log_softmax makes it a law
         else:
             h = ((z[..., :len(self.scale)].double() * self.scale) @ self.basis.T + self.mean).float()
             logits = self.lm.unnormed_head(h) if self.kind == "latent" else self.lm.head(
@@ -137,8 +139,8 @@ class Way:
         blocks = f"{given:,} pretrained parameters of the retained blocks, not trained, and the head"
         few = f"{len(getattr(self, 'scale', ()))} principal components, in closed form from 64 training windows"
         return {"hidden": blocks, "bottleneck": f"{few}, and {blocks}", "latent": f"{few}, and the head",
-                "embedding": f"the embedding table; a width fitted on 8 training windows ({self.width:.2f})",
-                "simplex": f"a width fitted on 8 training windows ({self.width:.2f})",
+                "embedding": f"the embedding table, a width fitted on 8 training windows ({self.width:g}), unigrams",
+                "simplex": f"unigrams, their share fitted on 8 training windows ({self.width:g})",
                 "causal": "its own output matrix, trained"}[self.kind]
 
 
@@ -163,8 +165,9 @@ class Causal(nn.Module):
 def train(way, net, rows, cfg, seed):
     """Train in place. Each step: 1 batch, noise levels and noise by their keys  2 loss, the first positions scaled by
     their own size (causal: left out)  3 clip, step. Returns seconds."""
-    optimizers, start = optim.build(net.named_parameters(), cfg.lr, cfg.lr_adam, 0.01, inside=".blocks."
-                                    if way.kind == "causal" else "blocks."), time.perf_counter()
+    inside = ".blocks." if way.kind == "causal" else "blocks."
+    optimizers = optim.build(net.named_parameters(), cfg.lr, cfg.lr_adam, 0.01, inside=inside)
+    start = time.perf_counter()
     params, slots = list(net.parameters()), list(range(cfg.batch_size))
     for step in range(cfg.steps):
         ids = rows.batch(seed, step, slots, cfg.batch_size).to(params[0].device)          # (B, T + 1)
@@ -189,43 +192,72 @@ def train(way, net, rows, cfg, seed):
 
 
 @torch.no_grad()
-def estimate(way, net, ids, nfe, seed):
-    """log p of the next token after every prefix of ids (B, T), for one noise: (B, T, V)."""
+def estimate(way, net, ids, nfe, noise):
+    """log p of the next token after every prefix of ids (B, T), for one noise (T, d) or (B, T, d): (B, T, V)."""
     c = way.condition(ids)
-    if way.kind == "causal":
-        return F.log_softmax(net(c), -1)
-    return way.read(sample(net, c, nfe, position_noise(seed, range(ids.shape[1]), way.d, ids.device)))
+    return F.log_softmax(net(c), -1) if way.kind == "causal" else way.read(sample(net, c, nfe, noise))
+
+
+def mean_nll(each):
+    """Log-probabilities of the right tokens (draws, B, T) -> sum over B and T of -log of their mean over draws."""
+    return -(each.logsumexp(0) - math.log(len(each))).sum().item()
+
+
+def right(logp, ids):
+    """logp (B, T, V), ids (B, T + 1) -> that of the next tokens, without the first positions: (B, T - SKIP)."""
+    return logp.gather(-1, ids[:, 1:, None])[:, SKIP:, 0]
 
 
 @torch.no_grad()
 def next_token_nll(way, net, rows, cfg, draws):
     """Mean -log of the next token's probability, itself the mean over `draws` noises: rows (N, T + 1), nats."""
-    total, count = 0.0, 0
+    noises = [position_noise(s, range(rows.shape[1] - 1), way.d, rows.device)
+              for s in range(1 if way.kind == "causal" else draws)]
+    total = sum(mean_nll(torch.stack([right(estimate(way, net, ids[:, :-1], cfg.nfe, noise), ids) for noise in noises]))
+                for ids in rows.split(8))
+    return total / rows[:, 1 + SKIP:].numel()
+
+
+@torch.no_grad()
+def ceiling(way, rows, draws, seed):
+    """The same number for a perfect denoiser: the reader is given true targets. Those of `embedding` and `simplex` are
+    of the next token itself, so it is drawn from the intact model's law, `draws` times. None for `causal`."""
+    if way.kind == "causal":
+        return None
+    total = 0.0
     for ids in rows.split(8):
-        each = torch.stack([estimate(way, net, ids[:, :-1], cfg.nfe, s).gather(-1, ids[:, 1:, None])[:, SKIP:, 0]
-                            for s in range(1 if way.kind == "causal" else draws)])        # (draws, B, T - SKIP)
-        total -= (each.logsumexp(0) - math.log(len(each))).sum().item()
-        count += each[0].numel()
-    return total / count
+        goals = [ids]
+        if way.kind in ("embedding", "simplex"):
+            h = way.lm.run(way.lm.embed(ids[:, :-1]), 0, way.lm.L)
+            p = torch.softmax(way.lm.head(h).double(), -1)                                # (B, T, V)
+            u = torch.from_numpy(generator(seed, "ceiling").random((draws, *p.shape[:2]))).to(ids.device)
+            drawn = [masked.choose(p.log(), 1.0, 1.0, 0, some) for some in u]             # (B, T) each
+            goals = [torch.cat([ids[:, :1], some], 1) for some in drawn]
+        total += mean_nll(torch.stack([right(way.read(way.target(goal)), ids) for goal in goals]))
+    return total / rows[:, 1 + SKIP:].numel()
 
 
 @torch.no_grad()
 def write(way, net, prompts, new, temperature, cfg, seed):
-    """prompts (N, P) -> (N, P + new), token by token; the last position's noise is new at every one."""
-    ids = prompts
+    """prompts (N, P) -> (N, P + new), token by token; every text has noise of its own."""
+    ids, T = prompts, prompts.shape[1] + new
+    noise = torch.stack([normal((T, way.d), ids.device, seed, "write", row) for row in range(len(ids))])   # (N, T, d)
     for i in range(new):
-        logp = estimate(way, net, ids, cfg.nfe, 1000 + seed)[:, -1]
+        logp = estimate(way, net, ids, cfg.nfe, noise[:, :ids.shape[1]])[:, -1]
         u = torch.from_numpy(generator(seed, "write", i).random(len(ids))).to(ids.device)
         ids = torch.cat([ids, masked.choose(logp.double(), temperature, 1.0, 0, u)[:, None]], 1)
     return ids
 
 
 def fit_width(way, net, rows, cfg):
-    """The width of a softmax (embedding, simplex) that gives training windows the best likelihood with four draws."""
-    best = (math.inf, 1.0)
-    for width in (0.02, 0.05, 0.1, 0.2, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0):
-        way.width = width
-        best = min(best, (next_token_nll(way, net, rows, cfg, 4), width))
+    """The reader's free number (embedding: a width, simplex: a share) that makes training windows `rows` most likely,
+    averaged over as many draws as the held-out ones."""
+    with torch.no_grad():
+        c, T = way.condition(rows[:, :-1]), rows.shape[1] - 1
+        zs = [sample(net, c, cfg.nfe, position_noise(s, range(T), way.d, rows.device)) for s in range(cfg.draws)]
+        best = (math.inf, 1.0)
+        for way.width in (1e-3, 1e-2, 0.03, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 16.0, 1e2, 1e4):
+            best = min(best, (mean_nll(torch.stack([right(way.read(z), rows) for z in zs])), way.width))
     way.width = best[1]
 
 
@@ -248,6 +280,7 @@ def cell(kind, seed, lm, layer, train_rows, held_out, real, cfg):
             "d": cfg.latent if kind in ("latent", "bottleneck") else way.d,
             "nll": next_token_nll(way, net, held_out, cfg, cfg.draws),
             "nll_one_draw": next_token_nll(way, net, held_out, cfg, 1), "recovery": way.recovery(),
+            "ceiling": ceiling(way, held_out, cfg.draws, seed),
             "frontier": frontier, "matched": generate.at_entropy(frontier, real["entropy"])}
 
 
@@ -259,8 +292,9 @@ def table(result):
              f" texts: {result['texts']} of {result['new']} tokens after 64. The intact model: {result['intact']:.3f} "
              f"nats, unigrams {result['unigram']:.3f}; real text: gen-PPL {result['real']['gen_ppl']:.1f}, entropy "
              f"{result['real']['entropy']:.2f}.", "",
-             "| what is diffused | d | trained parameters | next-token NLL | with one draw | gen-PPL at real entropy "
-             f"| gen-PPL, T = {near:g} | entropy | diversity | rep-4 | train (s) | read by |", "|---" * 12 + "|"]
+             "| what is diffused | d | trained parameters | next-token NLL | with one draw | ceiling of its reader | "
+             f"gen-PPL at real entropy | gen-PPL, T = {near:g} | entropy | diversity | rep-4 | train (s) | read by |",
+             "|---" * 13 + "|"]
     for kind in result["kinds"]:
         group = [c for c in result["cells"] if c["kind"] == kind]
         one = [min(c["frontier"], key=lambda p: abs(p["temperature"] - 1)) for c in group]
@@ -268,6 +302,7 @@ def table(result):
         matched = [c["matched"] for c in group]
         lines.append(f"| {name} | {group[0]['d']} | {group[0]['parameters']:,} | " + " | ".join([
             *(generate.spread([c[k] for c in group], ".3f") for k in ("nll", "nll_one_draw")),
+            "-" if group[0]["ceiling"] is None else generate.spread([c["ceiling"] for c in group], ".3f"),
             "never there" if None in matched else generate.spread(matched, ".0f"),
             generate.spread([p["gen_ppl"] for p in one], ".0f"),
             *(generate.spread([p[k] for p in one], ".2f") for k in ("entropy", "diversity", "rep_4")),
@@ -283,13 +318,14 @@ def verdict(cells, layer):
     if "hidden" not in mean or not rivals:
         return ""
     best = min(rivals, key=mean.get)
-    pairs = [a - b for a, b in zip(nll["hidden"], nll[best], strict=True)]
-    wide = 4.3 * statistics.stdev(pairs) / len(pairs) ** 0.5 if len(pairs) == 3 else math.inf    # t at 3 seeds
-    gap = statistics.mean(pairs)
-    word = ("ahead" if gap < 0 else "behind") + (
-        f" by {abs(gap):.3f} +- {wide:.3f} (95%, 3 seeds)" if wide < abs(gap) else ", but not beyond doubt")
+    gap, wide = generate.paired(nll["hidden"], nll[best])
+    word = ("ahead" if gap < 0 else "behind") + f" by {abs(gap):.3f} nats" + (
+        " (one seed)" if wide is None else f" +- {wide:.3f} (95%, {len(nll[best])} seeds)"
+        + ("" if wide < abs(gap) else ", so not beyond doubt"))
+    lost = {k: mean[k] - statistics.mean(c["ceiling"] for c in cells if c["kind"] == k) for k in ("hidden", best)}
     text = (f"hidden at layer {layer} predicts the next token with {mean['hidden']:.3f} nats, the best other interface "
-            f"({best}) with {mean[best]:.3f}: hidden is {word}, with the retained blocks' pretraining behind it")
+            f"({best}) with {mean[best]:.3f}: hidden is {word}, with the retained blocks' pretraining behind it; "
+            f"above the ceilings of their readers they are by {lost['hidden']:.3f} and {lost[best]:.3f}")
     if "bottleneck" in mean:
         text += f"; in few dimensions and through the same blocks it reaches {mean['bottleneck']:.3f}"
     if "causal" in mean:
@@ -316,15 +352,15 @@ def main(argv):
         raise UserError("--temperatures must be numbers above 0, such as 0.7,1.0")
     world = setup("cpu")
     model = backbone.resolve(cfg.model, cfg.out)
-    identity = {"base": backbone.identity(model)}
+    layer = cfg.layer or read_json(Path(cfg.out).parent / "geometry" / "result.json",
+                                   "run python geometry.py first, or pass --layer N")["best_layer"]
+    identity = {"base": backbone.identity(model), "layer_number": layer}
     if (result := finished(cfg, identity)) and not cfg.dry_run:
         print(table(result))
         return result
     if cfg.dry_run:
         print(f"would train {', '.join(kinds)} for {cfg.steps} steps with {cfg.seeds} seeds each on {model}")
         return None
-    layer = cfg.layer or read_json(Path(cfg.out).parent / "geometry" / "result.json",
-                                   "run python geometry.py first, or pass --layer N")["best_layer"]
     backbone.read_config(model, max(cfg.seq_len, 64 + cfg.new))
     lm = backbone.load(model, world.device, torch.float32)
     if not 1 <= layer <= lm.L or cfg.latent > lm.D:

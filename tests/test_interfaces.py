@@ -41,7 +41,8 @@ def test_no_prediction_sees_its_token(toy, kind):
     net = randomise(interfaces.Causal(lm.D, 2, 2, lm.V) if kind == "causal" else Bridge(way.d, lm.D, 2, 2))
     other = rows[:, :-1].clone()
     other[:, 20] = (other[:, 20] + 7) % lm.V
-    one, two = (interfaces.estimate(way, net, ids, 2, 0) for ids in (rows[:, :-1], other))
+    noise = interfaces.position_noise(0, range(33), way.d, rows.device)
+    one, two = (interfaces.estimate(way, net, ids, 2, noise) for ids in (rows[:, :-1], other))
     assert torch.equal(one[:, :20], two[:, :20]) and not torch.allclose(one[:, 20:], two[:, 20:])
     assert torch.allclose(one.exp().sum(-1), torch.ones(8, 33), atol=1e-4)
 
@@ -50,9 +51,30 @@ def test_more_draws_are_a_mean_of_probabilities(toy, monkeypatch):
     lm, rows = toy
     way, cfg = interfaces.Way("hidden", lm, 2, rows[:, :-1], 4), interfaces.Config()
     p = [torch.full((8, 33, lm.V), 1 / lm.V), torch.full((8, 33, lm.V), 3 / lm.V)]
+    monkeypatch.setattr(interfaces, "position_noise", lambda s, *_: s)
     monkeypatch.setattr(interfaces, "estimate", lambda way, net, ids, nfe, s: p[s].log())
     found = interfaces.next_token_nll(way, None, rows, cfg, 2)
     assert found == pytest.approx(-torch.tensor(2 / lm.V).log().item(), rel=1e-5)
+
+
+def test_readers_and_their_ceilings(toy):
+    lm, rows = toy
+    logp = F.log_softmax(lm.head(lm.run(lm.embed(rows[:, :-1]), 0, lm.L)), -1)
+    intact = -interfaces.right(logp, rows).mean().item()
+    way = interfaces.Way("hidden", lm, 2, rows[:, :-1], 4)
+    assert interfaces.ceiling(way, rows, 3, 0) == pytest.approx(intact, rel=1e-4)
+    way = interfaces.Way("simplex", lm, 2, rows[:, :-1], 4)
+    way.width = 0.0
+    assert torch.allclose(way.read(2 * logp.exp() - 1), logp, atol=1e-3)       # a law in, the same law out
+    way.width = 1e-3
+    few, many = (interfaces.ceiling(way, rows, draws, 0) for draws in (4, 64))
+    assert intact < many < few                                                 # drawn tokens tell the law slowly
+    way.width = 1e9
+    unigram = -interfaces.right(way.unigrams.log().expand(*logp.shape), rows).mean().item()
+    assert interfaces.ceiling(way, rows, 4, 0) == pytest.approx(unigram, rel=1e-3)
+    net = randomise(Bridge(way.d, lm.D, 1, 2))                                 # says nothing: unigrams are all there is
+    interfaces.fit_width(way, net, rows, interfaces.Config(draws=2, nfe=1))
+    assert interfaces.next_token_nll(way, net, rows, interfaces.Config(nfe=1), 2) < unigram + 0.1
 
 
 def test_the_stage_runs(runs, tmp_path, capsys, text):
