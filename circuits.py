@@ -1,8 +1,8 @@
 """circuits.py: COMPARE. Which edges of the network solve a task, before and after conversion to masked diffusion?
 
-    python circuits.py --model out/tasks/toy --out out/tasks/circuits       # as run_all.sh does: ~10 s, 2 cores
-    python circuits.py --model out/tasks/toy --task countdown --patch 50    # its strongest edges, patched exactly
-    python circuits.py --model out/tasks/toy --task countdown --ablate a1.0,m0    # what is left without these
+    python circuits.py --model out/tasks/toy                                # all tasks, both twins: ~10 s, 2 cores
+    python circuits.py --model out/tasks/toy --patch 50 --out out/patched   # and the strongest edges patched exactly
+    python circuits.py --model out/tasks/toy --task countdown --ablate a1.0,m0 --out out/without    # without these
 
 Attribution of one model and of its converted twins on the tasks of tasks.py. Two circuits are compared by the Jaccard
 index of their strongest edges, between a floor (chance) and two ceilings (the same model on other prompts; a twin of

@@ -46,17 +46,17 @@ def entry(main):
         except SystemExit as left:  # a run that was asked to stop
             leave_group(left.code)
             raise
-        except UserError as error:
-            message = str(error)
+        except (UserError, KeyboardInterrupt) as error:
+            message, code = (str(error), 2) if str(error) else ("stopped; the same command goes on", 130)
         except Exception as error:  # a full disk: safetensors and shutil have errors of their own for it
             from_system = getattr(error, "errno", None) or isinstance(error, shutil.Error)
             if not from_system and type(error).__name__ != "SafetensorError":
                 raise  # a bug, so let it be seen whole
-            message = (f"{getattr(error, 'strerror', None) or error} ({getattr(error, 'filename', None) or 'a file'}); "
-                       "free some space or choose another path")
-        print(f"error: {message}", file=sys.stderr)
-        leave_group(2)
-        raise SystemExit(2)
+            what, where = getattr(error, "strerror", None) or error, getattr(error, "filename", None) or "a file"
+            message, code = f"{what} ({where}); free some space or choose another path", 2
+        print(f"error: {message}" if code == 2 else message, file=sys.stderr)
+        leave_group(code)
+        raise SystemExit(code)
     return wrapped
 
 

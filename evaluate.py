@@ -1,8 +1,8 @@
 """evaluate.py: EVALUATE. One report with figures, from the runs of the other stages; no number in it is typed.
 
     python evaluate.py                                   # reads out/, writes out/evaluate/report.md: about a minute
-    python evaluate.py --runs out/wiki --out out/wiki/evaluate --text notes.txt
-    python evaluate.py --harness lambada_openai --limit 100      # needs pip install "lm-eval[hf]"
+    python evaluate.py --text notes.txt --out out/evaluate_notes      # another text beside the held-out one
+    python evaluate.py --harness lambada_openai --limit 100 --out out/evaluate_lm    # needs pip install "lm-eval[hf]"
     python evaluate.py --publish                         # also copies the figures and the numbers to results/
 
 Needs finished runs of backbone.py, geometry.py, bridge.py (the bridge, and the regression control in `regression`),
@@ -66,11 +66,18 @@ STAGES = {  # folder under --runs -> the command that makes it
     "repr_align/w10": "python repr_align.py --align_weight 10 --out {out}",
     "generate": "python generate.py --bridges {runs}/blocks --twin {runs}/repr_align/w10 --out {out}",
 }
-OPTIONAL = {"sweep": "python sweep.py --model {runs}/toy --out {out}", "interfaces": "python interfaces.py --out {out}",
-            "tasks/circuits": "python circuits.py --model {runs}/tasks/toy --out {out}",  # of a backbone of its own
-            "study/sweep": "bash study.sh", "study/matched": "bash study.sh"}  # the full sweep replaces the quick one
-FIGURES = {"generate": "generation.png", "sweep": "sweep.png", "study/sweep": "sweep.png",
+OPTIONAL = {"sweep_quick": "bash run_all.sh", "sweep": "bash study.sh",          # the full one replaces the quick one
+            "sweep_matched": "bash study.sh", "interfaces": "python interfaces.py --out {out}",
+            "tasks/circuits": "python circuits.py --model {runs}/tasks/toy --out {out}"}  # of a backbone of its own
+FIGURES = {"generate": "generation.png", "sweep_quick": "sweep.png", "sweep": "sweep.png",
            "interfaces": "interfaces.png", "tasks/circuits": "circuits.png"}
+
+
+HOW = ("data", "skip", "calibration", "batch_size", "seq_len", "train_tokens")  # flags that two arms must share
+
+
+def config_of(folder):
+    return read_json(folder / "config.json").get("dihal", {}).get("config", {})
 
 
 def read_runs(runs):
@@ -89,13 +96,20 @@ def read_runs(runs):
     if found["bridge"]["objective"] != "diffusion" or found["regression"]["objective"] != "regression":
         raise UserError(f"{runs}/bridge must hold a diffusion bridge and {runs}/regression its control (--objective "
                         "regression); delete the wrong one and make it again")
+    for stage, used in (("generate", ("blocks", "repr_align/w10")),
+                        ("tasks/circuits", ("tasks/repr_align/w0", "tasks/repr_align/w10"))):
+        now = [backbone.identity(runs / u) for u in used if (runs / u / "result.json").exists()]
+        if stage in found and not set(now) <= set(found[stage]["weights"]):
+            raise UserError(f"{runs}/{stage} was made of other weights than those now in {' and '.join(used)}; delete "
+                            "it and run it again")
     if (found["repr_align/w0"]["w"], found["repr_align/w10"]["w"]) != (0, 10):
         raise UserError(f"{runs}/repr_align/w0 and w10 must hold twins of alignment weight 0 and 10; delete the wrong "
                         "one and make it again")
     for one, two, same in (("bridge", "regression", ("layer", "steps", "tokens", "parameters", "seed",
                                                      "eval_sequences")),
                            ("repr_align/w0", "repr_align/w10", ("steps", "seed", "eval_sequences"))):
-        differ = [k for k in same if found[one][k] != found[two][k]]
+        differ = [k for k in same if found[one][k] != found[two][k]] + [
+            k for k in HOW if config_of(runs / one).get(k) != config_of(runs / two).get(k)]
         if differ:
             raise UserError(f"{runs}/{one} and {runs}/{two} differ in {', '.join(differ)}, so they cannot be compared; "
                             "run one of them again")
@@ -349,10 +363,10 @@ def main(argv):
     with atomic(run.out / "report.md") as temporary:
         temporary.write_text(report.report(found, own, runs))
     table = report.rows(found, own)
-    run.finish({**dict.fromkeys(("sweep", "interfaces", "circuits")), **own,
+    run.finish({**dict.fromkeys(("sweep", "interfaces", "circuits")), **own, "sweep": report.of_sweep(found),
                 "generation": {k: found["generate"][k] for k in ("rows", "real", "settings", "texts")},
                 "conversion": {k: found[f"repr_align/{k}"]["curve"] for k in ("w0", "w10")},
-                **{k.split("/")[-1]: found[k] for k in OPTIONAL if k in found},
+                **{k.split("/")[-1]: found[k] for k in OPTIONAL if k in found and not k.startswith("sweep")},
                 "verdict": report.verdict(found), "table": [list(row) for row in table]})
     if cfg.publish:
         Path("results").mkdir(exist_ok=True)

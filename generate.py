@@ -2,7 +2,7 @@
 
     python generate.py                                            # out/blocks beside AR, the twin, unigrams: ~40 s
     python generate.py --bridges out/a,out/b --out out/generate2  # several bridges: rows by layer, spread over seeds
-    python bridge.py --preset blocks --layer 2 --blocks 4 --out out/blocks   # makes such a bridge
+    python bridge.py --preset blocks --layer 2 --blocks 4 --out out/blocks2  # makes such a bridge
 
 Each text is a held-out prefix and what a method writes after it; the intact model judges that part. A single generative
 perplexity (gen-PPL) can be bought with dull text, so every method is swept over the same temperatures and compared
@@ -42,7 +42,7 @@ class Config:
     seed: int = 0               # of every draw
     device: str = "auto"        # auto, cpu, cuda
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the models
-    texts: int = 64             # N
+    texts: int = 32             # N
     prefix: int = 64            # visible tokens of each
     new: int = 64               # tokens written after them
     block: int = 64             # of which so many are drawn at once
@@ -50,7 +50,7 @@ class Config:
     rounds: int = 8             # refinements (0: none)
     back: float = 0.25          # share of the calls that a refinement makes again, after one that encodes
     alpha: float = 1.0          # weight of the token readout beside the retained blocks
-    temperatures: str = "0.8,1.0,1.2,1.4"  # the frontier of every row
+    temperatures: str = "0.6,0.8,1.0,1.3,1.6"  # the frontier of every row
     judge: str = ""             # a folder or Hub id whose perplexity counts (empty: the intact model's)
     experts: bool = True        # also decode by each expert alone
     dry_run: bool = False       # print what would be sampled, then leave
@@ -151,13 +151,12 @@ def measure(lm, ids, prefix, nll=None):
 
 def at_entropy(points, target):
     """gen-PPL where a frontier crosses the entropy `target`: linear in (entropy, log gen-PPL) between the temperatures
-    around it. None if it never comes that near: no extrapolation."""
+    around it. None if it never does: no extrapolation."""
     points = sorted((p["entropy"], math.log(p["gen_ppl"])) for p in points)
     for (h0, y0), (h1, y1) in zip(points, points[1:]):
         if h0 <= target <= h1:
             return math.exp(y0 + (y1 - y0) * (target - h0) / max(h1 - h0, 1e-9))
-    h, y = min(points, key=lambda p: abs(p[0] - target))
-    return math.exp(y) if abs(h - target) <= 0.1 else None
+    return None
 
 
 # ------------------------------------------------------------------------------------------------------- methods

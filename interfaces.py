@@ -256,7 +256,7 @@ def fit_width(way, net, rows, cfg):
         c, T = way.condition(rows[:, :-1]), rows.shape[1] - 1
         zs = [sample(net, c, cfg.nfe, position_noise(s, range(T), way.d, rows.device)) for s in range(cfg.draws)]
         best = (math.inf, 1.0)
-        for way.width in (1e-3, 1e-2, 0.03, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 16.0, 1e2, 1e4):
+        for way.width in (1e-3, 1e-2, 0.03, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 1e2, 1e4):
             best = min(best, (mean_nll(torch.stack([right(way.read(z), rows) for z in zs])), way.width))
     way.width = best[1]
 

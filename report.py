@@ -18,14 +18,15 @@ from run import read_json
 
 def verdict(found):
     """One sentence on diffusion against regression, decided by the numbers: a difference in CE gap counts when it
-    exceeds twice its standard error over held-out sequences (paired: both saw the same ones)."""
+    exceeds twice its standard error over held-out sequences (paired: both saw the same ones). Another training seed
+    adds about as much noise again (LOG.md), so one seed is ahead or behind, and does not win or lose."""
     bridge, regression = found["bridge"], found["regression"]["nfe"]["1"]
     n = str(bridge["nfe_default"])
     diffusion = bridge["nfe"][n]
     better = np.array(regression["ce_gap_rows"]) - np.array(diffusion["ce_gap_rows"])            # > 0: diffusion wins
     noise = 2 * better.std(ddof=1) / len(better) ** 0.5 if len(better) > 1 else float("inf")
     word = ("cannot be told from" if len(better) < 2 else "ties with" if abs(better.mean()) < noise else
-            "beats" if better.mean() > 0 else "loses to")
+            "is ahead of" if better.mean() > 0 else "is behind")
     return (f"at layer {bridge['layer']} the diffusion bridge (NFE {n}: CE gap {diffusion['ce_gap']:+.4f} nats, FVU "
             f"{diffusion['fvu']:.4f}) {word} plain regression with the same network, steps and data "
             f"({regression['ce_gap']:+.4f}, {regression['fvu']:.4f}): its CE differs by {-better.mean():+.4f} +- "
@@ -59,7 +60,7 @@ def rows(found, own):
 
 def of_sweep(found):
     """The full layer sweep of study.sh, or the quick one of run_all.sh, or None."""
-    return found.get("study/sweep", found.get("sweep"))
+    return found.get("sweep", found.get("sweep_quick"))
 
 
 def speed_line(cost):
@@ -72,21 +73,23 @@ def speed_line(cost):
 
 
 def circuits_line(found):
-    """Overlap with the AR model of each kind of twin, mean over the tasks that could be analysed."""
+    """Overlap with the AR model of each kind of twin, mean over the tasks that every kind solves often enough."""
     k, used = str(found["k"]), {n: t for n, t in found["tasks"].items() if t["usable"]}
     if not used:
         return "no task is solved often enough by both models"
-    overlaps = [t["overlap"][k] for t in used.values()]
-    kinds = dict.fromkeys(n for row in overlaps for n in row if n.startswith("AR and "))
+    kinds = dict.fromkeys(n for t in used.values() for n in t["overlap"][k] if n.startswith("AR and "))
+    both = {task: t["overlap"][k] for task, t in used.items() if set(kinds) <= set(t["overlap"][k])}
+    if not both:
+        return "no task is solved often enough by every twin"
+    overlaps = both.values()
 
     def mean(name):
-        values = [row[name]["mean"] for row in overlaps if name in row]
-        return sum(values) / len(values)
+        return sum(row[name]["mean"] for row in overlaps) / len(overlaps)
     shared = ", ".join(f"{n[7:]} {mean(n):.2f}" for n in kinds)
     chance = sum(row["chance"] for row in overlaps) / len(overlaps)
     again = f", AR on other prompts {mean('AR, other prompts'):.2f}" if found["resamples"] > 1 else ""
-    return (f"{len(used)} of {len(found['tasks'])} tasks; {k} strongest edges shared with the AR model (Jaccard): "
-            f"{shared}; by chance {chance:.2f}{again}")
+    return (f"{' and '.join(both)}, of {len(found['tasks'])} tasks those that all twins solve; {k} strongest edges "
+            f"shared with the AR model (Jaccard): {shared}; by chance {chance:.2f}{again}")
 
 
 def generation_line(found):
@@ -97,7 +100,8 @@ def generation_line(found):
     mine = next(r for r in found["rows"] if r.get("expert") == "both")
     twin = "".join(f", {name} {cell(row)}" for name, row in rows.items() if name.startswith("masked twin"))
     return (f"layer {mine['layer']}, {found['settings']['new']} tokens in {mine['calls']} calls: gen-PPL {cell(mine)} "
-            f"at real text's entropy (AR {cell(rows['AR, intact model'])}{twin}, unigrams {cell(rows['unigram'])}; "
+            f"at real text's entropy (AR, judged by itself, {cell(rows['AR, intact model'])}{twin}, "
+            f"unigrams {cell(rows['unigram'])}; "
             f"real text {found['real']['gen_ppl']:.0f})")
 
 
@@ -205,9 +209,9 @@ def optional_sections(found):
         lines += [sweep.table(some), "", "![score against what the bridge reaches](sweep.png)", ""]
     else:
         lines += ["Not measured: `python sweep.py`.", ""]
-    if "study/matched" in found:
+    if "sweep_matched" in found:
         lines += ["### The same layers, each bridge as deep as the blocks it replaces", "",
-                  sweep.table(found["study/matched"]), ""]
+                  sweep.table(found["sweep_matched"]), ""]
     lines += ["## Interfaces at equal budget", "", *(
         [interfaces.table(found["interfaces"]), "", "![their frontiers over temperature](interfaces.png)"]
         if "interfaces" in found else ["Not measured: `python interfaces.py`."]), "", "## COMPARE", ""]
@@ -308,6 +312,7 @@ def generation_section(found):
         f"{how['alpha']}, temperatures {how['temperatures']}, seed {how['seed']}; bridge of {mine['parameters']:,} "
         "parameters (readout included) "
         f"trained for {mine['steps']} steps, {mine['train_seconds']:.0f} s; the readout names "
-        f"{mine['readout_accuracy']:.1%} of the tokens from their true states. gen-PPL is that of the intact model, "
-        "compared where the entropy of a text's tokens equals real text's (interpolated between temperatures).", "",
+        f"{mine['readout_accuracy']:.1%} of the tokens from their true states. gen-PPL is that of the intact "
+        "model (which favours its own samples, the row AR), compared where the entropy of a text's tokens equals real "
+        "text's (interpolated between temperatures).", "",
         generation_table(found["rows"], found["real"]), "", "![the frontier over temperature](generation.png)"]

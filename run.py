@@ -77,7 +77,8 @@ class Clock:
 
 
 FREE = {"device", "compile", "eval_every", "log_every", "save_every", "micro_batch", "recompute", "overlap", "jobs",
-        "bucket_mb", "dry_run", "out", "publish"}  # may differ when a run goes on: none of it changes the result
+        "bucket_mb", "dry_run", "out", "publish",  # may differ when a run goes on: none of it changes the result,
+        "model", "runs"}  # nor does a path: the weights it leads to are part of a run's identity
 
 
 def differences(out, config):

@@ -36,8 +36,7 @@ stage "GENERATE: train a bridge that meets unknown tokens (60 s)" \
     bridge.py --model "$MODEL" --data "$DATA" --layer "$BLOCKS_LAYER" --preset blocks --blocks 4 --steps 400 \
     --out "$OUT/blocks"
 stage "GENERATE: text drawn in hidden space beside its rivals (30 s)" \
-    generate.py --data "$DATA" --bridges "$OUT/blocks" --twin "$OUT/repr_align/w10" --texts 32 \
-    --temperatures 0.8,1.0,1.3,1.6 --out "$OUT/generate"
+    generate.py --data "$DATA" --bridges "$OUT/blocks" --twin "$OUT/repr_align/w10" --out "$OUT/generate"
 if [ "$MODEL" = toy ]; then
     # the toy's own text poses no task that both models solve, so a smaller one learns four of them
     twins="$OUT/tasks/repr_align/w0,$OUT/tasks/repr_align/w10"
@@ -48,7 +47,7 @@ if [ "$MODEL" = toy ]; then
             repr_align.py --data "$DATA" --align_weight $w --steps 400 --out "$OUT/tasks/repr_align/w$w"
     done
     stage "LOCATE, checked: a short bridge at every layer (2 min)" \
-        sweep.py --model "$OUT/toy" --seeds 1 --steps 100 --eval_batches 16 --out "$OUT/sweep"
+        sweep.py --model "$OUT/toy" --seeds 1 --steps 100 --eval_batches 16 --out "$OUT/sweep_quick"
     stage "COMPARE: circuits before and after conversion (15 s)" \
         circuits.py --model "$OUT/tasks/toy" --twins "$twins" --patch 50 --out "$OUT/tasks/circuits"
 else

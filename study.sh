@@ -9,10 +9,10 @@ DATA=${DATA:-stdlib} OUT=${OUT:-out}
 here=$(dirname "$0")
 
 printf '\n=== The score against depth: every layer of eight backbones (40 min)\n'
-python "$here/sweep.py" --model "$OUT/toy" --pool --out "$OUT/study/sweep"
+python "$here/sweep.py" --model "$OUT/toy" --data "$DATA" --pool --out "$OUT/sweep"
 printf '\n=== The same layers, each bridge as deep as the blocks it replaces (7 min)\n'
-python "$here/sweep.py" --model "$OUT/toy" --seeds 1 --blocks 0 --out "$OUT/study/matched"
-printf '\n=== What should diffusion produce? (15 min)\n'
+python "$here/sweep.py" --model "$OUT/toy" --seeds 1 --blocks 0 --out "$OUT/sweep_matched"
+printf '\n=== What should diffusion produce? (18 min)\n'
 python "$here/interfaces.py" --data "$DATA" --out "$OUT/interfaces"
 printf '\n=== The report, now with these tables\n'
 python "$here/evaluate.py" --runs "$OUT" --out "$OUT/evaluate"

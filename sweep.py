@@ -1,9 +1,9 @@
 """sweep.py: does the score of geometry.py foretell which layer a bridge can replace? And better than depth does?
 
-    python sweep.py                              # the toy, layers 1 to 7, 3 seeds, diffusion and control: ~12 min
-    python sweep.py --pool                       # and seven more backbones, on some of which depth is wrong: ~40 min
-    python sweep.py --seeds 1 --layers 1,4,7 --steps 50           # a quick look
-    python sweep.py --blocks 0 --out out/sweep_matched            # each bridge as deep as what it replaces
+    python sweep.py --pool                       # the toy, 3 seeds, and seven more backbones: ~40 min on 2 cores
+    python sweep.py --out out/sweep_toy          # the toy alone, layers 1 to 7, diffusion and control: ~12 min
+    python sweep.py --seeds 1 --layers 1,4,7 --steps 50 --out out/sweep_look      # a quick look
+    python sweep.py --blocks 0 --seeds 1 --out out/sweep_matched  # each bridge as deep as what it replaces
 
 Every layer of a backbone gets the same network, batches and steps; each run is an ordinary one of bridge.py under
 --out, so an interrupted sweep goes on where it stopped. Beside them stand bridges that need no training (h[0] itself,
@@ -15,12 +15,12 @@ Letters: B batch, T tokens, D hidden width, L blocks, C = L - 1 layers that can 
 """
 import itertools
 import math
-import pydoc_data
 import shutil
 import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ from run import Run, atomic, finished, read_json
 @dataclass
 class Config:
     model: str = "out/toy"      # a finished backbone of backbone.py, with its shards in `data` beside it
+    data: str = "stdlib"        # text of the backbones that --pool trains
     out: str = "out/sweep"      # folder of the runs and the table
     pool: bool = False          # also on the backbones below, made under --out
     layers: str = ""            # only these, such as 1,4,7 (empty: 1 to L - 1)
@@ -54,8 +55,7 @@ class Config:
 
 POOL = {  # name -> flags of backbone.py, or what is done to the blocks of --model
     "deep (12 x 96)": "--layers 12 --width 96 --heads 3 --steps 500", "young (100 steps)": "--steps 100",
-    "tasks": "--tasks 0.6 --steps 500",
-    "prose (pydoc)": f"--data {Path(pydoc_data.__file__).parent} --steps 500",   # Python's manual, in English
+    "tasks": "--tasks 0.6 --steps 500", "prose (manual)": "--steps 500 --data {manual}",
     "shuffled": "shuffle", "untrained": "untrain", "middle untrained": "middle"}
 
 
@@ -80,6 +80,14 @@ def altered(model, how, out, seed):
     shutil.copy(Path(model) / "result.json", out / "result.json")
 
 
+def manual(folder):
+    """The folder with Python's own manual, in English, one text file a topic: it lies in every installation."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in topics.items():
+        (folder / f"{name.replace('/', '_')}.txt").write_text(text)
+    return folder
+
+
 def backbones(cfg):
     """name -> (folder of the model, folder of its shards, seeds). Those of POOL are made where they are missing."""
     found = {"toy": (Path(cfg.model), Path(cfg.model).parent / "data", cfg.seeds)}
@@ -88,8 +96,10 @@ def backbones(cfg):
     for name, how in POOL.items():
         home = Path(cfg.out) / name.split(" (")[0].replace(" ", "_")
         if how.startswith("--"):
+            flags = how.format(manual=manual(home / "text") if "{manual}" in how else "").split()
+            source = [] if "--data" in flags else ["--data", cfg.data]
             execute([(name, [sys.executable, str(Path(__file__).with_name("backbone.py")), "--out", str(home / "toy"),
-                             *how.split()])], 1, threads=2)
+                             *flags, *source])], 1, threads=2)
             found[name] = home / "toy", home / "data", 1
         else:
             home.mkdir(parents=True, exist_ok=True)
@@ -158,8 +168,8 @@ def permutation_p(a, b, seed=0):
 def correlations(geometry, layers, fvu, seed=0):
     """Spearman of each predictor with -FVU over layers. fvu (seeds, C). Intervals: the score's replicates (sequences,
     anchors; from geometry.py) and the bridges' seeds are resampled together; a difference to the score uses the same
-    resamples. Noise can only lower the score's correlation
-    where depth has none, so the differences' intervals lean against the score. Returns one row per predictor."""
+    resamples. Only the score is measured with noise, depth is not, so noise lowers the score's rho in the resamples and
+    the differences' intervals lean against it. Returns one row per predictor."""
     at = [i - 1 for i in layers]
     goal, draw = -fvu.mean(0), generator(seed, "resampled seeds")
     score = np.array([geometry["layers"][i]["score"] for i in at])
@@ -204,6 +214,11 @@ def by_measure(found):
     return out
 
 
+def beats_a_table(row):
+    """Whether a bridge knows more of the state than its token says: else its FVU means little."""
+    return statistics.mean(row["fvu"]) < row["untrained"]["token mean"]
+
+
 def verdict(result):
     """What the numbers say, as text."""
     first = result["backbones"]["toy"]
@@ -211,9 +226,12 @@ def verdict(result):
     score, depth = rows["score"], rows["-layer"]
     low, _, high = depth["score_minus"]
     word = "better than" if low > 0 else "worse than" if high < 0 else "not distinguishable from"
+    n, known = first["seeds"], sum(map(beats_a_table, first["layers"]))
+    seeds = f"{n} training seeds" if n > 1 else "one training seed, so the interval is that of the score alone"
     text = (f"on the model the score orders layers {', '.join(str(r['layer']) for r in first['layers'])} by "
             f"bridgeability with rho = {score['rho']:.2f} [{score['interval'][0]:.2f}, {score['interval'][1]:.2f}] "
-            f"(p = {score['p']:.3f}), {word} depth alone ({depth['rho']:.2f})")
+            f"(one-sided p = {score['p']:.3f}), {word} depth alone ({depth['rho']:.2f}); {seeds}, {result['steps']} "
+            f"steps a bridge; it beats a table of each token's mean state at {known} of {len(first['layers'])} layers")
     if len(result["backbones"]) > 1:
         pooled, measures = result["pooled"], result["measures"]
         apart, kl = measures["fvu"], measures["kl"]
@@ -241,7 +259,7 @@ def table(result):
                 + (f"{spread(control, '.4f')} | {spread(row['regression_ce_gap'], '+.4f')}" if control else "- | -")
                 + " | " + " | ".join(f"{row['untrained'][k]:.3f}" for k in ("identity", "ridge", "token mean")) + " |")
     names = [r["name"] for r in result["backbones"]["toy"]["correlations"]]
-    lines += ["", "Spearman with -FVU at NFE 8 (on the model: 95% interval, permutation p, score minus this one):", "",
+    lines += ["", "Spearman with -FVU at NFE 8 (on the model: 95% interval, one-sided p, score minus this one):", "",
               "| predictor | toy | interval | p | score minus it | "
               + " | ".join(n for n in result["backbones"] if n != "toy") + " | mean |",
               "|---" * (5 + len(result["backbones"])) + "|"]

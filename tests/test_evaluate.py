@@ -50,6 +50,14 @@ def test_a_predictor_that_is_right_wins_over_one_that_is_not():
     assert some[0]["interval"][0] < -0.4 < some[0]["interval"][1]              # a score that is all noise says nothing
 
 
+def test_the_manual_is_a_corpus(tmp_path):
+    folder = sweep.manual(tmp_path / "text")
+    assert len(list(folder.glob("*.txt"))) > 50
+    documents = list(data.documents(data.resolve(str(folder))))
+    held = [data.held_out(d, i == 0) for i, d in enumerate(documents)]
+    assert 1 < sum(held) < len(held) / 3 and sum(map(len, documents)) > 300_000
+
+
 def test_what_is_meant_by_bridgeability_is_shown():
     rows = [(1, 0.0, 0.3), (2, 1.0, 0.2), (3, 0.5, 0.1)]                       # score: 2, 3 before 1; 2 before 3
     assert sweep.disagreements(rows) == {"pairs": 2, "score_right": 2}
@@ -160,8 +168,8 @@ def test_the_verdict_is_what_the_numbers_say():
     def of(gap, rows):
         return {"nfe": {"1": {"ce_gap": gap, "fvu": 0.1, "ce_gap_rows": rows}}, "nfe_default": 1, "layer": 2}
     low, high = of(0.1, [0.1, 0.11, 0.09, 0.1]), of(0.3, [0.3, 0.31, 0.3, 0.29])
-    assert "beats" in report.verdict({"bridge": low, "regression": high})
-    assert "loses to" in report.verdict({"bridge": high, "regression": low})
+    assert "is ahead of" in report.verdict({"bridge": low, "regression": high})
+    assert "is behind" in report.verdict({"bridge": high, "regression": low})
     assert "ties with" in report.verdict({"bridge": low, "regression": of(0.1, [0.09, 0.1, 0.11, 0.1])})
     assert "cannot be told from" in report.verdict({"bridge": of(0.1, [0.1]), "regression": of(0.2, [0.2])})
 

@@ -314,7 +314,9 @@ def test_metrics_have_known_answers():
     assert nll.shape == (2, 8) and nll.mean().item() == pytest.approx(want.item(), rel=1e-5)
     points = [{"entropy": 3.0, "gen_ppl": 10.0}, {"entropy": 4.0, "gen_ppl": 1000.0}]
     assert generate.at_entropy(points, 3.5) == pytest.approx(100)
-    assert generate.at_entropy(points, 4.05) == pytest.approx(1000) and generate.at_entropy(points, 5) is None
+    assert generate.at_entropy(points, 4.0) == pytest.approx(1000) and generate.at_entropy(points, 4.05) is None
+    assert generate.paired([3.0], [1.0]) == (2.0, None)
+    assert generate.paired([1.0, 2.0, 3.0], [0.0, 0.0, 0.0]) == (2.0, pytest.approx(4.30 / 3 ** 0.5))
 
 
 def test_mauve_tells_texts_apart():

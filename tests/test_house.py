@@ -59,6 +59,15 @@ def test_help_is_quick():
     assert time.perf_counter() - start < 6  # 1.5 s on an idle machine; the bound is for a busy one
 
 
+def test_an_interrupted_stage_says_so(capsys):
+    @common.entry
+    def main(argv):
+        raise KeyboardInterrupt
+    with pytest.raises(SystemExit) as stopped:
+        main([])
+    assert stopped.value.code == 130 and capsys.readouterr().err == "stopped; the same command goes on\n"
+
+
 def test_every_launch_line_parses(monkeypatch):
     """The commands in the docstrings and in the README name flags that exist."""
     seen = 0
@@ -215,6 +224,7 @@ def test_the_readme_states_the_published_numbers():
     readme = (ROOT / "README.md").read_text()
     for what, value in published["table"]:
         assert f"| {what} | {value} |" in readme
+    assert published["verdict"] in readme
     assert (ROOT / "results" / "figure.png").stat().st_size > 20_000
 
 
@@ -230,4 +240,7 @@ def test_report_refusals(runs, tmp_path, capsys):
     run.write_json(tmp_path / "r" / "bridge" / "result.json", fresh)
     shutil.copy(runs / "regression" / "bridge.safetensors", tmp_path / "r" / "bridge" / "bridge.safetensors")
     assert "another bridge" in fails(capsys, evaluate.main, *argv)
+    shutil.copy(runs / "bridge" / "bridge.safetensors", tmp_path / "r" / "bridge" / "bridge.safetensors")
+    shutil.copy(runs / "bridge" / "bridge.safetensors", tmp_path / "r" / "blocks" / "bridge.safetensors")
+    assert "other weights than those now in blocks" in fails(capsys, evaluate.main, *argv)
     assert not (tmp_path / "e").exists()
