@@ -297,16 +297,22 @@ def bits_per_byte(model, rows, bytes_per_token, calls, seed):
     return nats / count / math.log(2) / bytes_per_token, None
 
 
-def zero_shot(models, tokenizer, shards, cfg, device):
-    """{model: {text: {bits_per_byte, se}}} on held-out windows and on --text, and the cloze suite."""
-    meta, texts = read_json(Path(shards) / "meta.json"), {}
-    texts["held-out"] = (data.Tokens(shards, "val", 127).spread(cfg.texts).to(device),
-                         meta["bytes"]["val"] / meta["tokens"]["val"])
-    if cfg.text:
-        text = Path(cfg.text).read_text(encoding="utf-8", errors="replace")
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        windows = torch.tensor(ids[:len(ids) // 128 * 128], device=device).view(-1, 128)
-        texts[Path(cfg.text).name] = (windows, len(text.encode()) / len(ids))
+def windows_of(file, tokenizer):
+    """(windows (N, 128), bytes a token) of a text file. Raises UserError if it does not fill one window."""
+    text = Path(file).read_text(encoding="utf-8", errors="replace")
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(ids) < 128:
+        raise UserError(f"--text {file} has fewer than 128 tokens; use a longer text")
+    return torch.tensor(ids[:len(ids) // 128 * 128]).view(-1, 128), len(text.encode()) / len(ids)
+
+
+def zero_shot(models, tokenizer, shards, own, cfg, device):
+    """{model: {text: {bits_per_byte, se}}} on held-out windows and on those of --text (`own`), and the cloze suite."""
+    meta = read_json(Path(shards) / "meta.json")
+    texts = {"held-out": (data.Tokens(shards, "val", 127).spread(cfg.texts).to(device),
+                          meta["bytes"]["val"] / meta["tokens"]["val"])}
+    if own:
+        texts[Path(cfg.text).name] = own[0].to(device), own[1]
     bits = {name: {title: dict(zip(("bits_per_byte", "se"), bits_per_byte(model, rows, each, cfg.calls, cfg.seed),
                                    strict=True)) for title, (rows, each) in texts.items()}
             for name, model in models.items()}
@@ -339,13 +345,12 @@ def main(argv):
     if max(128, 5 * cfg.new) > intact.config.max_position_embeddings:
         raise UserError(f"--new {cfg.new}: five times as many tokens, and windows of 128, must fit the model's "
                         f"{intact.config.max_position_embeddings} positions")
-    if cfg.text and len(tokenizer(Path(cfg.text).read_text(encoding="utf-8", errors="replace"))["input_ids"]) < 128:
-        raise UserError(f"--text {cfg.text} has fewer than 128 tokens; use a longer text")
+    text = windows_of(cfg.text, tokenizer) if cfg.text else None
     twins = {f"masked, w = {w}": masked.load_converted(runs / "repr_align" / f"w{w}", world.device, dtype)[0]
              for w in (0, 10)}
     models = {"AR": intact.model, f"hybrid, NFE {model.config.nfe}": model, **twins}
     run = Run(cfg, world, {"base": found["geometry"]["base"]})
-    own = {"zero_shot": zero_shot(models, tokenizer, runs / "data", cfg, world.device),
+    own = {"zero_shot": zero_shot(models, tokenizer, runs / "data", text, cfg, world.device),
            "cost": cost(model, intact, twins["masked, w = 0"], cfg.repeats, cfg.new)}
     if cfg.harness:
         own["harness"] = harness.run(models, tokenizer, cfg.harness.split(","), cfg.harness_path, cfg.limit, cfg.calls,

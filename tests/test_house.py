@@ -209,13 +209,16 @@ def test_tokenizer_of_other_shards(runs, tmp_path, capsys, text):
 def test_report(runs, tmp_path, capsys):
     (runs / "ablate").mkdir(exist_ok=True)
     (runs / "ablate" / "align.md").write_text("| w | CE |\n")
-    result = evaluate.main(["--runs", str(runs), "--out", str(tmp_path / "e"), "--texts", "3", "--calls",
-                            "4", "--cloze", "4", "--repeats", "1", "--new", "4"])
+    (tmp_path / "own.txt").write_text(Path(ast.__file__).read_text()[:1500])
+    result = evaluate.main(["--runs", str(runs), "--out", str(tmp_path / "e"), "--texts", "3", "--calls", "4",
+                            "--cloze", "4", "--repeats", "1", "--new", "4", "--text", str(tmp_path / "own.txt")])
     text = (tmp_path / "e" / "report.md").read_text()
     assert "## Study: align" in text and result["verdict"] in text
     assert (tmp_path / "e" / "figure.png").stat().st_size > 20_000
     bridge = run.read_json(runs / "bridge" / "result.json")["nfe"]["4"]
     assert f"{bridge['ce_gap']:+.4f}" in text and f"{bridge['fvu']:.4f}" in text
+    assert result["zero_shot"]["windows"]["own.txt"] > 1 and "| own.txt |" in text
+    assert all(row["peak_mb"] > row["weights_mb"] for row in result["cost"])
     assert set(result) >= {"sweep", "interfaces", "generation", "cost", "conversion", "circuits", "zero_shot"}
 
 
