@@ -209,7 +209,7 @@ def test_tokenizer_of_other_shards(runs, tmp_path, capsys, text):
 def test_report(runs, tmp_path, capsys):
     (runs / "ablate").mkdir(exist_ok=True)
     (runs / "ablate" / "align.md").write_text("| w | CE |\n")
-    (tmp_path / "own.txt").write_text(Path(ast.__file__).read_text()[:1500])
+    (tmp_path / "own.txt").write_text(inspect.getsource(ast)[:1500])
     result = evaluate.main(["--runs", str(runs), "--out", str(tmp_path / "e"), "--texts", "3", "--calls", "4",
                             "--cloze", "4", "--repeats", "1", "--new", "4", "--text", str(tmp_path / "own.txt")])
     text = (tmp_path / "e" / "report.md").read_text()
