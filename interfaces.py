@@ -16,7 +16,8 @@ Every way predicts the next token from the same context with the same denoiser, 
 The likelihood of a token is its mean probability over --draws noises. Hidden has the retained blocks for free, so it is
 no fair winner: `bottleneck` has them too, and `causal` shows what the same network and steps buy without. (An embedding
 or a simplex of the *next* token cannot be read by blocks that expect the state of the last one.) Readers differ, so the
-table says what each would give a perfect denoiser: only a gap to that ceiling is diffusion's own.
+table says what each makes of true targets: only a gap to that ceiling is diffusion's own. (A blurred estimate can read a
+little better than the truth: probabilities are softer.)
 Writes interfaces.md, interfaces.png and result.json to --out; each cell is kept as soon as it is finished.
 
 Letters: B batch, T tokens, D width of the backbone, V vocabulary, d width of what is diffused.
@@ -220,7 +221,7 @@ def next_token_nll(way, net, rows, cfg, draws):
 
 @torch.no_grad()
 def ceiling(way, rows, draws, seed):
-    """The same number for a perfect denoiser: the reader is given true targets. Those of `embedding` and `simplex` are
+    """The same number for a perfect denoiser, whose samples are true targets. Those of `embedding` and `simplex` are
     of the next token itself, so it is drawn from the intact model's law, `draws` times. None for `causal`."""
     if way.kind == "causal":
         return None
@@ -292,7 +293,7 @@ def table(result):
              f" texts: {result['texts']} of {result['new']} tokens after 64. The intact model: {result['intact']:.3f} "
              f"nats, unigrams {result['unigram']:.3f}; real text: gen-PPL {result['real']['gen_ppl']:.1f}, entropy "
              f"{result['real']['entropy']:.2f}.", "",
-             "| what is diffused | d | trained parameters | next-token NLL | with one draw | ceiling of its reader | "
+             "| what is diffused | d | trained parameters | next-token NLL | with one draw | with true targets | "
              f"gen-PPL at real entropy | gen-PPL, T = {near:g} | entropy | diversity | rep-4 | train (s) | read by |",
              "|---" * 13 + "|"]
     for kind in result["kinds"]:
@@ -322,10 +323,10 @@ def verdict(cells, layer):
     word = ("ahead" if gap < 0 else "behind") + f" by {abs(gap):.3f} nats" + (
         " (one seed)" if wide is None else f" +- {wide:.3f} (95%, {len(nll[best])} seeds)"
         + ("" if wide < abs(gap) else ", so not beyond doubt"))
-    lost = {k: mean[k] - statistics.mean(c["ceiling"] for c in cells if c["kind"] == k) for k in ("hidden", best)}
+    true = {k: statistics.mean(c["ceiling"] for c in cells if c["kind"] == k) for k in ("hidden", best)}
     text = (f"hidden at layer {layer} predicts the next token with {mean['hidden']:.3f} nats, the best other interface "
             f"({best}) with {mean[best]:.3f}: hidden is {word}, with the retained blocks' pretraining behind it; "
-            f"above the ceilings of their readers they are by {lost['hidden']:.3f} and {lost[best]:.3f}")
+            f"given true targets, their readers reach {true['hidden']:.3f} and {true[best]:.3f}")
     if "bottleneck" in mean:
         text += f"; in few dimensions and through the same blocks it reaches {mean['bottleneck']:.3f}"
     if "causal" in mean:
