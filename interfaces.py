@@ -16,8 +16,8 @@ Every way predicts the next token from the same context with the same denoiser, 
 The likelihood of a token is its mean probability over --draws noises. Hidden has the retained blocks for free, so it is
 no fair winner: `bottleneck` has them too, and `causal` shows what the same network and steps buy without. (An embedding
 or a simplex of the *next* token cannot be read by blocks that expect the state of the last one.) Readers differ, so the
-table says what each makes of true targets: only a gap to that ceiling is diffusion's own. (A blurred estimate can read a
-little better than the truth: probabilities are softer.)
+table says what each makes of true targets: only a gap to that ceiling is diffusion's own. All learn by squared error;
+published simplex models learn by cross-entropy.
 Writes interfaces.md, interfaces.png and result.json to --out; each cell is kept as soon as it is finished.
 
 Letters: B batch, T tokens, D width of the backbone, V vocabulary, d width of what is diffused.
