@@ -210,7 +210,7 @@ def optional_sections(found):
     else:
         lines += ["Not measured: `python sweep.py`.", ""]
     if "sweep_matched" in found:
-        lines += ["### The same layers, each bridge as deep as the blocks it replaces", "",
+        lines += ["### Each bridge as deep as the blocks it replaces", "",
                   sweep.table(found["sweep_matched"]), ""]
     lines += ["## Interfaces at equal budget", "", *(
         [interfaces.table(found["interfaces"]), "", "![their frontiers over temperature](interfaces.png)"]
