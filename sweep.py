@@ -302,7 +302,7 @@ def figure(result, path):
             ax.text(row["score"], statistics.mean(row["fvu"]), row["layer"], ha="center", va="center", fontsize=8)
         rho = {r["name"]: r["rho"] for r in found["correlations"]}
         ax.set(yscale="log", xlabel="diffusion-friendliness", ylabel="FVU at NFE 8 (low is good)")
-        ax.set_title(f"{name}: rho {rho['score']:.2f}, depth {rho['-layer']:.2f}", fontsize=9)
+        ax.set_title(f"{name}: rho {rho['score']:.2f}, depth {rho['-layer']:.2f}", fontsize=8)
         ax.invert_yaxis()
         ax.spines[["top", "right"]].set_visible(False)
     fig.savefig(path, dpi=120, format="png")
