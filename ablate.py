@@ -5,7 +5,7 @@
     python ablate.py --study compute                 # at equal compute when used; --study size: depth, width
     python ablate.py --study generate --steps 600    # text drawn at every layer, embeddings included: ~40 min
     python ablate.py --study align --steps 200       # arms of repr_align.py, all data and 60k tokens: ~30 min
-    python ablate.py --study regimes --steps 200     # where might alignment help? AdamW, layers, distance: ~25 min
+    python ablate.py --study regimes --steps 200     # where might alignment help? AdamW, layers, distance: ~30 min
     python ablate.py --study objective --seeds 1 --steps 100      # a quick look
 
 Each cell is an ordinary run of bridge.py in a folder under --out, so an interrupted study goes on where it stopped.
@@ -56,7 +56,8 @@ STUDIES = {  # study -> groups of (layers, {variant: flags of bridge.py})
         "w = 3, middle layers": "--align_weight 3 --layers middle", "w = 3, upper layers": "--align_weight 3 --layers "
         "upper", "w = 1, l2": "--align_weight 1 --distance l2", "w = 3, at every position": "--align_weight 3 "
         "--positions all", "w = 0, 15k tokens": "--align_weight 0 --train_tokens 15000", "w = 3, 15k tokens":
-        "--align_weight 3 --train_tokens 15000", "w = 0, AdamW 3e-4": "--align_weight 0 --lr 0 --lr_adam 3e-4",
+        "--align_weight 3 --train_tokens 15000", "w = 10, 15k tokens": "--align_weight 10 --train_tokens 15000",
+        "w = 3, upper layers, 15k tokens": "--align_weight 3 --layers upper --train_tokens 15000", "w = 0, AdamW 3e-4": "--align_weight 0 --lr 0 --lr_adam 3e-4",
         "w = 3, AdamW 3e-4": "--align_weight 3 --lr 0 --lr_adam 3e-4", "w = 10, AdamW 3e-4":
         "--align_weight 10 --lr 0 --lr_adam 3e-4"}.items()})],
 }
