@@ -51,15 +51,20 @@ STUDIES = {  # study -> groups of (layers, {variant: flags of bridge.py})
                       for few in (0, 60000) for w, freeze in ((0, "embed"), (0, "none"), (1, "embed"), (3, "embed"),
                                                               (10, "embed"))})],
     # the search for a regime in which alignment helps; a name's rival is "w = 0" with the same words where there is one
-    "regimes": [((0,), {name: f"--cooldown 0 --batch_size 8 {flags}" for name, flags in {
-        "w = 0": "--align_weight 0", "w = 3, lower layers": "--align_weight 3 --layers lower",
-        "w = 3, middle layers": "--align_weight 3 --layers middle", "w = 3, upper layers": "--align_weight 3 --layers "
-        "upper", "w = 1, l2": "--align_weight 1 --distance l2", "w = 3, at every position": "--align_weight 3 "
-        "--positions all", "w = 0, 15k tokens": "--align_weight 0 --train_tokens 15000", "w = 3, 15k tokens":
-        "--align_weight 3 --train_tokens 15000", "w = 10, 15k tokens": "--align_weight 10 --train_tokens 15000",
-        "w = 3, upper layers, 15k tokens": "--align_weight 3 --layers upper --train_tokens 15000", "w = 0, AdamW 3e-4": "--align_weight 0 --lr 0 --lr_adam 3e-4",
-        "w = 3, AdamW 3e-4": "--align_weight 3 --lr 0 --lr_adam 3e-4", "w = 10, AdamW 3e-4":
-        "--align_weight 10 --lr 0 --lr_adam 3e-4"}.items()})],
+    "regimes": [((0,), {f"w = {w}{what}": f"--cooldown 0 --batch_size 8 --align_weight {w}{flags}" for w, what, flags in (
+        (0, "", ""),
+        (3, ", lower layers", " --layers lower"),
+        (3, ", middle layers", " --layers middle"),
+        (3, ", upper layers", " --layers upper"),
+        (1, ", l2", " --distance l2"),
+        (3, ", at every position", " --positions all"),
+        (0, ", 15k tokens", " --train_tokens 15000"),
+        (3, ", 15k tokens", " --train_tokens 15000"),
+        (10, ", 15k tokens", " --train_tokens 15000"),
+        (3, ", upper layers, 15k tokens", " --layers upper --train_tokens 15000"),
+        (0, ", AdamW 3e-4", " --lr 0 --lr_adam 3e-4"),
+        (3, ", AdamW 3e-4", " --lr 0 --lr_adam 3e-4"),
+        (10, ", AdamW 3e-4", " --lr 0 --lr_adam 3e-4"))})],
 }
 ALIGN = ("align", "regimes")  # studies of repr_align.py, which knows no layer to replace
 
