@@ -51,7 +51,7 @@ STUDIES = {  # study -> groups of (layers, {variant: flags of bridge.py})
                       for few in (0, 60000) for w, freeze in ((0, "embed"), (0, "none"), (1, "embed"), (3, "embed"),
                                                               (10, "embed"))})],
     # the search for a regime in which alignment helps; a name's rival is "w = 0" with the same words where there is one
-    "regimes": [((0,), {f"w = {w}{what}": f"--cooldown 0 --batch_size 8 --align_weight {w}{flags}" for w, what, flags in (
+    "regimes": [((0,), {f"w = {w}{what}": f"--cooldown 0 --batch_size 8 --align_weight {w}{more}" for w, what, more in (
         (0, "", ""),
         (3, ", lower layers", " --layers lower"),
         (3, ", middle layers", " --layers middle"),
