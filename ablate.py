@@ -6,6 +6,7 @@
     python ablate.py --study generate --steps 600    # text drawn at every layer, embeddings included: ~40 min
     python ablate.py --study align --steps 200       # arms of repr_align.py, all data and 60k tokens: ~30 min
     python ablate.py --study regimes --steps 200     # where might alignment help? AdamW, layers, distance: ~30 min
+    python ablate.py --study align --steps 600 --variants "w = 0;w = 3"      # two arms, three times as long
     python ablate.py --study objective --seeds 1 --steps 100      # a quick look
 
 Each cell is an ordinary run of bridge.py in a folder under --out, so an interrupted study goes on where it stopped.
@@ -76,6 +77,7 @@ class Config:
     data: str = "stdlib"        # its text
     out: str = "out/ablate"     # folder of the runs and the table
     layers: str = ""            # only these, such as 1,4 (empty: those of the study)
+    variants: str = ""          # only these, by name, separated by semicolons (empty: all); keep the rival of each
     seeds: int = 3              # training seeds
     steps: int = 400            # of each run
     jobs: int = 2               # runs at a time, one thread each
@@ -86,10 +88,11 @@ class Config:
 def cells(cfg):
     """Every run of the study: (variant, layer, seed, folder, command)."""
     only = cfg.layers.split(",") if cfg.layers else []
+    names = [name.strip() for name in cfg.variants.split(";") if name.strip()]
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         for layers, variants in STUDIES[cfg.study]:
             for layer, (name, flags) in itertools.product(layers, variants.items()):
-                if only and str(layer) not in only:
+                if only and str(layer) not in only or names and name not in names:
                     continue
                 changed = flags.replace("--", "").replace(" ", "_")
                 script, what, place = "bridge.py", f"layer{layer}", ["--layer", str(layer)]
@@ -184,6 +187,11 @@ def steps_to(curve, loss):
     return None
 
 
+def rival_of(name, arms):
+    """The unaligned arm that an arm is compared with: "w = 0" with those of its words that such an arm has too."""
+    return ", ".join(["w = 0", *(w for w in name.split(", ")[1:] if f"w = 0, {w}" in arms and w != "nothing frozen")])
+
+
 def alignment_table(cfg):
     """Each arm's masked CE, and how much sooner than the unaligned arm it reaches that arm's best loss: in steps, and
     in seconds. The unaligned arm is w = 0 with frozen embeddings, on the same data, optimizer and seed."""
@@ -195,8 +203,7 @@ def alignment_table(cfg):
              "| arm | masked CE | best on the way | best minus the rival's | acceleration, steps | acceleration, "
              "seconds | final cosine |", "|---" * 7 + "|"]
     for name, results in arms.items():
-        words = [w for w in name.split(", ")[1:] if f"w = 0, {w}" in arms and w != "nothing frozen"]
-        rivals, fast, quick, gain = arms[", ".join(["w = 0", *words])], [], [], []
+        rivals, fast, quick, gain = arms[rival_of(name, arms)], [], [], []
         for mine, rival in zip(results, rivals, strict=True):
             goal = min(row[1] for row in rival["curve"])                # low data: the rival may have passed its best
             there, first = steps_to(mine["curve"], goal), steps_to(rival["curve"], goal)
@@ -232,7 +239,11 @@ def main(argv):
     cfg = parse(Config, argv, __doc__)
     work = list(cells(cfg))
     if not work:
-        raise UserError(f"study {cfg.study} has none of the layers {cfg.layers}")
+        raise UserError(f"study {cfg.study} has none of the layers {cfg.layers or '(all)'} with one of the variants "
+                        f"{cfg.variants or '(all)'}")
+    names = {name for name, *_ in work}
+    if cfg.study in ALIGN and (alone := [n for n in names if rival_of(n, names) not in names]):
+        raise UserError(f"--variants {cfg.variants} needs {rival_of(alone[0], names)!r} too, to compare with")
     if cfg.dry_run:
         print("\n".join(" ".join(command) for *_, command in work))
         return None

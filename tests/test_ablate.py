@@ -54,4 +54,8 @@ def test_an_arm_is_compared_with_its_own_rival(tmp_path):
 
 
 def test_no_such_layer(capsys):
-    assert "none of the layers" in fails(capsys, ablate.main, "--study", "objective", "--layers", "3")
+    assert "none of the layers 3" in fails(capsys, ablate.main, "--study", "objective", "--layers", "3")
+    assert "variants w = 7" in fails(capsys, ablate.main, "--study", "align", "--variants", "w = 7")
+    assert "needs 'w = 0' too" in fails(capsys, ablate.main, "--study", "align", "--variants", "w = 3")
+    some = list(ablate.cells(ablate.Config(study="align", variants="w = 0; w = 3")))
+    assert [name for name, *_ in some] == ["w = 0", "w = 3"] * 3
