@@ -47,7 +47,7 @@ def entry(main):
             leave_group(left.code)
             raise
         except (UserError, KeyboardInterrupt) as error:
-            message, code = (str(error), 2) if str(error) else ("stopped; the same command goes on", 130)
+            message, code = (str(error), 2) if isinstance(error, UserError) else ("stopped; start it again", 130)
         except Exception as error:  # a full disk: safetensors and shutil have errors of their own for it
             from_system = getattr(error, "errno", None) or isinstance(error, shutil.Error)
             if not from_system and type(error).__name__ != "SafetensorError":

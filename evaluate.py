@@ -371,7 +371,7 @@ def main(argv):
     run.finish({**dict.fromkeys(("sweep", "interfaces", "circuits")), **own, "sweep": report.of_sweep(found),
                 "generation": {k: found["generate"][k] for k in ("rows", "real", "settings", "texts")},
                 "conversion": {k: found[f"repr_align/{k}"]["curve"] for k in ("w0", "w10")},
-                **{k.split("/")[-1]: found[k] for k in OPTIONAL if k in found and not k.startswith("sweep")},
+                **{k.split("/")[-1]: found[k] for k in OPTIONAL if k in found and k not in ("sweep", "sweep_quick")},
                 "verdict": report.verdict(found), "table": [list(row) for row in table]})
     if cfg.publish:
         Path("results").mkdir(exist_ok=True)

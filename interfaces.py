@@ -1,6 +1,6 @@
 """interfaces.py: at equal budget, what should diffusion produce? A hidden state, an embedding, a latent, a simplex.
 
-    python interfaces.py                             # the toy, six ways, 3 seeds: ~20 min on 2 cores
+    python interfaces.py                             # the toy, six ways, 3 seeds: ~12 min on 2 cores
     python interfaces.py --kinds hidden,embedding --seeds 1 --steps 50       # a quick look
     python interfaces.py --layer 4 --out out/interfaces4
 
@@ -199,7 +199,7 @@ def estimate(way, net, ids, nfe, noise):
     return F.log_softmax(net(c), -1) if way.kind == "causal" else way.read(sample(net, c, nfe, noise))
 
 
-def mean_nll(each):
+def sum_nll(each):
     """Log-probabilities of the right tokens (draws, B, T) -> sum over B and T of -log of their mean over draws."""
     return -(each.logsumexp(0) - math.log(len(each))).sum().item()
 
@@ -214,7 +214,7 @@ def next_token_nll(way, net, rows, cfg, draws):
     """Mean -log of the next token's probability, itself the mean over `draws` noises: rows (N, T + 1), nats."""
     noises = [position_noise(s, range(rows.shape[1] - 1), way.d, rows.device)
               for s in range(1 if way.kind == "causal" else draws)]
-    total = sum(mean_nll(torch.stack([right(estimate(way, net, ids[:, :-1], cfg.nfe, noise), ids) for noise in noises]))
+    total = sum(sum_nll(torch.stack([right(estimate(way, net, ids[:, :-1], cfg.nfe, noise), ids) for noise in noises]))
                 for ids in rows.split(8))
     return total / rows[:, 1 + SKIP:].numel()
 
@@ -234,7 +234,7 @@ def ceiling(way, rows, draws, seed):
             u = torch.from_numpy(generator(seed, "ceiling").random((draws, *p.shape[:2]))).to(ids.device)
             drawn = [masked.choose(p.log(), 1.0, 1.0, 0, some) for some in u]             # (B, T) each
             goals = [torch.cat([ids[:, :1], some], 1) for some in drawn]
-        total += mean_nll(torch.stack([right(way.read(way.target(goal)), ids) for goal in goals]))
+        total += sum_nll(torch.stack([right(way.read(way.target(goal)), ids) for goal in goals]))
     return total / rows[:, 1 + SKIP:].numel()
 
 
@@ -258,7 +258,7 @@ def fit_width(way, net, rows, cfg):
         zs = [sample(net, c, cfg.nfe, position_noise(s, range(T), way.d, rows.device)) for s in range(cfg.draws)]
         best = (math.inf, 1.0)
         for way.width in (1e-3, 1e-2, 0.03, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 1e2, 1e4):
-            best = min(best, (mean_nll(torch.stack([right(way.read(z), rows) for z in zs])), way.width))
+            best = min(best, (sum_nll(torch.stack([right(way.read(z), rows) for z in zs])), way.width))
     way.width = best[1]
 
 

@@ -53,7 +53,7 @@ def rows(found, own):
            f"masked CE {r['curve'][0][1]:.3f} -> {r['val_loss']:.3f} nats, {r['seconds']:.0f} s") for r in (w0, w10)),
         ("generated blocks", generation_line(found["generate"])),
         ("speed", speed_line(own["cost"])),
-        *((("score and bridgeability", of_sweep(found)["verdict"]),) if of_sweep(found) else ()),
+        *((("score and bridgeability", sweep_line(of_sweep(found))),) if of_sweep(found) else ()),
         *((("circuits", circuits_line(found["tasks/circuits"])),) if "tasks/circuits" in found else ()),
     ]
 
@@ -61,6 +61,21 @@ def rows(found, own):
 def of_sweep(found):
     """The full layer sweep of study.sh, or the quick one of run_all.sh, or None."""
     return found.get("sweep", found.get("sweep_quick"))
+
+
+def sweep_line(found):
+    """The score against depth, in a line: on the model, and over the backbones of the full sweep. The whole verdict
+    stands under the sweep's tables."""
+    toy = found["backbones"]["toy"]
+    score, depth = (next(r for r in toy["correlations"] if r["name"] == n) for n in ("score", "-layer"))
+    text = (f"rho of the score with -FVU over {len(toy['layers'])} layers {score['rho']:.2f} "
+            f"[{score['interval'][0]:.2f}, {score['interval'][1]:.2f}], of depth alone {depth['rho']:.2f} (bridges of "
+            f"{found['steps']} steps, {toy['seeds']} training seed{'s' if toy['seeds'] > 1 else ''})")
+    if len(found["backbones"]) > 1:
+        text += f"; mean over {len(found['backbones'])} backbones, score against depth: " + ", ".join(
+            f"{found['measures'][k]['score']:.2f} and {found['measures'][k]['-layer']:.2f} by {name}"
+            for k, name in (("fvu", "FVU"), ("kl", "KL"), ("ce_gap", "CE gap")))
+    return text
 
 
 def speed_line(cost):

@@ -203,14 +203,15 @@ def by_measure(found):
     the two disagree, by FVU, KL and CE gap."""
     out = {}
     for key in ("fvu", "kl", "ce_gap"):
-        rows = {name: [(r["layer"], r["score"], statistics.mean(r[key])) for r in b["layers"]]
-                for name, b in found.items()}
-        out[key] = {"disagreements": {name: disagreements(some) for name, some in rows.items()}} | {
-            name: statistics.mean(spearman(np.array([f(layer, score) for layer, score, _ in some]),
-                                           np.array([-error for *_, error in some])) for some in rows.values())
-            for name, f in (("score", lambda layer, score: score), ("-layer", lambda layer, score: -layer))}
-        apart = out[key]["disagreements"].values()
-        out[key] |= {"pairs": sum(d["pairs"] for d in apart), "score_right": sum(d["score_right"] for d in apart)}
+        rho, apart = {"score": [], "-layer": []}, {}
+        for name, some in found.items():
+            rows = [(r["layer"], r["score"], statistics.mean(r[key])) for r in some["layers"]]
+            layer, score, error = np.array(rows).T                                   # (C,) each
+            rho["score"].append(spearman(score, -error))
+            rho["-layer"].append(spearman(-layer, -error))
+            apart[name] = disagreements(rows)
+        out[key] = {**{name: statistics.mean(values) for name, values in rho.items()}, "disagreements": apart,
+                    **{count: sum(d[count] for d in apart.values()) for count in ("pairs", "score_right")}}
     return out
 
 

@@ -65,7 +65,7 @@ def test_an_interrupted_stage_says_so(capsys):
         raise KeyboardInterrupt
     with pytest.raises(SystemExit) as stopped:
         main([])
-    assert stopped.value.code == 130 and capsys.readouterr().err == "stopped; the same command goes on\n"
+    assert stopped.value.code == 130 and capsys.readouterr().err == "stopped; start it again\n"
 
 
 def test_every_launch_line_parses(monkeypatch):
