@@ -309,13 +309,17 @@ def build_toy(cfg, vocab):
         max_position_embeddings=max(1024, cfg.seq_len), tie_word_embeddings=True, bos_token_id=0, eos_token_id=0))
 
 
+def attention_width(config):
+    """Channels of all query heads together: a head's width need not be D over their number."""
+    each = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_attention_heads * each
+
+
 def flops_per_token(model, T):
     """Training FLOPs a token: 6 per parameter (forward 2, backward 4) and 6 per attended key and channel, causal.
     A tied embedding counts once, as the head."""
-    c = model.config
-    width = c.num_attention_heads * (getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads)
     n = sum(p.numel() for p in model.parameters())
-    return 6 * n + 6 * c.num_hidden_layers * width * T
+    return 6 * n + 6 * model.config.num_hidden_layers * attention_width(model.config) * T
 
 
 @torch.no_grad()

@@ -101,9 +101,8 @@ def convert_flops(lm, hide):
     """Of a step of the unaligned arm with masks hide (B, T): blocks forward and backward on all tokens, every token
     attending to every other; the frozen head on predictors of masked tokens, without gradients of its weights."""
     inside, tokens, T = sum(p.numel() for p in lm.blocks.parameters()), hide.numel(), hide.shape[1]
-    c = lm.config
-    wide = c.num_attention_heads * (getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads)
-    return tokens * (6 * inside + 12 * lm.L * wide * T) + 4 * int(hide[:, 1:].sum()) * lm.V * lm.D
+    attention = 12 * lm.L * backbone.attention_width(lm.config) * T
+    return tokens * (6 * inside + attention) + 4 * int(hide[:, 1:].sum()) * lm.V * lm.D
 
 
 def convert_share(width, cfg):

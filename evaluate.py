@@ -164,8 +164,7 @@ class PeakBytes(TorchDispatchMode):
 def forward_flops(lm, net, nfe, layer, keys):
     """FLOPs of one new token with a cache of `keys` tokens: 2 a parameter, 4 a key and channel of each attention. For
     the intact model net is None."""
-    c = lm.config
-    wide = c.num_attention_heads * (getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads)
+    wide = backbone.attention_width(lm.config)
     count = [sum(p.numel() for p in block.parameters()) for block in lm.blocks]
     total = 2 * (sum(count[layer if net else 0:]) + lm.V * lm.D) + 4 * keys * wide * (lm.L - (layer if net else 0))
     if net is not None:

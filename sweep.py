@@ -3,7 +3,7 @@
     python sweep.py --pool                       # the toy, 3 seeds, and seven more backbones: ~40 min on 2 cores
     python sweep.py --out out/sweep_toy          # the toy alone, layers 1 to 7, diffusion and control: ~12 min
     python sweep.py --seeds 1 --layers 1,4,7 --steps 50 --out out/sweep_look      # a quick look
-    python sweep.py --blocks 0 --seeds 1 --out out/sweep_matched  # each bridge as deep as what it replaces
+    python sweep.py --blocks 0 --seeds 1 --layers 1,3,5,7 --out out/sweep_matched    # each as deep as what it replaces
 
 Every layer of a backbone gets the same network, batches and steps; each run is an ordinary one of bridge.py under
 --out, so an interrupted sweep goes on where it stopped. Beside them stand bridges that need no training (h[0] itself,
@@ -84,7 +84,7 @@ def manual(folder):
     """The folder with Python's own manual, in English, one text file a topic: it lies in every installation."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in topics.items():
-        (folder / f"{name.replace('/', '_')}.txt").write_text(text)
+        (folder / f"{name.replace('/', '_')}.txt").write_text(text, encoding="utf-8")
     return folder
 
 
@@ -96,7 +96,7 @@ def backbones(cfg):
     for name, how in POOL.items():
         home = Path(cfg.out) / name.split(" (")[0].replace(" ", "_")
         if how.startswith("--"):
-            flags = how.format(manual=manual(home / "text") if "{manual}" in how else "").split()
+            flags = [str(manual(home / "text")) if flag == "{manual}" else flag for flag in how.split()]
             source = [] if "--data" in flags else ["--data", cfg.data]
             execute([(name, [sys.executable, str(Path(__file__).with_name("backbone.py")), "--out", str(home / "toy"),
                              *flags, *source])], 1, threads=2)

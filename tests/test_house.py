@@ -241,6 +241,11 @@ def test_report_refusals(runs, tmp_path, capsys):
         run.write_json(tmp_path / "r" / "bridge" / "result.json", {**fresh, **change})
         assert word in fails(capsys, evaluate.main, *argv)
     run.write_json(tmp_path / "r" / "bridge" / "result.json", fresh)
+    config = run.read_json(tmp_path / "r" / "regression" / "config.json")
+    changed = {**config["dihal"]["config"], "skip": 9}
+    run.write_json(tmp_path / "r" / "regression" / "config.json", {"dihal": {**config["dihal"], "config": changed}})
+    assert "differ in skip" in fails(capsys, evaluate.main, *argv)
+    run.write_json(tmp_path / "r" / "regression" / "config.json", config)
     shutil.copy(runs / "regression" / "bridge.safetensors", tmp_path / "r" / "bridge" / "bridge.safetensors")
     assert "another bridge" in fails(capsys, evaluate.main, *argv)
     shutil.copy(runs / "bridge" / "bridge.safetensors", tmp_path / "r" / "bridge" / "bridge.safetensors")
