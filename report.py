@@ -68,7 +68,7 @@ def sweep_line(found):
     stands under the sweep's tables."""
     toy = found["backbones"]["toy"]
     score, depth = (next(r for r in toy["correlations"] if r["name"] == n) for n in ("score", "-layer"))
-    seeds = "1 training seed: the interval is the score's alone" if toy["seeds"] == 1 else f"{toy['seeds']} training seeds"
+    seeds = f"{toy['seeds']} training seeds" if toy["seeds"] > 1 else "one training seed, the interval is the score's"
     text = (f"rho of the score with -FVU over {len(toy['layers'])} layers {score['rho']:.2f} "
             f"[{score['interval'][0]:.2f}, {score['interval'][1]:.2f}], of depth alone {depth['rho']:.2f} (bridges of "
             f"{found['steps']} steps, {seeds})")
