@@ -25,14 +25,25 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import backbone
 import data
-import optim
-from common import (GradientSum, StopSignal, UserError, check_replicas, entry, generator, normal, parse, peak_flops,
-                    pick_dtype, setup, split_batch)
-from denoiser import Bridge, save
-from diffusion import hide, position_noise, readout_loss, sample, times, token_loss
-from run import Clock, Run, finished, read_json
+from core import backbone, optim
+from core.common import (
+    GradientSum,
+    StopSignal,
+    UserError,
+    check_replicas,
+    entry,
+    generator,
+    normal,
+    parse,
+    peak_flops,
+    pick_dtype,
+    setup,
+    split_batch,
+)
+from core.denoiser import Bridge, save
+from core.diffusion import hide, position_noise, readout_loss, sample, times, token_loss
+from core.run import Clock, Run, finished, read_json
 
 
 @dataclass
@@ -105,7 +116,7 @@ LOGITS = 2 ** 27  # at most so many logits at once when the final numbers are ta
 def targets(lm, net, ids, layer):
     """ids (B, T) -> (z, c), both (B, T, D): the pair the bridge learns from, by one pass through the frozen prefix."""
     h0 = lm.embed(ids)
-    return net.standard_z(lm.run(h0, 0, layer)), net.standard_c(h0)
+    return net.standard_z(lm.through(h0, 0, layer)), net.standard_c(h0)
 
 
 @torch.no_grad()
@@ -114,7 +125,7 @@ def calibrate(lm, net, rows, layer, skip):
     sums = {letter: torch.zeros(2, lm.D, dtype=torch.float64, device=rows.device) for letter in "cz"}
     for ids in rows.split(8):
         h0 = lm.embed(ids)
-        for letter, h in (("c", h0), ("z", lm.run(h0, 0, layer))):
+        for letter, h in (("c", h0), ("z", lm.through(h0, 0, layer))):
             flat = h[:, skip:].flatten(0, 1).double()                                  # (n, D)
             sums[letter] += torch.stack([flat.sum(0), flat.square().sum(0)])
     for letter, total in sums.items():
@@ -137,16 +148,16 @@ def measure(lm, net, rows, layer, nfes, noise_seeds, skip):
     for ids in rows.split(batch):
         h0 = lm.embed(ids[:, :-1])
         side = lm.side(h0)
-        hl = lm.run(h0, 0, layer, side)
+        hl = lm.through(h0, 0, layer, side)
         z, c = net.standard_z(hl), net.standard_c(h0)
-        intact = F.log_softmax(lm.head(lm.run(hl, layer, lm.L, side)).float(), -1)     # (B, T, V)
+        intact = F.log_softmax(lm.head(lm.through(hl, layer, lm.L, side)).float(), -1)     # (B, T, V)
         ce = -intact.gather(-1, ids[:, 1:, None])[:, skip:, 0]                         # (B, T - skip)
         ce_intact += ce.sum().item()
         energy += torch.stack([z[:, skip:].square().sum(), z[:, :skip].square().sum()]).double().cpu()
         for n in nfes:
             for s in range(noise_seeds):
                 z_hat = sample(net, c, n, noises[s])
-                hybrid = F.log_softmax(lm.head(lm.run(net.hidden(z_hat).to(hl.dtype), layer, lm.L, side)).float(), -1)
+                hybrid = F.log_softmax(lm.head(lm.through(net.hidden(z_hat).to(hl.dtype), layer, lm.L, side)).float(), -1)
                 error = (z_hat - z).square()
                 kl = (intact.exp() * (intact - hybrid)).sum(-1)[:, skip:]
                 gap = -hybrid.gather(-1, ids[:, 1:, None])[:, skip:, 0] - ce
@@ -206,9 +217,9 @@ def train_flops(net, replaced, layer, T):
     """FLOPs a training token: forward and backward of the bridge (6 a parameter), forward only of the `layer` blocks of
     the frozen prefix (2 a parameter), and causal attention (6 and 2 per attended key and channel)."""
     own = sum(p.numel() for n, p in net.named_parameters() if p.ndim == 2 and not n.startswith(("time", "readout")))
-    blocks, W, D = net.shape["blocks"], net.shape["W"], net.shape["D"]
-    passes = 8 if net.shape["self_condition"] else 6                         # one more forward for the first estimate
-    readout = 4 * D * net.shape["V"] if net.generates else 0                 # its input needs no gradient
+    blocks, W, D = net.settings["blocks"], net.settings["W"], net.settings["D"]
+    passes = 8 if net.settings["self_condition"] else 6                         # one more forward for the first estimate
+    readout = 4 * D * net.settings["V"] if net.generates else 0                 # its input needs no gradient
     return passes * (own + blocks * W * T) + readout + 2 * (replaced + layer * D * T)
 
 
@@ -226,8 +237,8 @@ def report_size(cfg, net, shape, layer, world, micro, dtype):
     upper = sum(p.numel() for b in lm.blocks[layer:] for p in b.parameters())
     flops, tokens = train_flops(net, replaced, layer, cfg.seq_len), micro * cfg.seq_len
     matrices = sum(p.numel() for p in net.blocks.parameters() if p.ndim == 2) if cfg.lr > 0 else 0
-    W, D = net.shape["W"], net.shape["D"]
-    saved = (4 if cfg.recompute else 100) * W * net.shape["blocks"] + (100 * W if cfg.recompute else 0)
+    W, D = net.settings["W"], net.settings["D"]
+    saved = (4 if cfg.recompute else 100) * W * net.settings["blocks"] + (100 * W if cfg.recompute else 0)
     wide = getattr(shape, "intermediate_size", None) or 4 * D
     gigabytes = {
         "frozen prefix": dtype.itemsize * (sum(p.numel() for p in lm.parameters()) - upper), "weights": 4 * size,
@@ -274,7 +285,7 @@ def main(argv):
 
     # -------------------------------------------------------------------------------------------------- setup
     world = setup(cfg.device)
-    dtype = pick_dtype(cfg.dtype, world.device)
+    dtype = pick_dtype(cfg, world.device)
     slots, micro = split_batch(cfg.batch_size, cfg.micro_batch, world)
     model = backbone.resolve(cfg.model, cfg.out)
     identity = {"layer_number": choose_layer(cfg) if cfg.layer != "all" else None,
@@ -311,13 +322,13 @@ def main(argv):
     replaced = sum(p.numel() for b in lm.blocks[:layer] for p in b.parameters())
     if cfg.random_init:  # nothing to learn from, only to measure: no tokenizer and no text are needed
         tokenizer, train = None, data.RandomTokens(lm.V, cfg.seq_len)
-        held_out = train.spread(cfg.eval_batches, 1).to(world.device)
+        held_out = train.windows(cfg.eval_batches, 1).to(world.device)
     else:
-        tokenizer = data.load_tokenizer(model)
-        shards, _ = backbone.shards_beside(cfg, tokenizer, world)
+        tokenizer = backbone.load_tokenizer(model)
+        shards, _ = data.shards_beside(cfg, tokenizer, world)
         train = data.Tokens(shards, "train", cfg.seq_len)
-        held_out = data.Tokens(shards, "val", cfg.seq_len).spread(cfg.eval_batches).to(world.device)  # (N, T+1)
-    calibrate(lm, net, train.spread(cfg.calibration, cfg.seed)[:, :-1].to(world.device), layer, cfg.skip)
+        held_out = data.Tokens(shards, "val", cfg.seq_len).windows(cfg.eval_batches).to(world.device)  # (N, T+1)
+    calibrate(lm, net, train.windows(cfg.calibration, cfg.seed)[:, :-1].to(world.device), layer, cfg.skip)
     run = Run(cfg, world, identity)
     mean_net = copy.deepcopy(net).requires_grad_(False)                                           # EMA
     run.say(f"layer {layer} of {lm.L}: {cfg.objective} bridge of {blocks} blocks of width {W}, {size:,} parameters"
@@ -428,7 +439,7 @@ def main(argv):
     settings = {"layer": layer, "objective": cfg.objective, "visible": cfg.visible, "seed": cfg.seed,
                 "size_ratio": size / replaced if layer else None, "nfe_default": cfg.nfe, "model": model,
                 "base": identity["base"]}
-    save(mean_net, run.out, {**settings, "tokenizer": tokenizer and data.tokenizer_hash(tokenizer)})
+    save(mean_net, run.out, {**settings, "tokenizer": tokenizer and backbone.tokenizer_hash(tokenizer)})
     tokens = cfg.steps * cfg.batch_size * cfg.seq_len
     run.finish({**settings, "nfe": table, "raw_nfe": raw, "val_loss": val_loss, "readout_accuracy": named,
                 "ce_intact": ce, "parameters": size, "replaced_parameters": replaced, "steps": cfg.steps,

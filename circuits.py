@@ -23,15 +23,13 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-import backbone
-import data
-import masked
-from attribution import Subject, attribute, patch, without
-from common import UserError, entry, generator, parse, pick_dtype, setup
-from generate import spread
-from geometry import spearman
-from run import Run, atomic, finished, read_json
-from tasks import GLOBAL, TASKS, Pair, Pieces, examples
+from core import backbone, masked
+from core.attribution import Subject, attribute, patch, without
+from core.common import UserError, entry, generator, parse, setup
+from core.run import Run, atomic, finished, read_json
+from core.run import beside as beside_out
+from core.stats import plus_minus, spearman
+from core.tasks import GLOBAL, TASKS, Pair, Pieces, examples
 
 
 @dataclass
@@ -249,7 +247,7 @@ def verdicts(result):
             continue
         row = found["overlap"][str(result["k"])]
         shared = "; ".join(f"{n} {v['mean']:.2f}" for n, v in row.items() if n != "chance")
-        where = ", ".join(f"{kind} {spread(m['mean_depth'], '.2f')}" for kind, m in found["models"].items())
+        where = ", ".join(f"{kind} {plus_minus(m['mean_depth'], '.2f')}" for kind, m in found["models"].items())
         yield (f"{name} ({found['group']}): overlap of the {result['k']} strongest edges {shared}; by chance "
                f"{row['chance']:.2f}. Mean block of attribution: {where}. Solved: {percent}. Prompts that recur in "
                f"another set: {found['common']:.0%}")
@@ -275,17 +273,17 @@ def table(result):
         for kind in dict.fromkeys(n.split(", seed")[0] for n in found["solved"]):
             solves = [v for n, v in found["solved"].items() if n.split(", seed")[0] == kind]
             if kind not in found["models"]:
-                lines.append(f"| {name} | {found['group']} | {kind} | {spread(solves, '.2f')}: not analysed |"
+                lines.append(f"| {name} | {found['group']} | {kind} | {plus_minus(solves, '.2f')}: not analysed |"
                              + " |" * 10)
                 continue
             model = found["models"][kind]
             zero = [z for n, z in found["zeroing"].items() if n.split(", seed")[0] == kind]
             over = row.get(f"AR and {kind}")
             adjusted = "-" if over is None else f"{(over['mean'] - row['chance']) / (1 - row['chance']):.2f}"
-            lines.append(f"| {name} | {found['group']} | {kind} | {spread(solves, '.2f')} | {cell(f'AR and {kind}')} | "
+            lines.append(f"| {name} | {found['group']} | {kind} | {plus_minus(solves, '.2f')} | {cell(f'AR and {kind}')} | "
                          f"{adjusted} | {cell(f'{kind}, other prompts')} | {cell(f'{kind}, other seed')} | "
-                         + " | ".join(spread(model[key], ".2f") for key in ("mean_depth", "gini", "entropy")) + " | "
-                         + " | ".join(spread([z[key] for z in zero], ".2f")
+                         + " | ".join(plus_minus(model[key], ".2f") for key in ("mean_depth", "gini", "entropy")) + " | "
+                         + " | ".join(plus_minus([z[key] for z in zero], ".2f")
                                       for key in ("strongest", "random", "matched")) + " |")
     return "\n".join(lines)
 
@@ -356,10 +354,10 @@ def main(argv):
     if unknown:
         raise UserError(f"--task {unknown[0]}: no such task; there are all, {', '.join(TASKS)}")
     world = setup(cfg.device)
-    dtype = pick_dtype("fp32", world.device)
+    dtype = torch.float32
     model = backbone.resolve(cfg.model, cfg.out)
     beside = Path(model).parent / "repr_align"
-    beside = beside if beside.exists() else backbone.beside(cfg.out, "repr_align")
+    beside = beside if beside.exists() else beside_out(cfg.out, "repr_align")
     twins = [Path(t) for t in cfg.twins.split(",")] if cfg.twins else sorted(f.parent for f in beside.glob(
         "*/result.json"))
     if not twins and not cfg.dry_run:
@@ -394,7 +392,7 @@ def main(argv):
     run = Run(cfg, world, identity)
 
     # --------------------------------------------------------------------------------------------- study, result
-    scores, found, pieces = {}, {}, Pieces(data.load_tokenizer(model))
+    scores, found, pieces = {}, {}, Pieces(backbone.load_tokenizer(model))
     for name in names:
         found[name], own = study(name, subjects, pieces, cfg, world.device)
         scores |= {(*key, name): value for key, value in own.items()}

@@ -30,11 +30,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import tasks as generated
-from common import UserError, entry, generator, parse, setup
-from run import atomic, read_json, write_json
+from core import tasks as generated
+from core.backbone import EOS, load_tokenizer, tokenizer_hash
+from core.common import UserError, entry, generator, parse, setup
+from core.run import atomic, beside, read_json, write_json
 
-EOS = "<|endoftext|>"
 BPE_DOCUMENTS = 20_000  # enough text for a small vocabulary, and a Hub-sized corpus is not streamed twice
 
 
@@ -177,17 +177,6 @@ def train_tokenizer(source, vocab):
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS)
 
 
-def tokenizer_hash(tokenizer):
-    """16 hex digits that change when any token, merge or id does."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        text = json.dumps(sorted(tokenizer.get_vocab().items()))
-    else:
-        spec = json.loads(backend.to_str())  # padding and truncation are settings of the day, not of the vocabulary
-        text = json.dumps({**spec, "padding": None, "truncation": None}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 # ------------------------------------------------------------------------------------------------------- shards
 def tokenized(source, tokenizer):
     """Yield (text, ids) of each document that is not empty, tokenized in groups of about a million characters."""
@@ -274,19 +263,9 @@ def prepare(data, tokenizer, out, world=None, vocab=2048, max_tokens=None, tasks
     return out, meta
 
 
-def load_tokenizer(folder):
-    """The tokenizer of a shard folder or a model folder / Hub id."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-    if (Path(folder) / "meta.json").exists():
-        return PreTrainedTokenizerFast(tokenizer_file=str(Path(folder) / "tokenizer.json"), eos_token=EOS)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # the library makes an empty one of a bare config
-            raise ValueError("it knows no words")
-    except Exception as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"no tokenizer could be loaded from {folder} ({reason}); save one beside the model") from None
-    return tokenizer
+def shards_beside(cfg, tokenizer, world):
+    """The token shards of --data, kept in the folder `data` beside --out. Returns (folder, meta)."""
+    return prepare(cfg.data, tokenizer, beside(cfg.out, "data"), world)
 
 
 # ------------------------------------------------------------------------------------------------------ batches
@@ -328,7 +307,7 @@ class Tokens:
             starts.append((a * i + b) % self.n * (self.T + 1) + phase)
         return self._cut(starts)
 
-    def spread(self, count, seed=None):
+    def windows(self, count, seed=None):
         """At most `count` windows (B, T+1) for evaluation: evenly spread, or with a seed a random choice of tiles."""
         count = min(count, self.n)
         tiles = np.arange(count) * self.n // count if seed is None else np.sort(
@@ -346,7 +325,7 @@ class RandomTokens:
         rows = [generator(seed, "tokens", step, s).integers(self.vocab, size=self.T + 1) for s in slots]
         return torch.from_numpy(np.stack(rows))
 
-    def spread(self, count, seed=0):
+    def windows(self, count, seed=0):
         return self.batch(seed or 0, 0, range(count), count)
 
 

@@ -16,26 +16,19 @@ Letters: N texts, T tokens, L blocks, l the replaced layer.
 import copy
 import math
 import shutil
-import time
-import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
-import backbone
 import data
-import denoiser
-import harness
 import hybrid
-import masked
-import report
-from common import UserError, entry, generator, parse, pick_dtype, setup
-from run import Run, atomic, read_json
+from core import backbone, denoiser, harness, masked, report
+from core.common import UserError, entry, generator, parse, pick_dtype, setup
+from core.metrics import PeakBytes, seconds_of
+from core.run import Run, atomic, read_json
 
 
 @dataclass
@@ -59,7 +52,7 @@ class Config:
 
 
 STAGES = {  # folder under --runs -> the command that makes it
-    "toy": "python backbone.py --out {out}", "geometry": "python geometry.py --out {out}",
+    "toy": "python toy.py --out {out}", "geometry": "python geometry.py --out {out}",
     "bridge": "python bridge.py --out {out}", "regression": "python bridge.py --objective regression --out {out}",
     "hybrid": "python hybrid.py --bridge {runs}/bridge --out {out}",
     "repr_align/w0": "python repr_align.py --align_weight 0 --out {out}",
@@ -120,47 +113,6 @@ def read_runs(runs):
 
 
 # ---------------------------------------------------------------------------------------------------------- cost
-def seconds_of(repeats, run):
-    """The fastest of `repeats` calls: the least disturbed one."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-class PeakBytes(TorchDispatchMode):
-    """Within this context, `most` is the largest number of bytes held at once by tensors made in it, on any device;
-    `known` are tensors that were there before."""
-
-    def __init__(self, known=()):
-        super().__init__()
-        self.now, self.most, self.known = 0, 0, {t.untyped_storage().data_ptr() for t in known}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_flatten(out)[0]:
-            if isinstance(tensor, torch.Tensor):
-                self._watch(tensor.untyped_storage())
-        return out
-
-    def _watch(self, storage):
-        pointer, size = storage.data_ptr(), storage.nbytes()
-        if size == 0 or pointer in self.known:
-            return
-        self.known.add(pointer)
-        self.now += size
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._forget, pointer, size)
-
-    def _forget(self, pointer, size):
-        self.known.discard(pointer)
-        self.now -= size
-
-
 def forward_flops(lm, net, nfe, layer, keys):
     """FLOPs of one new token with a cache of `keys` tokens: 2 a parameter, 4 a key and channel of each attention. For
     the intact model net is None."""
@@ -169,7 +121,7 @@ def forward_flops(lm, net, nfe, layer, keys):
     total = 2 * (sum(count[layer if net else 0:]) + lm.V * lm.D) + 4 * keys * wide * (lm.L - (layer if net else 0))
     if net is not None:
         own = sum(p.numel() for n, p in net.named_parameters() if p.ndim == 2 and not n.startswith(("time", "readout")))
-        total += nfe * (2 * own + 4 * keys * net.shape["W"] * net.shape["blocks"])
+        total += nfe * (2 * own + 4 * keys * net.settings["W"] * net.settings["blocks"])
     return total
 
 
@@ -202,7 +154,7 @@ def cost(model, intact, student, repeats, new):
         kept = whole - sum(p.numel() * p.element_size() for b in intact.blocks[:layer] for p in b.parameters())
         measure(what, lambda: some.generate(ids, **how),
                 forward_flops(intact, net, nfe, layer, 3 * new // 2) / flops,
-                (nfe * net.shape["blocks"] + intact.L - layer) / intact.L,
+                (nfe * net.settings["blocks"] + intact.L - layer) / intact.L,
                 kept + 4 * sum(p.numel() for p in net.parameters()), [some, some.lm], layer=layer, nfe=nfe)
     default = model.config.nfe
     for nfe in (1, 2, 4, 8, 16):
@@ -212,7 +164,7 @@ def cost(model, intact, student, repeats, new):
     for layer in sorted({max(1, intact.L * i // 8) for i in range(1, 8)}):          # at most seven of them
         net = denoiser.Bridge(intact.D, intact.D, layer, heads).to(base.device).eval()
         config = copy.deepcopy(model.config)
-        config.layer, config.bridge, config.nfe = layer, net.shape, default
+        config.layer, config.bridge, config.nfe = layer, net.settings, default
         some = hybrid.HybridForCausalLM(config, net, copy.deepcopy(intact)).eval()
         of_hybrid(some, default, f"random bridge of {layer} blocks at layer {layer}, NFE {default}")
     wide, T = 4 * new, 5 * new                                                      # no cache: all tokens in each step
@@ -308,7 +260,7 @@ def windows_of(file, tokenizer):
 def zero_shot(models, tokenizer, shards, own, cfg, device):
     """{model: {text: {bits_per_byte, se}}} on held-out windows and on those of --text (`own`), and the cloze suite."""
     meta = read_json(Path(shards) / "meta.json")
-    texts = {"held-out": (data.Tokens(shards, "val", 127).spread(cfg.texts).to(device),
+    texts = {"held-out": (data.Tokens(shards, "val", 127).windows(cfg.texts).to(device),
                           meta["bytes"]["val"] / meta["tokens"]["val"])}
     if own:
         texts[Path(cfg.text).name] = own[0].to(device), own[1]
@@ -331,7 +283,7 @@ def main(argv):
     if cfg.text and not Path(cfg.text).is_file():
         raise UserError(f"--text {cfg.text}: there is no such file")
     world = setup(cfg.device)
-    dtype = pick_dtype(cfg.dtype, world.device)
+    dtype = pick_dtype(cfg, world.device)
     runs = Path(cfg.runs)
     found = read_runs(runs)
     if cfg.harness:

@@ -10,11 +10,8 @@ where its entropy equals real text's. Writes result.json, samples.jsonl and gene
 
 Letters: N texts, T tokens, V vocabulary.
 """
-import collections
 import dataclasses
-import importlib.util
 import json
-import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +19,16 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from transformers import GenerationConfig
 
-import backbone
 import data
 import hybrid
-import masked
-from common import UserError, entry, generator, parse, pick_dtype, setup
-from run import Run, atomic, finished, read_json
+from core import backbone, masked
+from core.common import UserError, entry, generator, parse, pick_dtype, setup
+from core.metrics import SHAPE, at_entropy, judge_text, mauve, measure
+from core.report import frontiers
+from core.run import Run, atomic, finished, read_json
+from core.stats import plus_minus
 
 
 @dataclass
@@ -56,113 +54,10 @@ class Config:
     dry_run: bool = False       # print what would be sampled, then leave
 
 
-SHAPE = ("entropy", "diversity", "rep_4", "distinct_2", "self_bleu")  # of a text, whoever judges it
-
-
-# ------------------------------------------------------------------------------------------------------- metrics
-@torch.no_grad()
-def judge(lm, ids, prefix):
-    """Negative log-likelihood (nats, float64) of each text's tokens after the prefix: ids (N, T) -> (N, T - prefix)."""
-    rows = []
-    for part in ids.split(16):
-        logits = lm.head(lm.run(lm.embed(part[:, :-1]), 0, lm.L))[:, prefix - 1:]             # (n, T - prefix, V)
-        nll = F.cross_entropy(logits.double().flatten(0, 1), part[:, prefix:].flatten(), reduction="none")
-        rows.append(nll.view(len(part), -1))
-    return torch.cat(rows)
-
-
-@torch.no_grad()
-def judge_text(lm, theirs, ours, ids, prefix):
-    """The same by a judge with another tokenizer: ids (N, T) are decoded by `ours`, prefix and continuation apart, and
-    encoded by `theirs`. A list of N vectors, one number a token of the judge's."""
-    out = []
-    for row in ids.tolist():
-        head, tail = (theirs(ours.decode(part), add_special_tokens=False)["input_ids"]
-                      for part in (row[:prefix], row[prefix:]))
-        head = head or [theirs.eos_token_id or 0]
-        both = torch.tensor([[*head, *tail]], device=ids.device)
-        logits = lm.head(lm.run(lm.embed(both[:, :-1]), 0, lm.L))[0, len(head) - 1:]                      # (n, V)
-        out.append(F.cross_entropy(logits.double(), both[0, len(head):], reduction="none"))
-    return out
-
-
-def entropy(ids):
-    """Entropy (nats) of a text's own token histogram, mean over ids (N, T). At most ln T."""
-    total = 0.0
-    for row in ids.tolist():
-        counts = np.unique(row, return_counts=True)[1] / len(row)
-        total -= (counts * np.log(counts)).sum()
-    return total / len(ids)
-
-
-def repetition(ids, n):
-    """rep-n: the share of n-grams, pooled over all texts, that repeat an earlier one. ids (N, T)."""
-    grams = [tuple(row[i:i + n]) for row in ids.tolist() for i in range(len(row) - n + 1)]
-    if not grams:
-        raise UserError(f"texts of {ids.shape[1]} tokens have no {n}-grams; write longer ones")
-    return 1 - len(set(grams)) / len(grams)
-
-
-def self_bleu(ids, order=4):
-    """Mean BLEU (n-grams up to `order`, uniform weights, no smoothing) of each text against all the others: how alike
-    they are. ids (N, T), N >= 2."""
-    if len(ids) < 2 or ids.shape[1] < order:
-        raise UserError(f"self-BLEU needs two texts of at least {order} tokens")
-    total = np.zeros((len(ids), order))
-    for n in range(1, order + 1):
-        counts = [collections.Counter(tuple(row[i:i + n]) for i in range(len(row) - n + 1)) for row in ids.tolist()]
-        first, second = collections.Counter(), collections.Counter()           # largest and next count over texts
-        for count in counts:
-            for gram, c in count.items():
-                high, low = first[gram], second[gram]
-                first[gram], second[gram] = max(high, c), max(low, min(high, c))
-        for i, count in enumerate(counts):
-            others = (second[g] if count[g] == first[g] else first[g] for g in count)
-            total[i, n - 1] = sum(map(min, count.values(), others)) / sum(count.values())
-    with np.errstate(divide="ignore"):
-        return float(np.exp(np.log(total).mean(1)).mean())                     # equal lengths: no brevity penalty
-
-
-@torch.no_grad()
-def mauve(lm, real, ids, prefix):
-    """MAUVE (Pillutla et al. 2021) between what follows the prefix in `real` and in `ids`, both (N, T); features are
-    the mean of lm's last states. None where the package mauve-text is not installed."""
-    if importlib.util.find_spec("mauve") is None:
-        return None
-    from mauve import compute_mauve
-    p, q = (torch.cat([lm.norm(lm.run(lm.embed(part), 0, lm.L))[:, prefix:].mean(1) for part in text.split(16)]).cpu()
-            for text in (real, ids))
-    return float(compute_mauve(p_features=p.numpy(), q_features=q.numpy(), num_buckets=max(2, len(p) // 10),
-                               verbose=False).mauve)
-
-
-def measure(lm, ids, prefix, nll=None):
-    """All metrics of ids (N, T) at one setting: gen_ppl = exp(sum NLL / sum tokens), mean and median over texts of each
-    one's own, entropy, diversity = product over n = 2, 3, 4 of the share of distinct n-grams, rep_4, distinct-n (the
-    share of different n-grams within a text, mean over texts), self_bleu. `nll`: another judge's, see judge_text."""
-    nll, new = judge(lm, ids, prefix) if nll is None else nll, ids[:, prefix:]
-    each = torch.stack([row.mean() for row in nll]).exp()
-    return {"gen_ppl": math.exp(sum(r.sum() for r in nll) / sum(map(len, nll))), "gen_ppl_mean": float(each.mean()),
-            "gen_ppl_median": float(each.median()), "entropy": entropy(new),
-            "diversity": math.prod(1 - repetition(new, n) for n in (2, 3, 4)),
-            "rep_4": repetition(new, 4), "self_bleu": self_bleu(new),
-            **{f"distinct_{n}": 1 - statistics.mean(repetition(row[None], n) for row in new) for n in (1, 2)}}
-
-
-def at_entropy(points, target):
-    """gen-PPL where a frontier crosses the entropy `target`: linear in (entropy, log gen-PPL) between the temperatures
-    around it. None if it never does: no extrapolation."""
-    points = sorted((p["entropy"], math.log(p["gen_ppl"])) for p in points)
-    for (h0, y0), (h1, y1) in zip(points, points[1:]):
-        if h0 <= target <= h1:
-            return math.exp(y0 + (y1 - y0) * (target - h0) / max(h1 - h0, 1e-9))
-    return None
-
-
 # ------------------------------------------------------------------------------------------------------- methods
 def unigram(train, count, shape, temperature, seed):
     """Tokens (N, T) drawn independently by their frequency in `count` training windows, tempered."""
-    p = torch.bincount(train.spread(count).flatten()).double() ** (1 / temperature)
+    p = torch.bincount(train.windows(count).flatten()).double() ** (1 / temperature)
     cdf = (p / p.sum()).cumsum(0).numpy()
     return torch.from_numpy(np.searchsorted(cdf, generator(seed, "unigram").random(shape)).clip(max=len(cdf) - 1))
 
@@ -233,48 +128,13 @@ def table(rows, real):
     for (title, _), group in groups.items():
         one = [next(p for p in r["frontier"] if p["temperature"] == near) for r in group]
         matched = [r["matched"] for r in group]
-        cell = "never there" if None in matched else spread(matched, ".1f")
+        cell = "never there" if None in matched else plus_minus(matched, ".1f")
         ratio = "-" if None in matched else f"{statistics.mean(matched) / real['gen_ppl']:.2f}"
-        lines.append(f"| {title} | {cell} | {ratio} | {spread([p['gen_ppl'] for p in one], '.1f')} | "
-                     f"{spread([p['gen_ppl_median'] for p in one], '.1f')} | "
-                     + " | ".join(spread([p[k] for p in one], ".2f") for k in SHAPE) + " | "
-                     + (spread([r["mauve"] for r in group], ".2f") if group[0].get("mauve") else "-") + " |")
+        lines.append(f"| {title} | {cell} | {ratio} | {plus_minus([p['gen_ppl'] for p in one], '.1f')} | "
+                     f"{plus_minus([p['gen_ppl_median'] for p in one], '.1f')} | "
+                     + " | ".join(plus_minus([p[k] for p in one], ".2f") for k in SHAPE) + " | "
+                     + (plus_minus([r["mauve"] for r in group], ".2f") if group[0].get("mauve") else "-") + " |")
     return "\n".join(lines)
-
-
-def spread(values, form):
-    sd = f" +- {statistics.stdev(values):{form.lstrip('+')}}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{form}}{sd}"
-
-
-def paired(a, b):
-    """(mean of a - b over seeds, half the width of its 95% interval by Student's t; None with one seed)."""
-    gaps = [x - y for x, y in zip(a, b, strict=True)]
-    if len(gaps) < 2:
-        return gaps[0], None
-    quantile = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}.get(len(gaps), 2.31)    # n - 1 freedom
-    return statistics.mean(gaps), quantile * statistics.stdev(gaps) / len(gaps) ** 0.5
-
-
-def frontiers(lines, real, path, title):
-    """Entropy against gen-PPL over temperature: one line for each (name, color, points) of `lines`, real text as a
-    cross. Lines of one name share a label: they are its seeds."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(6.2, 4.2), constrained_layout=True)
-    seen = set()
-    for name, color, points in lines:
-        ax.plot([p["entropy"] for p in points], [p["gen_ppl"] for p in points], "o-", markersize=3, color=color,
-                label=None if name in seen else name)
-        seen.add(name)
-    ax.plot(real["entropy"], real["gen_ppl"], "x", color="#d1495b", markersize=10, markeredgewidth=2, label="real text")
-    ax.set(yscale="log", xlabel="entropy of a text's tokens (nats)", ylabel="gen-PPL, judged by the intact model",
-           title=title)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(fontsize=8, frameon=False)
-    fig.savefig(path, dpi=130, format="png")
-    plt.close(fig)
 
 
 def figure(rows, real, path):
@@ -300,7 +160,7 @@ def main(argv):
     if cfg.alpha < 0 or not 0 <= cfg.back < 1:
         raise UserError("--alpha must not be negative, and --back lie in [0, 1)")
     world = setup(cfg.device)
-    dtype = pick_dtype(cfg.dtype, world.device)
+    dtype = pick_dtype(cfg, world.device)
     if cfg.dry_run:
         print(f"would write {cfg.texts} texts of {cfg.new} tokens at each of {len(temperatures)} temperatures with "
               f"{', '.join(map(str, folders))}, and with AR sampling, unigrams and {cfg.twin or 'no masked twin'}")
@@ -323,12 +183,12 @@ def main(argv):
         return result
 
     # ------------------------------------------------------------------------------------------- texts, judge
-    tokenizer = data.load_tokenizer(infos[0]["model"])
-    shards, _ = backbone.shards_beside(cfg, tokenizer, world)
+    tokenizer = backbone.load_tokenizer(infos[0]["model"])
+    shards, _ = data.shards_beside(cfg, tokenizer, world)
     T = cfg.prefix + cfg.new
-    text = data.Tokens(shards, "val", T - 1).spread(cfg.texts).to(world.device)                # (N, T)
+    text = data.Tokens(shards, "val", T - 1).windows(cfg.texts).to(world.device)                # (N, T)
     lm = backbone.load(infos[0]["model"], world.device, dtype)
-    other = (backbone.load(cfg.judge, world.device, dtype), data.load_tokenizer(cfg.judge)) if cfg.judge else None
+    other = (backbone.load(cfg.judge, world.device, dtype), backbone.load_tokenizer(cfg.judge)) if cfg.judge else None
     run = Run(cfg, world, identity)
     def measured(ids):
         return measure(lm, ids, cfg.prefix, judge_text(*other, tokenizer, ids, cfg.prefix) if other else None)

@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import backbone
 import data
-from common import UserError, entry, generator, parse, pick_dtype, setup
-from run import Run, finished
+from core import backbone
+from core.common import UserError, entry, generator, parse, pick_dtype, setup
+from core.run import Run, finished
+from core.stats import spearman
 
 
 @dataclass
@@ -236,13 +237,6 @@ def variants(cfg):
     return table
 
 
-def spearman(a, b):
-    """Rank correlation of two vectors, ties averaged; 0 if either is constant."""
-    rank = [np.array([np.mean([(x < v).sum(), (x <= v).sum() - 1]) for v in x]) for x in (np.asarray(a), np.asarray(b))]
-    a, b = rank[0] - rank[0].mean(), rank[1] - rank[1].mean()
-    return float((a * b).sum() / max(np.sqrt((a ** 2).sum() * (b ** 2).sum()), 1e-12))
-
-
 def analyse(states, cfg):
     """States -> the dict that becomes result.json."""
     C, P, D = states.pool.shape
@@ -353,7 +347,7 @@ def main(argv):
     cfg = parse(Config, argv, __doc__, PRESETS)
     world = setup(cfg.device)
     torch.set_float32_matmul_precision("highest")  # TF32 would scramble the distances of near neighbours
-    dtype = pick_dtype(cfg.dtype, world.device)
+    dtype = pick_dtype(cfg, world.device)
 
     # -------------------------------------------------------------------------------------------------- setup
     model = backbone.resolve(cfg.model, cfg.out)
@@ -382,8 +376,8 @@ def main(argv):
 
     # ----------------------------------------------------------------------------------------- collect, analyse
     lm = backbone.load(model, world.device, dtype, random_init=cfg.random_init)
-    shards, _ = backbone.shards_beside(cfg, data.load_tokenizer(model), world)
-    windows = data.Tokens(shards, "val", cfg.seq_len).spread(windows_needed, cfg.seed)[:, :-1]              # (S, T)
+    shards, _ = data.shards_beside(cfg, backbone.load_tokenizer(model), world)
+    windows = data.Tokens(shards, "val", cfg.seq_len).windows(windows_needed, cfg.seed)[:, :-1]              # (S, T)
     tokens = len(windows) * (cfg.seq_len - cfg.skip)
     if tokens < 4 * cfg.k:
         raise UserError(f"held-out text gives only {tokens} tokens, fewer than 4 --k = {4 * cfg.k}; use more text")

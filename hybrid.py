@@ -22,17 +22,21 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import (AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PretrainedConfig,
-                          PreTrainedModel, TextStreamer)
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+    TextStreamer,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-import backbone
 import data
-import denoiser
-import diffusion
-import masked
-from common import UserError, entry, generator, normal, parse, pick_dtype, setup
-from run import Run, finished, read_json
+from core import backbone, denoiser, diffusion, masked
+from core.common import UserError, entry, generator, normal, parse, pick_dtype, setup
+from core.run import Run, finished, read_json
 
 
 @dataclass
@@ -90,7 +94,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.net = net
         self.__dict__["lm"] = lm
-        self.register_buffer("noise", torch.zeros(0, net.shape["D"]), persistent=False)
+        self.register_buffer("noise", torch.zeros(0, net.settings["D"]), persistent=False)
         for i in range(config.layer):  # the replaced blocks are gone
             lm.blocks[i] = torch.nn.Identity()
         self.set_nfe(config.nfe)
@@ -104,8 +108,8 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         """Use `nfe` network calls from now on: the retained blocks' layers in the cache move accordingly."""
         if nfe < 1:
             raise UserError(f"the number of network calls must be at least 1, not {nfe}")
-        calls = nfe if self.net.shape["objective"] == "diffusion" else 1
-        first = calls * self.net.shape["blocks"]
+        calls = nfe if self.net.settings["objective"] == "diffusion" else 1
+        first = calls * self.net.settings["blocks"]
         for i in range(self.config.layer, self.lm.L):
             for module in self.lm.blocks[i].modules():
                 if hasattr(module, "layer_idx"):
@@ -153,7 +157,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         if position_ids is None:
             position_ids = torch.arange(past, past + T, device=input_ids.device)[None]                   # (1, T)
         h, side = self.hidden(input_ids, position_ids, attention_mask, past_key_values)
-        h = self.lm.run(h, self.config.layer, self.lm.L, side)                                           # (B, T, D)
+        h = self.lm.through(h, self.config.layer, self.lm.L, side)                                           # (B, T, D)
         logits = self.lm.head(h[:, -logits_to_keep:])                                                    # (B, T, V)
         loss = None
         if labels is not None:
@@ -178,9 +182,9 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         self._refuse_blocks(total, suffix_ids is not None, expert, top_p, min(nfe, block, max_new_tokens,
                                                                              input_ids.shape[1]),
                             min(alpha, temperature, rounds, back, 0.999 - back))
-        if self.net.shape["objective"] == "regression":
+        if self.net.settings["objective"] == "regression":
             rounds = 0  # nothing to refine: it would answer the same
-        if rounds and self.net.shape["sampler"] == "heun":
+        if rounds and self.net.settings["sampler"] == "heun":
             raise UserError("refinements run a part of the Euler grid; with a Heun bridge set rounds (--rounds) to 0")
         kept = self.config.nfe
         self.set_nfe(nfe)
@@ -220,7 +224,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         if total > self.config.max_position_embeddings:
             raise UserError(f"prompt, new tokens and suffix are {total} tokens; they must fit the model's "
                             f"{self.config.max_position_embeddings} positions")
-        if suffix and not self.net.shape["bidirectional"]:
+        if suffix and not self.net.settings["bidirectional"]:
             raise UserError("a suffix can only be seen by a bridge trained with --bidirectional")
 
     def _draw(self, ids, unknown, cache, last, how, key):
@@ -229,7 +233,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         (B, T), past, device = ids.shape, cache.get_seq_length() if cache is not None else 0, ids.device
         positions = torch.arange(past, past + T, device=device)[None]                                  # (1, T)
         causal = torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past)                   # (T, K)
-        wide = (causal | unknown[:, :, None])[:, None] if self.net.shape["bidirectional"] else causal
+        wide = (causal | unknown[:, :, None])[:, None] if self.net.settings["bidirectional"] else causal
 
         def run(function, *args, **more):
             out = function(*args, **more)
@@ -259,7 +263,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         """Tokens (B, T) of z (B, T, D). Draws are float64; the draw is keyed by row."""
         h = self.net.hidden(z).to(self.lm.norm.weight.dtype)
         side = self.lm.side(h, positions, None, cache)
-        upper = self.lm.head(self.lm.run(h, self.config.layer, self.lm.L, side))                       # (B, T, V)
+        upper = self.lm.head(self.lm.through(h, self.config.layer, self.lm.L, side))                       # (B, T, V)
         upper = torch.cat([upper[:, :1] if last is None else last, upper[:, :-1]], 1)  # token i is foretold at i-1
         upper, read = (F.log_softmax(part.double(), -1) for part in (upper, self.net.readout(z)))
         logits = {"both": upper + how["alpha"] * read, "upper": upper, "readout": read}[how["expert"]]
@@ -311,8 +315,8 @@ def assemble(net, config, base_model, device, dtype):
     if backbone.identity(base_model) != config.base:
         raise UserError(f"the weights in {base_model} are not those this bridge was trained under (hash "
                         f"{backbone.identity(base_model)}, expected {config.base}); pass the right --model")
-    if net.shape["D"] != lm.D or not 1 - net.generates <= config.layer <= lm.L:
-        raise UserError(f"the bridge makes states of width {net.shape['D']} at layer {config.layer}, but {base_model} "
+    if net.settings["D"] != lm.D or not 1 - net.generates <= config.layer <= lm.L:
+        raise UserError(f"the bridge makes states of width {net.settings['D']} at layer {config.layer}, but {base_model} "
                         f"has width {lm.D} and {lm.L} blocks; pass the right --model")
     config.vocab_size, config.hidden_size, config.base_model = lm.V, lm.D, base_model
     config.eos_token_id, config.bos_token_id = lm.config.eos_token_id, lm.config.bos_token_id
@@ -324,7 +328,7 @@ def from_bridge(folder, model="", nfe=0, device="cpu", dtype=torch.float32):
     """HybridForCausalLM from a bridge folder. Raises UserError for a bridge of another base, or nfe < 1."""
     net, info = denoiser.load(folder, device)
     config = HybridConfig(base_model=model or info["model"], base=info["base"], layer=info["layer"],
-                          nfe=nfe or info["nfe_default"], bridge=net.shape, tokenizer=info["tokenizer"])
+                          nfe=nfe or info["nfe_default"], bridge=net.settings, tokenizer=info["tokenizer"])
     return assemble(net, config, config.base_model, torch.device(device), dtype)
 
 
@@ -335,8 +339,8 @@ def again(nfe, back):
 
 def tokenizer_of(model):
     """The base's tokenizer. Raises UserError when it is not the one the bridge was trained with."""
-    tokenizer = data.load_tokenizer(model.config.base_model)
-    if data.tokenizer_hash(tokenizer) != model.config.tokenizer:
+    tokenizer = backbone.load_tokenizer(model.config.base_model)
+    if backbone.tokenizer_hash(tokenizer) != model.config.tokenizer:
         raise UserError(f"the tokenizer in {model.config.base_model} is not the one this bridge was trained with")
     return tokenizer
 
@@ -376,7 +380,7 @@ def compare(model, intact, rows):
     (nats), KL(intact || hybrid), share of equal top-1 tokens, CE of the intact model."""
     total = torch.zeros(4, dtype=torch.float64)
     for ids in rows.split(16):
-        p = F.log_softmax(intact.head(intact.run(intact.embed(ids[:, :-1]), 0, intact.L)).float(), -1)   # (B, T, V)
+        p = F.log_softmax(intact.head(intact.through(intact.embed(ids[:, :-1]), 0, intact.L)).float(), -1)   # (B, T, V)
         q = F.log_softmax(model(ids[:, :-1], use_cache=False).logits.float(), -1)
         token = ids[:, 1:, None]
         total += torch.stack([(p - q).gather(-1, token).sum(), (p.exp() * (p - q)).sum(),
@@ -388,7 +392,7 @@ def compare(model, intact, rows):
 def main(argv):
     cfg = parse(Config, argv, __doc__)
     world = setup(cfg.device)
-    dtype = pick_dtype(cfg.dtype, world.device)
+    dtype = pick_dtype(cfg, world.device)
     if not 0 <= cfg.temperature:
         raise UserError(f"--temperature {cfg.temperature} must not be negative")
     info = read_json(Path(cfg.bridge) / "bridge.json", "train a bridge with: python bridge.py")
@@ -422,8 +426,8 @@ def main(argv):
         return result
     model = from_bridge(cfg.bridge, cfg.model, cfg.nfe, world.device, dtype)
     tokenizer = tokenizer_of(model)
-    shards, _ = backbone.shards_beside(cfg, tokenizer, world)
-    rows = data.Tokens(shards, "val", cfg.seq_len).spread(cfg.eval_batches).to(world.device)
+    shards, _ = data.shards_beside(cfg, tokenizer, world)
+    rows = data.Tokens(shards, "val", cfg.seq_len).windows(cfg.eval_batches).to(world.device)
     run = Run(cfg, world, identity)
     backbone.save_model(model, tokenizer, run.out, standalone=cfg.standalone)
     model = HybridForCausalLM.from_pretrained(run.out, dtype=dtype, device=world.device)  # measure what was saved

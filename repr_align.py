@@ -25,12 +25,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import distribute_tensor
 
-import backbone
 import data
-import optim
-from common import GradientSum, StopSignal, UserError, entry, generator, parse, pick_dtype, setup, split_batch
-from masked import ORDERS, Student, add_mask, sample_text
-from run import Clock, Run, finished
+from core import backbone, optim
+from core.common import GradientSum, StopSignal, UserError, entry, generator, parse, pick_dtype, setup, split_batch
+from core.masked import ORDERS, Student, add_mask, sample_text
+from core.run import Clock, Run, finished
 
 
 @dataclass
@@ -301,7 +300,7 @@ def main(argv):
 
     # -------------------------------------------------------------------------------------------------- setup
     world = setup(cfg.device)
-    dtype = pick_dtype(cfg.dtype, world.device)
+    dtype = pick_dtype(cfg, world.device)
     if not cfg.load and (cfg.prompt or cfg.suffix or cfg.judge):
         raise UserError("--prompt, --suffix and --judge use a converted model; name it with --load")
     if cfg.load:
@@ -320,10 +319,10 @@ def main(argv):
         return report_size(cfg, shape, world, dtype)
 
     # -------------------------------------------------------------------------------------------- data, models
-    tokenizer = data.load_tokenizer(model)
-    shards, _ = backbone.shards_beside(cfg, tokenizer, world)
+    tokenizer = backbone.load_tokenizer(model)
+    shards, _ = data.shards_beside(cfg, tokenizer, world)
     train = data.Tokens(shards, "train", cfg.seq_len, cfg.train_tokens)
-    held_out = data.Tokens(shards, "val", cfg.seq_len).spread(cfg.eval_batches)[:, :-1]           # (N, T)
+    held_out = data.Tokens(shards, "val", cfg.seq_len).windows(cfg.eval_batches)[:, :-1]           # (N, T)
     load = dict(device=world.device, random_init=cfg.random_init)
     teacher = backbone.load(model, dtype=dtype, **load) if cfg.align_weight > 0 else None
     lm = backbone.load(model, dtype=torch.float32, **load)

@@ -78,15 +78,15 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory, text):
     """out/ of a whole tiny pipeline: real data, real training, seconds."""
-    import backbone
     import bridge
     import generate
     import geometry
     import hybrid
     import repr_align
+    import toy
     out = tmp_path_factory.mktemp("pipeline") / "out"
     tiny = ["--preset", "tiny", "--data", str(text)]
-    backbone.main([*tiny, "--out", f"{out}/toy"])
+    toy.main([*tiny, "--out", f"{out}/toy"])
     geometry.main([*tiny, "--out", f"{out}/geometry"])
     bridge.main([*tiny, "--out", f"{out}/bridge"])
     bridge.main([*tiny, "--objective", "regression", "--out", f"{out}/regression"])

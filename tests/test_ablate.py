@@ -4,7 +4,7 @@ import json
 import pytest
 from conftest import fails
 
-import ablate
+from studies import ablate
 
 
 def write(folder, **result):

@@ -5,8 +5,8 @@ import pytest
 import torch
 from conftest import FAMILIES, fails, tiny_model
 
-import backbone
 import geometry
+from core import backbone
 
 IDS = torch.randint(3, 64, (2, 28), generator=torch.Generator().manual_seed(0))
 
@@ -22,8 +22,8 @@ def test_prefix_and_suffix_equal_the_model(family):
         assert not torch.equal(wide(IDS).logits, want)
     h0 = lm.embed(IDS)
     for cut in range(lm.L + 1):
-        hl = lm.run(h0, 0, cut)
-        assert torch.equal(lm.head(lm.run(hl, cut, lm.L)), want), f"cut at {cut}"
+        hl = lm.through(h0, 0, cut)
+        assert torch.equal(lm.head(lm.through(hl, cut, lm.L)), want), f"cut at {cut}"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -35,8 +35,8 @@ def test_left_padding_changes_nothing(family):
     mask[:, :5] = 0
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     h = lm.embed(ids, positions)
-    padded = lm.head(lm.run(h, 0, lm.L, lm.side(h, positions, mask)))[:, 5:]
-    plain = lm.head(lm.run(lm.embed(IDS), 0, lm.L))
+    padded = lm.head(lm.through(h, 0, lm.L, lm.side(h, positions, mask)))[:, 5:]
+    plain = lm.head(lm.through(lm.embed(IDS), 0, lm.L))
     assert torch.allclose(padded, plain, atol=1e-4, rtol=1e-4)
 
 
@@ -50,7 +50,7 @@ def test_bidirectional_lets_the_future_change_the_past(family):
 
     def logits(ids, causal):
         h = lm.embed(ids)
-        return lm.head(lm.run(h, 0, lm.L, lm.side(h, causal=causal)))
+        return lm.head(lm.through(h, 0, lm.L, lm.side(h, causal=causal)))
     assert torch.equal(logits(IDS, True)[:, :-1], logits(other, True)[:, :-1])
     changed = (logits(IDS, False) - logits(other, False)).abs().amax(-1)      # (B, T)
     assert (changed > 1e-5).all()
@@ -64,7 +64,7 @@ def test_loading_a_prefix(tmp_path, family):
     whole = backbone.load(str(tmp_path), torch.device("cpu"), torch.float32)
     part = backbone.load(str(tmp_path), torch.device("cpu"), torch.float32, blocks=2)
     assert len(part.blocks) == 2 and part.L == 4
-    assert torch.equal(part.run(part.embed(IDS), 0, 2), whole.run(whole.embed(IDS), 0, 2))
+    assert torch.equal(part.through(part.embed(IDS), 0, 2), whole.through(whole.embed(IDS), 0, 2))
 
 
 def test_refusals(tmp_path, capsys, text):

@@ -12,11 +12,8 @@ from conftest import ROOT, fails, randomise, slow, tiny_model
 from safetensors.torch import load_file
 
 import bridge
-import common
 import data
-import denoiser
-import diffusion
-import optim
+from core import common, denoiser, diffusion, optim
 
 B, T, D = 3, 12, 16
 
@@ -271,9 +268,9 @@ def test_result_of_a_run(runs):
 
 def test_a_better_bridge_measures_better(runs):
     """`measure` on the exact z gives zero; on a constant it gives FVU about 1."""
-    import backbone
+    from core import backbone
     lm = backbone.load(f"{runs}/toy", torch.device("cpu"), torch.float32)
-    rows = data.Tokens(runs / "data", "val", 32).spread(4)
+    rows = data.Tokens(runs / "data", "val", 32).windows(4)
     model, info = denoiser.load(runs / "bridge", torch.device("cpu"))
     layer = info["layer"]
 
@@ -285,7 +282,7 @@ def test_a_better_bridge_measures_better(runs):
 
         def forward(self, x, c, t, *_, **__):
             return self.answer(c)
-    perfect, _ = bridge.measure(lm, Fixed(lambda c: model.standard_z(lm.run(
+    perfect, _ = bridge.measure(lm, Fixed(lambda c: model.standard_z(lm.through(
         c * model.sigma_c + model.mu_c, 0, layer))), rows, layer, (1,), 1, 4)
     assert perfect["1"]["fvu"] < 1e-6 and abs(perfect["1"]["ce_gap"]) < 1e-4 and perfect["1"]["agree"] == 1
     mean, _ = bridge.measure(lm, Fixed(torch.zeros_like), rows, layer, (1,), 1, 4)

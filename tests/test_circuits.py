@@ -7,15 +7,11 @@ import torch
 from conftest import fails, tiny_model
 from torch import nn
 
-import attribution
-import backbone
 import circuits
 import data
-import masked
-import report
-import tasks
-from attribution import Subject, attribute, metric, patch, without
-from common import UserError, generator
+from core import attribution, backbone, masked, report, tasks
+from core.attribution import Subject, attribute, metric, patch, without
+from core.common import UserError, generator
 
 SUPPORTED = ("llama", "qwen2", "qwen3", "mistral", "gpt2")
 
@@ -225,7 +221,7 @@ def test_measures_have_known_answers():
 
 # --------------------------------------------------------------------------------------------------------- tasks
 def test_pairs_differ_in_one_token_and_have_the_answer_they_claim(runs):
-    tokenizer = data.load_tokenizer(runs / "toy")
+    tokenizer = backbone.load_tokenizer(runs / "toy")
     pieces = tasks.Pieces(tokenizer)
     for name in tasks.TASKS:
         for p in tasks.examples(name, pieces, 20, seed=3):
@@ -251,7 +247,7 @@ def test_pairs_differ_in_one_token_and_have_the_answer_they_claim(runs):
 
 
 def test_lines_make_up_their_share_of_the_training_text_and_none_of_the_held_out(text, tmp_path, runs):
-    tokenizer, some = data.load_tokenizer(runs / "toy"), tmp_path / "text"
+    tokenizer, some = backbone.load_tokenizer(runs / "toy"), tmp_path / "text"
     some.mkdir()
     for file in sorted(text.glob("a*.py")):
         shutil.copy(file, some)
@@ -279,7 +275,7 @@ def test_a_study_uses_what_all_able_models_solve(runs, monkeypatch):
         return right
     monkeypatch.setattr(circuits, "solved", solved)
     cfg = circuits.Config(pairs=2, resamples=2, ig_steps=1, k=20)                # draws 4 x 2 prompts a set
-    found, scores = circuits.study("missing", subjects, tasks.Pieces(data.load_tokenizer(runs / "toy")), cfg,
+    found, scores = circuits.study("missing", subjects, tasks.Pieces(backbone.load_tokenizer(runs / "toy")), cfg,
                                    torch.device("cpu"))
     assert found["usable"] and found["pairs"] == 2 and set(found["models"]) == {"AR", "twin"}
     assert len(scores) == 6 and found["solved"]["poor, seed 0"] == 0
@@ -290,7 +286,7 @@ def test_a_study_uses_what_all_able_models_solve(runs, monkeypatch):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_study_of_other_families(family, runs, monkeypatch):
-    tokenizer = data.load_tokenizer(runs / "toy")
+    tokenizer = backbone.load_tokenizer(runs / "toy")
     size = dict(vocab_size=len(tokenizer) + 1, pad_token_id=0, bos_token_id=0, eos_token_id=0, initializer_range=0.1)
     student = masked.Student(backbone.Backbone(tiny_model(family, 1, **size).requires_grad_(False)), len(tokenizer))
     subjects = [subject_of(family, **size), Subject(student.lm, student, "masked, seed 0", "masked")]

@@ -8,6 +8,7 @@ import torch
 from conftest import fails
 
 import data
+from core import backbone
 
 
 def write(folder, meta_tokens, ids):
@@ -23,7 +24,7 @@ def write(folder, meta_tokens, ids):
 def test_shards_hold_the_text(runs, text):
     folder = runs.parent / "out" / "data"
     meta = json.loads((folder / "meta.json").read_text())
-    tokenizer = data.load_tokenizer(folder)
+    tokenizer = backbone.load_tokenizer(folder)
     documents = list(data.documents(meta["source"]))
     assert len(documents) > 20
     got = {}
@@ -73,14 +74,14 @@ def test_an_epoch_visits_every_window_once(tmp_path):
 def test_windows_for_evaluation(tmp_path):
     write(tmp_path / "s", 100, range(100))
     tokens = data.Tokens(tmp_path / "s", "val", 4)
-    assert tokens.spread(5)[:, 0].tolist() == [0, 15, 35, 55, 75]              # 19 tiles of 5, evenly spread
-    drawn = tokens.spread(5, seed=1)[:, 0].tolist()
-    assert drawn == sorted(set(drawn)) and drawn == tokens.spread(5, seed=1)[:, 0].tolist()
-    assert len(tokens.spread(1000)) == tokens.n
+    assert tokens.windows(5)[:, 0].tolist() == [0, 15, 35, 55, 75]              # 19 tiles of 5, evenly spread
+    drawn = tokens.windows(5, seed=1)[:, 0].tolist()
+    assert drawn == sorted(set(drawn)) and drawn == tokens.windows(5, seed=1)[:, 0].tolist()
+    assert len(tokens.windows(1000)) == tokens.n
 
 
 def test_reuse_and_refusal(runs, tmp_path, capsys, text):
-    tokenizer = data.load_tokenizer(runs / "toy")
+    tokenizer = backbone.load_tokenizer(runs / "toy")
     before = (runs / "data" / "meta.json").stat().st_mtime_ns
     folder, meta = data.prepare(str(text), tokenizer, runs / "data")
     assert (runs / "data" / "meta.json").stat().st_mtime_ns == before          # reused, not rewritten
@@ -129,7 +130,7 @@ def test_a_local_dataset_folder_goes_through_datasets(tmp_path, capsys):
     out = tmp_path / "shards"
     data.main(["--data", f"{tmp_path}/set::body", "--vocab", "300", "--out", str(out)])
     meta = json.loads((out / "meta.json").read_text())
-    tokenizer = data.load_tokenizer(out)
+    tokenizer = backbone.load_tokenizer(out)
     texts = [t for s in ("train", "val") for t in
              tokenizer.decode(np.fromfile(out / f"{s}.bin", meta["dtype"]).tolist()).split(data.EOS)[:-1]]
     assert sorted(texts) == sorted(rows)

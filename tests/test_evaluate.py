@@ -8,15 +8,11 @@ import pytest
 import torch
 from conftest import fails, slow, tiny_model
 
-import backbone
 import data
-import denoiser
 import evaluate
-import masked
-import report
-import run
-import sweep
-from common import UserError
+from core import backbone, denoiser, masked, report, run
+from core.common import UserError
+from studies import sweep
 
 
 # ----------------------------------------------------------------------------------------------------- statistics
@@ -72,7 +68,7 @@ def test_what_is_meant_by_bridgeability_is_shown():
 def test_bridges_without_training_have_the_error_they_must(runs):
     lm = backbone.load(runs / "toy", torch.device("cpu"), torch.float32)
     net, info = denoiser.load(runs / "bridge", torch.device("cpu"))
-    rows = data.Tokens(runs / "data", "val", 33).spread(6)[:, :-1]
+    rows = data.Tokens(runs / "data", "val", 33).windows(6)[:, :-1]
     with torch.no_grad():
         net.mu_z.copy_(net.mu_c)
         net.sigma_z.copy_(net.sigma_c)
@@ -121,12 +117,12 @@ def test_the_sweep_runs(runs, tmp_path, monkeypatch, capsys):
     assert "| -layer |" in (out / "sweep.md").read_text() and (out / "sweep.png").stat().st_size > 5000
     assert "numbers" in fails(capsys, sweep.main, *argv[:2], "--out", tmp_path / "t", "--layers", "1,,3")
     assert "1 to 3" in fails(capsys, sweep.main, *argv[:2], "--out", tmp_path / "t", "--layers", "9")
-    assert "backbone.py" in fails(capsys, sweep.main, "--model", tmp_path / "none", "--out", tmp_path / "t")
+    assert "toy.py" in fails(capsys, sweep.main, "--model", tmp_path / "none", "--out", tmp_path / "t")
 
 
 # ---------------------------------------------------------------------------------------------------- evaluate.py
 def test_questions_ask_for_what_they_say(runs):
-    tokenizer = data.load_tokenizer(runs / "toy")
+    tokenizer = backbone.load_tokenizer(runs / "toy")
     for kind in ("brackets", "imports", "indentation"):
         asked = evaluate.questions(tokenizer, kind, 12, 0)
         assert len(asked) == 12 and asked == evaluate.questions(tokenizer, kind, 12, 0)
@@ -182,7 +178,7 @@ def test_flops_are_counted(runs):
     assert whole == 2 * (sum(p.numel() for p in lm.blocks.parameters()) + lm.V * lm.D)
     one, four = (evaluate.forward_flops(lm, net, n, layer, 10) for n in (1, 4))
     inside = sum(p.numel() for n, p in net.named_parameters() if p.ndim == 2 and not n.startswith("time"))
-    assert (four - one) == 3 * (2 * inside + 4 * 10 * net.shape["W"] * net.shape["blocks"])
+    assert (four - one) == 3 * (2 * inside + 4 * 10 * net.settings["W"] * net.settings["blocks"])
     assert evaluate.forward_flops(lm, None, 0, 0, 10) > whole
 
 
@@ -216,7 +212,7 @@ def test_evaluate_refuses_what_it_cannot_measure(runs, tmp_path, capsys):
 
 
 def test_a_tokenizer_without_words_cannot_pose_the_tasks(runs):
-    import tasks
+    from core import tasks
 
     class Poor:
         eos_token_id = 0

@@ -7,14 +7,12 @@ import torch
 from conftest import FAMILIES, fails, randomise, tiny_model
 from transformers import DynamicCache
 
-import backbone
 import bridge
-import denoiser
-import diffusion
 import generate
 import hybrid
-import masked
-from common import UserError
+from core import backbone, denoiser, diffusion, masked, metrics
+from core.common import UserError
+from core.stats import paired
 
 B, T, D, V = 3, 12, 16, 40
 
@@ -168,7 +166,7 @@ def test_going_back_up_the_path():
 # ------------------------------------------------------------------------------------------------------ blocks
 def random_hybrid(family="qwen3", layer=2, bidirectional=False, **more):
     net = denoiser.Bridge(32, 32, 2, 2, visible="mix", bidirectional=bidirectional, V=64, **more)
-    config = hybrid.HybridConfig(layer=layer, nfe=3, bridge=net.shape, vocab_size=64, hidden_size=32,
+    config = hybrid.HybridConfig(layer=layer, nfe=3, bridge=net.settings, vocab_size=64, hidden_size=32,
                                  eos_token_id=None, pad_token_id=0, max_position_embeddings=64)
     lm = backbone.Backbone(tiny_model(family).requires_grad_(False))
     return hybrid.HybridForCausalLM(config, randomise(net), lm).eval()
@@ -216,7 +214,7 @@ def test_the_second_block_equals_a_joint_pass(bidirectional):
     c = model.net.standard_c(model.lm.embed(out.masked_fill(unknown, 7)))
     z = diffusion.sample(model.net, c, 3, torch.cat([seen, drawn], 1), unknown=unknown)
     assert torch.allclose(states[-1], z[:, 19:], atol=1e-4)                      # the last estimate is the sample
-    upper = model.lm.head(model.lm.run(model.net.hidden(z), 2, 4)).log_softmax(-1)
+    upper = model.lm.head(model.lm.through(model.net.hidden(z), 2, 4)).log_softmax(-1)
     both = upper[:, 18:23] + model.net.readout(z)[:, 19:].log_softmax(-1)
     assert torch.equal(both.argmax(-1), out[:, 19:])
     shifted = upper[:, 19:24] + model.net.readout(z)[:, 19:].log_softmax(-1)      # the broken twin: one token off
@@ -257,7 +255,7 @@ def test_the_two_experts():
     z, last = torch.randn(2, 5, 32), torch.randn(2, 1, 64)
     positions = torch.arange(5)[None]
     how = dict(seed=0, temperature=0, top_p=1.0, alpha=0.0, expert="both")
-    upper = model.lm.head(model.lm.run(model.net.hidden(z), 2, 4))
+    upper = model.lm.head(model.lm.through(model.net.hidden(z), 2, 4))
     want = torch.cat([last, upper[:, :-1]], 1)
     assert torch.equal(model._decode(z, positions, None, last, how, (0, 0)), want.argmax(-1))
     both = want.double().log_softmax(-1) + 0.7 * model.net.readout(z).double().log_softmax(-1)
@@ -280,22 +278,22 @@ def test_tokens_are_drawn_from_their_law():
 # ------------------------------------------------------------------------------------------------------ metrics
 def test_metrics_have_known_answers():
     ids = torch.tensor([[1, 2, 3, 4], [1, 1, 1, 1]])
-    assert generate.entropy(ids) == pytest.approx(torch.tensor(4.0).log().item() / 2)
-    assert generate.repetition(ids, 2) == pytest.approx(1 - 4 / 6)              # 12 23 34 11, twice again 11
-    assert generate.repetition(ids[:1], 4) == 0
+    assert metrics.entropy(ids) == pytest.approx(torch.tensor(4.0).log().item() / 2)
+    assert metrics.repetition(ids, 2) == pytest.approx(1 - 4 / 6)              # 12 23 34 11, twice again 11
+    assert metrics.repetition(ids[:1], 4) == 0
     with pytest.raises(UserError, match="5-grams"):
-        generate.repetition(ids, 5)
-    assert generate.self_bleu(torch.tensor([[1, 2, 3, 4, 5]] * 3)) == pytest.approx(1)
-    assert generate.self_bleu(torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]])) == 0
+        metrics.repetition(ids, 5)
+    assert metrics.self_bleu(torch.tensor([[1, 2, 3, 4, 5]] * 3)) == pytest.approx(1)
+    assert metrics.self_bleu(torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]])) == 0
     half = torch.tensor([[1, 2, 3, 4, 5], [1, 2, 3, 4, 9]])                     # 4/5, 3/4, 2/3 and 1/2 in common
-    assert generate.self_bleu(half) == pytest.approx((4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25)
-    assert generate.self_bleu(torch.tensor([[1, 1, 1, 1, 2], [1, 2, 1, 2, 1]]), 1) == pytest.approx(0.8)
+    assert metrics.self_bleu(half) == pytest.approx((4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25)
+    assert metrics.self_bleu(torch.tensor([[1, 1, 1, 1, 2], [1, 2, 1, 2, 1]]), 1) == pytest.approx(0.8)
     with pytest.raises(UserError, match="two texts"):
-        generate.self_bleu(half[:1])
+        metrics.self_bleu(half[:1])
     lm = backbone.Backbone(tiny_model("llama"))
-    own = generate.measure(lm, IDS, 6)
+    own = metrics.measure(lm, IDS, 6)
     assert own["distinct_1"] == pytest.approx(sum(len(set(r[6:])) for r in IDS.tolist()) / IDS[:, 6:].numel())
-    each = generate.judge(lm, IDS, 6).mean(1).exp()
+    each = metrics.judge(lm, IDS, 6).mean(1).exp()
     assert own["gen_ppl_mean"] == pytest.approx(each.mean().item()) and own["gen_ppl"] <= own["gen_ppl_mean"]
 
     class Letters:                                                              # one character a token, both ways
@@ -306,17 +304,17 @@ def test_metrics_have_known_answers():
 
         def __call__(self, text, add_special_tokens=False):
             return {"input_ids": [ord(c) - 97 for c in text]}
-    nll = generate.judge(lm, IDS, 6)
-    theirs = generate.judge_text(lm, Letters(), Letters(), IDS, 6)
+    nll = metrics.judge(lm, IDS, 6)
+    theirs = metrics.judge_text(lm, Letters(), Letters(), IDS, 6)
     assert torch.allclose(torch.stack(theirs), nll, atol=1e-5)
-    assert generate.measure(lm, IDS, 6, theirs)["gen_ppl"] == pytest.approx(own["gen_ppl"])
+    assert metrics.measure(lm, IDS, 6, theirs)["gen_ppl"] == pytest.approx(own["gen_ppl"])
     want = torch.nn.functional.cross_entropy(lm.model(IDS).logits[:, 5:-1].flatten(0, 1), IDS[:, 6:].flatten())
     assert nll.shape == (2, 8) and nll.mean().item() == pytest.approx(want.item(), rel=1e-5)
     points = [{"entropy": 3.0, "gen_ppl": 10.0}, {"entropy": 4.0, "gen_ppl": 1000.0}]
-    assert generate.at_entropy(points, 3.5) == pytest.approx(100)
-    assert generate.at_entropy(points, 4.0) == pytest.approx(1000) and generate.at_entropy(points, 4.05) is None
-    assert generate.paired([3.0], [1.0]) == (2.0, None)
-    assert generate.paired([1.0, 2.0, 3.0], [0.0, 0.0, 0.0]) == (2.0, pytest.approx(4.30 / 3 ** 0.5))
+    assert metrics.at_entropy(points, 3.5) == pytest.approx(100)
+    assert metrics.at_entropy(points, 4.0) == pytest.approx(1000) and metrics.at_entropy(points, 4.05) is None
+    assert paired([3.0], [1.0]) == (2.0, None)
+    assert paired([1.0, 2.0, 3.0], [0.0, 0.0, 0.0]) == (2.0, pytest.approx(4.30 / 3 ** 0.5))
 
 
 def test_mauve_tells_texts_apart():
@@ -324,7 +322,7 @@ def test_mauve_tells_texts_apart():
     lm = backbone.Backbone(tiny_model("llama"))
     gen = torch.Generator().manual_seed(0)
     one, two, other = (torch.randint(lo, hi, (40, 12), generator=gen) for lo, hi in ((3, 64), (3, 64), (3, 9)))
-    assert generate.mauve(lm, one, two, 4) > generate.mauve(lm, one, other, 4) + 0.1
+    assert metrics.mauve(lm, one, two, 4) > metrics.mauve(lm, one, other, 4) + 0.1
 
 
 # ------------------------------------------------------------------------------------------------------ the runs

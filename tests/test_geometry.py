@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import fails, tiny_model
 
-import backbone
 import geometry
-from evaluate import PeakBytes
+from core import backbone
+from core.metrics import PeakBytes
 
 EPS = torch.tensor(1e-3)
 
@@ -125,7 +125,7 @@ def test_collect_gives_exact_moments():
     states = geometry.collect(lm, windows, skip=4, pool=60, seed=0, batch_size=3)
     h = h0 = lm.embed(windows)
     for c in range(3):
-        h = lm.run(h, c, c + 1)
+        h = lm.through(h, c, c + 1)
         X = h[:, 4:].flatten(0, 1).double()
         assert torch.allclose(states.mean[c].double(), X.mean(0), atol=1e-4)
         assert torch.allclose(states.cov[c].double(), torch.cov(X.T, correction=0), atol=1e-3)

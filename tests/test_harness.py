@@ -29,11 +29,9 @@ def local_task(folder):
 def test_all_three_models_in_the_harness(runs, tmp_path):
     from lm_eval.api.instance import Instance
 
-    import backbone
-    import harness
     import hybrid
-    import masked
-    from common import UserError
+    from core import backbone, harness, masked
+    from core.common import UserError
     local_task(tmp_path)
     student, tokenizer = masked.load_converted(runs / "repr_align" / "w0", torch.device("cpu"), torch.float32)
     models = {"AR": backbone.load(runs / "toy", torch.device("cpu"), torch.float32).model,
@@ -62,8 +60,8 @@ def test_all_three_models_in_the_harness(runs, tmp_path):
 
 
 def data_tokenizer(runs):
-    import data
-    return data.load_tokenizer(runs / "toy")
+    from core import backbone
+    return backbone.load_tokenizer(runs / "toy")
 
 
 def test_the_hybrid_in_the_harness(runs, tmp_path):

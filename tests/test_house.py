@@ -12,19 +12,28 @@ import pytest
 import torch
 from conftest import ROOT, fails
 
-import common
 import evaluate
-import run
+from core import common, run
 
-FILES = sorted(ROOT.glob("*.py"))
-ORDER = ["common", "run", "optim", "tasks", "data", "backbone", "geometry", "diffusion", "denoiser", "bridge",
-         "masked", "hybrid", "repr_align", "generate", "interfaces", "ablate", "sweep", "attribution", "circuits",
-         "harness", "report", "evaluate", "bench"]
-STAGES = ["data", "backbone", "geometry", "bridge", "hybrid", "repr_align", "generate", "evaluate", "bench",
-          "ablate", "sweep", "circuits", "interfaces"]
+STAGES = ["data", "toy", "geometry", "bridge", "hybrid", "generate", "repr_align", "circuits", "evaluate"]   # in order
+STUDIES = [f"studies.{f.stem}" for f in sorted((ROOT / "studies").glob("[a-z]*.py"))]
+COMMANDS = STAGES + STUDIES
+FILES = sorted(f for folder in (ROOT, ROOT / "core", ROOT / "studies") for f in folder.glob("[a-z]*.py"))
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda f: f.name)
+def imports(file):
+    """Modules of this project that a file imports, as core.run, studies.sweep, bridge."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names = [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{a.name}" for a in node.names] if node.module in ("core", "studies") else [node.module]
+        else:
+            continue
+        yield from (n for n in names if n.split(".")[0] in {"core", "studies", *STAGES})
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
 def test_files_are_short_and_start_with_a_launch_card(file):
     lines = file.read_text().splitlines()
     assert len(lines) < (300 if file.name == "common.py" else 500)
@@ -32,16 +41,28 @@ def test_files_are_short_and_start_with_a_launch_card(file):
     assert ast.get_docstring(ast.parse(file.read_text())).startswith(f"{file.name}: ")
 
 
-def test_nothing_imports_upwards():
-    for file in FILES:
-        for node in ast.walk(ast.parse(file.read_text())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else (
-                [node.module] if isinstance(node, ast.ImportFrom) else [])
-            for name in set(names) & set(ORDER):
-                assert ORDER.index(name) < ORDER.index(file.stem), f"{file.name} imports {name}"
+def test_the_house():
+    """Design, section 1: nine stages at the root in reading order; core below, studies above, no circle."""
+    assert {f.stem for f in ROOT.glob("*.py")} == set(STAGES)
+    graph = {".".join(f.relative_to(ROOT).with_suffix("").parts): set(imports(f)) for f in FILES}
+    for name, used in graph.items():
+        if name.startswith("core."):
+            assert all(n.startswith("core.") for n in used), f"{name} imports {used}"
+        elif name in STAGES:
+            assert not [n for n in used if n.startswith("studies")], f"{name} imports a study"
+            stages = used & set(STAGES) - {"data"}
+            assert len(stages) <= 1 and all(STAGES.index(n) < STAGES.index(name) for n in stages), f"{name}: {stages}"
+    seen = {}
+
+    def visit(name, path):
+        assert name not in path, f"a circle: {' -> '.join([*path, name])}"
+        if not seen.get(name):
+            seen[name] = [visit(n, [*path, name]) for n in graph.get(name, ())] or True
+    for name in graph:
+        visit(name, [])
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_flag_has_a_help_text(name, capsys):
     module = importlib.import_module(name)
     with pytest.raises(SystemExit) as left:
@@ -73,8 +94,9 @@ def test_every_launch_line_parses(monkeypatch):
     seen = 0
     for file in [*FILES, ROOT / "README.md"]:
         text = file.read_text() if file.suffix == ".md" else ast.get_docstring(ast.parse(file.read_text()))
-        for name, rest in re.findall(r"^\s*(?:python|torchrun --nproc_per_node \d+) (\w+)\.py([^#\n]*)", text, re.M):
-            module = importlib.import_module(name)
+        for name, rest in re.findall(r"^\s*(?:python|torchrun --nproc_per_node \d+) (\w+\.py|-m studies\.\w+)([^#\n]*)",
+                                     text, re.M):
+            module = importlib.import_module(name.removesuffix(".py").removeprefix("-m "))
             argv = re.findall(r"--\w+|\"[^\"]*\"|\S+", rest)
             cfg = common.parse(module.Config, [a.strip('"') for a in argv], "", getattr(module, "PRESETS", None))
             assert cfg is not None
@@ -82,7 +104,7 @@ def test_every_launch_line_parses(monkeypatch):
     assert seen >= 20
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_dry_run_writes_nothing(name, runs, tmp_path, capsys):
     module = importlib.import_module(name)
     fields = module.Config.__dataclass_fields__
@@ -93,7 +115,7 @@ def test_dry_run_writes_nothing(name, runs, tmp_path, capsys):
     assert capsys.readouterr().out and not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_an_unknown_flag_names_the_nearest(name, capsys):
     module = importlib.import_module(name)
     assert "did you mean --seed?" in fails(capsys, module.main, "--sead", "1")
@@ -128,7 +150,7 @@ def test_files_appear_whole_or_not_at_all(tmp_path):
 
 
 def test_two_runs_on_one_folder_are_refused(tmp_path):
-    world, cfg = common.World(0, 1, "cpu"), evaluate.Config(out=str(tmp_path / "r"))
+    world, cfg = common.World(0, 1, "cpu"), evaluate.Config(out=str(tmp_path / "r"), dtype="fp32")
     first = run.Run(cfg, world, {})
     with pytest.raises(common.UserError, match="in use"):
         run.Run(cfg, world, {})

@@ -8,11 +8,9 @@ import torch
 from conftest import FAMILIES, fails, randomise, tiny_model
 from transformers import AutoModelForCausalLM, DynamicCache
 
-import backbone
-import denoiser
-import diffusion
 import hybrid
-from common import UserError
+from core import backbone, denoiser, diffusion
+from core.common import UserError
 
 IDS = torch.randint(3, 200, (2, 20), generator=torch.Generator().manual_seed(3))
 
@@ -30,7 +28,7 @@ def test_logits_are_bridge_then_upper_blocks(runs, model):
     lm = backbone.load(f"{runs}/toy", torch.device("cpu"), torch.float32)
     noise = diffusion.position_noise(0, range(20), lm.D, "cpu")
     z = diffusion.sample(model.net, model.net.standard_c(lm.embed(IDS)), model.config.nfe, noise)
-    want = lm.head(lm.run(model.net.hidden(z), model.config.layer, lm.L))
+    want = lm.head(lm.through(model.net.hidden(z), model.config.layer, lm.L))
     assert torch.equal(model(IDS).logits, want)
     loss = torch.nn.functional.cross_entropy(want[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
     assert model(IDS, labels=IDS).loss.item() == pytest.approx(loss.item(), rel=1e-6)
@@ -74,7 +72,7 @@ def test_save_and_load_by_the_auto_class(runs, model, tmp_path):
 def random_hybrid(family, objective="diffusion", sampler="euler", layer=2, nfe=3, self_condition=False):
     """A hybrid of a random base and a random bridge: 2 bridge blocks of width 32 at a layer of 4."""
     net = denoiser.Bridge(32, 32, 2, 2, objective, "x", "noise", sampler, self_condition)
-    config = hybrid.HybridConfig(layer=layer, nfe=nfe, bridge=net.shape, vocab_size=64, hidden_size=32,
+    config = hybrid.HybridConfig(layer=layer, nfe=nfe, bridge=net.settings, vocab_size=64, hidden_size=32,
                                  eos_token_id=None, pad_token_id=0)
     lm = backbone.Backbone(tiny_model(family).requires_grad_(False))
     return hybrid.HybridForCausalLM(config, randomise(net), lm).eval()
@@ -184,7 +182,7 @@ def test_families_by_the_public_interface(family, tmp_path):
     made = hybrid.from_bridge(tmp_path)
     lm, noise = backbone.Backbone(tiny_model(family)), diffusion.position_noise(0, range(26), 32, "cpu")
     z = diffusion.sample(net, net.standard_c(lm.embed(TOKENS)), 2, noise)
-    assert torch.equal(made(TOKENS).logits, lm.head(lm.run(net.hidden(z), 2, 4)))
+    assert torch.equal(made(TOKENS).logits, lm.head(lm.through(net.hidden(z), 2, 4)))
     made.save_pretrained(tmp_path / "hybrid")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "hybrid")
     assert torch.equal(again(TOKENS).logits, made(TOKENS).logits)

@@ -4,16 +4,16 @@ import torch
 import torch.nn.functional as F
 from conftest import fails, randomise
 
-import backbone
 import data
-import interfaces
-from denoiser import Bridge
+from core import backbone
+from core.denoiser import Bridge
+from studies import interfaces
 
 
 @pytest.fixture(scope="module")
 def toy(runs):
     lm = backbone.load(runs / "toy", torch.device("cpu"), torch.float32)
-    return lm, data.Tokens(runs / "data", "val", 33).spread(8)                            # (8, 34)
+    return lm, data.Tokens(runs / "data", "val", 33).windows(8)                            # (8, 34)
 
 
 @pytest.mark.parametrize("kind", ["hidden", "embedding", "latent", "bottleneck", "simplex"])
@@ -22,7 +22,7 @@ def test_a_true_target_is_read_as_it_should(toy, kind):
     way = interfaces.Way(kind, lm, 2, rows[:, :-1], latent=lm.D)
     z = way.target(rows)
     assert z.shape == (8, 33, lm.V if kind == "simplex" else lm.D)
-    intact = F.log_softmax(lm.head(lm.run(lm.embed(rows[:, :-1]), 0, lm.L)), -1)
+    intact = F.log_softmax(lm.head(lm.through(lm.embed(rows[:, :-1]), 0, lm.L)), -1)
     way.width = 0.1
     if kind in ("hidden", "latent", "bottleneck"):                     # all dimensions kept: the model's own prediction
         assert torch.allclose(way.read(z), intact, atol=2e-3)
@@ -59,7 +59,7 @@ def test_more_draws_are_a_mean_of_probabilities(toy, monkeypatch):
 
 def test_readers_and_their_ceilings(toy):
     lm, rows = toy
-    logp = F.log_softmax(lm.head(lm.run(lm.embed(rows[:, :-1]), 0, lm.L)), -1)
+    logp = F.log_softmax(lm.head(lm.through(lm.embed(rows[:, :-1]), 0, lm.L)), -1)
     intact = -interfaces.right(logp, rows).mean().item()
     way = interfaces.Way("hidden", lm, 2, rows[:, :-1], 4)
     assert interfaces.ceiling(way, rows, 3, 0) == pytest.approx(intact, rel=1e-4)

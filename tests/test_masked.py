@@ -12,11 +12,10 @@ import torch
 from conftest import FAMILIES, ROOT, fails, tiny_model
 from transformers import DynamicCache
 
-import backbone
-import masked
 import repr_align
-from common import UserError
-from masked import ORDERS, Student, fill
+from core import backbone, masked
+from core.common import UserError
+from core.masked import ORDERS, Student, fill
 
 IDS = torch.randint(3, 60, (3, 16), generator=torch.Generator().manual_seed(0))
 HIDE = repr_align.corrupt(16, 0, "mask", 0, range(3))
@@ -116,10 +115,10 @@ def test_a_cached_prefix_equals_block_causal_attention(family):
     wall = torch.zeros(1, 1, 16, 16)
     wall[..., :10, 10:] = torch.finfo(torch.float32).min
     side["masks"] = dict.fromkeys(side["masks"], wall)
-    want = s.lm.norm(s.lm.run(h, 0, s.lm.L, side))
+    want = s.lm.norm(s.lm.through(h, 0, s.lm.L, side))
     assert torch.allclose(got, want[:, 10:], atol=1e-4)
     side["masks"] = dict.fromkeys(side["masks"], torch.zeros(1, 1, 16, 16))      # the broken twin: no wall
-    assert not torch.allclose(got, s.lm.norm(s.lm.run(h, 0, s.lm.L, side))[:, 10:], atol=1e-3)
+    assert not torch.allclose(got, s.lm.norm(s.lm.through(h, 0, s.lm.L, side))[:, 10:], atol=1e-3)
 
 
 def test_blocks_fill_from_left_to_right():

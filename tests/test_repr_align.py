@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from conftest import FAMILIES, fails, tiny_model
 
-import backbone
-import data
 import repr_align
-from masked import MASK, Student, fill, load_converted
+from core import backbone
+from core.masked import MASK, Student, fill, load_converted
 
 IDS = torch.randint(3, 60, (3, 16), generator=torch.Generator().manual_seed(0))
 
@@ -40,7 +39,7 @@ def test_the_loss_by_hand():
     s, masked = student(), masks()
     each, row, _, ce, _ = repr_align.conversion_loss(s, None, IDS, masked, path=1.0)
     h = s.lm.embed(IDS.masked_fill(masked, 63))
-    logits = s.lm.head(s.lm.run(h, 0, s.lm.L, s.lm.side(h, causal=False)))
+    logits = s.lm.head(s.lm.through(h, 0, s.lm.L, s.lm.side(h, causal=False)))
     logits[..., 63] = -torch.inf
     want = want_path = 0.0
     for b in range(3):
@@ -152,7 +151,7 @@ def test_filling_in_bf16():
 def test_every_family_converts(family, runs, tmp_path, text):
     """Three steps of a whole conversion, saved and loaded again; the loaded model still sees the future."""
     tiny_model(family, vocab_size=512, bos_token_id=0, eos_token_id=0).save_pretrained(tmp_path / "base")
-    data.load_tokenizer(runs / "toy").save_pretrained(tmp_path / "base")
+    backbone.load_tokenizer(runs / "toy").save_pretrained(tmp_path / "base")
     (tmp_path / "some").mkdir()
     for name in ("ast.py", "bdb.py", "cmd.py"):
         shutil.copy(text / name, tmp_path / "some")
@@ -214,7 +213,7 @@ def test_folding_the_mask_row_changes_nothing():
 def test_interrupted_and_resumed_equals_uninterrupted(runs, tmp_path, text, monkeypatch):
     from safetensors.torch import load_file
 
-    import common
+    from core import common
     argv = f"--preset tiny --model {runs}/toy --steps 8 --data".split() + [str(text), "--out"]
     whole = repr_align.main([*argv, f"{tmp_path}/a/whole"])
     polls = iter([False] * 4 + [True])

@@ -13,7 +13,7 @@ Letters: B batch, T tokens, D hidden width of the backbone, z the standardised h
 import torch
 import torch.nn.functional as F
 
-from common import generator, normal
+from core.common import generator, normal
 
 SEEN_WEIGHT = 0.1  # of a visible token's error beside an unknown one's: the unknown ones are the task
 
@@ -81,14 +81,14 @@ def token_loss(net, z, c, t, noise, skip, weighting="z", last_seen=None, unknown
     1 noisy state  2 a first estimate, if asked for  3 network, error against its own target  4 weight by noise level
     5 sinks scaled by their own size (one would outweigh the whole sequence otherwise: massive activations)
     6 where there is something unknown, that is the task: visible tokens count little."""
-    kind, t3 = net.shape["prediction"], t[:, None, None]
-    if net.shape["objective"] == "regression":
+    kind, t3 = net.settings["prediction"], t[:, None, None]
+    if net.settings["objective"] == "regression":
         out = net(torch.zeros_like(z), c, torch.ones_like(t), unknown=unknown)            # same network, x_t left blank
         error, z_hat = out - z, out
     else:
-        e = start(c, noise, net.shape["source"], unknown)
+        e = start(c, noise, net.settings["source"], unknown)
         x, last = (1 - t3) * z + t3 * e, None                                             # (B, T, D)
-        if net.shape["self_condition"]:
+        if net.settings["self_condition"]:
             with torch.no_grad():
                 last = to_z(net(x, c, t, unknown=unknown), x, t.clamp(max=1 - 1e-3), kind) * last_seen[:, None, None]
         out = net(x, c, t, last=last, unknown=unknown)
@@ -116,8 +116,8 @@ def sample(net, c, nfe, noise, positions=None, mask=None, cache=None, *, unknown
 
     Euler: x <- z_hat + (s/t)(x - z_hat) from t down to s, exact for a straight path. Heun averages the slopes at both
     ends of a step; its last step is Euler, so nfe = 2 heun + euler calls."""
-    kind = net.shape["prediction"]
-    if net.shape["objective"] == "regression":
+    kind = net.settings["prediction"]
+    if net.settings["objective"] == "regression":
         ones = torch.ones(len(c), device=c.device)
         return net(torch.zeros_like(c), c, ones, positions, mask, cache=cache, unknown=unknown)
     last, calls = None, done
@@ -127,15 +127,15 @@ def sample(net, c, nfe, noise, positions=None, mask=None, cache=None, *, unknown
         if kind == "eps":
             t = min(t, 1 - 1e-3)                                                          # (x - t e)/(1 - t) at t = 1
         out = net(x, c, torch.full((len(x),), t, device=x.device), positions, mask, last, cache,
-                  calls * net.shape["blocks"], unknown)
+                  calls * net.settings["blocks"], unknown)
         last, calls = to_z(out, x, t, kind), calls + 1
         if watch is not None:
             watch(last)
         return (x - last) / t                                                             # dx/dt = e - z
 
-    x = start(c, noise.expand_as(c), net.shape["source"], unknown)
-    heun = (nfe - 1) // 2 if net.shape["sampler"] == "heun" and not done else 0
-    steps, shift = nfe - heun, net.shape["shift"]
+    x = start(c, noise.expand_as(c), net.settings["source"], unknown)
+    heun = (nfe - 1) // 2 if net.settings["sampler"] == "heun" and not done else 0
+    steps, shift = nfe - heun, net.settings["shift"]
     grid = [shift * (steps - i) / (steps + (shift - 1) * (steps - i)) for i in range(steps)] + [0.0]
     if done:
         grid = grid[done:]

@@ -1,67 +1,27 @@
-"""backbone.py: any Hugging Face causal LM, cut at a layer; and the small one that this file trains itself.
-
-    python backbone.py --preset tiny --out out/tiny/toy          # seconds: a model for trying things
-    python backbone.py                                           # the toy: 8 blocks of width 128, ~3 min on 2 cores
-    torchrun --nproc_per_node 2 backbone.py                      # the same weights up to rounding
-
-The default reaches about 1.64 bits per byte on held-out standard library. Writes an ordinary Hugging Face folder
-(config.json, model.safetensors, tokenizer), log.jsonl and result.json to --out. Other stages use
+"""backbone.py: any Hugging Face causal LM, cut at a layer: found, checked, loaded, saved.
 
     lm = load("out/toy", device, dtype)          # or Qwen/Qwen3-8B, meta-llama/Llama-3.1-8B, ...
     h0 = lm.embed(ids)                           # h[0]
-    hl = lm.run(h0, 0, l)                        # blocks 1..l: the residual stream before the final norm
-    logits = lm.head(lm.run(hl, l, lm.L))        # bit for bit the model's own logits
+    hl = lm.through(h0, 0, l)                        # blocks 1..l: the residual stream before the final norm
+    logits = lm.head(lm.through(hl, l, lm.L))        # bit for bit the model's own logits
 
 Letters: B batch, T tokens, D hidden width, L blocks, V vocabulary.
 """
 import contextlib
 import hashlib
 import json
-import math
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import data
-import optim
-from common import GradientSum, StopSignal, UserError, entry, parse, peak_flops, setup, split_batch
-from run import Clock, Run, finished
+from core.common import UserError
+from core.run import beside
 
-
-@dataclass
-class Config:
-    preset: Literal["tiny", "toy"] = "toy"  # tiny: seconds, for tests; toy: minutes
-    data: str = "stdlib"        # see data.py
-    out: str = "out/toy"        # run folder; the shards are kept in `data` beside it
-    seed: int = 0               # every draw is keyed by it
-    device: str = "auto"        # auto, cpu, cuda
-    steps: int = 1000           # optimizer steps
-    batch_size: int = 8         # sequences a step, over all processes
-    micro_batch: int = 0        # sequences a forward pass of one process (0: its whole share)
-    seq_len: int = 128          # tokens a sequence
-    layers: int = 8             # blocks
-    width: int = 128            # hidden width D
-    heads: int = 4              # query heads; half as many key/value heads
-    vocab: int = 2048           # vocabulary of the byte-level BPE
-    tasks: float = 0.0          # share of generated task lines in its training text; see tasks.py
-    lr: float = 0.02            # Muon, for the matrices inside the blocks
-    lr_adam: float = 8e-3       # AdamW, for embeddings and norms
-    weight_decay: float = 0.1   # decoupled, on both
-    warmup: int = 50            # steps
-    eval_every: int = 250       # steps between validations
-    log_every: int = 50         # steps between log lines
-    save_every: int = 250       # steps between checkpoints
-    dry_run: bool = False       # print sizes and cost, then leave
-
-
-PRESETS = {"tiny": dict(steps=20, batch_size=4, seq_len=32, layers=4, width=32, heads=2, vocab=512, eval_every=10,
-                        log_every=10, save_every=10, warmup=5)}
+EOS = "<|endoftext|>"  # of a tokenizer that we train ourselves
 
 
 # ------------------------------------------------------------------------------------------------ cut at a layer
@@ -128,7 +88,7 @@ class Backbone(nn.Module):
             rotary = dict.fromkeys(kinds, self.stack.rotary_emb(h, positions))
         return {"positions": positions, "masks": masks, "rotary": rotary, "cache": cache}
 
-    def run(self, h, lo, hi, side=None):
+    def through(self, h, lo, hi, side=None):
         """h[lo] -> h[hi] (B, T, D): blocks lo+1..hi. `side` is shared between calls on the same tokens."""
         side = side or self.side(h)
         for i in range(lo, hi):
@@ -162,12 +122,6 @@ def trim(cache, length):
         layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
 
 
-def beside(out, name):
-    """The folder `name` beside --out, or beside its parent (out/repr_align/w10 belongs to out)."""
-    near, far = Path(out).parent / name, Path(out).parent.parent / name
-    return far if not near.exists() and far.exists() else near
-
-
 def resolve(model, out):
     """`toy` means the folder `toy` beside --out. A local folder is given back whole, so that it can be found again from
     another working directory."""
@@ -175,7 +129,7 @@ def resolve(model, out):
         return str(Path(model).resolve()) if Path(model).exists() else model
     folder = beside(out, "toy").resolve()
     if not (folder / "result.json").exists():
-        raise UserError(f"there is no finished backbone in {folder}; make it with: python backbone.py --out {folder}")
+        raise UserError(f"there is no finished backbone in {folder}; make it with: python toy.py --out {folder}")
     return str(folder)
 
 
@@ -270,9 +224,30 @@ def quiet():
         logging.enable_progress_bar()
 
 
-def shards_beside(cfg, tokenizer, world):
-    """The token shards of --data, kept in the folder `data` beside --out. Returns (folder, meta)."""
-    return data.prepare(cfg.data, tokenizer, beside(cfg.out, "data"), world)
+def load_tokenizer(folder):
+    """The tokenizer of a shard folder or a model folder / Hub id."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    if (Path(folder) / "meta.json").exists():
+        return PreTrainedTokenizerFast(tokenizer_file=str(Path(folder) / "tokenizer.json"), eos_token=EOS)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # the library makes an empty one of a bare config
+            raise ValueError("it knows no words")
+    except Exception as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"no tokenizer could be loaded from {folder} ({reason}); save one beside the model") from None
+    return tokenizer
+
+
+def tokenizer_hash(tokenizer):
+    """16 hex digits that change when any token, merge or id does."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        text = json.dumps(sorted(tokenizer.get_vocab().items()))
+    else:
+        spec = json.loads(backend.to_str())  # padding and truncation are settings of the day, not of the vocabulary
+        text = json.dumps({**spec, "padding": None, "truncation": None}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def next_token_loss(logits, ids):
@@ -297,18 +272,6 @@ def save_model(model, tokenizer, out, **how):
     apart.rmdir()
 
 
-# --------------------------------------------------------------------------------------------------- the toy
-def build_toy(cfg, vocab):
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-    if cfg.width % cfg.heads or (cfg.width // cfg.heads) % 2:
-        raise UserError(f"--width {cfg.width} must be an even multiple of --heads {cfg.heads}")
-    torch.manual_seed(cfg.seed)
-    return Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=vocab, hidden_size=cfg.width, intermediate_size=3 * cfg.width, num_hidden_layers=cfg.layers,
-        num_attention_heads=cfg.heads, num_key_value_heads=max(1, cfg.heads // 2), head_dim=cfg.width // cfg.heads,
-        max_position_embeddings=max(1024, cfg.seq_len), tie_word_embeddings=True, bos_token_id=0, eos_token_id=0))
-
-
 def attention_width(config):
     """Channels of all query heads together: a head's width need not be D over their number."""
     each = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -320,107 +283,3 @@ def flops_per_token(model, T):
     A tied embedding counts once, as the head."""
     n = sum(p.numel() for p in model.parameters())
     return 6 * n + 6 * model.config.num_hidden_layers * attention_width(model.config) * T
-
-
-@torch.no_grad()
-def evaluate(lm, rows, world, micro=32):
-    """Mean next-token loss (nats) over rows (N, T+1), shared out over the processes."""
-    total = 0.0
-    for ids in rows[world.rank::world.size].split(micro):
-        ids = ids.to(world.device)
-        total += next_token_loss(lm.head(lm.run(lm.embed(ids[:, :-1]), 0, lm.L)), ids).item() * len(ids)
-    return world.sum([total])[0] / len(rows)
-
-
-def summary(result):
-    return (f"val loss {result['val_loss']:.3f} nats a token = {result['bits_per_byte']:.3f} bits per byte, "
-            f"{result['tokens']:,} training tokens in {result['seconds']:.0f} s")
-
-
-@entry
-def main(argv):
-    cfg = parse(Config, argv, __doc__, PRESETS)
-
-    # ------------------------------------------------------------------------------------------------- setup
-    world = setup(cfg.device)
-    slots, micro = split_batch(cfg.batch_size, cfg.micro_batch, world)
-    if (result := finished(cfg, {})) and not cfg.dry_run:
-        print(f"{cfg.out} is finished: " + summary(result))
-        return result
-    model = build_toy(cfg, cfg.vocab).to(world.device)
-    flops = flops_per_token(model, cfg.seq_len)
-    if cfg.dry_run:
-        tokens = cfg.steps * cfg.batch_size * cfg.seq_len
-        seconds = tokens * flops / (0.4 * peak_flops(world.device) * world.size)
-        print(f"{cfg}\n{sum(p.numel() for p in model.parameters()):,} parameters, {tokens:,} tokens, {flops:.2e} FLOPs "
-              f"a token: about {seconds:.0f} s at 40% MFU")
-        return None
-
-    # -------------------------------------------------------------------------------------------------- data
-    shards, meta = data.prepare(cfg.data, None, Path(cfg.out).parent / "data", world, vocab=cfg.vocab,
-                                tasks=cfg.tasks)
-    if meta["vocab_size"] > cfg.vocab:
-        raise UserError(f"the shards in {shards} have {meta['vocab_size']} token ids, more than --vocab {cfg.vocab}; "
-                        "delete that folder or pass another --out")
-    train = data.Tokens(shards, "train", cfg.seq_len)
-    held_out = data.Tokens(shards, "val", cfg.seq_len).spread(512)                                # (N, T+1)
-
-    # --------------------------------------------------------------------------------------- model, optimizer
-    lm = Backbone(model)
-    params = list(model.parameters())
-    optimizers = optim.build(model.named_parameters(), cfg.lr, cfg.lr_adam, cfg.weight_decay, inside="layers.")
-    run = Run(cfg, world, {})
-    state = run.resume([model], optimizers)
-    run.say(f"training {sum(p.numel() for p in params):,} parameters on a corpus of {meta['tokens']['train']:,} tokens")
-
-    # -------------------------------------------------------------------------------------------------- loop
-    gradients, stop, clock = GradientSum(params, world, overlap=False), StopSignal(world), Clock(state["seconds"])
-    for step in range(state["step"], cfg.steps):
-        # 1 gradient of the mean loss over the global batch
-        loss = 0.0
-        for some in torch.tensor(slots).split(micro):
-            ids = train.batch(cfg.seed, step, some.tolist(), cfg.batch_size).to(world.device)     # (b, T+1)
-            part = next_token_loss(lm.head(lm.run(lm.embed(ids[:, :-1]), 0, lm.L)), ids) * (len(ids) / cfg.batch_size)
-            part.backward()
-            loss += part.item()
-        gradients.finish()
-        # 2 clip, step
-        norm = nn.utils.clip_grad_norm_(params, 1.0).item()
-        if not math.isfinite(norm):
-            raise UserError(f"the loss or its gradient stopped being finite at step {step}; lower --lr and run again "
-                            f"({cfg.out} keeps the last good state)")
-        optim.step_all(optimizers, optim.share_at(step, cfg.steps, cfg.warmup, cooldown=0.6))
-        for p in params:
-            p.grad = None
-        # 3 report, validate, save
-        done = step + 1
-        if done % cfg.log_every == 0 or done == cfg.steps:
-            run.progress(done, cfg.steps, clock, cfg.batch_size * cfg.seq_len, flops, loss=world.sum([loss])[0],
-                         lr=optimizers[0].param_groups[0]["lr"], gnorm=norm)
-        if done % cfg.eval_every == 0 and done < cfg.steps:
-            with clock.paused():
-                run.log(done, cfg.steps, val_loss=evaluate(lm, held_out[::4], world))
-        leaving = stop.poll()
-        if leaving or done % cfg.save_every == 0:
-            run.save(done, clock, [model], optimizers)
-        if leaving:
-            run.leave(done)
-    stop.done()
-    seconds = clock.seconds()
-
-    # ------------------------------------------------------------------------------------------------- result
-    model.eval()
-    val = evaluate(lm, held_out, world)
-    bits = val / math.log(2) * meta["tokens"]["val"] / meta["bytes"]["val"]
-    if world.main:
-        save_model(model, data.load_tokenizer(shards), run.out)
-    world.barrier()
-    run.finish({"val_loss": val, "bits_per_byte": bits, "tokens": cfg.steps * cfg.batch_size * cfg.seq_len,
-                "seconds": seconds, "parameters": sum(p.numel() for p in params), "val_windows": len(held_out),
-                "seed": cfg.seed, "base": identity(run.out)})
-    run.say(f"saved to {run.out}: " + summary(run.result))
-    return run.result
-
-
-if __name__ == "__main__":
-    main()

@@ -11,8 +11,8 @@ Letters: T tokens.
 """
 import torch
 
-import masked
-from common import UserError
+from core import masked
+from core.common import UserError
 
 
 def needed():

@@ -25,20 +25,19 @@ from pydoc_data.topics import topics
 import numpy as np
 import torch
 
-import backbone
 import bridge
 import data
-from ablate import execute
-from common import UserError, entry, generator, parse, setup
-from denoiser import load
-from generate import spread
-from geometry import spearman
-from run import Run, atomic, finished, read_json
+from core import backbone
+from core.common import UserError, entry, generator, parse, setup
+from core.denoiser import load
+from core.run import Run, atomic, finished, read_json
+from core.stats import permutation_p, plus_minus, spearman
+from studies.ablate import execute
 
 
 @dataclass
 class Config:
-    model: str = "out/toy"      # a finished backbone of backbone.py, with its shards in `data` beside it
+    model: str = "out/toy"      # a finished backbone of toy.py, with its shards in `data` beside it
     data: str = "stdlib"        # text of the backbones that --pool trains
     out: str = "out/sweep"      # folder of the runs and the table
     pool: bool = False          # also on the backbones below, made under --out
@@ -53,7 +52,7 @@ class Config:
     dry_run: bool = False       # print the commands, then leave
 
 
-POOL = {  # name -> flags of backbone.py, or what is done to the blocks of --model
+POOL = {  # name -> flags of toy.py, or what is done to the blocks of --model
     "deep (12 x 96)": "--layers 12 --width 96 --heads 3 --steps 500", "young (100 steps)": "--steps 100",
     "tasks": "--tasks 0.6 --steps 500", "prose (manual)": "--steps 500 --data {manual}",
     "shuffled": "shuffle", "untrained": "untrain", "middle untrained": "middle"}
@@ -76,7 +75,7 @@ def altered(model, how, out, seed):
             block.load_state_dict(fresh.blocks[i].state_dict())
     shutil.copytree(model, out, dirs_exist_ok=True,
                     ignore=shutil.ignore_patterns("*.safetensors", "result.json", ".lock", "log.jsonl"))
-    backbone.save_model(lm.model, data.load_tokenizer(model), out)
+    backbone.save_model(lm.model, backbone.load_tokenizer(model), out)
     shutil.copy(Path(model) / "result.json", out / "result.json")
 
 
@@ -98,7 +97,7 @@ def backbones(cfg):
         if how.startswith("--"):
             flags = [str(manual(home / "text")) if flag == "{manual}" else flag for flag in how.split()]
             source = [] if "--data" in flags else ["--data", cfg.data]
-            execute([(name, [sys.executable, str(Path(__file__).with_name("backbone.py")), "--out", str(home / "toy"),
+            execute([(name, [sys.executable, str(Path(__file__).with_name("toy.py")), "--out", str(home / "toy"),
                              *flags, *source])], 1, threads=2)
             found[name] = home / "toy", home / "data", 1
         else:
@@ -154,17 +153,6 @@ def untrained(lm, net, train, held_out, layer, skip):
 
 
 # ----------------------------------------------------------------------------------------------------- statistics
-def permutation_p(a, b, seed=0):
-    """How often a random order of `a` correlates with `b` at least as strongly (one-sided): exact up to 8 values, else
-    by 20,000 draws, the given order counted as one."""
-    n, draw = len(a), generator(seed, "permutations")
-    orders = np.array(list(itertools.permutations(range(n))) if n <= 8 else [draw.permutation(n) for _ in range(20000)])
-    a, b = (np.array([(x < v).sum() + (x <= v).sum() for v in x], float) for x in (np.asarray(a), np.asarray(b)))
-    shared = a[orders] @ (b - b.mean())                                              # ranks: as spearman orders them
-    hits = (shared >= a @ (b - b.mean()) - 1e-9).sum()
-    return float(hits / len(orders) if n <= 8 else (1 + hits) / (1 + len(orders)))
-
-
 def correlations(geometry, layers, fvu, seed=0):
     """Spearman of each predictor with -FVU over layers. fvu (seeds, C). Intervals: the score's replicates (sequences,
     anchors; from geometry.py) and the bridges' seeds are resampled together; a difference to the score uses the same
@@ -256,8 +244,8 @@ def table(result):
         for row in found["layers"]:
             control = row.get("regression_fvu")
             lines.append(f"| {row['layer']} | {row['score']:+.2f} | " + " | ".join(
-                spread(row[k], f) for k, f in (("fvu", ".4f"), ("kl", ".4f"), ("ce_gap", "+.4f"))) + " | "
-                + (f"{spread(control, '.4f')} | {spread(row['regression_ce_gap'], '+.4f')}" if control else "- | -")
+                plus_minus(row[k], f) for k, f in (("fvu", ".4f"), ("kl", ".4f"), ("ce_gap", "+.4f"))) + " | "
+                + (f"{plus_minus(control, '.4f')} | {plus_minus(row['regression_ce_gap'], '+.4f')}" if control else "- | -")
                 + " | " + " | ".join(f"{row['untrained'][k]:.3f}" for k in ("identity", "ridge", "token mean")) + " |")
     names = [r["name"] for r in result["backbones"]["toy"]["correlations"]]
     lines += ["", "Spearman with -FVU at NFE 8 (on the model: 95% interval, one-sided p, score minus this one):", "",
@@ -317,8 +305,8 @@ def collect(cfg, name, model, shards, seeds):
     geometry = done.pop(("geometry", 0, 0))[1]
     layers = sorted({layer for _, layer, _ in done})
     lm = backbone.load(str(model), torch.device("cpu"), torch.float32)
-    train = data.Tokens(shards, "train", 128).spread(256, seed=cfg.seed)[:, :-1]
-    held_out = data.Tokens(shards, "val", 128).spread(64)[:, :-1]
+    train = data.Tokens(shards, "train", 128).windows(256, seed=cfg.seed)[:, :-1]
+    held_out = data.Tokens(shards, "val", 128).windows(64)[:, :-1]
     rows = []
     for layer in layers:
         row = {"layer": layer, "score": geometry["layers"][layer - 1]["score"]}
@@ -341,7 +329,7 @@ def main(argv):
     cfg = parse(Config, argv, __doc__)
     if cfg.seeds < 1 or cfg.jobs < 1 or not all(i.isdigit() for i in (cfg.layers or "1").split(",")):
         raise UserError("--seeds and --jobs must be at least 1, and --layers numbers such as 1,4,7")
-    read_json(Path(cfg.model) / "result.json", f"make it with: python backbone.py --out {cfg.model}")
+    read_json(Path(cfg.model) / "result.json", f"make it with: python toy.py --out {cfg.model}")
     if cfg.dry_run:
         print("\n".join(" ".join(c[-1]) for c in cells(cfg, "toy", Path(cfg.model), Path(cfg.model).parent / "data",
                                                        cfg.seeds)))

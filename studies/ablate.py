@@ -24,9 +24,10 @@ from typing import Literal
 
 import data
 import generate
-from common import UserError, entry, parse
-from geometry import spearman
-from run import atomic, read_json
+from core import backbone
+from core.common import UserError, entry, parse
+from core.run import atomic, read_json
+from core.stats import paired, plus_minus, spearman, steps_to
 
 STUDIES = {  # study -> groups of (layers, {variant: flags of bridge.py})
     "objective": [((1, 4, 7), {"diffusion": "", "regression": "--objective regression"})],
@@ -160,7 +161,7 @@ def generation_table(cfg):
              "| layer | geometry score | gen-PPL at real entropy | readout accuracy | FVU, NFE 8 | CE gap, NFE 4 |",
              "|---|---|---|---|---|---|"]
     for layer, group in rows.items():
-        cell = [generate.spread([r[k] for r in group], form) if None not in [r[k] for r in group] else "never there"
+        cell = [plus_minus([r[k] for r in group], form) if None not in [r[k] for r in group] else "never there"
                 for k, form in (("matched", ".1f"), ("readout_accuracy", ".3f"), ("fvu", ".4f"), ("ce_gap", "+.4f"))]
         score = f"{scores[layer]:+.2f}" if layer in scores else "-"
         lines.append(f"| {layer} | {score} | " + " | ".join(cell) + " |")
@@ -177,14 +178,6 @@ def generation_table(cfg):
     return "\n".join([*lines, "", f"Best to generate at: layer {best['matched']}. Best to replace: layer "
                       f"{best['ce_gap']}. They are {same}. Over layers {inner[0]} to {inner[-1]}: "
                       + ", ".join(rho) + "."])
-
-
-def steps_to(curve, loss):
-    """The step, interpolated, at which a validation curve first reaches `loss`; None if it never does."""
-    for (a, y, _), (b, z, _) in zip(curve, curve[1:]):
-        if z <= loss:
-            return a + (b - a) * (y - loss) / max(y - z, 1e-12) if y > loss else a
-    return None
 
 
 def rival_of(name, arms):
@@ -210,12 +203,12 @@ def alignment_table(cfg):
             gain.append(min(row[1] for row in mine["curve"]) - goal)
             fast.append(first / there if there else None)
             quick.append(first * rival["seconds"] / (there * mine["seconds"]) if there else None)
-        cells_ = [generate.spread([r["val_loss"] for r in results], ".3f"),
-                  generate.spread([min(row[1] for row in r["curve"]) for r in results], ".3f"),
-                  generate.spread(gain, "+.3f"),
-                  *(generate.spread(f, ".2f") if None not in f else f"not reached in {f.count(None)} of {len(f)}"
+        cells_ = [plus_minus([r["val_loss"] for r in results], ".3f"),
+                  plus_minus([min(row[1] for row in r["curve"]) for r in results], ".3f"),
+                  plus_minus(gain, "+.3f"),
+                  *(plus_minus(f, ".2f") if None not in f else f"not reached in {f.count(None)} of {len(f)}"
                     for f in (fast, quick)),
-                  "-" if results[0]["cosine"] is None else generate.spread([r["cosine"] for r in results], ".3f")]
+                  "-" if results[0]["cosine"] is None else plus_minus([r["cosine"] for r in results], ".3f")]
         lines.append(f"| {name} | " + " | ".join(cells_) + " |")
     return "\n".join(lines)
 
@@ -227,7 +220,7 @@ def verdicts(groups):
         rival = next(((n, r) for (at, n), r in groups.items() if at == layer and n.startswith("regression")), None)
         if rival is None or name == rival[0] or len(results) < 2:
             continue
-        mean, wide = generate.paired([r["nfe"]["1"]["ce_gap"] for r in rival[1]],
+        mean, wide, _ = paired([r["nfe"]["1"]["ce_gap"] for r in rival[1]],
                                      [r["nfe"]["4"]["ce_gap"] for r in results])
         word = "ties with" if abs(mean) <= wide else "beats" if mean > 0 else "loses to"
         yield (f"- layer {layer}: {name} {word} {rival[0]}: its CE gap is lower by {mean:+.4f} +- {wide:.4f} nats "
@@ -247,7 +240,7 @@ def main(argv):
     if cfg.dry_run:
         print("\n".join(" ".join(command) for *_, command in work))
         return None
-    data.prepare(cfg.data, data.load_tokenizer(cfg.model), Path(cfg.out) / "data")  # once, before two runs want it
+    data.prepare(cfg.data, backbone.load_tokenizer(cfg.model), Path(cfg.out) / "data")  # once, before two runs want it
     execute([(f"{name}, layer {layer}, seed {seed}", command) for name, layer, seed, _, command in work], cfg.jobs)
     text = {"generate": generation_table, **dict.fromkeys(ALIGN, alignment_table)}.get(cfg.study, table)(cfg)
     with atomic(Path(cfg.out) / f"{cfg.study}.md") as temporary:

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from common import UserError
-from diffusion import open_up
-from run import atomic, read_json, write_json
+from core.common import UserError
+from core.diffusion import open_up
+from core.run import atomic, read_json, write_json
 
 
 def rotate(x, positions):
@@ -69,7 +69,7 @@ class Bridge(nn.Module):
     def __init__(self, D, W, blocks, H, objective="diffusion", prediction="x", source="noise", sampler="euler",
                  self_condition=False, shift=1.0, visible="full", bidirectional=False, V=0):
         super().__init__()
-        self.shape = {"D": D, "W": W, "blocks": blocks, "H": H, "objective": objective, "prediction": prediction,
+        self.settings = {"D": D, "W": W, "blocks": blocks, "H": H, "objective": objective, "prediction": prediction,
                       "source": source, "sampler": sampler, "self_condition": self_condition, "shift": shift,
                       "visible": visible, "bidirectional": bidirectional, "V": V}
         self.recompute = False                                                # activation checkpointing of the blocks
@@ -100,13 +100,13 @@ class Bridge(nn.Module):
         angle = t[:, None] * math.pi * 2.0 ** torch.linspace(0, 5, self.FREQUENCIES, device=t.device)   # (B, F)
         modulation = self.time(torch.cat([angle.cos(), angle.sin()], -1)).view(len(t), 6, -1)          # (B, 6, W)
         channels = [x, c]
-        if self.shape["self_condition"]:
+        if self.settings["self_condition"]:
             channels.append(torch.zeros_like(x) if last is None else last)
         if self.generates:
             unknown = torch.zeros_like(x[..., 0], dtype=torch.bool) if unknown is None else unknown
             channels[1] = torch.where(unknown[..., None], self.null, c)
             channels.append(unknown[..., None].to(x.dtype))
-            if self.shape["bidirectional"] and mask is None:
+            if self.settings["bidirectional"] and mask is None:
                 mask = open_up(unknown)
         h = self.enter(torch.cat(channels, -1))                                        # (B, T, W)
         for i, block in enumerate(self.blocks):
@@ -132,7 +132,7 @@ def save(net, folder, extra):
     from safetensors.torch import save_file
     with atomic(Path(folder) / "bridge.safetensors") as temporary:
         save_file({k: v.contiguous() for k, v in net.state_dict().items()}, temporary, seal(extra))
-    write_json(Path(folder) / "bridge.json", {**net.shape, **extra})
+    write_json(Path(folder) / "bridge.json", {**net.settings, **extra})
 
 
 def seal(info):

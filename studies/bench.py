@@ -10,17 +10,16 @@ from dataclasses import dataclass
 
 import torch
 
-import backbone
 import bridge
 import data
-import denoiser
-import diffusion
 import geometry
 import hybrid
-import masked
 import repr_align
-from common import entry, generator, matmul_rate, parse, setup
-from evaluate import seconds_of
+import toy
+from core import backbone, denoiser, diffusion, masked
+from core.common import entry, generator, matmul_rate, parse, setup
+from core.metrics import seconds_of
+from core.run import beside
 
 
 @dataclass
@@ -108,7 +107,7 @@ def convert_flops(lm, hide):
 def convert_share(width, cfg):
     """The unaligned arm's forward and backward on 2,048 tokens, as a share of torch.mm's rate, for the toy at this
     width."""
-    lm = backbone.Backbone(backbone.build_toy(backbone.Config(width=width, heads=width // 64), 2048))
+    lm = backbone.Backbone(toy.build_toy(toy.Config(width=width, heads=width // 64), 2048))
     student = masked.Student(lm, lm.V - 1)
     repr_align.freeze(student, "embed")
     ids, hide = torch.randint(1, lm.V - 1, (16, 128)), repr_align.corrupt(128, cfg.seed, "mask", 0, range(16))
@@ -165,8 +164,8 @@ def bench_twin(cfg):
     for name, how in (("fill", {}), ("blocks of 16 with cache", {"block": 16})):
         speed = 64 * 16 / seconds_of(cfg.repeats, lambda: masked.fill(model, ids, hide, 64, **how))  # noqa: B023
         print(f"{name} {speed:.0f} ({speed / stock:.2f}x)", end="; " if not how else "\n")
-    shards = backbone.beside(cfg.twin, "data")
-    text, calls, errors = data.Tokens(shards, "val", 128).spread(8)[:, :-1], 32, [[], []]
+    shards = beside(cfg.twin, "data")
+    text, calls, errors = data.Tokens(shards, "val", 128).windows(8)[:, :-1], 32, [[], []]
     for i, row in enumerate(text):
         draws = [[], []]
         for seed in range(8):

@@ -32,15 +32,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import backbone
 import data
-import generate
-import masked
-import optim
-from common import UserError, entry, generator, normal, parse, setup
-from denoiser import Bridge
-from diffusion import position_noise, sample, times, token_loss
-from run import Run, atomic, finished, read_json, write_json
+from core import backbone, masked, metrics, optim
+from core.common import UserError, entry, generator, normal, parse, setup
+from core.denoiser import Bridge
+from core.diffusion import position_noise, sample, times, token_loss
+from core.report import frontiers
+from core.run import Run, atomic, finished, read_json, write_json
+from core.stats import paired, plus_minus
 
 
 @dataclass
@@ -87,7 +86,7 @@ class Way:
         h0 = lm.embed(rows)
         self.stats_c = standard(h0[:, SKIP:])
         if kind == "hidden":
-            self.stats_z = standard(lm.run(h0, 0, layer)[:, SKIP:])
+            self.stats_z = standard(lm.through(h0, 0, layer)[:, SKIP:])
         elif kind == "embedding":
             self.stats_z = standard(self.table[rows])
         elif kind in ("latent", "bottleneck"):
@@ -99,8 +98,8 @@ class Way:
     def state(self, h0):
         """h[0] (B, T, D) -> what is reduced to a few dimensions: h[l] for `bottleneck`, the normed last state."""
         if self.kind == "bottleneck":
-            return self.lm.run(h0, 0, self.layer)
-        return self.lm.norm(self.lm.run(h0, 0, self.lm.L))
+            return self.lm.through(h0, 0, self.layer)
+        return self.lm.norm(self.lm.through(h0, 0, self.lm.L))
 
     def condition(self, ids):
         """The denoiser's condition, padded with zeros to d: (B, T, d)."""
@@ -111,7 +110,7 @@ class Way:
         """ids (B, T + 1) -> z (B, T, d)."""
         now = self.lm.embed(ids[:, :-1])
         if self.kind == "hidden":
-            return (self.lm.run(now, 0, self.layer) - self.stats_z[0]) / self.stats_z[1]
+            return (self.lm.through(now, 0, self.layer) - self.stats_z[0]) / self.stats_z[1]
         if self.kind == "embedding":
             return (self.table[ids[:, 1:]] - self.stats_z[0]) / self.stats_z[1]
         if self.kind == "simplex":
@@ -122,7 +121,7 @@ class Way:
     def read(self, z):
         """z (B, T, d) -> log p (B, T, V)."""
         if self.kind == "hidden":
-            logits = self.lm.head(self.lm.run(z * self.stats_z[1] + self.stats_z[0], self.layer, self.lm.L))
+            logits = self.lm.head(self.lm.through(z * self.stats_z[1] + self.stats_z[0], self.layer, self.lm.L))
         elif self.kind == "embedding":
             goal = (self.table - self.stats_z[0]) / self.stats_z[1]                       # (V, D)
             logits = self.unigrams.log() - torch.cdist(z, goal[None]).square() / (2 * self.width ** 2)
@@ -131,7 +130,7 @@ class Way:
         else:
             h = ((z[..., :len(self.scale)].double() * self.scale) @ self.basis.T + self.mean).float()
             logits = self.lm.unnormed_head(h) if self.kind == "latent" else self.lm.head(
-                self.lm.run(h, self.layer, self.lm.L))
+                self.lm.through(h, self.layer, self.lm.L))
         return F.log_softmax(logits.float(), -1)
 
     def recovery(self):
@@ -229,7 +228,7 @@ def ceiling(way, rows, draws, seed):
     for ids in rows.split(8):
         goals = [ids]
         if way.kind in ("embedding", "simplex"):
-            h = way.lm.run(way.lm.embed(ids[:, :-1]), 0, way.lm.L)
+            h = way.lm.through(way.lm.embed(ids[:, :-1]), 0, way.lm.L)
             p = torch.softmax(way.lm.head(h).double(), -1)                                # (B, T, V)
             u = torch.from_numpy(generator(seed, "ceiling").random((draws, *p.shape[:2]))).to(ids.device)
             drawn = [masked.choose(p.log(), 1.0, 1.0, 0, some) for some in u]             # (B, T) each
@@ -265,24 +264,24 @@ def fit_width(way, net, rows, cfg):
 def cell(kind, seed, lm, layer, train_rows, held_out, real, cfg):
     """One way and one seed: trained and measured."""
     torch.manual_seed(seed)
-    way = Way(kind, lm, layer, train_rows.spread(64, seed)[:, :-1].to(held_out.device), cfg.latent)
+    way = Way(kind, lm, layer, train_rows.windows(64, seed)[:, :-1].to(held_out.device), cfg.latent)
     heads = max(1, lm.D // 32)
     net = Causal(lm.D, cfg.blocks, heads, lm.V) if kind == "causal" else Bridge(way.d, lm.D, cfg.blocks, heads)
     net = net.to(held_out.device)
     seconds = train(way, net, train_rows, cfg, seed)
     net.eval()
     if kind in ("embedding", "simplex"):
-        fit_width(way, net, train_rows.spread(8, seed + 1).to(held_out.device), cfg)
+        fit_width(way, net, train_rows.windows(8, seed + 1).to(held_out.device), cfg)
     frontier = []
     for t in map(float, cfg.temperatures.split(",")):
         text = write(way, net, held_out[:cfg.texts, :64], cfg.new, t, cfg, seed)
-        frontier.append({"temperature": t, **generate.measure(lm, text, 64)})
+        frontier.append({"temperature": t, **metrics.measure(lm, text, 64)})
     return {"kind": kind, "seed": seed, "seconds": seconds, "parameters": sum(p.numel() for p in net.parameters()),
             "d": cfg.latent if kind in ("latent", "bottleneck") else way.d,
             "nll": next_token_nll(way, net, held_out, cfg, cfg.draws),
             "nll_one_draw": next_token_nll(way, net, held_out, cfg, 1), "recovery": way.recovery(),
             "ceiling": ceiling(way, held_out, cfg.draws, seed),
-            "frontier": frontier, "matched": generate.at_entropy(frontier, real["entropy"])}
+            "frontier": frontier, "matched": metrics.at_entropy(frontier, real["entropy"])}
 
 
 # --------------------------------------------------------------------------------------------------------- report
@@ -302,12 +301,12 @@ def table(result):
         name = f"{kind}, layer {result['layer']}" if kind in ("hidden", "bottleneck") else kind
         matched = [c["matched"] for c in group]
         lines.append(f"| {name} | {group[0]['d']} | {group[0]['parameters']:,} | " + " | ".join([
-            *(generate.spread([c[k] for c in group], ".3f") for k in ("nll", "nll_one_draw")),
-            "-" if group[0]["ceiling"] is None else generate.spread([c["ceiling"] for c in group], ".3f"),
-            "never there" if None in matched else generate.spread(matched, ".0f"),
-            generate.spread([p["gen_ppl"] for p in one], ".0f"),
-            *(generate.spread([p[k] for p in one], ".2f") for k in ("entropy", "diversity", "rep_4")),
-            generate.spread([c["seconds"] for c in group], ".0f"), group[0]["recovery"]]) + " |")
+            *(plus_minus([c[k] for c in group], ".3f") for k in ("nll", "nll_one_draw")),
+            "-" if group[0]["ceiling"] is None else plus_minus([c["ceiling"] for c in group], ".3f"),
+            "never there" if None in matched else plus_minus(matched, ".0f"),
+            plus_minus([p["gen_ppl"] for p in one], ".0f"),
+            *(plus_minus([p[k] for p in one], ".2f") for k in ("entropy", "diversity", "rep_4")),
+            plus_minus([c["seconds"] for c in group], ".0f"), group[0]["recovery"]]) + " |")
     return "\n".join([*lines, "", result["verdict"]])
 
 
@@ -319,7 +318,7 @@ def verdict(cells, layer):
     if "hidden" not in mean or not rivals:
         return ""
     best = min(rivals, key=mean.get)
-    gap, wide = generate.paired(nll["hidden"], nll[best])
+    gap, wide, _ = paired(nll["hidden"], nll[best])
     word = ("ahead" if gap < 0 else "behind") + f" by {abs(gap):.3f} nats" + (
         " (one seed)" if wide is None else f" +- {wide:.3f} (95%, {len(nll[best])} seeds)"
         + ("" if wide < abs(gap) else ", so not beyond doubt"))
@@ -366,16 +365,16 @@ def main(argv):
     lm = backbone.load(model, world.device, torch.float32)
     if not 1 <= layer <= lm.L or cfg.latent > lm.D:
         raise UserError(f"--layer {layer} must lie in 1..{lm.L} and --latent {cfg.latent} in 1..{lm.D}")
-    shards, _ = backbone.shards_beside(cfg, data.load_tokenizer(model), world)
+    shards, _ = data.shards_beside(cfg, backbone.load_tokenizer(model), world)
     train_rows = data.Tokens(shards, "train", cfg.seq_len)
-    held_out = data.Tokens(shards, "val", cfg.seq_len).spread(cfg.windows).to(world.device)            # (N, T + 1)
+    held_out = data.Tokens(shards, "val", cfg.seq_len).windows(cfg.windows).to(world.device)            # (N, T + 1)
     run = Run(cfg, world, identity)
 
-    real = generate.measure(lm, held_out[:cfg.texts, :64 + cfg.new], 64)
+    real = metrics.measure(lm, held_out[:cfg.texts, :64 + cfg.new], 64)
     with torch.no_grad():
-        logp = torch.cat([F.log_softmax(lm.head(lm.run(lm.embed(i[:, :-1]), 0, lm.L)), -1) for i in held_out.split(8)])
+        logp = torch.cat([F.log_softmax(lm.head(lm.through(lm.embed(i[:, :-1]), 0, lm.L)), -1) for i in held_out.split(8)])
     intact = -logp.gather(-1, held_out[:, 1:, None])[:, SKIP:].mean().item()
-    count = torch.bincount(train_rows.spread(512).flatten(), minlength=lm.V).double() + 1
+    count = torch.bincount(train_rows.windows(512).flatten(), minlength=lm.V).double() + 1
     unigram = -(count / count.sum()).log()[held_out[:, 1 + SKIP:]].mean().item()
     cells = []
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
@@ -390,7 +389,7 @@ def main(argv):
               "verdict": verdict(cells, layer), "windows": len(held_out),
               **{k: getattr(cfg, k) for k in ("steps", "batch_size", "seq_len", "nfe", "draws", "texts", "new")}}
     with atomic(run.out / "interfaces.png") as temporary:
-        generate.frontiers([(c["kind"], COLORS[c["kind"]], c["frontier"]) for c in cells], real, temporary,
+        frontiers([(c["kind"], COLORS[c["kind"]], c["frontier"]) for c in cells], real, temporary,
                            "What should diffusion produce? Frontiers over temperature")
     with atomic(run.out / "interfaces.md") as temporary:
         temporary.write_text(table(result) + "\n")

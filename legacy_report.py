@@ -7,13 +7,12 @@
 import numpy as np
 
 import circuits
-import interfaces
-import sweep
-from ablate import steps_to
+from core.run import read_json
 from generate import name_of
 from generate import table as generation_table
 from geometry import PROXIES
-from run import read_json
+from studies import interfaces, sweep
+from studies.ablate import steps_to
 
 
 def verdict(found):

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import UserError, generator
+from core.common import UserError, generator
 
 TASKS = ("induction", "brackets", "missing", "countdown")
 GLOBAL = ("missing", "countdown")

@@ -18,10 +18,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache
 
-import backbone
-import data
-from common import UserError, generator
-from run import read_json
+from core import backbone
+from core.common import UserError, generator
+from core.run import read_json
 
 MASK = "<|mask|>"
 ORDERS = ("random", "confidence", "entropy", "margin", "p2")
@@ -83,7 +82,7 @@ def load_converted(folder, device, dtype):
     """(Student, tokenizer) of a folder that repr_align.py wrote; refuses an AR model."""
     if "mask_id" not in read_json(Path(folder) / "result.json", "convert a model with: python repr_align.py"):
         raise UserError(f"{folder} is no converted model; make one with: python repr_align.py")
-    tokenizer = data.load_tokenizer(folder)
+    tokenizer = backbone.load_tokenizer(folder)
     return Student(backbone.load(folder, device, dtype), tokenizer.mask_token_id), tokenizer
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from common import UserError
+from core.common import UserError
 
 ADDS_UP = {  # model_type -> names in a block: norm, attention, its output matrix, second norm. The rest is refused.
     **dict.fromkeys(("llama", "qwen2", "qwen3", "mistral"),
@@ -100,7 +100,7 @@ class Subject:
     def run(self, h, start=0):
         """h[start] (P, T, D) -> logits (P, V) of the token after the prompt."""
         side = self.lm.side(h, causal=self.student is None)
-        h = self.lm.run(h, start, self.lm.L, side)
+        h = self.lm.through(h, start, self.lm.L, side)
         if self.student is not None:
             return self.student.logits(self.lm.norm(h))[:, -2]
         return self.lm.head(h)[:, -1].float()

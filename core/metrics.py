@@ -1,0 +1,166 @@
+"""metrics.py: what is measured of a text (perplexity, entropy, repetition) and of a program (seconds, bytes).
+
+    row = measure(lm, ids, prefix)                 # all text metrics of what follows the prefix, judged by lm
+    seconds = seconds_of(5, call)                  # the fastest of five calls
+    with PeakBytes() as peak: call()               # peak.most: bytes held at once by tensors made meanwhile
+
+Letters: N texts, T tokens, V vocabulary.
+"""
+import collections
+import importlib.util
+import math
+import statistics
+import time
+import weakref
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from core.common import UserError
+
+SHAPE = ("entropy", "diversity", "rep_4", "distinct_2", "self_bleu")  # of a text, whoever judges it
+
+
+# --------------------------------------------------------------------------------------------------------- texts
+@torch.no_grad()
+def judge(lm, ids, prefix):
+    """Negative log-likelihood (nats, float64) of each text's tokens after the prefix: ids (N, T) -> (N, T - prefix)."""
+    rows = []
+    for part in ids.split(16):
+        logits = lm.head(lm.through(lm.embed(part[:, :-1]), 0, lm.L))[:, prefix - 1:]             # (n, T - prefix, V)
+        nll = F.cross_entropy(logits.double().flatten(0, 1), part[:, prefix:].flatten(), reduction="none")
+        rows.append(nll.view(len(part), -1))
+    return torch.cat(rows)
+
+
+@torch.no_grad()
+def judge_text(lm, theirs, ours, ids, prefix):
+    """The same by a judge with another tokenizer: ids (N, T) are decoded by `ours`, prefix and continuation apart, and
+    encoded by `theirs`. A list of N vectors, one number a token of the judge's."""
+    out = []
+    for row in ids.tolist():
+        head, tail = (theirs(ours.decode(part), add_special_tokens=False)["input_ids"]
+                      for part in (row[:prefix], row[prefix:]))
+        head = head or [theirs.eos_token_id or 0]
+        both = torch.tensor([[*head, *tail]], device=ids.device)
+        logits = lm.head(lm.through(lm.embed(both[:, :-1]), 0, lm.L))[0, len(head) - 1:]                      # (n, V)
+        out.append(F.cross_entropy(logits.double(), both[0, len(head):], reduction="none"))
+    return out
+
+
+def entropy(ids):
+    """Entropy (nats) of a text's own token histogram, mean over ids (N, T). At most ln T."""
+    total = 0.0
+    for row in ids.tolist():
+        counts = np.unique(row, return_counts=True)[1] / len(row)
+        total -= (counts * np.log(counts)).sum()
+    return total / len(ids)
+
+
+def repetition(ids, n):
+    """rep-n: the share of n-grams, pooled over all texts, that repeat an earlier one. ids (N, T)."""
+    grams = [tuple(row[i:i + n]) for row in ids.tolist() for i in range(len(row) - n + 1)]
+    if not grams:
+        raise UserError(f"texts of {ids.shape[1]} tokens have no {n}-grams; write longer ones")
+    return 1 - len(set(grams)) / len(grams)
+
+
+def self_bleu(ids, order=4):
+    """Mean BLEU (n-grams up to `order`, uniform weights, no smoothing) of each text against all the others: how alike
+    they are. ids (N, T), N >= 2."""
+    if len(ids) < 2 or ids.shape[1] < order:
+        raise UserError(f"self-BLEU needs two texts of at least {order} tokens")
+    total = np.zeros((len(ids), order))
+    for n in range(1, order + 1):
+        counts = [collections.Counter(tuple(row[i:i + n]) for i in range(len(row) - n + 1)) for row in ids.tolist()]
+        first, second = collections.Counter(), collections.Counter()           # largest and next count over texts
+        for count in counts:
+            for gram, c in count.items():
+                high, low = first[gram], second[gram]
+                first[gram], second[gram] = max(high, c), max(low, min(high, c))
+        for i, count in enumerate(counts):
+            others = (second[g] if count[g] == first[g] else first[g] for g in count)
+            total[i, n - 1] = sum(map(min, count.values(), others)) / sum(count.values())
+    with np.errstate(divide="ignore"):
+        return float(np.exp(np.log(total).mean(1)).mean())                     # equal lengths: no brevity penalty
+
+
+@torch.no_grad()
+def mauve(lm, real, ids, prefix):
+    """MAUVE (Pillutla et al. 2021) between what follows the prefix in `real` and in `ids`, both (N, T); features are
+    the mean of lm's last states. None where the package mauve-text is not installed."""
+    if importlib.util.find_spec("mauve") is None:
+        return None
+    from mauve import compute_mauve
+    p, q = (torch.cat([lm.norm(lm.through(lm.embed(part), 0, lm.L))[:, prefix:].mean(1) for part in text.split(16)]).cpu()
+            for text in (real, ids))
+    return float(compute_mauve(p_features=p.numpy(), q_features=q.numpy(), num_buckets=max(2, len(p) // 10),
+                               verbose=False).mauve)
+
+
+def measure(lm, ids, prefix, nll=None):
+    """All metrics of ids (N, T) at one setting: gen_ppl = exp(sum NLL / sum tokens), mean and median over texts of each
+    one's own, entropy, diversity = product over n = 2, 3, 4 of the share of distinct n-grams, rep_4, distinct-n (the
+    share of different n-grams within a text, mean over texts), self_bleu. `nll`: another judge's, see judge_text."""
+    nll, new = judge(lm, ids, prefix) if nll is None else nll, ids[:, prefix:]
+    each = torch.stack([row.mean() for row in nll]).exp()
+    return {"gen_ppl": math.exp(sum(r.sum() for r in nll) / sum(map(len, nll))), "gen_ppl_mean": float(each.mean()),
+            "gen_ppl_median": float(each.median()), "entropy": entropy(new),
+            "diversity": math.prod(1 - repetition(new, n) for n in (2, 3, 4)),
+            "rep_4": repetition(new, 4), "self_bleu": self_bleu(new),
+            **{f"distinct_{n}": 1 - statistics.mean(repetition(row[None], n) for row in new) for n in (1, 2)}}
+
+
+def at_entropy(points, target):
+    """gen-PPL where a frontier crosses the entropy `target`: linear in (entropy, log gen-PPL) between the temperatures
+    around it. None if it never does: no extrapolation."""
+    points = sorted((p["entropy"], math.log(p["gen_ppl"])) for p in points)
+    for (h0, y0), (h1, y1) in zip(points, points[1:]):
+        if h0 <= target <= h1:
+            return math.exp(y0 + (y1 - y0) * (target - h0) / max(h1 - h0, 1e-9))
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------ programs
+def seconds_of(repeats, run):
+    """The fastest of `repeats` calls: the least disturbed one."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+class PeakBytes(TorchDispatchMode):
+    """Within this context, `most` is the largest number of bytes held at once by tensors made in it, on any device;
+    `known` are tensors that were there before."""
+
+    def __init__(self, known=()):
+        super().__init__()
+        self.now, self.most, self.known = 0, 0, {t.untyped_storage().data_ptr() for t in known}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_flatten(out)[0]:
+            if isinstance(tensor, torch.Tensor):
+                self._watch(tensor.untyped_storage())
+        return out
+
+    def _watch(self, storage):
+        pointer, size = storage.data_ptr(), storage.nbytes()
+        if size == 0 or pointer in self.known:
+            return
+        self.known.add(pointer)
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._forget, pointer, size)
+
+    def _forget(self, pointer, size):
+        self.known.discard(pointer)
+        self.now -= size
