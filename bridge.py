@@ -33,8 +33,6 @@ from core.common import (
     UserError,
     check_replicas,
     entry,
-    generator,
-    normal,
     parse,
     peak_flops,
     pick_dtype,
@@ -43,6 +41,7 @@ from core.common import (
 )
 from core.denoiser import Bridge, save
 from core.diffusion import hide, position_noise, readout_loss, sample, times, token_loss
+from core.draws import generator, normal
 from core.run import Clock, Run, finished, read_json
 
 

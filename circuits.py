@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 
 from core import backbone, masked
 from core.attribution import Subject, attribute, patch, without
-from core.common import UserError, entry, generator, parse, setup
+from core.common import UserError, entry, parse, setup
+from core.draws import generator
 from core.run import Run, atomic, finished, read_json
 from core.run import beside as beside_out
 from core.stats import plus_minus, spearman

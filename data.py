@@ -32,7 +32,8 @@ from tqdm import tqdm
 
 from core import tasks as generated
 from core.backbone import EOS, load_tokenizer, tokenizer_hash
-from core.common import UserError, entry, generator, parse, setup
+from core.common import UserError, entry, parse, setup
+from core.draws import generator
 from core.run import atomic, beside, read_json, write_json
 
 BPE_DOCUMENTS = 20_000  # enough text for a small vocabulary, and a Hub-sized corpus is not streamed twice

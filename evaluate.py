@@ -26,7 +26,8 @@ import torch.nn.functional as F
 import data
 import hybrid
 from core import backbone, denoiser, harness, masked, report
-from core.common import UserError, entry, generator, parse, pick_dtype, setup
+from core.common import UserError, entry, parse, pick_dtype, setup
+from core.draws import generator
 from core.metrics import PeakBytes, seconds_of
 from core.run import Run, atomic, read_json
 

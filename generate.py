@@ -24,7 +24,8 @@ from transformers import GenerationConfig
 import data
 import hybrid
 from core import backbone, masked
-from core.common import UserError, entry, generator, parse, pick_dtype, setup
+from core.common import UserError, entry, parse, pick_dtype, setup
+from core.draws import generator
 from core.metrics import SHAPE, at_entropy, judge_text, mauve, measure
 from core.report import frontiers
 from core.run import Run, atomic, finished, read_json

@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 import data
 from core import backbone
-from core.common import UserError, entry, generator, parse, pick_dtype, setup
+from core.common import UserError, entry, parse, pick_dtype, setup
+from core.draws import generator
 from core.run import Run, finished
 from core.stats import spearman
 

@@ -35,7 +35,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import data
 from core import backbone, denoiser, diffusion, masked
-from core.common import UserError, entry, generator, normal, parse, pick_dtype, setup
+from core.common import UserError, entry, parse, pick_dtype, setup
+from core.draws import generator, normal
 from core.run import Run, finished, read_json
 
 

@@ -27,7 +27,8 @@ from torch.distributed.tensor import distribute_tensor
 
 import data
 from core import backbone, optim
-from core.common import GradientSum, StopSignal, UserError, entry, generator, parse, pick_dtype, setup, split_batch
+from core.common import GradientSum, StopSignal, UserError, entry, parse, pick_dtype, setup, split_batch
+from core.draws import generator
 from core.masked import ORDERS, Student, add_mask, sample_text
 from core.run import Clock, Run, finished
 

@@ -16,12 +16,8 @@ from typing import NamedTuple
 
 import torch
 
+from core.backbone import FAMILIES
 from core.common import UserError
-
-ADDS_UP = {  # model_type -> names in a block: norm, attention, its output matrix, second norm. The rest is refused.
-    **dict.fromkeys(("llama", "qwen2", "qwen3", "mistral"),
-                    ("input_layernorm", "self_attn", "o_proj", "post_attention_layernorm")),
-    "gpt2": ("ln_1", "attn", "c_proj", "ln_2")}
 
 
 # ------------------------------------------------------------------------------------------------------ the graph
@@ -42,14 +38,14 @@ class Subject:
     Several subjects of one `kind` differ in their training seed."""
 
     def __init__(self, lm, student=None, name="AR", kind="AR"):
-        family = lm.config.model_type
-        if family not in ADDS_UP:
-            raise UserError(f"the heads of a {family} model do not simply add up in its residual stream (output norms "
-                            f"or parallel blocks); circuits are supported for {', '.join(ADDS_UP)}")
+        if not lm.family.adds_up:
+            able = ", ".join(name for name, family in FAMILIES.items() if family.adds_up)
+            raise UserError(f"the heads of a {lm.config.model_type} model do not simply add up in its residual stream "
+                            f"(output norms or parallel blocks); circuits are supported for {able}")
         self.lm, self.student, self.name, self.kind = lm, student, name, kind
         self.H = lm.config.num_attention_heads
         self.K = getattr(lm.config, "num_key_value_heads", None) or self.H
-        norm1, attention, out, norm2 = ADDS_UP[family]
+        norm1, attention, out, norm2 = lm.family.adds_up
         self.norm1, self.norm2, self.attention, self.mlp, self.out = ([], [], [], [], [])
         for block in lm.blocks:
             self.norm1.append(getattr(block, norm1))
@@ -57,7 +53,7 @@ class Subject:
             self.norm2.append(getattr(block, norm2))
             self.mlp.append(block.mlp)
             self.out.append(getattr(getattr(block, attention), out))
-        self.joint = family == "gpt2"                                         # one matrix for q, k, v, stored (in, out)
+        self.joint = lm.family.joint                                         # one matrix for q, k, v, stored (in, out)
 
     def graph(self):
         senders, receivers, before = ["embed"], [], []

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +26,36 @@ EOS = "<|endoftext|>"  # of a tokenizer that we train ourselves
 
 
 # ------------------------------------------------------------------------------------------------ cut at a layer
-FAMILIES = {  # model_type: (decoder stack, its blocks, its final norm). Others are refused, never silently wrong.
-    **{name: ("model", "layers", "norm")
-       for name in ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "olmo2")},
-    "gpt2": ("transformer", "h", "ln_f"),
-    "gpt_neox": ("gpt_neox", "layers", "final_layer_norm"),
+class Family(NamedTuple):
+    """Where the parts of an architecture are. To add one: an entry here; its random tiny config in tests/conftest.py,
+    which runs every family test (prefix + suffix, padding, bidirectional, hybrid, conversion); `adds_up` only where a
+    head's output is added to the residual stream as it is, for circuits.py."""
+    stack: str                        # of the model: the decoder stack
+    blocks: str                       # of the stack: its ModuleList of blocks
+    norm: str                         # of the stack: the final norm
+    adds_up: tuple = ()               # in a block: norm, attention, its output matrix, second norm
+    joint: bool = False               # one matrix for q, k and v, stored (in, out)
+    positions: str = ""               # of the stack: a learned position embedding, added to h[0]
+    cache: str = "past_key_values"    # what a block calls its cache
+    rotary_by_type: bool = False      # sliding and full layers turn at different speeds
+
+
+LLAMA = Family("model", "layers", "norm", ("input_layernorm", "self_attn", "o_proj", "post_attention_layernorm"))
+FAMILIES = {  # model_type -> Family. Others are refused, never silently wrong.
+    **dict.fromkeys(("llama", "qwen2", "qwen3", "mistral"), LLAMA),
+    **dict.fromkeys(("gemma2", "olmo2"), LLAMA._replace(adds_up=())),        # these norm a sublayer's output
+    "gemma3_text": LLAMA._replace(adds_up=(), rotary_by_type=True),
+    "gpt2": Family("transformer", "h", "ln_f", ("ln_1", "attn", "c_proj", "ln_2"), joint=True, positions="wpe"),
+    "gpt_neox": Family("gpt_neox", "layers", "final_layer_norm", cache="layer_past"),   # attention beside the MLP
 }
+
+
+def family_of(config):
+    """The Family of a config. Raises UserError for an architecture that cannot be cut."""
+    if config.model_type not in FAMILIES:
+        raise UserError(f"a model of type {config.model_type!r} cannot be cut at a layer; "
+                        f"supported are {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[config.model_type]
 
 
 class Backbone(nn.Module):
@@ -40,13 +65,10 @@ class Backbone(nn.Module):
     def __init__(self, model, L=None):
         super().__init__()
         self.model, self.config = model, model.config
-        if self.config.model_type not in FAMILIES:
-            raise UserError(f"a model of type {self.config.model_type!r} cannot be cut at a layer; "
-                            f"supported are {', '.join(sorted(FAMILIES))}")
-        stack, blocks, norm = FAMILIES[self.config.model_type]
-        self.stack = getattr(model, stack)
-        self.blocks, self.norm = getattr(self.stack, blocks), getattr(self.stack, norm)
-        self.blocks_name = f"{stack}.{blocks}."          # as in the names of their parameters
+        self.family = family = family_of(self.config)
+        self.stack = getattr(model, family.stack)
+        self.blocks, self.norm = getattr(self.stack, family.blocks), getattr(self.stack, family.norm)
+        self.blocks_name = f"{family.stack}.{family.blocks}."    # as in the names of their parameters
         self.L = L or len(self.blocks)                   # of the whole model, also when only a prefix is loaded
         self.D, self.V = self.config.hidden_size, self.config.vocab_size
         types = getattr(self.config, "layer_types", None)
@@ -56,9 +78,9 @@ class Backbone(nn.Module):
     def embed(self, ids, positions=None):
         """ids (B, T) int64 -> h[0] (B, T, D). GPT-2 adds its learned positions here."""
         h = self.model.get_input_embeddings()(ids)                                    # (B, T, D)
-        if self.config.model_type == "gpt2":
+        if self.family.positions:
             positions = torch.arange(ids.shape[1], device=ids.device)[None] if positions is None else positions
-            h = h + self.stack.wpe(positions)
+            h = h + getattr(self.stack, self.family.positions)(positions)
         return h
 
     def side(self, h, positions=None, attention_mask=None, cache=None, causal=True):
@@ -82,7 +104,7 @@ class Backbone(nn.Module):
                 mask = mask.masked_fill(attention_mask[:, None, None, :] == 0, torch.finfo(h.dtype).min)
             masks = dict.fromkeys(kinds, mask)
         rotary = {k: None for k in kinds}
-        if self.config.model_type == "gemma3_text":  # local and global layers turn at different speeds
+        if self.family.rotary_by_type:
             rotary = {k: self.stack.rotary_emb(h, positions, k) for k in kinds}
         elif hasattr(self.stack, "rotary_emb"):
             rotary = dict.fromkeys(kinds, self.stack.rotary_emb(h, positions))
@@ -98,7 +120,7 @@ class Backbone(nn.Module):
     def block(self, h, i, side):
         """h[i] -> h[i+1]."""
         kind, cache = self.types[i], side["cache"]
-        extra = {"layer_past" if self.config.model_type == "gpt_neox" else "past_key_values": cache}
+        extra = {self.family.cache: cache}
         if side["rotary"][kind] is not None:
             extra["position_embeddings"] = side["rotary"][kind]
         h = self.blocks[i](h, attention_mask=side["masks"][kind], position_ids=side["positions"],
@@ -168,9 +190,7 @@ def read_config(name, seq_len=0):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
         raise no_model(name, error) from None
-    if config.model_type not in FAMILIES:
-        raise UserError(f"a model of type {config.model_type!r} cannot be cut at a layer; "
-                        f"supported are {', '.join(sorted(FAMILIES))}")
+    family_of(config)
     if seq_len > config.max_position_embeddings:
         raise UserError(f"--seq_len {seq_len} is longer than the {config.max_position_embeddings} positions of {name}")
     return config

@@ -2,7 +2,6 @@
 
     config -> CLI        parse(Config, argv)        a dataclass field is a flag, its trailing comment is the help
     errors               UserError, @entry          one sentence on stderr and exit code 2, never a traceback
-    randomness           generator(seed, "noise", step, slot)      a draw is a function of its key, never of the rank
     processes            World, GradientSum, check_replicas         gloo on CPU, NCCL on GPU
     speed                peak_flops, matmul_rate    what MFU is a fraction of
 """
@@ -22,10 +21,8 @@ import sys
 import textwrap
 import time
 import typing
-import zlib
 from datetime import timedelta
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -111,22 +108,11 @@ def parse(Config, argv, doc="", presets=None):
     return cfg
 
 
-# ------------------------------------------------------------------------------------------------ randomness
-def generator(seed, purpose, *key):
-    """A numpy generator for one draw, keyed by (seed, purpose, step, slot, ...): the same on any rank, in any order.
-
-    Philox from a SeedSequence: torch's CPU generator keeps only 32 bits of its seed, so hashed keys would collide."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), *key])))
-
-
-def normal(shape, device, seed, purpose, *key):
-    """Standard normal float32 tensor of `shape`. Drawn by numpy for the CPU, by the device's own Philox for a GPU:
-    both are functions of the key, but they are not equal to one another."""
-    gen = generator(seed, purpose, *key)
-    if device.type == "cpu":
-        return torch.from_numpy(gen.standard_normal(shape, dtype=np.float32))
-    on_device = torch.Generator(device).manual_seed(int(gen.integers(2 ** 63)))
-    return torch.randn(shape, generator=on_device, device=device)
+def pick(table, name, flag):
+    """table[name]. Raises UserError that lists the known names: the lookup of every extension point."""
+    if name not in table:
+        raise UserError(f"{flag} {name}: there is no such one; there are {', '.join(map(str, table))}")
+    return table[name]
 
 
 # ------------------------------------------------------------------------------------------------- processes

@@ -13,7 +13,7 @@ Letters: B batch, T tokens, D hidden width of the backbone, z the standardised h
 import torch
 import torch.nn.functional as F
 
-from core.common import generator, normal
+from core.draws import generator, normal
 
 SEEN_WEIGHT = 0.1  # of a visible token's error beside an unknown one's: the unknown ones are the task
 

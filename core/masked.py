@@ -19,7 +19,8 @@ from torch import nn
 from transformers import DynamicCache
 
 from core import backbone
-from core.common import UserError, generator
+from core.common import UserError
+from core.draws import generator
 from core.run import read_json
 
 MASK = "<|mask|>"

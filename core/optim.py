@@ -50,13 +50,15 @@ class Muon(torch.optim.Optimizer):
 
 
 def build(named, lr, lr_adam, weight_decay, inside="blocks."):
-    """[Muon, AdamW] over named parameters: the matrices whose name contains `inside` go to Muon, all others to AdamW
-    (without decay on vectors). Every trainable parameter is in exactly one; lr = 0 gives all to AdamW."""
+    """[Muon, AdamW] over named parameters: the weight matrices whose name contains `inside` go to Muon, all others to
+    AdamW, without decay on what is no weight matrix (norms, biases, vectors such as a block's modulation). Every
+    trainable parameter is in exactly one; lr = 0 gives all to AdamW."""
     named = [(n, p) for n, p in named if p.requires_grad]
-    matrix = {n: lr > 0 and inside in n and p.ndim == 2 for n, p in named}
-    matrices, rest = [p for n, p in named if matrix[n]], [p for n, p in named if not matrix[n]]
-    adam = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
+    weight = {n: p.ndim == 2 and n.endswith("weight") for n, p in named}
+    matrix = {n: lr > 0 and inside in n and weight[n] for n, p in named}
+    matrices, rest = [p for n, p in named if matrix[n]], [(n, p) for n, p in named if not matrix[n]]
+    adam = [{"params": [p for n, p in rest if weight[n]], "weight_decay": weight_decay},
+            {"params": [p for n, p in rest if not weight[n]], "weight_decay": 0.0}]
     optimizers = [torch.optim.AdamW([g for g in adam if g["params"]], lr=lr_adam, betas=(0.9, 0.95), fused=True)]
     if matrices:
         optimizers.insert(0, Muon(matrices, lr, weight_decay=weight_decay))

@@ -1,25 +1,51 @@
-"""report.py: what all figures and tables of the report share.
+"""report.py: what the tables and figures of all sections share. No number is typed here.
 
+    text = table(["layer", "score"], [[1, "4.05"], ...])       # Markdown
+    with figure(path, columns=3) as axes: axes[0, 0].plot(...)     # a PNG, written whole or not at all
     frontiers([(name, color, points)], real, path, title)      # entropy against gen-PPL over temperature
 """
+import contextlib
+
+from core.run import atomic
+
+BLUE, RED, YELLOW, GREEN, GREY, BLACK = "#30638e", "#d1495b", "#edae49", "#5f9e6e", "#999999", "#222222"
+
+
+def table(columns, rows):
+    """Markdown table of rows (lists of cells, turned to text; None is "-")."""
+    lines = [columns, ["---"] * len(columns), *([("-" if c is None else str(c)) for c in row] for row in rows)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+@contextlib.contextmanager
+def figure(path, rows=1, columns=1, width=3.7, height=3.1, **how):
+    """Yields the axes (rows, columns) of a figure that is written to `path` when the block ends; sizes are a panel's."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(rows, columns, squeeze=False, constrained_layout=True,
+                             figsize=(width * columns, height * rows), **how)
+    yield axes
+    for ax in axes.flat:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.title.set_fontsize(10)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(fontsize=8, frameon=False)
+    with atomic(path) as temporary:
+        fig.savefig(temporary, dpi=130, format="png")
+    plt.close(fig)
 
 
 def frontiers(lines, real, path, title):
     """Entropy against gen-PPL over temperature: one line for each (name, color, points) of `lines`, real text as a
     cross. Lines of one name share a label: they are its seeds."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(6.2, 4.2), constrained_layout=True)
     seen = set()
-    for name, color, points in lines:
-        ax.plot([p["entropy"] for p in points], [p["gen_ppl"] for p in points], "o-", markersize=3, color=color,
-                label=None if name in seen else name)
-        seen.add(name)
-    ax.plot(real["entropy"], real["gen_ppl"], "x", color="#d1495b", markersize=10, markeredgewidth=2, label="real text")
-    ax.set(yscale="log", xlabel="entropy of a text's tokens (nats)", ylabel="gen-PPL, judged by the intact model",
-           title=title)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(fontsize=8, frameon=False)
-    fig.savefig(path, dpi=130, format="png")
-    plt.close(fig)
+    with figure(path, width=6.2, height=4.2) as axes:
+        ax = axes[0, 0]
+        for name, color, points in lines:
+            ax.plot([p["entropy"] for p in points], [p["gen_ppl"] for p in points], "o-", markersize=3, color=color,
+                    label=None if name in seen else name)
+            seen.add(name)
+        ax.plot(real["entropy"], real["gen_ppl"], "x", color=RED, markersize=10, markeredgewidth=2, label="real text")
+        ax.set(yscale="log", xlabel="entropy of a text's tokens (nats)", title=title,
+               ylabel="gen-PPL, judged by the intact model")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from core.common import generator
+from core.draws import generator
 
 
 def plus_minus(values, form):

@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from core.common import UserError, generator
+from core.common import UserError
+from core.draws import generator
 
 TASKS = ("induction", "brackets", "missing", "countdown")
 GLOBAL = ("missing", "countdown")

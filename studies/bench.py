@@ -17,7 +17,8 @@ import hybrid
 import repr_align
 import toy
 from core import backbone, denoiser, diffusion, masked
-from core.common import entry, generator, matmul_rate, parse, setup
+from core.common import entry, matmul_rate, parse, setup
+from core.draws import generator
 from core.metrics import seconds_of
 from core.run import beside
 

@@ -34,9 +34,10 @@ from torch import nn
 
 import data
 from core import backbone, masked, metrics, optim
-from core.common import UserError, entry, generator, normal, parse, setup
+from core.common import UserError, entry, parse, setup
 from core.denoiser import Bridge
 from core.diffusion import position_noise, sample, times, token_loss
+from core.draws import generator, normal
 from core.report import frontiers
 from core.run import Run, atomic, finished, read_json, write_json
 from core.stats import paired, plus_minus

@@ -28,8 +28,9 @@ import torch
 import bridge
 import data
 from core import backbone
-from core.common import UserError, entry, generator, parse, setup
+from core.common import UserError, entry, parse, setup
 from core.denoiser import load
+from core.draws import generator
 from core.run import Run, atomic, finished, read_json
 from core.stats import permutation_p, plus_minus, spearman
 from studies.ablate import execute

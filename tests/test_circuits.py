@@ -11,7 +11,8 @@ import circuits
 import data
 from core import attribution, backbone, masked, report, tasks
 from core.attribution import Subject, attribute, metric, patch, without
-from core.common import UserError, generator
+from core.common import UserError
+from core.draws import generator
 
 SUPPORTED = ("llama", "qwen2", "qwen3", "mistral", "gpt2")
 
@@ -70,7 +71,7 @@ def linear(family):
             else:
                 a.q_proj.weight.zero_()
                 a.k_proj.weight.zero_()
-    norm1, _, _, norm2 = attribution.ADDS_UP[subject.lm.config.model_type]
+    norm1, _, _, norm2 = subject.lm.family.adds_up
     for block in subject.lm.blocks:
         setattr(block, norm1, Same())
         setattr(block, norm2, Same())

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, fails
 
 import evaluate
-from core import common, run
+from core import common, draws, run
 
 STAGES = ["data", "toy", "geometry", "bridge", "hybrid", "generate", "repr_align", "circuits", "evaluate"]   # in order
 STUDIES = [f"studies.{f.stem}" for f in sorted((ROOT / "studies").glob("[a-z]*.py"))]
@@ -133,9 +133,28 @@ def test_flags_and_presets(capsys):
 
 
 def test_draws_depend_on_every_part_of_the_key():
-    draws = {common.generator(*key).random() for key in
-             [(0, "a", 1, 2), (0, "a", 2, 1), (0, "b", 1, 2), (1, "a", 1, 2), (0, "a", 1, 3), (0, "a", 1)]}
-    assert len(draws) == 6 and common.generator(0, "a", 1, 2).random() in draws
+    drawn = {draws.generator(*key).random() for key in
+             [(0, "a", 1, 2), (0, "a", 2, 1), (0, "b", 1, 2), (1, "a", 1, 2), (0, "a", 1, 3), (0, "a", 1),
+              (0, "a", 1, 0), (0, "a", 1, 0, 0), (0, "a", 0), (0, "a")]}
+    assert len(drawn) == 10 and draws.generator(0, "a", 1, 2).random() in drawn
+
+
+def test_every_purpose_of_a_draw_is_listed():
+    """core/draws.py lists all random keys with their owner: nothing is drawn that is not there, nothing there is dead."""
+    called = set()
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text())):
+            name = node.func.attr if isinstance(getattr(node, "func", None), ast.Attribute) else getattr(
+                getattr(node, "func", None), "id", None)
+            at = {"generator": 1, "normal": 3}.get(name) if isinstance(node, ast.Call) else None
+            if at is not None and len(node.args) > at:
+                part = node.args[at]
+                called |= {part.value} if isinstance(part, ast.Constant) else {
+                    part.values[0].value + "NAME"} if isinstance(part, ast.JoinedStr) else set()
+    called.discard("seed")
+    assert called <= set(draws.DRAWS), called - set(draws.DRAWS)
+    source = "".join(f.read_text() for f in FILES if f.name != "draws.py")
+    assert [p for p in draws.DRAWS if f'"{p.removesuffix("NAME")}' not in source] == []
 
 
 def test_files_appear_whole_or_not_at_all(tmp_path):
