@@ -5,7 +5,8 @@
     out = net(x_t, c, t, unknown=u)      # where u (B, T) is true the token, and so its condition, is unknown
     save(net, folder, {...}); net, info = load(folder, device)
 
-Letters: B batch, T tokens, D hidden width of the backbone, W width of the bridge, H heads, d = W/H, V vocabulary.
+Letters: B batch, T tokens, D width of the target, C of the condition (both the backbone's), W of the bridge, H heads,
+d = W/H, V vocabulary.
 """
 import inspect
 import math
@@ -43,16 +44,16 @@ class Block(nn.Module):
         self.down = nn.Linear(2 * W, W, bias=False)
         self.mod = nn.Parameter(torch.zeros(6, W))     # this block's offset to the shared modulation
 
-    def forward(self, h, modulation, positions, mask=None, cache=None, slot=0):
+    def forward(self, h, modulation, positions, mask=None, cache=None, layer=0):
         """h (B, T, W), modulation (B, 6, W), positions (1 or B, T), mask (B, 1, T, K) or None -> (B, T, W). `cache` is
-        a transformers cache whose layer `slot` holds this block's earlier keys and values."""
+        a transformers cache whose `layer` holds this block's earlier keys and values."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (modulation + self.mod)[:, :, None].unbind(1)   # (B, 1, W) each
         B, T, W = h.shape
         a = F.rms_norm(h, (W,)) * (1 + scale1) + shift1
         q, k, v = self.qkv(a).view(B, T, 3, self.H, W // self.H).permute(2, 0, 3, 1, 4)              # (B, H, T, d) each
         q, k = rotate(F.rms_norm(q, q.shape[-1:]), positions), rotate(F.rms_norm(k, k.shape[-1:]), positions)
         if cache is not None:
-            k, v = cache.update(k, v, slot)                                                            # (B, H, K, d)
+            k, v = cache.update(k, v, layer)                                                           # (B, H, K, d)
         a = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)                       # (B, H, T, d)
         h = h + (1 + gate1) * self.out(a.transpose(1, 2).reshape(B, T, W))
         a = F.rms_norm(h, (W,)) * (1 + scale2) + shift2
@@ -66,34 +67,37 @@ class Bridge(nn.Module):
     One modulation network for all blocks: with one per block it would outweigh them (6 W^2 parameters each)."""
     FREQUENCIES = 16
 
-    def __init__(self, D, W, blocks, H, objective="diffusion", prediction="x", source="noise", sampler="euler",
-                 self_condition=False, shift=1.0, visible="full", bidirectional=False, V=0):
+    def __init__(self, D, W, blocks, H, objective="diffusion", prediction="x", source="noise", self_condition=False,
+                 visible="full", bidirectional=False, V=0, C=0, loops=1):
         super().__init__()
+        C = C or D
         self.settings = {"D": D, "W": W, "blocks": blocks, "H": H, "objective": objective, "prediction": prediction,
-                      "source": source, "sampler": sampler, "self_condition": self_condition, "shift": shift,
-                      "visible": visible, "bidirectional": bidirectional, "V": V}
+                         "source": source, "self_condition": self_condition, "visible": visible,
+                         "bidirectional": bidirectional, "V": V, "C": C, "loops": loops}
         self.recompute = False                                                # activation checkpointing of the blocks
         self.generates = visible != "full"                                    # it has met unknown tokens
         # [x_t, c] side by side, then the last z and whether the token is unknown, where there are such
-        self.enter = nn.Linear((2 + self_condition) * D + self.generates, W)
+        self.enter = nn.Linear((1 + self_condition) * D + C + self.generates, W)
         self.time = nn.Linear(2 * self.FREQUENCIES, 6 * W)
         self.blocks = nn.ModuleList(Block(W, H) for _ in range(blocks))
         self.leave = nn.Linear(W, D)
         if self.generates:
-            self.null = nn.Parameter(torch.zeros(D))                          # the condition of an unknown token
+            self.null = nn.Parameter(torch.zeros(C))                          # the condition of an unknown token
             self.readout = nn.Linear(D, V)                                    # z -> the token itself
             nn.init.zeros_(self.readout.weight)
-        for name, length in (("mu_z", D), ("mu_c", D), ("sigma_z", D), ("sigma_c", D)):
-            self.register_buffer(name, torch.zeros(length) if name.startswith("mu") else torch.ones(length))
+        for name, value in (("mu_z", torch.zeros(D)), ("mu_c", torch.zeros(C)), ("sigma_z", torch.ones(D)),
+                            ("sigma_c", torch.ones(C))):                      # set by bridge.calibrate
+            self.register_buffer(name, value)
         for p in self.time.parameters():
             nn.init.zeros_(p)
 
-    def forward(self, x, c, t, positions=None, mask=None, last=None, cache=None, slot=0, unknown=None):
-        """x, c (B, T, D), t (B,) in [0, 1] -> the raw prediction (B, T, D). Token i sees tokens 0..i only, unless it is
-        `unknown` (B, T; None: all are known) and the bridge bidirectional.
+    def forward(self, x, c, t, positions=None, mask=None, last=None, cache=None, layer=0, unknown=None):
+        """x (B, T, D), c (B, T, C), t (B,) in [0, 1] -> the raw prediction (B, T, D). Token i sees tokens 0..i only,
+        unless it is `unknown` (B, T; None: all are known) and the bridge bidirectional. Why causal: h[l] at position i
+        depends on tokens <= i only; a bridge that saw more would leak the answer into the hybrid's next-token loss.
 
         `mask` (B, 1, T, K), true where a query may look, replaces the plain causal rule when a batch is padded or keys
-        come from a `cache` (layers slot, slot + 1, ...). `last` (B, T, D) is the estimate of z to condition on (Chen et
+        come from a `cache` (its layers from `layer` on). `last` (B, T, D) is the estimate of z to condition on (Chen et
         al. 2023), zero if there is none yet."""
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]                # (1, T)
@@ -113,7 +117,7 @@ class Bridge(nn.Module):
             if self.recompute and torch.is_grad_enabled():
                 h = checkpoint(block, h, modulation, positions, mask, use_reentrant=False)
             else:
-                h = block(h, modulation, positions, mask, cache, slot + i)
+                h = block(h, modulation, positions, mask, cache, layer + i)
         return self.leave(F.rms_norm(h, h.shape[-1:])).float()                         # (B, T, D)
 
     def standard_c(self, h0):

@@ -5,6 +5,8 @@ them, hybrid.py samples with them.
     loss, z_hat = token_loss(net, z, c, t, noise, skip)            one training example per sequence
     z = sample(net, c, nfe, noise)                                 nfe calls of the network, from t = 1 down to 0
 
+Extension points: TIMES (laws of t) and SAMPLERS, dicts of functions.
+
 Two uses of one network. Replacement: every token is known, so z is a function of c and there is nothing to sample.
 Generation: some tokens are unknown, their condition is a learned null, and z really is drawn.
 
@@ -13,6 +15,7 @@ Letters: B batch, T tokens, D hidden width of the backbone, z the standardised h
 import torch
 import torch.nn.functional as F
 
+from core.common import pick
 from core.draws import generator, normal
 
 SEEN_WEIGHT = 0.1  # of a visible token's error beside an unknown one's: the unknown ones are the task
@@ -28,12 +31,23 @@ def start(c, noise, source, unknown=None):
     return e if unknown is None else torch.where(unknown[..., None], noise, e)
 
 
-def times(law, mean, seed, step, slots):
-    """t (B,) for the given slots, one per sequence; logit-normal(mean, 1) as in Esser et al. 2024, or uniform."""
-    draws = [generator(seed, "t", step, s) for s in slots]
-    if law == "uniform":
-        return torch.tensor([g.random() for g in draws], dtype=torch.float32)
+def logit_normal(draws, mean):
+    """Esser et al. 2024: the middle of the path is where the network has most to learn."""
     return torch.sigmoid(torch.tensor([mean + g.standard_normal() for g in draws], dtype=torch.float32))
+
+
+def uniform(draws, mean):
+    return torch.tensor([g.random() for g in draws], dtype=torch.float32)
+
+
+TIMES = {"logit-normal": logit_normal, "uniform": uniform}  # law of t in training: (generators, mean of logit t) -> (B,)
+
+
+def times(law, mean, seed, step, slots, atom=0.0):
+    """t (B,) for the given slots, one per sequence; a share `atom` of them is t = 1 exactly, where sampling starts."""
+    draws = [generator(seed, "t", step, s) for s in slots]
+    t = pick(TIMES, law, "--times")(draws, mean)
+    return torch.where(torch.tensor([g.random() < atom for g in draws]), 1.0, t) if atom else t
 
 
 def to_z(out, x, t, prediction):
@@ -73,18 +87,27 @@ def open_up(unknown):
 
 
 # ----------------------------------------------------------------------------------------------------- objective
-def token_loss(net, z, c, t, noise, skip, weighting="z", last_seen=None, unknown=None):
+def regress(net, c, positions=None, mask=None, cache=None, unknown=None):
+    """The control: the same network without noise, at t = 1. With settings["loops"] = n it is applied n times, each
+    time to its own last answer: as many calls as a bridge of NFE n makes."""
+    z, t = c.new_zeros(*c.shape[:2], net.settings["D"]), torch.ones(len(c), device=c.device)
+    for i in range(net.settings["loops"]):
+        z = net(z, c, t, positions, mask, None, cache, i * net.settings["blocks"], unknown)
+    return z
+
+
+def token_loss(net, z, c, t, noise, skip, last_seen=None, unknown=None):
     """(squared error per token (B, T), in units where predicting the mean costs about 1; the estimate of z, detached).
     `last_seen` (B,) says which sequences are shown the network's own first estimate (self-conditioning), `unknown`
     (B, T) which tokens are hidden from it.
 
-    1 noisy state  2 a first estimate, if asked for  3 network, error against its own target  4 weight by noise level
-    5 sinks scaled by their own size (one would outweigh the whole sequence otherwise: massive activations)
-    6 where there is something unknown, that is the task: visible tokens count little."""
+    1 noisy state  2 a first estimate, if asked for  3 network, error against its own target
+    4 sinks scaled by their own size (one would outweigh the whole sequence otherwise: massive activations)
+    5 where there is something unknown, that is the task: visible tokens count little."""
     kind, t3 = net.settings["prediction"], t[:, None, None]
     if net.settings["objective"] == "regression":
-        out = net(torch.zeros_like(z), c, torch.ones_like(t), unknown=unknown)            # same network, x_t left blank
-        error, z_hat = out - z, out
+        z_hat = regress(net, c, unknown=unknown)
+        error = z_hat - z
     else:
         e = start(c, noise, net.settings["source"], unknown)
         x, last = (1 - t3) * z + t3 * e, None                                             # (B, T, D)
@@ -94,8 +117,6 @@ def token_loss(net, z, c, t, noise, skip, weighting="z", last_seen=None, unknown
         out = net(x, c, t, last=last, unknown=unknown)
         error, z_hat = out - {"x": z, "v": e - z, "eps": e}[kind], to_z(out, x, t.clamp(max=1 - 1e-3), kind)
     loss = error.square().mean(-1)                                                        # (B, T)
-    if weighting == "v":
-        loss = loss / t[:, None].clamp(min=0.1) ** 2
     sink = torch.arange(z.shape[1], device=z.device) < skip
     loss = torch.where(sink, loss / z.square().mean(-1).clamp_min(1), loss)
     if unknown is not None:
@@ -104,23 +125,46 @@ def token_loss(net, z, c, t, noise, skip, weighting="z", last_seen=None, unknown
 
 
 # ------------------------------------------------------------------------------------------------------- sampler
+def grid_of(steps, shift):
+    """Noise levels from 1 down to 0, even in u with t = shift u / (1 + (shift - 1) u): a shift above 1 spends more
+    calls near t = 1, where what is unknown gets decided (Esser et al. 2024, section 5.3.2)."""
+    return [shift * (steps - i) / (steps + (shift - 1) * (steps - i)) for i in range(steps)] + [0.0]
+
+
+def euler(slope, x, grid, nfe):
+    """x <- x + (s - t) dx/dt from each level t to the next one s: exact for a straight path."""
+    levels = grid(nfe)
+    for now, then in zip(levels, levels[1:]):
+        x = x + (then - now) * slope(x, now)
+    return x
+
+
+def heun(slope, x, grid, nfe):
+    """The mean of the slopes at both ends of a step, two calls; the last step, and one more where `nfe` is even, are
+    Euler's."""
+    double = (nfe - 1) // 2
+    levels = grid(nfe - double)
+    for i, (now, then) in enumerate(zip(levels, levels[1:])):
+        v = slope(x, now)
+        if i < double:
+            v = (v + slope(x + (then - now) * v, then)) / 2
+        x = x + (then - now) * v
+    return x
+
+
+SAMPLERS = {"euler": euler, "heun": heun}  # --sampler -> (slope, x at t = 1, grid: steps -> levels, calls) -> x at t = 0
+
+
 @torch.no_grad()
-def sample(net, c, nfe, noise, positions=None, mask=None, cache=None, *, unknown=None, z=None, done=0, watch=None):
-    """z (B, T, D) from c by `nfe` network calls, starting from noise (T, D) or (B, T, D). A cache has one layer for
-    each call and block: earlier tokens' keys and values at that call. Given `z`, the first `done` calls are taken as
-    made: z is carried to the noise level where they would have ended, and the rest of the path is run. `watch` is
-    called with every estimate of z.
-
-    The grid is even in u with t = shift u / (1 + (shift - 1) u): a shift above 1 spends more calls near t = 1, where
-    what is unknown gets decided (Esser et al. 2024, section 5.3.2).
-
-    Euler: x <- z_hat + (s/t)(x - z_hat) from t down to s, exact for a straight path. Heun averages the slopes at both
-    ends of a step; its last step is Euler, so nfe = 2 heun + euler calls."""
-    kind = net.settings["prediction"]
+def sample(net, c, nfe, noise, positions=None, mask=None, cache=None, *, sampler="euler", shift=1.0, unknown=None,
+           z=None, done=0, watch=None):
+    """z (B, T, D) from c by `nfe` network calls (NFE, the number of function evaluations), starting from noise (T, D)
+    or (B, T, D). A cache has one layer for each call and block: earlier tokens' keys and values at that call. Given
+    `z`, the first `done` calls of the Euler grid are taken as made: z is carried to the noise level where they would
+    have ended, and the rest of the path is run. `watch` is called with every estimate of z."""
     if net.settings["objective"] == "regression":
-        ones = torch.ones(len(c), device=c.device)
-        return net(torch.zeros_like(c), c, ones, positions, mask, cache=cache, unknown=unknown)
-    last, calls = None, done
+        return regress(net, c, positions, mask, cache, unknown)
+    kind, last, calls = net.settings["prediction"], None, done
 
     def slope(x, t):
         nonlocal last, calls
@@ -133,19 +177,12 @@ def sample(net, c, nfe, noise, positions=None, mask=None, cache=None, *, unknown
             watch(last)
         return (x - last) / t                                                             # dx/dt = e - z
 
-    x = start(c, noise.expand_as(c), net.settings["source"], unknown)
-    heun = (nfe - 1) // 2 if net.settings["sampler"] == "heun" and not done else 0
-    steps, shift = nfe - heun, net.settings["shift"]
-    grid = [shift * (steps - i) / (steps + (shift - 1) * (steps - i)) for i in range(steps)] + [0.0]
+    solve = pick(SAMPLERS, sampler, "--sampler")
+    x = start(c, noise.expand(*c.shape[:2], -1), net.settings["source"], unknown)          # (B, T, D)
     if done:
-        grid = grid[done:]
-        x = (1 - grid[0]) * z + grid[0] * x
-    for i, (now, then) in enumerate(zip(grid, grid[1:])):
-        v = slope(x, now)
-        if i < heun:
-            v = (v + slope(x + (then - now) * v, then)) / 2
-        x = x + (then - now) * v
-    return x
+        level = grid_of(nfe, shift)[done]
+        x = (1 - level) * z + level * x
+    return solve(slope, x, lambda steps: grid_of(steps, shift)[done:], nfe)
 
 
 def position_noise(seed, positions, D, device):
