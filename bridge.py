@@ -5,10 +5,10 @@
     torchrun --nproc_per_node 8 bridge.py --layer 6 --preset 8b --model meta-llama/Llama-3.1-8B
     python bridge.py --preset blocks --layer 2 --blocks 4 --out out/blocks    # meets unknown tokens: for generate.py
 
-The maths is in diffusion.py, the network in denoiser.py. Expected on the default toy: next-token CE within 0.01 nats of
-the intact model at NFE 4. There every token is known, so h[l] is a deterministic function of the input and plain
-regression (`--objective regression`) is a serious rival: train both and look. Writes bridge.safetensors (EMA weights),
-bridge.json, log.jsonl and result.json to --out.
+The maths is in core/diffusion.py, the network in core/denoiser.py, the numbers (FVU, KL, CE gap) in core/measure.py.
+Expected on the default toy: next-token CE within 0.01 nats of the intact model at NFE 4. There every token is known, so
+h[l] is a deterministic function of the input and plain regression (`--objective regression`) is a serious rival: train
+both and look. Writes bridge.safetensors (EMA weights), bridge.json, log.jsonl, section.md and result.json to --out.
 
 Letters: B batch, T tokens, D hidden width of the backbone, W width of the bridge, L blocks of the backbone, H heads,
 l the replaced layer, z the standardised h[l], c the standardised h[0].
@@ -19,14 +19,13 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import data
-from core import backbone, optim
+from core import backbone, denoiser, optim
 from core.common import (
     GradientSum,
     StopSignal,
@@ -39,9 +38,11 @@ from core.common import (
     setup,
     split_batch,
 )
-from core.denoiser import Bridge, save
-from core.diffusion import hide, position_noise, readout_loss, sample, times, token_loss
+from core.denoiser import Bridge, calibrate, targets
+from core.diffusion import SAMPLERS, TIMES, hide, readout_loss, times, token_loss
 from core.draws import generator, normal
+from core.measure import NOISE_ROWS, measure, report_size, train_flops
+from core.report import table
 from core.run import Clock, Run, finished, read_json
 
 
@@ -62,13 +63,11 @@ class Config:
     objective: Literal["diffusion", "regression"] = "diffusion"  # regression: the same network, once, without noise
     prediction: Literal["x", "v", "eps"] = "x"  # what the network outputs: z, e - z, or e
     source: Literal["noise", "embedding"] = "noise"  # e ~ N(0, I), or c + noise / 2: a bridge between the two ends
-    times: Literal["logit-normal", "uniform"] = "logit-normal"  # law of t in training
+    times: Literal[tuple(TIMES)] = "logit-normal"  # law of t in training
     t_mean: float = 0.0         # mean of logit t; above 0 trains more near t = 1, where sampling starts
-    weighting: Literal["z", "v"] = "z"  # error of z as it is, or over t^2 (t >= 0.1): the error of the velocity
+    atom: float = 0.0           # share of training sequences at t = 1 exactly
+    loops: int = 1              # with --objective regression: apply the network so many times, to its own last answer
     self_condition: bool = False  # feed the last estimate of z back in (half of the time in training)
-    sampler: Literal["euler", "heun"] = "euler"  # on a grid from t = 1 to 0
-    shift: float = 1.0          # of that grid: 1 is uniform, above 1 spends more calls near t = 1
-    nfe: int = 4                # network calls that the hybrid will use by default
     width: int = 0              # W (0: D)
     blocks: int = 0             # of the bridge (0: as many as it replaces)
     recompute: bool = False     # activation checkpointing: less memory, a third more compute
@@ -88,12 +87,19 @@ class Config:
     clip: float = 1.0           # gradient norm
     skip: int = 4               # first positions of a sequence (attention sinks): own loss scale, reported apart
     calibration: int = 64       # sequences for mu and sigma
-    eval_batches: int = 64      # held-out sequences of the final numbers
-    noise_seeds: int = 3        # sampler noises whose spread is reported
+    sampler: Literal[tuple(SAMPLERS)] = "euler"  # of the final numbers, and the hybrid's default; not of training
+    shift: float = 1.0          # of its grid: 1 is even in t, above 1 spends more calls near t = 1
+    nfe: int = 4                # its network calls
+    nfes: str = "1,2,4,8"       # numbers of calls that are measured, beside --nfe
+    eval_batches: int = 512     # held-out sequences of the final numbers
+    noise_seeds: int = 3        # sampler noises whose spread is reported (on the first 64 sequences)
     eval_every: int = 200       # steps between validations
     log_every: int = 50         # steps between log lines
     save_every: int = 200       # steps between checkpoints
+    track: Literal["", "wandb", "tensorboard"] = ""  # also log there (an optional package)
+    keep_state: bool = False    # keep the training state of a finished run, to go on to more --steps later
     dry_run: bool = False       # print sizes and cost, then leave
+    MEASURES = ("sampler", "shift", "nfe", "nfes", "eval_batches", "noise_seeds")  # no part of what is trained
 
 
 PRESETS = {
@@ -106,87 +112,39 @@ PRESETS = {
     "8b": {"steps": 20000, "batch_size": 256, "micro_batch": 8, "seq_len": 1024, "calibration": 64, "compile": True,
            "ema": 0.9995, "lr": 0.01, "lr_adam": 3e-4, "warmup": 500, "eval_every": 2000, "save_every": 500},
 }
-NFES = (1, 2, 4, 8)
-LOGITS = 2 ** 27  # at most so many logits at once when the final numbers are taken: five such tensors live together
+
+# ---------------------------------------------------------------------------------------------- one micro-batch
+class Batch(NamedTuple):
+    """One micro-batch of b sequences; all of it is a function of (seed, step, slot), whoever draws it."""
+    ids: torch.Tensor           # (b, T)
+    t: torch.Tensor             # (b,) noise level
+    noise: torch.Tensor         # (b, T, D)
+    seen: torch.Tensor          # (b,) bool: shown the network's own first estimate
+    unknown: torch.Tensor       # (b, T) bool, or None: every token is known
 
 
-# -------------------------------------------------------------------------------------------------- train, measure
-@torch.no_grad()
-def targets(lm, net, ids, layer):
-    """ids (B, T) -> (z, c), both (B, T, D): the pair the bridge learns from, by one pass through the frozen prefix."""
-    h0 = lm.embed(ids)
-    return net.standard_z(lm.through(h0, 0, layer)), net.standard_c(h0)
+def draw(cfg, train, D, device, step, slots):
+    """The Batch of these slots at `step`."""
+    ids = train.batch(cfg.seed, step, slots, cfg.batch_size)[:, :-1]
+    t = times(cfg.times, cfg.t_mean, cfg.seed, step, slots, cfg.atom)
+    noise = torch.stack([normal((cfg.seq_len, D), device, cfg.seed, "noise", step, s) for s in slots])
+    seen = torch.tensor([cfg.self_condition and generator(cfg.seed, "self", step, s).random() < 0.5 for s in slots])
+    unknown = hide(cfg.visible, cfg.seq_len, cfg.seed, step, slots)
+    return Batch(*(None if x is None else x.to(device) for x in (ids, t, noise, seen, unknown)))
 
 
-@torch.no_grad()
-def calibrate(lm, net, rows, layer, skip):
-    """Set mu, sigma of h[l] and h[0] per dimension from rows (N, T), positions >= skip, eight rows at a time."""
-    sums = {letter: torch.zeros(2, lm.D, dtype=torch.float64, device=rows.device) for letter in "cz"}
-    for ids in rows.split(8):
-        h0 = lm.embed(ids)
-        for letter, h in (("c", h0), ("z", lm.through(h0, 0, layer))):
-            flat = h[:, skip:].flatten(0, 1).double()                                  # (n, D)
-            sums[letter] += torch.stack([flat.sum(0), flat.square().sum(0)])
-    for letter, total in sums.items():
-        mean, square = total / (rows.shape[0] * (rows.shape[1] - skip))
-        variance = (square - mean.square()).clamp_min(0)
-        getattr(net, f"mu_{letter}").copy_(mean)
-        getattr(net, f"sigma_{letter}").copy_(variance.sqrt().clamp_min(1e-4 * variance.mean().sqrt() + 1e-8))
+def losses(lm, net, batch, layer, cfg, dtype):
+    """(the loss summed over the batch's sequences, error of each sequence (b,)).
 
-
-@torch.no_grad()
-def measure(lm, net, rows, layer, nfes, noise_seeds, skip):
-    """The bridge's numbers on held-out rows (N, T+1), at each NFE, means over positions >= skip and noise seeds:
-    fvu = E|z_hat - z|^2 / E|z|^2, then through the retained blocks kl(original || hybrid), ce_gap (nats over the
-    intact model), agree (top-1). *_noise_sd: spread over sampler noises; ce_gap_se: standard error over sequences."""
-    sums = {n: torch.zeros(noise_seeds, 5, dtype=torch.float64) for n in nfes}         # se, kl, ce, agree, sink se
-    gaps, energy, ce_intact = {n: [] for n in nfes}, torch.zeros(2, dtype=torch.float64), 0.0
-    T = rows.shape[1] - 1
-    batch = max(1, min(8, LOGITS // (T * lm.V)))
-    noises = [position_noise(s, range(T), lm.D, rows.device) for s in range(noise_seeds)]
-    for ids in rows.split(batch):
-        h0 = lm.embed(ids[:, :-1])
-        side = lm.side(h0)
-        hl = lm.through(h0, 0, layer, side)
-        z, c = net.standard_z(hl), net.standard_c(h0)
-        intact = F.log_softmax(lm.head(lm.through(hl, layer, lm.L, side)).float(), -1)     # (B, T, V)
-        ce = -intact.gather(-1, ids[:, 1:, None])[:, skip:, 0]                         # (B, T - skip)
-        ce_intact += ce.sum().item()
-        energy += torch.stack([z[:, skip:].square().sum(), z[:, :skip].square().sum()]).double().cpu()
-        for n in nfes:
-            for s in range(noise_seeds):
-                z_hat = sample(net, c, n, noises[s])
-                hybrid = F.log_softmax(lm.head(lm.through(net.hidden(z_hat).to(hl.dtype), layer, lm.L, side)).float(), -1)
-                error = (z_hat - z).square()
-                kl = (intact.exp() * (intact - hybrid)).sum(-1)[:, skip:]
-                gap = -hybrid.gather(-1, ids[:, 1:, None])[:, skip:, 0] - ce
-                agree = (hybrid.argmax(-1) == intact.argmax(-1))[:, skip:]
-                sums[n][s] += torch.stack([error[:, skip:].sum(), kl.sum(), gap.sum(), agree.sum(),
-                                           error[:, :skip].sum()]).double().cpu()
-                gaps[n].append(gap.mean(1))
-    for n in nfes:  # per sequence, mean over noises
-        parts = [torch.stack(gaps[n][i:i + noise_seeds]).mean(0) for i in range(0, len(gaps[n]), noise_seeds)]
-        gaps[n] = torch.cat(parts)                                                     # (N,)
-    count, out = len(rows) * (T - skip), {}
-    for n in nfes:
-        mean, sd = sums[n].mean(0), sums[n].std(0) if noise_seeds > 1 else torch.zeros(5)
-        out[str(n)] = {"fvu": (mean[0] / energy[0]).item(), "kl": (mean[1] / count).item(),
-                       "ce_gap": (mean[2] / count).item(), "agree": (mean[3] / count).item(),
-                       "ce_gap_se": (gaps[n].std() / len(rows) ** 0.5).item() if len(rows) > 1 else 0.0,
-                       "ce_gap_rows": gaps[n].tolist(),
-                       "fvu_noise_sd": (sd[0] / energy[0]).item(), "ce_gap_noise_sd": (sd[2] / count).item(),
-                       "fvu_sinks": (mean[4] / energy[1].clamp_min(1e-12)).item()}
-    return out, ce_intact / count
-
-
-def choose_layer(cfg):
-    """--layer -> a number. `auto` is what geometry.py wrote beside --out."""
-    if cfg.layer == "auto":
-        return read_json(Path(cfg.out).parent / "geometry" / "result.json",
-                         "run python geometry.py first, or pass --layer N")["best_layer"]
-    if not cfg.layer.isdigit():
-        raise UserError(f"--layer {cfg.layer} must be auto, all or a number")
-    return int(cfg.layer)
+    1 the two ends of the path, from the frozen prefix  2 the bridge's error  3 the readout's, beside it."""
+    z, c = targets(lm, net, batch.ids, layer)                                          # (b, T, D) each
+    with torch.autocast(z.device.type, dtype, enabled=dtype != torch.float32):
+        error, z_hat = token_loss(net, z, c, batch.t, batch.noise, cfg.skip, batch.seen, batch.unknown)
+        each = error.mean(1)                                                           # (b,)
+        total = each.sum()
+        if net.generates:
+            total = total + readout_loss(net, z_hat, batch.ids).mean(1).sum()
+    return total, each.detach()
 
 
 @torch.no_grad()
@@ -199,141 +157,150 @@ def validate(lm, net, rows, layer, cfg, world):
         z, c = targets(lm, net, ids, layer)
         t = torch.tensor([(i + 0.5) / len(rows)], device=world.device)
         noise = normal(z.shape, world.device, cfg.seed, "validate", i)
-        unknown = to(world.device, hide(cfg.visible, cfg.seq_len, cfg.seed, 0, [i], "validate"))
-        loss, _ = token_loss(net, z, c, t, noise, cfg.skip, last_seen=torch.ones_like(t), unknown=unknown)
+        unknown = hide(cfg.visible, cfg.seq_len, cfg.seed, 0, [i], "validate")
+        loss, _ = token_loss(net, z, c, t, noise, cfg.skip, torch.ones_like(t),
+                             None if unknown is None else unknown.to(world.device))
         named = (net.readout(z).argmax(-1) == ids).float().mean() if net.generates else 0.0
         total += torch.tensor([loss.mean().item(), float(named)])
     loss, named = world.sum((total / len(rows)).tolist())
     return loss, named if net.generates else None
 
 
-def to(device, tensor):
-    """`tensor` on `device`; None stays None."""
-    return None if tensor is None else tensor.to(device)
+# ------------------------------------------------------------------------------------------------------- choices
+def choose_layer(cfg):
+    """--layer -> a number. `auto` is what geometry.py wrote beside --out."""
+    if cfg.layer == "auto":
+        return read_json(Path(cfg.out).parent / "geometry" / "result.json",
+                         "run python geometry.py first, or pass --layer N")["best_layer"]
+    if not cfg.layer.isdigit():
+        raise UserError(f"--layer {cfg.layer} must be auto, all or a number")
+    return int(cfg.layer)
 
 
-def train_flops(net, replaced, layer, T):
-    """FLOPs a training token: forward and backward of the bridge (6 a parameter), forward only of the `layer` blocks of
-    the frozen prefix (2 a parameter), and causal attention (6 and 2 per attended key and channel)."""
-    own = sum(p.numel() for n, p in net.named_parameters() if p.ndim == 2 and not n.startswith(("time", "readout")))
-    blocks, W, D = net.settings["blocks"], net.settings["W"], net.settings["D"]
-    passes = 8 if net.settings["self_condition"] else 6                         # one more forward for the first estimate
-    readout = 4 * D * net.settings["V"] if net.generates else 0                 # its input needs no gradient
-    return passes * (own + blocks * W * T) + readout + 2 * (replaced + layer * D * T)
+def check(cfg):
+    """Raise UserError for flags that make no sense, alone or together."""
+    for name, fine, want in (
+            ("ema", 0 <= cfg.ema < 1, "lie in [0, 1)"), ("skip", 0 <= cfg.skip < cfg.seq_len, "be below --seq_len"),
+            ("shift", cfg.shift > 0, "be above 0"), ("bucket_mb", cfg.bucket_mb > 0, "be above 0"),
+            ("atom", 0 <= cfg.atom <= 1, "lie in [0, 1]"),
+            ("nfes", all(n.isdigit() and int(n) > 0 for n in cfg.nfes.split(",")), "be numbers such as 1,2,4,8")):
+        if not fine:
+            raise UserError(f"--{name} {getattr(cfg, name)} must {want}")
+    if cfg.bidirectional and cfg.visible == "full":
+        raise UserError("--bidirectional would let the replaced layer see the future; it needs --visible prefix, span "
+                        "or mix")
+    if cfg.loops > 1 and cfg.objective != "regression":
+        raise UserError("--loops goes with --objective regression: diffusion's calls are --nfe")
 
 
-def report_size(cfg, net, shape, layer, world, micro, dtype):
-    """--dry_run: parameters by group, bytes by component on one GPU, FLOPs, and the speed at 50% MFU on an H100.
-
-    Activations: bytes saved for backward per token, counted with saved-tensor hooks (about 100 W a block, with bf16
-    autocast or without it; 4 W with --recompute), plus the states themselves and one MLP of the prefix."""
-    from transformers import AutoModelForCausalLM
-    print("\n".join(f"  {k} = {v}" for k, v in dataclasses.asdict(cfg).items()))
-    with torch.device("meta"):
-        lm = backbone.Backbone(AutoModelForCausalLM.from_config(shape))
-    count = {name: sum(p.numel() for p in module.parameters()) for name, module in net.named_children()}
-    size, replaced = sum(count.values()), sum(p.numel() for b in lm.blocks[:layer] for p in b.parameters())
-    upper = sum(p.numel() for b in lm.blocks[layer:] for p in b.parameters())
-    flops, tokens = train_flops(net, replaced, layer, cfg.seq_len), micro * cfg.seq_len
-    matrices = sum(p.numel() for p in net.blocks.parameters() if p.ndim == 2) if cfg.lr > 0 else 0
-    W, D = net.settings["W"], net.settings["D"]
-    saved = (4 if cfg.recompute else 100) * W * net.settings["blocks"] + (100 * W if cfg.recompute else 0)
-    wide = getattr(shape, "intermediate_size", None) or 4 * D
-    gigabytes = {
-        "frozen prefix": dtype.itemsize * (sum(p.numel() for p in lm.parameters()) - upper), "weights": 4 * size,
-        "gradients": 4 * size * (2 if world.size > 1 or cfg.preset == "8b" else 1),  # and the buffer that travels
-        "optimizer": 4 * matrices + 8 * (size - matrices),
-        "EMA": 4 * size, "activations": tokens * (saved + 36 * D + 3 * wide * dtype.itemsize)}
-    measuring = {  # the final numbers, on rank 0: the whole backbone and logits, no gradients and no activations
-        "backbone": dtype.itemsize * sum(p.numel() for p in lm.parameters()), "logits": 5 * 4 * max(
-            LOGITS, cfg.seq_len * shape.vocab_size), **{k: gigabytes[k] for k in ("weights", "optimizer", "EMA")}}
-    total, after = sum(gigabytes.values()) / 1e9, sum(measuring.values()) / 1e9
-    print(f"bridge at layer {layer} of {shape.num_hidden_layers}: {size:,} parameters, {size / max(1, replaced):.2f}x "
-          "the blocks it replaces: " + ", ".join(f"{name} {n:,}" for name, n in count.items()))
-    print(f"GB on one GPU at {micro} sequences a pass: "
-          + ", ".join(f"{name} {n / 1e9:.2f}" for name, n in gigabytes.items())
-          + f"; together {total:.1f}, and {after:.1f} for the final numbers, which "
-          f"{'fits' if max(total, after) < 80 else 'does NOT fit'} 80 GB")
-    print(f"{flops:.3e} FLOPs a token: {0.5 * 989e12 / flops:,.0f} tokens/s a GPU at 50% of 989 TFLOP/s")
-    return {"parameters": size, "gigabytes": total, "flops_per_token": flops}
+def build(cfg, shape, layer):
+    """The untrained Bridge, a function of cfg.seed. Raises UserError for a layer or a width that cannot be."""
+    first = 1 if cfg.visible == "full" else 0  # h[0] is worth producing only where tokens are unknown
+    if not first <= layer <= shape.num_hidden_layers:
+        raise UserError(f"--layer {layer} must lie in {first}..{shape.num_hidden_layers}, the blocks of {cfg.model}")
+    W, blocks = cfg.width or shape.hidden_size, cfg.blocks or max(1, layer)
+    each = 64 if W >= 512 else 32
+    H = max(1, W // each)
+    if W % (2 * H):
+        raise UserError(f"--width {W} does not split into {H} heads; use a multiple of {each}")
+    torch.manual_seed(cfg.seed)
+    return Bridge(shape.hidden_size, W, blocks, H, cfg.objective, cfg.prediction, cfg.source, cfg.self_condition,
+                  cfg.visible, cfg.bidirectional, shape.vocab_size, loops=cfg.loops)
 
 
+def texts(cfg, model, vocab, world):
+    """(tokenizer, training windows, held-out rows (N, T+1))."""
+    if cfg.random_init:  # nothing to learn from, only to measure: no tokenizer and no text are needed
+        train = data.RandomTokens(vocab, cfg.seq_len)
+        return None, train, train.windows(cfg.eval_batches, 1).to(world.device)
+    tokenizer = backbone.load_tokenizer(model)
+    shards, _ = data.shards_beside(cfg, tokenizer, world)
+    held_out = data.Tokens(shards, "val", cfg.seq_len).windows(cfg.eval_batches)
+    return tokenizer, data.Tokens(shards, "train", cfg.seq_len), held_out.to(world.device)
+
+
+# ----------------------------------------------------------------------------------------------------- the report
 def summary(result):
     if not result["nfe"]:
         return f"{result['tokens_per_s']:,.0f} tokens/s at random weights"
-    last = str(max(int(n) for n in result["nfe"] if int(n) <= 4))
-    return (f"layer {result['layer']}, {result['objective']}, NFE {last}: FVU {result['nfe'][last]['fvu']:.4f}, CE gap "
-            f"{result['nfe'][last]['ce_gap']:+.4f} nats, {result['parameters']:,} parameters")
+    n = str(result["nfe_default"]) if str(result["nfe_default"]) in result["nfe"] else "1"
+    return (f"layer {result['layer']}, {result['objective']}, NFE {n}: FVU {result['nfe'][n]['fvu']:.4f}, KL "
+            f"{result['nfe'][n]['kl']:.4f}, CE gap {result['nfe'][n]['ce_gap']:+.4f} nats, {result['parameters']:,} "
+            "parameters")
 
 
-def print_table(result):
-    print(f"{'NFE':>4} {'FVU':>8} {'KL':>8} {'CE gap':>8} {'+- se':>7} {'agree':>6}   (EMA weights; raw FVU, CE gap)")
-    for n, row in result["nfe"].items():
-        raw = result["raw_nfe"][n]
-        print(f"{n:>4} {row['fvu']:8.4f} {row['kl']:8.4f} {row['ce_gap']:+8.4f} {row['ce_gap_se']:7.4f} "
-              f"{row['agree']:6.1%}   ({raw['fvu']:.4f}, {raw['ce_gap']:+.4f})")
+def section(result):
+    """This run's part of the report."""
+    size = f", {result['size_ratio']:.2f}x the {result['replaced_parameters']:,} it replaces" if result["layer"] else ""
+    rows = [[n, f"{r['fvu']:.4f}", f"{r['kl']:.4f}", f"{r['ce_gap']:+.4f} +- {r['ce_gap_se']:.4f}",
+             f"{r['ce_gap_noise_sd']:.5f}", f"{r['agree']:.1%}"] for n, r in result["nfe"].items()]
+    return "\n".join([
+        f"## REPLACE: {result['objective']} at layer {result['layer']}", "",
+        f"{result['parameters']:,} parameters{size}; tokens known: {result['visible']}; {result['steps']} steps, "
+        f"{result['tokens']:,} tokens, {result['seconds']:.0f} s, seed {result['seed']}; sampler {result['sampler']}; "
+        f"{result['eval_sequences']} held-out sequences.", "",
+        table(["NFE", "FVU", "KL", "CE gap +- se", "sd over noises", "same first choice"], rows), ""])
+
+
+def numbers(lm, net, raw, rows, layer, cfg):
+    """What is measured of a trained bridge. `net` has the running mean of its weights, `raw` the last ones or None."""
+    nfes = sorted({*map(int, cfg.nfes.split(",")), cfg.nfe}) if cfg.objective == "diffusion" else [1]
+    of_mean, ce = measure(lm, net, rows, layer, nfes, cfg)
+    few, n = dataclasses.replace(cfg, noise_seeds=1), str(cfg.nfe if cfg.objective == "diffusion" else 1)
+    of_raw = measure(lm, raw, rows[:NOISE_ROWS], layer, nfes, few)[0] if raw is not None else {}
+    return {"nfe": of_mean, "raw_nfe": of_raw, "ce_intact": ce, "eval_sequences": len(rows), "nfe_default": cfg.nfe,
+            "noise_seeds": cfg.noise_seeds, "sampler": cfg.sampler, "shift": cfg.shift,
+            "measured": {name: getattr(cfg, name) for name in cfg.MEASURES},
+            "headline": [[f"what the hybrid at layer {layer} loses, {cfg.objective}",
+                          f"{of_mean[n]['ce_gap']:+.4f} nats, KL {of_mean[n]['kl']:.4f}"]]}
+
+
+def measure_again(cfg, result, model, world, dtype, identity):
+    """A finished run asked for with another sampler or other texts: its weights stay, its numbers are taken anew."""
+    net, info = denoiser.load(cfg.out, world.device)
+    _, _, held_out = texts(cfg, model, 0, world)
+    run = Run(cfg, world, identity)
+    lm = backbone.load(model, world.device, dtype)
+    result |= numbers(lm, net, None, held_out, result["layer"], cfg)
+    denoiser.save(net, run.out, {**info, **{k: result[k] for k in ("nfe_default", "sampler", "shift")}})
+    run.finish(result, section(result))
+    return run.result
 
 
 @entry
 def main(argv):
     cfg = parse(Config, argv, __doc__, PRESETS)
     cfg.out = cfg.out or ("out/bridge" if cfg.layer in ("auto", "all") else f"out/bridge_l{cfg.layer}")
-    if cfg.nfe < 1 or not 0 <= cfg.ema < 1 or not 0 <= cfg.skip < cfg.seq_len or min(cfg.shift, cfg.bucket_mb) <= 0:
-        raise UserError("--nfe must be at least 1, --ema in [0, 1), --skip below --seq_len, --shift and --bucket_mb "
-                        "above 0")
+    check(cfg)
 
     # -------------------------------------------------------------------------------------------------- setup
     world = setup(cfg.device)
     dtype = pick_dtype(cfg, world.device)
     slots, micro = split_batch(cfg.batch_size, cfg.micro_batch, world)
     model = backbone.resolve(cfg.model, cfg.out)
-    identity = {"layer_number": choose_layer(cfg) if cfg.layer != "all" else None,
-                "base": backbone.identity(model, cfg.random_init)}
+    layer = choose_layer(cfg) if cfg.layer != "all" else None
+    identity = {"layer_number": layer, "base": backbone.identity(model, cfg.random_init)}
     if (result := finished(cfg, identity)) and not cfg.dry_run:
+        if world.main and result["nfe"] and result.get("measured") != {n: getattr(cfg, n) for n in cfg.MEASURES}:
+            result = measure_again(cfg, result, model, world, dtype, identity)
         print(f"{cfg.out} is finished: " + summary(result))
         return result
     shape = backbone.read_config(model, cfg.seq_len)
     if cfg.layer == "all":  # one run a layer, each in its own folder: a rerun resumes where it stopped
         return [main.__wrapped__([*argv, f"--layer={n}", f"--model={model}", f"--out={cfg.out}_l{n}"])
                 for n in range(1, shape.num_hidden_layers + 1)]
-    layer, D = identity["layer_number"], shape.hidden_size
-    first = 1 if cfg.visible == "full" else 0  # h[0] is worth producing only where tokens are unknown
-    if not first <= layer <= shape.num_hidden_layers:
-        raise UserError(f"--layer {layer} must lie in {first}..{shape.num_hidden_layers}, the blocks of {model}")
-    if cfg.bidirectional and cfg.visible == "full":
-        raise UserError("--bidirectional would let the replaced layer see the future; it needs --visible prefix, span "
-                        "or mix")
-    W, blocks = cfg.width or D, cfg.blocks or max(1, layer)
-    H = max(1, W // (64 if W >= 512 else 32))
-    if W % (2 * H):
-        raise UserError(f"--width {W} does not split into {H} heads; use a multiple of {64 if W >= 512 else 32}")
-    torch.manual_seed(cfg.seed)
     with torch.device("meta" if cfg.dry_run else "cpu"):
-        net = Bridge(D, W, blocks, H, cfg.objective, cfg.prediction, cfg.source, cfg.sampler, cfg.self_condition,
-                     cfg.shift, cfg.visible, cfg.bidirectional, shape.vocab_size)
+        net = build(cfg, shape, layer)
     if cfg.dry_run:
         return report_size(cfg, net, shape, layer, world, micro, dtype)
 
     # -------------------------------------------------------------------------------------------- model, data
     net, net.recompute = net.to(world.device), cfg.recompute
-    size = sum(p.numel() for p in net.parameters())
     lm = backbone.load(model, world.device, dtype, blocks=layer, random_init=cfg.random_init)     # only the prefix
-    replaced = sum(p.numel() for b in lm.blocks[:layer] for p in b.parameters())
-    if cfg.random_init:  # nothing to learn from, only to measure: no tokenizer and no text are needed
-        tokenizer, train = None, data.RandomTokens(lm.V, cfg.seq_len)
-        held_out = train.windows(cfg.eval_batches, 1).to(world.device)
-    else:
-        tokenizer = backbone.load_tokenizer(model)
-        shards, _ = data.shards_beside(cfg, tokenizer, world)
-        train = data.Tokens(shards, "train", cfg.seq_len)
-        held_out = data.Tokens(shards, "val", cfg.seq_len).windows(cfg.eval_batches).to(world.device)  # (N, T+1)
+    tokenizer, train, held_out = texts(cfg, model, lm.V, world)
     calibrate(lm, net, train.windows(cfg.calibration, cfg.seed)[:, :-1].to(world.device), layer, cfg.skip)
     run = Run(cfg, world, identity)
     mean_net = copy.deepcopy(net).requires_grad_(False)                                           # EMA
-    run.say(f"layer {layer} of {lm.L}: {cfg.objective} bridge of {blocks} blocks of width {W}, {size:,} parameters"
-            + (f" = {size / replaced:.2f}x the blocks it replaces" if layer else ""))
-
-    # ---------------------------------------------------------------------------------------------- optimizer
     params = list(net.parameters())
     own = [p for name, p in net.named_parameters() if not name.startswith("readout")]  # the readout learns beside it
     optimizers = optim.build(net.named_parameters(), cfg.lr, cfg.lr_adam, cfg.weight_decay)
@@ -341,111 +308,92 @@ def main(argv):
     if cfg.compile:
         for block in net.blocks:
             block.compile(dynamic=False)                                    # in place: parameter names stay clean
+    size, replaced = sum(p.numel() for p in params), sum(p.numel() for b in lm.blocks[:layer] for p in b.parameters())
+    flops = train_flops(net, replaced, layer, cfg.seq_len)
+    run.say(f"layer {layer} of {lm.L}: {cfg.objective} bridge of {net.settings['blocks']} blocks of width "
+            f"{net.settings['W']}, {size:,} parameters"
+            + (f" = {size / replaced:.2f}x the blocks it replaces" if layer else ""))
 
     # --------------------------------------------------------------------------------------------------- loop
-    flops = train_flops(net, replaced, layer, cfg.seq_len)
     overlap = cfg.overlap == "on" or cfg.overlap == "auto" and world.device.type == "cuda"
-    gradients = GradientSum(params, world, overlap, cfg.bucket_mb * 1e6)
+    gradients = GradientSum(params, world, overlap, cfg.bucket_mb * 1e6)    # no DDP wrapper: see there
     stop, clock, waited = StopSignal(world), Clock(state["seconds"]), 0.0
     bins = torch.zeros(8, 2, dtype=torch.float64)                           # loss sum and count by noise level
     parts = [some.tolist() for some in torch.tensor(slots).split(micro)]    # this process's micro-batches
-
-    def draw(key):
-        """Tokens, noise level, noise and what is hidden of one micro-batch: functions of (seed, step, slot), whoever
-        draws them."""
-        step, some = key
-        ids = train.batch(cfg.seed, step, some, cfg.batch_size)[:, :-1].to(world.device)          # (b, T)
-        t = times(cfg.times, cfg.t_mean, cfg.seed, step, some).to(world.device)                   # (b,)
-        noise = [normal((cfg.seq_len, D), world.device, cfg.seed, "noise", step, s) for s in some]
-        seen = torch.tensor([cfg.self_condition and generator(cfg.seed, "self", step, s).random() < 0.5 for s in some])
-        unknown = hide(cfg.visible, cfg.seq_len, cfg.seed, step, some)
-        return ids, t, torch.stack(noise), seen.to(world.device), to(world.device, unknown)
-    ready = data.prefetch(draw, ((step, some) for step in range(state["step"], cfg.steps) for some in parts))
+    ready = data.prefetch(lambda key: draw(cfg, train, lm.D, world.device, *key),
+                          ((step, some) for step in range(state["step"], cfg.steps) for some in parts))
 
     for step in range(state["step"], cfg.steps):
         loss, bad = 0.0, []
         for some in parts:
             # 1 a batch that a thread has drawn meanwhile
             waiting = time.perf_counter()
-            ids, t, noise, seen, unknown = next(ready)
+            batch = next(ready)
             waited += time.perf_counter() - waiting
-            # 2 the two ends of the path, from the frozen prefix
-            z, c = targets(lm, net, ids, layer)                                                   # (b, T, D) each
-            # 3 gradient of the mean loss over the global batch
-            with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
-                error, z_hat = token_loss(net, z, c, t, noise, cfg.skip, cfg.weighting, seen, unknown)
-                each = error.mean(1)                                                              # (b,)
-                total = each.sum()
-                if net.generates:
-                    total = total + readout_loss(net, z_hat, ids).mean(1).sum()
+            # 2 gradient of the mean loss over the global batch
+            total, each = losses(lm, net, batch, layer, cfg, dtype)
             if some is parts[-1]:
                 gradients.arm()
             (total / cfg.batch_size).backward()
-            each = each.detach().double().cpu()
+            each = each.double().cpu()
             bad += [slot for slot, fine in zip(some, torch.isfinite(each).tolist()) if not fine]
-            which = (t.cpu() * 8).long().clamp(max=7)
-            bins.index_add_(0, which, torch.stack([each, torch.ones_like(each)], 1))
+            bins.index_add_(0, (batch.t.cpu() * 8).long().clamp(max=7), torch.stack([each, torch.ones_like(each)], 1))
             loss += each.sum().item() / cfg.batch_size
-        # 4 sum over processes, clip, step, running mean
+        # 3 sum over processes, clip
         gradients.finish()
         norm = nn.utils.clip_grad_norm_(own, cfg.clip).item()
         if not math.isfinite(norm):  # on every process alike, before anything is changed
             where = f", slot {bad[0]}" if bad else ""
             raise UserError(f"the loss or its gradient stopped being finite at step {step}{where}; lower --lr and run "
                             f"again ({cfg.out} keeps the last good state)")
+        # 4 step, running mean of the weights
         optim.step_all(optimizers, optim.share_at(step, cfg.steps, cfg.warmup, cfg.cooldown, cfg.schedule))
-        decay = min(cfg.ema, (1 + step) / (10 + step))
         with torch.no_grad():
-            torch._foreach_lerp_(list(mean_net.parameters()), params, 1 - decay)
-            for p in params:
-                p.grad = None
+            torch._foreach_lerp_(list(mean_net.parameters()), params, 1 - min(cfg.ema, (1 + step) / (10 + step)))
+        for p in params:
+            p.grad = None
         # 5 report, validate, save, leave when asked
         done = step + 1
         if done % cfg.log_every == 0 or done == cfg.steps:
-            total, *table = world.sum([loss, *bins.flatten().tolist()])
-            table = torch.tensor(table).view(8, 2)
+            total, *by_t = world.sum([loss, *bins.flatten().tolist()])
+            by_t = torch.tensor(by_t).view(8, 2)
             run.progress(done, cfg.steps, clock, cfg.batch_size * cfg.seq_len, flops, loss=total,
                          lr=optimizers[0].param_groups[0]["lr"], gnorm=norm,
                          wait=waited / max(1e-9, clock.seconds() - state["seconds"]),
-                         loss_by_t=(table[:, 0] / table[:, 1].clamp_min(1)).tolist(), count_by_t=table[:, 1].tolist())
+                         loss_by_t=(by_t[:, 0] / by_t[:, 1].clamp_min(1)).tolist(), count_by_t=by_t[:, 1].tolist())
             bins.zero_()
         if done % cfg.eval_every == 0 and done < cfg.steps:
             with clock.paused():
-                run.log(done, cfg.steps, val_loss=validate(lm, mean_net, held_out, layer, cfg, world)[0])
+                run.log(done, cfg.steps, val_loss=validate(lm, mean_net, held_out[:NOISE_ROWS], layer, cfg, world)[0])
         leaving = stop.poll()
-        if leaving or done % cfg.save_every == 0:
+        if leaving or done % cfg.save_every == 0 or done == cfg.steps:
             check_replicas([*params, *mean_net.parameters()], world)
             run.save(done, clock, [net, mean_net], optimizers)
         if leaving:
             run.leave(done)
-    check_replicas([*params, *mean_net.parameters()], world)
     stop.done()
     seconds = clock.seconds()
 
     # ------------------------------------------------------------------------------------------------- result
-    val_loss, named = validate(lm, mean_net, held_out, layer, cfg, world)
+    val_loss, named = validate(lm, mean_net, held_out[:NOISE_ROWS], layer, cfg, world)
     if not world.main:  # the final numbers need the whole backbone: rank 0 alone loads it
         world.barrier()
         return None
-    table, raw, ce = {}, {}, None
+    tokens = cfg.steps * cfg.batch_size * cfg.seq_len
+    mfu = tokens / seconds * flops / (peak_flops(world.device) * world.size)
+    info = {"layer": layer, "objective": cfg.objective, "visible": cfg.visible, "seed": cfg.seed, "model": model,
+            "size_ratio": size / replaced if layer else None, "base": identity["base"], "nfe_default": cfg.nfe,
+            "sampler": cfg.sampler, "shift": cfg.shift}
+    denoiser.save(mean_net, run.out, {**info, "tokenizer": tokenizer and backbone.tokenizer_hash(tokenizer)})
+    result = {**info, "val_loss": val_loss, "readout_accuracy": named, "parameters": size, "steps": cfg.steps,
+              "replaced_parameters": replaced, "tokens": tokens, "tokens_per_s": tokens / seconds, "seconds": seconds,
+              "mfu": mfu if math.isfinite(mfu) else None, "flops_per_token": flops, "nfe": {}}
     if not cfg.random_init:  # a network of random weights has no upper blocks worth asking
         del lm  # the prefix is in it
         whole = backbone.load(model, world.device, dtype)
-        nfes = sorted({*NFES, cfg.nfe}) if cfg.objective == "diffusion" else (1,)
-        table, ce = measure(whole, mean_net, held_out, layer, nfes, cfg.noise_seeds, cfg.skip)
-        raw, _ = measure(whole, net.requires_grad_(False), held_out, layer, nfes, 1, cfg.skip)
-    mfu = cfg.steps * cfg.batch_size * cfg.seq_len / seconds * flops / (peak_flops(world.device) * world.size)
-    settings = {"layer": layer, "objective": cfg.objective, "visible": cfg.visible, "seed": cfg.seed,
-                "size_ratio": size / replaced if layer else None, "nfe_default": cfg.nfe, "model": model,
-                "base": identity["base"]}
-    save(mean_net, run.out, {**settings, "tokenizer": tokenizer and backbone.tokenizer_hash(tokenizer)})
-    tokens = cfg.steps * cfg.batch_size * cfg.seq_len
-    run.finish({**settings, "nfe": table, "raw_nfe": raw, "val_loss": val_loss, "readout_accuracy": named,
-                "ce_intact": ce, "parameters": size, "replaced_parameters": replaced, "steps": cfg.steps,
-                "tokens": tokens, "tokens_per_s": tokens / seconds, "seconds": seconds,
-                "mfu": mfu if math.isfinite(mfu) else None, "flops_per_token": flops,
-                "eval_sequences": len(held_out), "noise_seeds": cfg.noise_seeds, "sampler": cfg.sampler})
-    print_table(run.result)
+        result |= numbers(whole, mean_net, net.requires_grad_(False), held_out, layer, cfg)
+    run.finish(result, section(result) if result["nfe"] else "")
+    print(section(result) if result["nfe"] else summary(result))
     return run.result
 
 

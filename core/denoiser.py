@@ -131,6 +131,52 @@ class Bridge(nn.Module):
         return z * self.sigma_z + self.mu_z
 
 
+# ------------------------------------------------------------------------------------------- target, condition
+def produce(lm, h0, layer, side=None):
+    """What the bridge learns to make, from h[0] (B, T, D): h[layer] (B, T, D), the residual stream after block `layer`.
+    Calibration, training and every measurement call this; `Bridge.hidden` undoes the standardisation."""
+    return lm.through(h0, 0, layer, side)
+
+
+@torch.no_grad()
+def targets(lm, net, ids, layer):
+    """ids (B, T) -> (z, c), both (B, T, D): the pair the bridge learns from, by one pass through the frozen prefix."""
+    h0 = lm.embed(ids)
+    return net.standard_z(produce(lm, h0, layer)), net.standard_c(h0)
+
+
+class Moments:
+    """Mean and standard deviation per dimension of vectors that come a few at a time."""
+
+    def __init__(self):
+        self.n, self.total, self.square = 0, 0.0, 0.0
+
+    def add(self, h):
+        """h (B, T, D)."""
+        flat = h.flatten(0, 1).double()                                                # (n, D)
+        self.n += len(flat)
+        self.total, self.square = self.total + flat.sum(0), self.square + flat.square().sum(0)
+
+    def mean_and_sd(self):
+        mean = self.total / self.n
+        variance = (self.square / self.n - mean.square()).clamp_min(0)
+        return mean, variance.sqrt().clamp_min(1e-4 * variance.mean().sqrt() + 1e-8)   # a dead dimension stays finite
+
+
+@torch.no_grad()
+def calibrate(lm, net, rows, layer, skip):
+    """Set mu, sigma of h[l] and h[0] per dimension from rows (N, T), positions >= skip: the first ones are attention
+    sinks, a few dimensions of which are hundreds of times larger, and would set the scale for all others."""
+    z, c = Moments(), Moments()
+    for ids in rows.split(8):
+        h0 = lm.embed(ids)
+        z.add(produce(lm, h0, layer)[:, skip:])
+        c.add(h0[:, skip:])
+    for buffer, value in zip((net.mu_z, net.sigma_z, net.mu_c, net.sigma_c), (*z.mean_and_sd(), *c.mean_and_sd())):
+        buffer.copy_(value)
+
+
+# ------------------------------------------------------------------------------------------------------- its files
 def save(net, folder, extra):
     """bridge.safetensors, then bridge.json: what hybrid.py needs to rebuild and to trust it."""
     from safetensors.torch import save_file

@@ -40,7 +40,7 @@ def uniform(draws, mean):
     return torch.tensor([g.random() for g in draws], dtype=torch.float32)
 
 
-TIMES = {"logit-normal": logit_normal, "uniform": uniform}  # law of t in training: (generators, mean of logit t) -> (B,)
+TIMES = {"logit-normal": logit_normal, "uniform": uniform}  # --times -> (generators, mean of logit t) -> t (B,)
 
 
 def times(law, mean, seed, step, slots, atom=0.0):
@@ -152,7 +152,7 @@ def heun(slope, x, grid, nfe):
     return x
 
 
-SAMPLERS = {"euler": euler, "heun": heun}  # --sampler -> (slope, x at t = 1, grid: steps -> levels, calls) -> x at t = 0
+SAMPLERS = {"euler": euler, "heun": heun}  # --sampler -> (slope, x at t = 1, grid: steps -> levels, nfe) -> x at 0
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""draws.py: every random number of this project is a function of (seed, purpose, key): never of the rank or of the past.
+"""draws.py: every random number here is a function of (seed, purpose, key), never of the rank or of the past.
 
     generator(seed, "t", step, slot).random()          # numpy, the same on any process, in any order
     normal((T, D), device, seed, "noise", step, slot)  # a tensor of standard normals

@@ -19,7 +19,7 @@ def table(columns, rows):
 
 @contextlib.contextmanager
 def figure(path, rows=1, columns=1, width=3.7, height=3.1, **how):
-    """Yields the axes (rows, columns) of a figure that is written to `path` when the block ends; sizes are a panel's."""
+    """Yields the axes (rows, columns) of a figure that is written to `path` at the end; sizes are those of a panel."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

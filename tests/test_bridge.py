@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import bridge
 import data
-from core import common, denoiser, diffusion, optim
+from core import common, denoiser, diffusion, measure, optim
 
 B, T, D = 3, 12, 16
 
@@ -79,11 +79,11 @@ def test_predictions_agree_about_z():
 
 class Gaussian(torch.nn.Module):
     """The exact denoiser E[z | x_t] of z ~ N(m, s^2): what a perfect network would output."""
-    shape = dict(prediction="x", objective="diffusion", source="noise", blocks=1, shift=1.0)
+    settings = dict(prediction="x", objective="diffusion", source="noise", blocks=1)
 
-    def __init__(self, m, s, sampler="euler", prediction="x"):
+    def __init__(self, m, s, prediction="x"):
         super().__init__()
-        self.m, self.s, self.shape = m, s, {**self.shape, "sampler": sampler, "prediction": prediction}
+        self.m, self.s, self.settings = m, s, {**self.settings, "prediction": prediction}
         self.calls = 0
 
     def forward(self, x, c, t, *_):
@@ -91,17 +91,17 @@ class Gaussian(torch.nn.Module):
         t = t[:, None, None]
         variance = (1 - t) ** 2 * self.s ** 2 + t ** 2
         z = self.m + (1 - t) * self.s ** 2 / variance * (x - (1 - t) * self.m)
-        return z if self.shape["prediction"] == "x" else (x - z) / t
+        return z if self.settings["prediction"] == "x" else (x - z) / t
 
 
 @pytest.mark.parametrize("sampler, prediction", [("euler", "x"), ("heun", "x"), ("euler", "v")])
 def test_the_sampler_draws_from_a_known_gaussian(sampler, prediction):
-    model, c = Gaussian(1.5, 0.5, sampler, prediction), torch.zeros(64, 64, 8)
+    model, c = Gaussian(1.5, 0.5, prediction), torch.zeros(64, 64, 8)
     noise = torch.randn(64, 64, 8, generator=torch.Generator().manual_seed(0))
-    z = diffusion.sample(model, c, 64, noise)
+    z = diffusion.sample(model, c, 64, noise, sampler=sampler)
     assert z.mean().item() == pytest.approx(1.5, abs=0.02) and z.std().item() == pytest.approx(0.5, rel=0.03)
     assert model.calls == 64
-    one = diffusion.sample(Gaussian(1.5, 0.5, sampler, prediction), c, 1, noise)  # a single call can only give the mean
+    one = diffusion.sample(model, c, 1, noise, sampler=sampler)                   # a single call can only give the mean
     assert one.std().item() < 1e-5 and one.mean().item() == pytest.approx(1.5, abs=1e-5)
 
 
@@ -110,11 +110,39 @@ def test_heun_is_more_exact_than_euler_at_equal_calls():
     error = {}
     for sampler in ("euler", "heun"):
         for nfe in (1, 2, 3, 8, 9):
-            model = Gaussian(0.0, 0.5, sampler)
-            z = diffusion.sample(model, c, nfe, noise)
+            model = Gaussian(0.0, 0.5)
+            z = diffusion.sample(model, c, nfe, noise, sampler=sampler)
             assert model.calls == nfe
             error[sampler, nfe] = (z - 0.5 * noise).abs().max().item()           # the flow maps e to s e exactly
     assert error["heun", 9] < error["euler", 9] < error["euler", 3]
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(common.UserError, match="there are euler, heun"):
+        diffusion.sample(Gaussian(0.0, 1.0), torch.zeros(1, 2, 3), 2, torch.zeros(1, 2, 3), sampler="magic")
+    with pytest.raises(common.UserError, match="there are logit-normal, uniform"):
+        diffusion.times("beta", 0.0, 0, 0, [0])
+
+
+def test_a_looped_control_answers_from_its_own_answer():
+    z, c, t = states()
+    once, twice = net(objective="regression"), net(objective="regression", loops=2)
+    first = once(torch.zeros_like(z), c, torch.ones(B))
+    assert torch.equal(diffusion.sample(once, c, 9, None), first)
+    assert torch.equal(diffusion.sample(twice, c, 9, None), twice(first, c, torch.ones(B)))
+    assert not torch.allclose(diffusion.sample(twice, c, 9, None), first, atol=1e-3)
+
+
+def test_the_atom_is_a_share_of_ones_and_moves_no_other_draw():
+    plain, some = (diffusion.times("logit-normal", 0.0, 0, 3, range(2000), atom) for atom in (0.0, 0.25))
+    ones = some == 1
+    assert 0.2 < ones.float().mean() < 0.3 and torch.equal(plain[~ones], some[~ones]) and not (plain == 1).any()
+    assert (diffusion.times("uniform", 0.0, 0, 3, range(9), 1.0) == 1).all()
+
+
+def test_target_and_condition_may_differ_in_width():
+    model, (x, _, t) = net(C=5), states()
+    assert model(x, torch.randn(B, T, 5), t).shape == (B, T, D) and model.mu_c.shape == (5,)
 
 
 def test_loss_weights_sinks_by_their_own_size():
@@ -277,16 +305,18 @@ def test_a_better_bridge_measures_better(runs):
     class Fixed(torch.nn.Module):
         def __init__(self, answer):
             super().__init__()
-            self.answer, self.shape = answer, {**model.shape, "objective": "regression"}
+            self.answer, self.settings = answer, {**model.settings, "objective": "regression"}
             self.standard_z, self.standard_c, self.hidden = model.standard_z, model.standard_c, model.hidden
 
         def forward(self, x, c, t, *_, **__):
             return self.answer(c)
-    perfect, _ = bridge.measure(lm, Fixed(lambda c: model.standard_z(lm.through(
-        c * model.sigma_c + model.mu_c, 0, layer))), rows, layer, (1,), 1, 4)
+    cfg = bridge.Config(noise_seeds=1)
+    perfect, _ = measure.measure(lm, Fixed(lambda c: model.standard_z(lm.through(
+        c * model.sigma_c + model.mu_c, 0, layer))), rows, layer, (1,), cfg)
     assert perfect["1"]["fvu"] < 1e-6 and abs(perfect["1"]["ce_gap"]) < 1e-4 and perfect["1"]["agree"] == 1
-    mean, _ = bridge.measure(lm, Fixed(torch.zeros_like), rows, layer, (1,), 1, 4)
+    mean, _ = measure.measure(lm, Fixed(torch.zeros_like), rows, layer, (1,), cfg)
     assert mean["1"]["fvu"] == pytest.approx(1, abs=1e-5) and mean["1"]["kl"] > 0
+    assert sum(mean["1"]["kl_rows"]) / 4 == pytest.approx(mean["1"]["kl"]) and len(mean["1"]["ce_gap_rows"]) == 4
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(runs, tmp_path, text, monkeypatch):
@@ -344,10 +374,11 @@ def test_four_processes_go_on_as_one_would(runs, tmp_path, text, monkeypatch):
 
 def test_objectives_and_predictions_train(runs, tmp_path, text):
     for flags in (["--prediction", "v", "--source", "embedding", "--times", "uniform", "--sampler", "heun"],
-                  ["--prediction", "eps"], ["--self_condition", "--weighting", "v", "--t_mean", "1", "--recompute"],
+                  ["--prediction", "eps"], ["--self_condition", "--t_mean", "1", "--recompute", "--atom", "0.5"],
+                  ["--objective", "regression", "--loops", "2"],
                   ["--schedule", "cosine", "--cooldown", "0.5"]):
         result = bridge.main(command(runs, text, tmp_path / flags[-1], "--steps", "4", *flags))
-        assert result["nfe"]["8"]["fvu"] > 0
+        assert result["nfe"][max(result["nfe"])]["fvu"] > 0
 
 
 def test_a_finished_run_prints_and_another_is_refused(runs, tmp_path, capsys, text):
@@ -359,12 +390,50 @@ def test_a_finished_run_prints_and_another_is_refused(runs, tmp_path, capsys, te
     assert "lr = 0.02 there, 0.5 here" in fails(capsys, bridge.main, *argv, "--lr", "0.5")
 
 
+def test_a_finished_run_is_measured_again_when_asked(runs, tmp_path, text):
+    """Another sampler, other calls: the weights stay, and the numbers are those of a run that had asked at once."""
+    first = bridge.main(command(runs, text, tmp_path / "a"))
+    weights = (tmp_path / "a" / "bridge.safetensors").read_bytes()
+    again = bridge.main(command(runs, text, tmp_path / "a", "--sampler", "heun", "--nfe", "3", "--shift", "2"))
+    fresh = bridge.main(command(runs, text, tmp_path / "b", "--sampler", "heun", "--nfe", "3", "--shift", "2"))
+    assert (tmp_path / "a" / "bridge.safetensors").read_bytes() == weights
+    assert again["nfe"] == fresh["nfe"] != first["nfe"] and "3" in again["nfe"]
+    assert json.loads((tmp_path / "a" / "bridge.json").read_text()) == json.loads(
+        (tmp_path / "b" / "bridge.json").read_text())
+    assert bridge.main(command(runs, text, tmp_path / "a"))["nfe"] == first["nfe"]
+
+
+def test_a_run_may_grow_where_its_schedule_is_constant(runs, tmp_path, capsys, text):
+    flat = ["--cooldown", "0", "--keep_state"]
+    bridge.main(command(runs, text, tmp_path / "straight", *flat))
+    bridge.main(command(runs, text, tmp_path / "grown", *flat, "--steps", "8"))
+    bridge.main(command(runs, text, tmp_path / "grown", *flat))
+    same(tmp_path / "straight", tmp_path / "grown")
+    assert json.loads((tmp_path / "grown" / "result_8.json").read_text())["steps"] == 8
+    assert "--steps 4" in fails(capsys, bridge.main, *command(runs, text, tmp_path / "grown", *flat, "--steps", "4"))
+    bridge.main(command(runs, text, tmp_path / "ended", "--keep_state", "--steps", "4"))
+    assert "--cooldown 0" in fails(capsys, bridge.main, *command(runs, text, tmp_path / "ended", "--keep_state"))
+
+
+def test_the_state_is_saved_before_the_numbers_are_taken(runs, tmp_path, text, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(bridge, "measure", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            bridge.main(command(runs, text, tmp_path / "a", "--save_every", "999"))
+    assert torch.load(tmp_path / "a" / "state.pt", weights_only=True)["step"] == 20
+    bridge.main(command(runs, text, tmp_path / "a"))
+    bridge.main(command(runs, text, tmp_path / "b"))
+    same(tmp_path / "a", tmp_path / "b")
+
+
 def test_bad_input(runs, tmp_path, capsys, text):
     good = command(runs, text, tmp_path / "x")
     assert "must lie in 1..4" in fails(capsys, bridge.main, *good, "--layer", "5")
     assert "must lie in 1..4" in fails(capsys, bridge.main, *good, "--layer", "0")
     assert "auto, all or a number" in fails(capsys, bridge.main, *good, "--layer", "six")
     assert "--nfe" in fails(capsys, bridge.main, *good, "--nfe", "0")
+    assert "--loops goes with" in fails(capsys, bridge.main, *good, "--loops", "3")
+    assert "--atom" in fails(capsys, bridge.main, *good, "--atom", "1.5")
     assert "use --micro_batch from [1, 2, 4]" in fails(capsys, bridge.main, *good, "--micro_batch", "3")
     assert "run python geometry.py" in fails(capsys, bridge.main, *good, "--layer", "auto")
     assert "longer than the" in fails(capsys, bridge.main, *good, "--seq_len", "99999")

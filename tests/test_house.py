@@ -27,7 +27,8 @@ def imports(file):
         if isinstance(node, ast.Import):
             names = [a.name for a in node.names]
         elif isinstance(node, ast.ImportFrom):
-            names = [f"{node.module}.{a.name}" for a in node.names] if node.module in ("core", "studies") else [node.module]
+            inside = node.module in ("core", "studies")
+            names = [f"{node.module}.{a.name}" for a in node.names] if inside else [node.module]
         else:
             continue
         yield from (n for n in names if n.split(".")[0] in {"core", "studies", *STAGES})
@@ -140,7 +141,7 @@ def test_draws_depend_on_every_part_of_the_key():
 
 
 def test_every_purpose_of_a_draw_is_listed():
-    """core/draws.py lists all random keys with their owner: nothing is drawn that is not there, nothing there is dead."""
+    """core/draws.py lists all random keys with their owner: none is drawn that is not there, none there is dead."""
     called = set()
     for file in FILES:
         for node in ast.walk(ast.parse(file.read_text())):

@@ -1,0 +1,117 @@
+"""measure.py: what a bridge is worth, measured through the retained blocks, and what it costs, counted before it runs.
+
+    table, ce = measure(lm, net, rows, layer, nfes, cfg)      # FVU, KL, CE gap at each number of calls
+    flops = train_flops(net, replaced, layer, T)              # of a training token
+    report_size(cfg, net, shape, layer, world, micro, dtype)  # what --dry_run prints
+
+NFE: calls of the network a sample takes. FVU, fraction of variance unexplained: E|z_hat - z|^2 / E|z|^2. KL: of the
+hybrid's next-token law from the intact model's. CE gap: what its next-token loss loses over theirs, in nats.
+
+Letters: N sequences, B batch, T tokens, D hidden width, V vocabulary, l the replaced layer, z the standardised h[l].
+"""
+import collections
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+
+from core import backbone
+from core.denoiser import produce
+from core.diffusion import position_noise, sample
+
+NOISE_ROWS = 64  # sequences on which the spread over sampler noises is measured
+LOGITS = 2 ** 27  # at most so many logits at once when the final numbers are taken: five such tensors live together
+
+
+@torch.no_grad()
+def measure(lm, net, rows, layer, nfes, cfg):
+    """(numbers at each NFE, CE of the intact model) on held-out rows (N, T+1), positions >= cfg.skip, at sampler noise
+    0: fvu, kl(original || hybrid), ce_gap, agree (top-1), fvu_sinks (the positions left out). *_rows: per sequence;
+    *_se: standard error over them; *_noise_sd: spread over cfg.noise_seeds noises on the first NOISE_ROWS sequences."""
+    T, skip, found = rows.shape[1] - 1, cfg.skip, collections.defaultdict(list)        # (nfe, noise, what) -> (b,) each
+    noises = [position_noise(s, range(T), net.settings["D"], rows.device) for s in range(cfg.noise_seeds)]
+    batch = max(1, min(8, LOGITS // (T * lm.V)))
+    for first, ids in zip(range(0, len(rows), batch), rows.split(batch)):
+        token = ids[:, 1:, None]
+        h0 = lm.embed(ids[:, :-1])
+        side = lm.side(h0)
+        hl = produce(lm, h0, layer, side)
+        z, c = net.standard_z(hl), net.standard_c(h0)
+        intact = F.log_softmax(lm.head(lm.through(hl, layer, lm.L, side)).float(), -1)  # (b, T, V)
+        ce = -intact.gather(-1, token)[..., 0]                                         # (b, T)
+        found["ce"].append(ce[:, skip:].mean(1).cpu())
+        found["energy"].append(torch.stack([z[:, skip:].square().sum((1, 2)), z[:, :skip].square().sum((1, 2))]).cpu())
+        for n in nfes:
+            for s, noise in enumerate(noises if first < NOISE_ROWS else noises[:1]):
+                z_hat = sample(net, c, n, noise, sampler=cfg.sampler, shift=cfg.shift)
+                upper = lm.through(net.hidden(z_hat).to(hl.dtype), layer, lm.L, side)
+                hybrid = F.log_softmax(lm.head(upper).float(), -1)
+                error = (z_hat - z).square().sum(-1)                                   # (b, T)
+                for what, value in (
+                        ("error", error[:, skip:].sum(1)), ("sinks", error[:, :skip].sum(1)),
+                        ("kl", (intact.exp() * (intact - hybrid)).sum(-1)[:, skip:].mean(1)),
+                        ("ce_gap", (-hybrid.gather(-1, token)[..., 0] - ce)[:, skip:].mean(1)),
+                        ("agree", (hybrid.argmax(-1) == intact.argmax(-1))[:, skip:].float().mean(1))):
+                    found[n, s, what].append(value.double().cpu())
+    energy, sinks = torch.cat(found["energy"], 1).double()                             # (N,) each
+    out, few = {}, min(len(rows), NOISE_ROWS)
+    for n in nfes:
+        row = {what: torch.cat(found[n, 0, what]) for what in ("error", "sinks", "kl", "ce_gap", "agree")}    # (N,)
+
+        def noise_sd(what, scale, n=n):
+            values = [torch.cat(found[n, s, what])[:few].sum().item() / scale for s in range(cfg.noise_seeds)]
+            return torch.tensor(values).std().item() if len(values) > 1 else 0.0
+        out[str(n)] = {
+            "fvu": (row["error"].sum() / energy.sum()).item(), "kl": row["kl"].mean().item(),
+            "ce_gap": row["ce_gap"].mean().item(), "agree": row["agree"].mean().item(),
+            "fvu_sinks": (row["sinks"].sum() / sinks.sum().clamp_min(1e-12)).item(),
+            "ce_gap_se": (row["ce_gap"].std() / len(rows) ** 0.5).item() if len(rows) > 1 else 0.0,
+            "fvu_noise_sd": noise_sd("error", energy[:few].sum().item()), "ce_gap_noise_sd": noise_sd("ce_gap", few),
+            "kl_rows": row["kl"].tolist(), "ce_gap_rows": row["ce_gap"].tolist()}
+    return out, torch.cat(found["ce"]).mean().item()
+
+
+def train_flops(net, replaced, layer, T):
+    """FLOPs a training token: forward and backward of the bridge (6 a parameter), forward only of the `layer` blocks of
+    the frozen prefix (2 a parameter), and causal attention (6 and 2 per attended key and channel)."""
+    own = sum(p.numel() for n, p in net.named_parameters() if p.ndim == 2 and not n.startswith(("time", "readout")))
+    blocks, W, D = net.settings["blocks"], net.settings["W"], net.settings["D"]
+    passes = 8 if net.settings["self_condition"] else 6                      # one more forward for the first estimate
+    readout = 4 * D * net.settings["V"] if net.generates else 0                 # its input needs no gradient
+    return passes * net.settings["loops"] * (own + blocks * W * T) + readout + 2 * (replaced + layer * D * T)
+
+
+def report_size(cfg, net, shape, layer, world, micro, dtype):
+    """--dry_run: parameters by group, bytes by component on one GPU, FLOPs, and the speed at 50% MFU on an H100.
+
+    Activations: bytes saved for backward per token, counted with saved-tensor hooks (about 100 W a block, with bf16
+    autocast or without it; 4 W with --recompute), plus the states themselves and one MLP of the prefix."""
+    from transformers import AutoModelForCausalLM
+    print("\n".join(f"  {k} = {v}" for k, v in dataclasses.asdict(cfg).items()))
+    with torch.device("meta"):
+        lm = backbone.Backbone(AutoModelForCausalLM.from_config(shape))
+    count = {name: sum(p.numel() for p in module.parameters()) for name, module in net.named_children()}
+    size, replaced = sum(count.values()), sum(p.numel() for b in lm.blocks[:layer] for p in b.parameters())
+    upper = sum(p.numel() for b in lm.blocks[layer:] for p in b.parameters())
+    flops, tokens = train_flops(net, replaced, layer, cfg.seq_len), micro * cfg.seq_len
+    matrices = sum(p.numel() for p in net.blocks.parameters() if p.ndim == 2) if cfg.lr > 0 else 0
+    W, D = net.settings["W"], net.settings["D"]
+    saved = (4 if cfg.recompute else 100) * W * net.settings["blocks"] + (100 * W if cfg.recompute else 0)
+    wide = getattr(shape, "intermediate_size", None) or 4 * D
+    gigabytes = {
+        "frozen prefix": dtype.itemsize * (sum(p.numel() for p in lm.parameters()) - upper), "weights": 4 * size,
+        "gradients": 4 * size * (2 if world.size > 1 or cfg.preset == "8b" else 1),  # and the buffer that travels
+        "optimizer": 4 * matrices + 8 * (size - matrices),
+        "EMA": 4 * size, "activations": tokens * (saved + 36 * D + 3 * wide * dtype.itemsize)}
+    measuring = {  # the final numbers, on rank 0: the whole backbone and logits, no gradients and no activations
+        "backbone": dtype.itemsize * sum(p.numel() for p in lm.parameters()), "logits": 5 * 4 * max(
+            LOGITS, cfg.seq_len * shape.vocab_size), **{k: gigabytes[k] for k in ("weights", "optimizer", "EMA")}}
+    total, after = sum(gigabytes.values()) / 1e9, sum(measuring.values()) / 1e9
+    print(f"bridge at layer {layer} of {shape.num_hidden_layers}: {size:,} parameters, {size / max(1, replaced):.2f}x "
+          "the blocks it replaces: " + ", ".join(f"{name} {n:,}" for name, n in count.items()))
+    print(f"GB on one GPU at {micro} sequences a pass: "
+          + ", ".join(f"{name} {n / 1e9:.2f}" for name, n in gigabytes.items())
+          + f"; together {total:.1f}, and {after:.1f} for the final numbers, which "
+          f"{'fits' if max(total, after) < 80 else 'does NOT fit'} 80 GB")
+    print(f"{flops:.3e} FLOPs a token: {0.5 * 989e12 / flops:,.0f} tokens/s a GPU at 50% of 989 TFLOP/s")
+    return {"parameters": size, "gigabytes": total, "flops_per_token": flops}
