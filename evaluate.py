@@ -1,44 +1,42 @@
-"""evaluate.py: EVALUATE. One report with figures, from the runs of the other stages; no number in it is typed.
+"""evaluate.py: EVALUATE. One report from the runs of the other stages; no number in it is typed.
 
-    python evaluate.py                                   # reads out/, writes out/evaluate/report.md: about a minute
+    python evaluate.py                                   # reads out/, writes out/evaluate/report.md: half a minute
     python evaluate.py --text notes.txt --out out/evaluate_notes      # another text beside the held-out one
     python evaluate.py --harness lambada_openai --limit 100 --out out/evaluate_lm    # needs pip install "lm-eval[hf]"
-    python evaluate.py --publish                         # also copies the figures and the numbers to results/
+    python evaluate.py --publish                         # also copies figures and numbers to results/ and the README
 
-Needs finished runs of backbone.py, geometry.py, bridge.py (the bridge, and the regression control in `regression`),
-hybrid.py, repr_align.py (`repr_align/w0` and `repr_align/w10`) and generate.py under --runs, all of one backbone; those
-of sweep.py and circuits.py are reported where they are found. Measures what the stages do not: speed and memory, bits
-per byte and a cloze suite for the intact model, the hybrid and the twins. Writes report.md, figures and result.json to
---out. The report's first lines say whether diffusion beat plain regression, and what it costs.
+Every run wrote a section.md of its own; here they are joined in reading order, with whatever else lies under --runs.
+Two findings need two runs: diffusion beside its regression control, the aligned twin beside the unaligned one. Measured
+here is only what no stage measures: speed and memory, bits per byte and a cloze suite of the intact model, the hybrid
+and the twins; of the same weights it is measured once. Writes report.md, figures and result.json to --out.
 
 Letters: N texts, T tokens, L blocks, l the replaced layer.
 """
 import copy
-import math
+import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 
 import data
-import hybrid
-from core import backbone, denoiser, harness, masked, report
+from core import backbone, denoiser, masked, report, zeroshot
 from core.common import UserError, entry, parse, pick_dtype, setup
-from core.draws import generator
 from core.metrics import PeakBytes, seconds_of
-from core.run import Run, atomic, read_json
+from core.run import Run, atomic, read_json, read_section
+from core.stats import paired, verdict
 
 
 @dataclass
 class Config:
+    preset: Literal["tiny", "toy"] = "toy"  # tiny: seconds, for tests
     runs: str = "out"           # folder that holds the stages' runs
     out: str = "out/evaluate"   # folder of the report
     text: str = ""              # a text file to judge beside the held-out text
-    texts: int = 64             # held-out windows of 128 tokens for bits per byte
-    calls: int = 16             # network calls a window of the twins' likelihood
+    texts: int = 48             # held-out windows of 128 tokens for bits per byte
+    calls: int = 8              # network calls a window of the twins' likelihood
     cloze: int = 60             # questions of each kind
     device: str = "auto"        # auto, cpu, cuda
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the models
@@ -47,70 +45,69 @@ class Config:
     harness: str = ""           # tasks of lm-evaluation-harness, comma-separated
     harness_path: str = ""      # folder of local task descriptions
     limit: int = 0              # examples a task (0: all)
+    margin: float = 0.005       # nats of CE or KL within which two models are called equal
     seed: int = 0               # of the questions and the twins' masks
-    publish: bool = False       # copy the figures and result.json to results/, where the README finds them
+    publish: bool = False       # copy figures and numbers to results/ and write the README's tables
     dry_run: bool = False       # print what would be read, then leave
+    MEASURES = ("preset", "text", "texts", "calls", "cloze", "dtype", "repeats", "new", "harness", "harness_path",
+                "limit", "margin", "seed")  # the report is made anew whenever it is asked for
 
 
-STAGES = {  # folder under --runs -> the command that makes it
+PRESETS = {"tiny": dict(texts=3, calls=4, cloze=4, repeats=1, new=4)}
+STAGES = {  # folder under --runs, in reading order -> the command that makes it
     "toy": "python toy.py --out {out}", "geometry": "python geometry.py --out {out}",
     "bridge": "python bridge.py --out {out}", "regression": "python bridge.py --objective regression --out {out}",
     "hybrid": "python hybrid.py --bridge {runs}/bridge --out {out}",
+    "generate": "python generate.py --bridges {runs}/blocks --out {out}",
     "repr_align/w0": "python repr_align.py --align_weight 0 --out {out}",
     "repr_align/w10": "python repr_align.py --align_weight 10 --out {out}",
-    "generate": "python generate.py --bridges {runs}/blocks --twin {runs}/repr_align/w10 --out {out}",
-}
-OPTIONAL = {"sweep_quick": "bash run_all.sh", "sweep": "bash study.sh",          # the full one replaces the quick one
-            "sweep_matched": "bash study.sh", "interfaces": "python interfaces.py --out {out}",
-            "tasks/circuits": "python circuits.py --model {runs}/tasks/toy --out {out}"}  # of a backbone of its own
-FIGURES = {"generate": "generation.png", "sweep_quick": "sweep.png", "sweep": "sweep.png",
-           "interfaces": "interfaces.png", "tasks/circuits": "circuits.png"}
+    "tasks/circuits": "python circuits.py --model {runs}/tasks/toy --out {out}"}  # of a backbone of its own
+FIRST = ("geometry", "generate", "repr_align/w10", "tasks/circuits")  # whose first headline the README's table shows
+ARMS = {("bridge", "regression"): ("layer", "steps", "tokens", "parameters", "seed", "eval_sequences"),
+        ("repr_align/w0", "repr_align/w10"): ("steps", "seed", "eval_sequences")}   # what two compared runs share,
+SAME = ("data", "skip", "calibration", "batch_size", "seq_len", "train_tokens")     # and which of their flags
 
 
-HOW = ("data", "skip", "calibration", "batch_size", "seq_len", "train_tokens")  # flags that two arms must share
-
-
-def config_of(folder):
-    return read_json(folder / "config.json").get("dihal", {}).get("config", {})
-
-
-def read_runs(runs):
-    """The result.json of every stage. Raises UserError naming the command for a missing one, and for runs of different
-    backbones. A run of run_all.sh on another model has no toy."""
-    found = {}
-    for stage, command in (STAGES | OPTIONAL).items():
-        file = runs / stage / "result.json"
-        if stage not in ("toy", *OPTIONAL) or file.exists():
-            found[stage] = read_json(file, f"make it with: {command.format(runs=runs, out=runs / stage)}")
-    bases = {stage: result["base"] for stage, result in found.items() if stage != "tasks/circuits"}
-    other = next((s for s, base in bases.items() if base != bases["geometry"]), None)
-    if other is not None:
-        raise UserError(f"{runs}/geometry and {runs}/{other} come from different backbones; delete the stale one and "
-                        "run it again")
-    if found["bridge"]["objective"] != "diffusion" or found["regression"]["objective"] != "regression":
-        raise UserError(f"{runs}/bridge must hold a diffusion bridge and {runs}/regression its control (--objective "
-                        "regression); delete the wrong one and make it again")
-    for stage, used in (("generate", ("blocks", "repr_align/w10")),
-                        ("tasks/circuits", ("tasks/repr_align/w0", "tasks/repr_align/w10"))):
-        now = [backbone.identity(runs / u) for u in used if (runs / u / "result.json").exists()]
-        if stage in found and not set(now) <= set(found[stage]["weights"]):
-            raise UserError(f"{runs}/{stage} was made of other weights than those now in {' and '.join(used)}; delete "
-                            "it and run it again")
-    if (found["repr_align/w0"]["w"], found["repr_align/w10"]["w"]) != (0, 10):
-        raise UserError(f"{runs}/repr_align/w0 and w10 must hold twins of alignment weight 0 and 10; delete the wrong "
-                        "one and make it again")
-    for one, two, same in (("bridge", "regression", ("layer", "steps", "tokens", "parameters", "seed",
-                                                     "eval_sequences")),
-                           ("repr_align/w0", "repr_align/w10", ("steps", "seed", "eval_sequences"))):
-        differ = [k for k in same if found[one][k] != found[two][k]] + [
-            k for k in HOW if config_of(runs / one).get(k) != config_of(runs / two).get(k)]
-        if differ:
-            raise UserError(f"{runs}/{one} and {runs}/{two} differ in {', '.join(differ)}, so they cannot be compared; "
-                            "run one of them again")
-    if found["hybrid"].get("bridge_weights") != backbone.identity(runs / "bridge"):
-        raise UserError(f"{runs}/hybrid was made of another bridge than {runs}/bridge; delete it and run: "
-                        f"python hybrid.py --bridge {runs}/bridge --out {runs}/hybrid")
+# --------------------------------------------------------------------------------------------------------- the runs
+def read_runs(runs, out):
+    """{folder under runs: its result.json} of every finished run, the stages first. Raises UserError for runs of
+    different backbones, for one that is made of weights that have changed, and for two that cannot be compared."""
+    folders = {str(f.parent.relative_to(runs)) for f in runs.rglob("section.md")
+               if (f.parent / "result.json").exists() and f.parent.resolve() != out.resolve()}
+    order = [*(s for s in STAGES if s in folders), *sorted(folders - set(STAGES))]
+    if not order:
+        raise UserError(f"{runs} holds no finished run; make some with: bash run_all.sh")
+    found = {stage: read_json(runs / stage / "result.json") for stage in order}
+    base = next((found[s]["base"] for s in STAGES if "base" in found.get(s, ())), None)
+    for stage in order:
+        if stage in STAGES and not stage.startswith("tasks/") and found[stage]["base"] != base:
+            raise UserError(f"{runs}/{stage} comes from another backbone than the runs beside it; delete the stale one "
+                            "and run it again")
+        for part, weights in found[stage].get("made_of", {}).items():
+            if (runs / stage / part).exists() and backbone.identity(runs / stage / part) != weights:
+                raise UserError(f"{runs}/{stage} was made of other weights than those now in {runs / stage / part}; "
+                                "delete it and run it again")
+    for (one, two), same in ARMS.items():
+        if one in found and two in found:
+            flags = [read_json(runs / s / "config.json")["dihal"]["config"] for s in (one, two)]
+            differ = [k for k in same if found[one][k] != found[two][k]] + [
+                k for k in SAME if flags[0].get(k) != flags[1].get(k)]
+            if differ:
+                raise UserError(f"{runs}/{one} and {runs}/{two} differ in {', '.join(differ)}, so they cannot be "
+                                "compared; run one of them again")
     return found
+
+
+def against_regression(found, margin):
+    """One sentence on diffusion against its control, text by text, and the same as a README row; by KL (what the
+    hybrid's law lost, on all tokens) and by CE (what one text's next token showed). One training seed each."""
+    bridge, control = found["bridge"], found["regression"]["nfe"]["1"]
+    n = str(bridge["nfe_default"])
+    words = {key: verdict(paired(bridge["nfe"][n][f"{key}_rows"], control[f"{key}_rows"]), margin, "nats", "texts")
+             for key in ("kl", "ce_gap")}
+    return (f"at layer {bridge['layer']} the diffusion bridge (NFE {n}) beside plain regression with the same network, "
+            f"steps and data: by KL {words['kl']}; by CE {words['ce_gap']}; one training seed each"), [
+            f"diffusion against regression, layer {bridge['layer']}", f"by KL {words['kl'].split(' (')[0]}"]
 
 
 # ---------------------------------------------------------------------------------------------------------- cost
@@ -129,20 +126,20 @@ def forward_flops(lm, net, nfe, layer, keys):
 @torch.no_grad()
 def cost(model, intact, student, repeats, new):
     """Latency of cached greedy generation of `new` tokens after as many, batch 1: the intact model, the hybrid by NFE,
-    random bridges at every layer (as many blocks as they replace), the masked model by steps (no cache). `predicted` is
-    the ratio of FLOPs, `blocks` that of transformer blocks run a token: a toy's time is in the calls, not in the
-    arithmetic. Memory is that of the weights a model needs and, at the peak, of the tensors it makes: cache, states,
-    logits."""
+    random bridges by layer (as many blocks as they replace), the masked model by steps (no cache). `predicted` is the
+    ratio of FLOPs, `blocks` that of transformer blocks run a token: a toy's time is in the calls, not in the
+    arithmetic. Memory is that of the weights a model needs and, at the peak, of the tensors it makes."""
+    import hybrid
     base = intact.model
     ids = torch.randint(1, intact.V, (1, new), generator=torch.Generator().manual_seed(0), device=base.device)
     how = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0,
                attention_mask=torch.ones_like(ids))
     rows, flops = [], forward_flops(intact, None, 0, 0, 3 * new // 2)
 
-    def measure(what, run, predicted, blocks, weights, modules, **more):
-        ms = 1e3 * seconds_of(repeats, run) / more.pop("tokens", new)
+    def measure(what, call, predicted, blocks, weights, modules, **more):
+        ms = 1e3 * seconds_of(repeats, call) / more.pop("tokens", new)
         with PeakBytes([t for m in modules for t in (*m.parameters(), *m.buffers())]) as peak:
-            run()
+            call()
         ratio = ms / rows[0]["ms"] if rows else 1.0
         rows.append({"what": what, "ms": ms, "tokens_per_s": 1e3 / ms, "ratio": ratio, "predicted": predicted,
                      "blocks": blocks, "weights_mb": weights / 1e6, "peak_mb": (weights + peak.most) / 1e6, **more})
@@ -162,15 +159,15 @@ def cost(model, intact, student, repeats, new):
         of_hybrid(model, nfe, f"hybrid at layer {model.config.layer}, NFE {nfe}")
     model.set_nfe(default)
     heads = max(1, intact.D // (64 if intact.D >= 512 else 32))                     # the rule of bridge.py
-    for layer in sorted({max(1, intact.L * i // 8) for i in range(1, 8)}):          # at most seven of them
+    for layer in sorted({max(1, intact.L * i // 4) for i in range(1, 4)}):
         net = denoiser.Bridge(intact.D, intact.D, layer, heads).to(base.device).eval()
         config = copy.deepcopy(model.config)
         config.layer, config.bridge, config.nfe = layer, net.settings, default
         some = hybrid.HybridForCausalLM(config, net, copy.deepcopy(intact)).eval()
         of_hybrid(some, default, f"random bridge of {layer} blocks at layer {layer}, NFE {default}")
     wide, T = 4 * new, 5 * new                                                      # no cache: all tokens in each step
-    text = torch.cat([ids, ids.new_full((1, wide), student.mask_id)], 1)
-    for steps in (new // 4, new, 4 * new):
+    text = torch.cat([ids, ids.new_full((1, wide), student.mask_id)], 1) if student else None
+    for steps in (new // 4, new, 4 * new) if student else ():
         measure(f"masked twin, {wide} tokens in {steps} steps",
                 lambda steps=steps: masked.fill(student, text, text == student.mask_id, steps),
                 steps * T / wide * forward_flops(intact, None, 0, 0, T) / flops, steps / wide * 1.0, whole,
@@ -178,160 +175,190 @@ def cost(model, intact, student, repeats, new):
     return rows
 
 
-# ----------------------------------------------------------------------------------------------------- zero-shot
-NAMES = ("value", "name", "path", "data", "line", "item", "result", "index", "key", "text")
-MODULES = ("os", "sys", "re", "json", "time", "math", "random", "string", "types", "copy", "socket", "struct")
+def cost_section(cost, path):
+    """Latency of each model beside what FLOPs and the number of blocks foretell, and its figure."""
+    hybrids = [r for r in cost if "nfe" in r]
+    near = {key: sum(abs(r["ratio"] / r[key] - 1) <= 0.25 for r in hybrids) for key in ("predicted", "blocks")}
+    still = [r["nfe"] for r in cost if r["what"].startswith("hybrid") and r["ratio"] <= 1]
+    with report.figure(path, columns=2, width=4, sharey=True) as axes:
+        for ax, start, key, title in ((axes[0, 0], "hybrid", "nfe", "network calls (NFE)"),
+                                      (axes[0, 1], "random", "layer", "layer, bridges as deep as what they replace")):
+            mine = [r for r in cost if r["what"].startswith(start)]
+            for name, style, label in (("ratio", "o-", "measured"), ("predicted", ":", "by FLOPs"),
+                                       ("blocks", "--", "by blocks run")):
+                ax.plot([r[key] for r in mine], [r[name] for r in mine], style, color=report.BLUE, label=label)
+            ax.axhline(1, color=report.RED, linewidth=1)
+            ax.set(xlabel=title, ylabel="time a token over the intact model", ylim=(0, None))
+    return ["## Cost", "", "Cached greedy generation, batch 1 (the twin: all tokens at once, no cache); ratios to the "
+            "intact model's stock generate(). FLOPs: 2 a parameter, 4 a key and channel. Peak: weights and the tensors "
+            "made on the way. Not sold as a speed-up.", "",
+            report.table(["model", "ms a token", "tokens/s", "ratio", "FLOPs ratio", "blocks ratio", "weights (MB)",
+                          "peak (MB)"],
+                         [[r["what"], f"{r['ms']:.2f}", f"{r['tokens_per_s']:.0f}", f"{r['ratio']:.2f}",
+                           f"{r['predicted']:.2f}", f"{r['blocks']:.2f}", f"{r['weights_mb']:.1f}",
+                           f"{r['peak_mb']:.1f}"] for r in cost]), "",
+            f"Break-even: {f'NFE {max(still)}' if still else 'none'}. Of {len(hybrids)} hybrids, {near['predicted']} "
+            f"are within 25% of the FLOPs ratio, {near['blocks']} of the ratio of blocks run.", "",
+            "![latency by NFE and by layer](cost.png)", ""]
 
 
-def questions(tokenizer, kind, count, seed):
-    """[(context ids, right id, wrong id)]: which of two tokens comes next. Three kinds: the bracket that is open, the
-    module that was imported, whether a line is indented. Each answer is right about as often as it is wrong."""
-    draw, out = generator(seed, f"cloze {kind}"), []
-    while len(out) < count:
-        a, b, f = (NAMES[i] for i in draw.choice(len(NAMES), 3, replace=False))
-        m, n = (MODULES[i] for i in draw.choice(len(MODULES), 2, replace=False))
-        if kind == "brackets":
-            inner = bool(draw.integers(2))
-            context, right, wrong = (f"{a} = {f}({b}[0", "]", ")") if inner else (f"{a} = {f}({b}", ")", "]")
-        elif kind == "imports":
-            context, right, wrong = f"import {m}\n\ndef {f}({a}):\n    return {m}.{b}({a})\n\n{b} = ", m, n
-        else:
-            opened = bool(draw.integers(2))
-            context = f"def {f}({a}):\n    {b} = {a}\n    return {b}\n" if not opened else f"def {f}({a}):\n"
-            right, wrong = ("    ", "\n") if opened else ("\n", "    ")
-        head = tokenizer(context, add_special_tokens=False)["input_ids"]
-        first = [tokenizer(context + end + "x", add_special_tokens=False)["input_ids"] for end in (right, wrong)]
-        if all(ids[:len(head)] == head and len(ids) > len(head) for ids in first):
-            one, two = first[0][len(head)], first[1][len(head)]
-        else:  # the continuation merges with the context's last tokens: ask for the first one that differs
-            same = next((i for i, (x, y) in enumerate(zip(*first, strict=False)) if x != y), 0)
-            head, one, two = first[0][:same], first[0][same], first[1][same]
-        if one != two:
-            out.append(([tokenizer.eos_token_id or 0, *head], one, two))
-    return out
-
-
-@torch.no_grad()
-def next_logits(model, ids):
-    """Logits (V,) of the token after ids (1, T), from a causal LM or a masked student."""
-    if not isinstance(model, masked.Student):
-        return model(ids).logits[0, -1]
-    ids = torch.cat([ids, ids.new_full((1, 1), model.mask_id)], 1)
-    *_, normed = model.states(ids, ids == model.mask_id)
-    return model.logits(normed[:, -2])[0]
-
-
-def cloze(models, tokenizer, count, seed, device):
-    """{model: {kind: accuracy}} over `count` questions a kind."""
-    asked = {kind: questions(tokenizer, kind, count, seed) for kind in ("brackets", "imports", "indentation")}
-    out = {}
-    for name, model in models.items():
-        out[name] = {}
-        for kind, items in asked.items():
-            logits = (next_logits(model, torch.tensor([ids], device=device)) for ids, _, _ in items)
-            right = [bool(x[one] > x[two]) for x, (_, one, two) in zip(logits, items, strict=True)]
-            out[name][kind] = sum(right) / len(right)
-    return out
-
-
-@torch.no_grad()
-def bits_per_byte(model, rows, bytes_per_token, calls, seed):
-    """(bits per byte, its standard error over estimator draws or None) of windows (N, T), first tokens given. A masked
-    student's is an upper bound."""
-    count = rows.shape[0] * (rows.shape[1] - 1)
-    if isinstance(model, masked.Student):
-        nats, error = masked.text_likelihood(model, list(rows), calls, seed)
-        return nats / count / math.log(2) / bytes_per_token, error / count / math.log(2) / bytes_per_token
-    nats = 0.0
-    for ids in rows.split(8):
-        logits = model(ids, use_cache=False).logits[:, :-1].float()
-        nats += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
-    return nats / count / math.log(2) / bytes_per_token, None
-
-
-def windows_of(file, tokenizer):
-    """(windows (N, 128), bytes a token) of a text file. Raises UserError if it does not fill one window."""
-    text = Path(file).read_text(encoding="utf-8", errors="replace")
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if len(ids) < 128:
-        raise UserError(f"--text {file} has fewer than 128 tokens; use a longer text")
-    return torch.tensor(ids[:len(ids) // 128 * 128]).view(-1, 128), len(text.encode()) / len(ids)
-
-
-def zero_shot(models, tokenizer, shards, own, cfg, device):
-    """{model: {text: {bits_per_byte, se}}} on held-out windows and on those of --text (`own`), and the cloze suite."""
-    meta = read_json(Path(shards) / "meta.json")
-    texts = {"held-out": (data.Tokens(shards, "val", 127).windows(cfg.texts).to(device),
-                          meta["bytes"]["val"] / meta["tokens"]["val"])}
-    if own:
-        texts[Path(cfg.text).name] = own[0].to(device), own[1]
-    bits = {name: {title: dict(zip(("bits_per_byte", "se"), bits_per_byte(model, rows, each, cfg.calls, cfg.seed),
-                                   strict=True)) for title, (rows, each) in texts.items()}
-            for name, model in models.items()}
-    return {"bits": bits, "windows": {title: len(rows) for title, (rows, _) in texts.items()},
-            "cloze": cloze(models, tokenizer, cfg.cloze, cfg.seed, device), "questions": cfg.cloze, "calls": cfg.calls}
-
-
-@entry
-def main(argv):
-    cfg = parse(Config, argv, __doc__)
-    if cfg.dry_run:
-        print("\n".join(f"reads {cfg.runs}/{stage}/result.json" for stage in STAGES | OPTIONAL))
-        return None
-    if min(cfg.texts, cfg.cloze) < 2 or cfg.repeats < 1 or cfg.new < 4 or cfg.calls < 4 or cfg.calls % 2:
-        raise UserError("--texts and --cloze must be at least 2, --repeats at least 1, --new at least 4, --calls even "
-                        "and at least 4")
-    if cfg.text and not Path(cfg.text).is_file():
-        raise UserError(f"--text {cfg.text}: there is no such file")
-    world = setup(cfg.device)
-    dtype = pick_dtype(cfg, world.device)
-    runs = Path(cfg.runs)
-    found = read_runs(runs)
+def measure_models(cfg, runs, found, world, dtype):
+    """What no stage measures: {"zero_shot": ..., "cost": ..., "harness": ...} of the models under `runs`."""
+    import hybrid
+    from core import harness
     if cfg.harness:
         harness.known(cfg.harness.split(","), cfg.harness_path)
-
-    # ------------------------------------------------------------------------------------- what no stage measures
     model = hybrid.from_bridge(runs / "bridge", device=world.device, dtype=dtype)
     tokenizer = hybrid.tokenizer_of(model)
     intact = backbone.load(model.config.base_model, world.device, dtype)
     if max(128, 5 * cfg.new) > intact.config.max_position_embeddings:
         raise UserError(f"--new {cfg.new}: five times as many tokens, and windows of 128, must fit the model's "
                         f"{intact.config.max_position_embeddings} positions")
-    text = windows_of(cfg.text, tokenizer) if cfg.text else None
-    twins = {f"masked, w = {w}": masked.load_converted(runs / "repr_align" / f"w{w}", world.device, dtype)[0]
-             for w in (0, 10)}
+    meta = read_json(runs / "data" / "meta.json")
+    texts = {"held-out": (data.Tokens(runs / "data", "val", 127).windows(cfg.texts).to(world.device),
+                          meta["bytes"]["val"] / meta["tokens"]["val"])}
+    if cfg.text:
+        texts[Path(cfg.text).name] = zeroshot.windows_of(cfg.text, tokenizer, world.device)
+    twins = {f"masked, w = {found[s]['w']:g}": masked.load_converted(runs / s, world.device, dtype)[0]
+             for s in found if s.startswith("repr_align/")}
     models = {"AR": intact.model, f"hybrid, NFE {model.config.nfe}": model, **twins}
-    run = Run(cfg, world, {"base": found["geometry"]["base"]})
-    own = {"zero_shot": zero_shot(models, tokenizer, runs / "data", text, cfg, world.device),
-           "cost": cost(model, intact, twins["masked, w = 0"], cfg.repeats, cfg.new)}
-    if cfg.harness:
-        own["harness"] = harness.run(models, tokenizer, cfg.harness.split(","), cfg.harness_path, cfg.limit, cfg.calls,
-                                     cfg.seed)
+    return {"zero_shot": zeroshot.zero_shot(models, tokenizer, texts, cfg.calls, cfg.cloze, cfg.seed, world.device),
+            "cost": cost(model, intact, next(iter(twins.values()), None), cfg.repeats, cfg.new),
+            "harness": harness.evaluate_models(models, tokenizer, cfg.harness.split(","), cfg.harness_path, cfg.limit,
+                                               cfg.calls, cfg.seed) if cfg.harness else {}}
 
-    # ------------------------------------------------------------------------------------------ figures, report
-    with atomic(run.out / "figure.png") as temporary:
-        report.figure(found, temporary)
-    with atomic(run.out / "cost.png") as temporary:
-        report.cost_figure(own["cost"], temporary)
-    for stage, name in FIGURES.items():
+
+# --------------------------------------------------------------------------------------------------------- join
+def overview(found, path):
+    """Three panels: the score over depth, the hybrid's loss over NFE, the conversion's loss over steps."""
+    with report.figure(path, columns=3) as (axes,):
+        for ax, title, x, y in zip(axes, ("LOCATE: the score of each layer", "REPLACE: what the hybrid loses",
+                                          "CONVERT: masked CE of the twin"),
+                                   ("layer", "network calls (NFE)", "step"),
+                                   ("diffusion-friendliness", "CE gap (nats)", "nats per masked token")):
+            ax.set(title=title, xlabel=x, ylabel=y)
+        if "geometry" in found:
+            rows, best = found["geometry"]["layers"], found["geometry"]["best_layer"]
+            score = [r["score"] for r in rows]
+            error = [[max(0, sign * (r["score"] - r[end])) for r in rows]
+                     for sign, end in ((1, "score_low"), (-1, "score_high"))]
+            axes[0].errorbar([r["layer"] for r in rows], score, yerr=error, fmt="o-", markersize=4, capsize=3,
+                             color=report.BLACK)
+            axes[0].plot(best, score[best - 1], "o", color=report.RED, markersize=9, label=f"layer {best} is chosen")
+        for stage, color, label in (("bridge", report.BLUE, "diffusion bridge"),
+                                    ("regression", report.RED, "plain regression (one call)")):
+            table = found.get(stage, {}).get("nfe", {})
+            axes[1].errorbar([int(n) for n in table], [r["ce_gap"] for r in table.values()], fmt="o-", capsize=3,
+                             yerr=[r["ce_gap_se"] for r in table.values()], color=color, label=label, markersize=4)
+        for i, stage in enumerate(s for s in found if s.startswith("repr_align/")):
+            curve = found[stage]["curve"]
+            axes[2].plot([r[0] for r in curve], [r[1] for r in curve], "o-", markersize=3,
+                         color=(report.GREY, report.YELLOW, report.GREEN)[i % 3], label=f"w = {found[stage]['w']:g}")
+
+
+def join(runs, found, out):
+    """The sections in reading order, their figures copied beside the report; a stage without one names its command."""
+    parts = []
+    for stage in [*STAGES, *(s for s in found if s not in STAGES)]:
         if stage in found:
-            with atomic(run.out / name) as temporary:
-                shutil.copy(runs / stage / name, temporary)
-    with atomic(run.out / "report.md") as temporary:
-        temporary.write_text(report.report(found, own, runs))
-    table = report.rows(found, own)
-    run.finish({**dict.fromkeys(("sweep", "interfaces", "circuits")), **own, "sweep": report.of_sweep(found),
-                "generation": {k: found["generate"][k] for k in ("rows", "real", "settings", "texts")},
-                "conversion": {k: found[f"repr_align/{k}"]["curve"] for k in ("w0", "w10")},
-                **{k.split("/")[-1]: found[k] for k in OPTIONAL if k in found and k not in ("sweep", "sweep_quick")},
-                "verdict": report.verdict(found), "table": [list(row) for row in table]})
+            text = read_section(runs / stage)
+            for name in re.findall(r"\]\(([\w.-]+\.png)\)", text):
+                mine = f"{stage.replace('/', '_')}_{name}"
+                shutil.copy(runs / stage / name, out / mine)
+                text = text.replace(f"]({name})", f"]({mine})")
+            parts.append(text)
+        elif stage != "toy":
+            parts.append(f"*{stage}: not run.* `{STAGES[stage].format(runs=runs, out=runs / stage)}`\n")
+    return parts
+
+
+def fill_markers(text, blocks):
+    """`text` with what stands between <!-- NAME --> and <!-- /NAME --> replaced by blocks[NAME]."""
+    for name, block in blocks.items():
+        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, block=block: f"{m[1]}{block}\n{m[2]}", text,
+                      flags=re.S)
+    return text
+
+
+def readme_blocks(result, root):
+    """What --publish writes into the README: the first table, the findings, lines of code by group."""
+    def lines(folder):
+        return f"{sum(len(f.read_text().splitlines()) for f in (root / folder).glob('*.py')):,}"
+    return {"results": report.table(["what", "default toy, seed 0"], result["table"]),
+            "findings": "\n".join(f"- {line}" for line in result["findings"]),
+            "sizes": f"{lines('.')} lines in the nine stages, {lines('core')} in core/, {lines('studies')} in studies/, "
+                     f"{lines('tests')} in tests/."}
+
+
+def publish(run, result):
+    """Copy the report's numbers and figures to results/ and write the README's tables."""
+    root = Path(__file__).resolve().parent
+    (root / "results").mkdir(exist_ok=True)
+    for file in [*run.out.glob("*.png"), run.out / "report.md", run.out / "result.json"]:
+        shutil.copy(file, root / "results" / file.name)
+    text = fill_markers((root / "README.md").read_text(), readme_blocks(result, root))
+    with atomic(root / "README.md") as temporary:
+        temporary.write_text(text)
+
+
+@entry
+def main(argv):
+    cfg = parse(Config, argv, __doc__, PRESETS)
+    runs, out = Path(cfg.runs), Path(cfg.out)
+    if cfg.dry_run:
+        print("\n".join(f"reads {cfg.runs}/{stage}/section.md" for stage in STAGES))
+        return None
+    if min(cfg.texts, cfg.cloze) < 2 or cfg.repeats < 1 or cfg.new < 4 or cfg.calls < 4 or cfg.calls % 2:
+        raise UserError("--texts and --cloze must be at least 2, --repeats at least 1, --new at least 4, --calls even "
+                        "and at least 4")
+    if cfg.text and not Path(cfg.text).is_file():
+        raise UserError(f"--text {cfg.text}: there is no such file")
+    found = read_runs(runs, out)
+
+    # ------------------------------------------------------------------------------------- what no stage measures
+    world = setup(cfg.device)
+    dtype = pick_dtype(cfg, world.device)
+    models = {s: backbone.identity(runs / s) for s in found if s == "bridge" or s.startswith("repr_align/")}
+    asked = {"of": models, **{k: v for k, v in asdict(cfg).items() if k not in ("runs", "out", "publish", "margin")}}
+    old = read_json(out / "result.json") if (out / "result.json").exists() else {}
+    own = {k: old[k] for k in ("zero_shot", "cost", "harness")} if old.get("asked") == asked else (
+        measure_models(cfg, runs, found, world, dtype) if "bridge" in found else
+        {"zero_shot": None, "cost": None, "harness": {}})
+    run = Run(cfg, world, {})
+
+    # ------------------------------------------------------------------------------------------------ the report
+    findings = [line for stage in found for line in found[stage].get("findings", [])]
+    table = [found[s]["headline"][0] for s in FIRST if found.get(s, {}).get("headline")]
+    if {"bridge", "regression"} <= set(found):
+        sentence, row = against_regression(found, cfg.margin)
+        findings, table = [sentence[0].upper() + sentence[1:] + ".", *findings], [*table[:1], row, *table[1:]]
+    if {"repr_align/w0", "repr_align/w10"} <= set(found):
+        findings.append(report.compare_arms(found["repr_align/w0"], found["repr_align/w10"]))
+    every = [[s, *row] for s in found for row in found[s].get("headline", [])]
+    overview(found, out / "figure.png")
+    about = next(iter(found.values()))
+    text = "\n".join([
+        "# Where should diffusion enter a language model?", "", *(f"- {line}" for line in findings), "",
+        report.table(["run", "what", "result"], every), "", "![the three stages](figure.png)", "",
+        *join(runs, found, out), *(cost_section(own["cost"], out / "cost.png") if own["cost"] else []),
+        *(zeroshot.section(own["zero_shot"], own["harness"]) if own["zero_shot"] else []),
+        f"Python {about['python']}, torch {about['torch']}, transformers {about['transformers']}, device "
+        f"{about['device']}, {about['threads']} threads.", ""])
+    with atomic(out / "report.md") as temporary:
+        temporary.write_text(text)
+
+    def short(result):  # without the per-text lists, which stay in the run's own folder
+        return result if not isinstance(result, dict) else {
+            k: short(v) for k, v in result.items() if not k.endswith("_rows")}
+    run.finish({**{key: short(found.get(stage)) for key, stage in (
+        ("sweep", "sweep"), ("interfaces", "interfaces"), ("generation", "generate"), ("circuits", "tasks/circuits"))},
+        "conversion": {s: found[s]["curve"] for s in found if s.startswith("repr_align/")}, **own, "asked": asked,
+        "table": table, "findings": findings, "headlines": every})
     if cfg.publish:
-        Path("results").mkdir(exist_ok=True)
-        for name in ("figure.png", "cost.png", *(n for s, n in FIGURES.items() if s in found), "result.json"):
-            shutil.copy(run.out / name, Path("results") / name)
-    width = max(len(what) for what, _ in table)
-    print("\n".join(f"{what:{width}}  {value}" for what, value in table) + f"\n\nIn short: {report.verdict(found)}.\n"
-          f"The report is {run.out}/report.md")
+        publish(run, run.result)
+    width = max(len(what) for _, what, _ in every)
+    print("\n".join(f"{what:{width}}  {value}" for _, what, value in every) + "\n\n" + "\n".join(findings)
+          + f"\n\nThe report is {out}/report.md")
     return run.result
 
 

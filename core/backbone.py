@@ -181,6 +181,11 @@ def identity(name, random_init=False):
     return digest.hexdigest()[:16]
 
 
+def made_of(out, folders):
+    """{path from --out: identity} of the weights that a run used: a report can tell when they have changed since."""
+    return {os.path.relpath(folder, out): identity(folder) for folder in folders if Path(folder).exists()}
+
+
 def read_config(name, seq_len=0):
     """The transformers config of a folder or Hub id; raises UserError for what is no causal LM, or too short a one."""
     from transformers import AutoConfig

@@ -25,7 +25,7 @@ DRAWS = {  # every purpose of a draw -> who draws it, and the rest of its key; a
     "fill": "core/masked: tokens and chance order (stretch, round, row)",
     "count": "core/masked: mask counts (text)", "subset": "core/masked: masks of one count (text, call)",
     "controls": "circuits: random components ()", "patched": "circuits: random edges ()",
-    "cloze NAME": "evaluate: questions ()",
+    "cloze NAME": "core/zeroshot: questions ()",
     "permutations": "core/stats ()", "resampled seeds": "studies/sweep ()", "shuffle": "studies/sweep: blocks ()",
     "ceiling": "studies/interfaces: true tokens ()", "write": "studies/interfaces: noise of a text (row)",
     "write token": "studies/interfaces: tokens (position)", "bernoulli": "studies/bench: masks (text, call)",

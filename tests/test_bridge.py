@@ -341,6 +341,12 @@ def test_micro_batches_add_up(runs, tmp_path, text):
     agree(tmp_path / "whole", tmp_path / "parts")
 
 
+def same(a, b):
+    """Equal bit for bit."""
+    one, two = (load_file(folder / "bridge.safetensors") for folder in (a, b))
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
 def agree(a, b):
     """Loss and gradient norm of every step: Muon and Adam would hide a gradient that is off by a factor."""
     one, two = ([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (a, b))
