@@ -275,19 +275,26 @@ def join(runs, found, out):
 def fill_markers(text, blocks):
     """`text` with what stands between <!-- NAME --> and <!-- /NAME --> replaced by blocks[NAME]."""
     for name, block in blocks.items():
-        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, block=block: f"{m[1]}{block}\n{m[2]}", text,
-                      flags=re.S)
+        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        before, _, rest = text.partition(start)
+        text = before + start + block + "\n" + end + rest.partition(end)[2]
     return text
 
 
 def readme_blocks(result, root):
-    """What --publish writes into the README: the first table, the findings, lines of code by group."""
+    """What --publish writes into the README: the first table, the findings, files with their lines, lines by folder."""
     def lines(folder):
-        return f"{sum(len(f.read_text().splitlines()) for f in (root / folder).glob('*.py')):,}"
+        return sum(len(f.read_text().splitlines()) for f in (root / folder).glob("*.py"))
+    reading = []
+    for stage in ("data", "toy", "geometry", "bridge", "hybrid", "generate", "repr_align", "circuits", "evaluate"):
+        text = (root / f"{stage}.py").read_text()
+        idea = text.split(": ", 1)[1].split("\n")[0]
+        reading.append([f"`{stage}.py`", len(text.splitlines()), idea])
     return {"results": report.table(["what", "default toy, seed 0"], result["table"]),
             "findings": "\n".join(f"- {line}" for line in result["findings"]),
-            "sizes": f"{lines('.')} lines in the nine stages, {lines('core')} in core/, {lines('studies')} in studies/, "
-                     f"{lines('tests')} in tests/."}
+            "reading": report.table(["stage", "lines", "the one idea"], reading),
+            "sizes": f"{lines('.'):,} lines in the nine stages, {lines('core'):,} in `core/` (what they share), "
+                     f"{lines('studies'):,} in `studies/` (questions asked with them), {lines('tests'):,} in `tests/`."}
 
 
 def publish(run, result):

@@ -249,37 +249,67 @@ def test_tokenizer_of_other_shards(runs, tmp_path, capsys, text):
 
 
 def test_report(runs, tmp_path, capsys):
-    (runs / "ablate").mkdir(exist_ok=True)
-    (runs / "ablate" / "align.md").write_text("| w | CE |\n")
+    """Sections are joined with their figures, what is not there names its command, unknown runs are joined too."""
+    import shutil
+    shutil.copytree(runs, tmp_path / "r")
+    own = tmp_path / "r" / "mine"                                             # a fork's run that evaluate.py never heard of
+    fork = run.Run(evaluate.Config(out=str(own), dtype="fp32"), common.World(0, 1, torch.device("cpu")), {})
+    (own / "mine.png").write_bytes((runs / "geometry" / "geometry.png").read_bytes())
+    fork.finish({"headline": [["my own", "42"]], "findings": ["Mine is ahead."]}, "## Mine\n\n![it](mine.png)\n")
     (tmp_path / "own.txt").write_text(inspect.getsource(ast)[:1500])
-    result = evaluate.main(["--runs", str(runs), "--out", str(tmp_path / "e"), "--texts", "3", "--calls", "4",
-                            "--cloze", "4", "--repeats", "1", "--new", "4", "--text", str(tmp_path / "own.txt")])
+    argv = ["--preset", "tiny", "--runs", str(tmp_path / "r"), "--out", str(tmp_path / "e"), "--text",
+            str(tmp_path / "own.txt")]
+    result = evaluate.main(argv)
     text = (tmp_path / "e" / "report.md").read_text()
-    assert "## Study: align" in text and result["verdict"] in text
-    assert (tmp_path / "e" / "figure.png").stat().st_size > 20_000
+    places = [text.index(t) for t in ("## LOCATE", "## REPLACE: diffusion", "## REPLACE: regression", "## CONVERT", "## Mine",
+                                      "## Cost", "## Zero-shot")]
+    assert places == sorted(places) and "python circuits.py" in text and "| mine | my own | 42 |" in text
+    for figure in re.findall(r"\]\(([^)]+\.png)\)", text):
+        assert (tmp_path / "e" / figure).stat().st_size > 5_000
     bridge = run.read_json(runs / "bridge" / "result.json")["nfe"]["4"]
     assert f"{bridge['ce_gap']:+.4f}" in text and f"{bridge['fvu']:.4f}" in text
-    assert result["zero_shot"]["windows"]["own.txt"] > 1 and "| own.txt |" in text
+    assert result["zero_shot"]["windows"]["own.txt"] > 1 and "Mine is ahead." in result["findings"]
     assert all(row["peak_mb"] > row["weights_mb"] for row in result["cost"])
     assert set(result) >= {"sweep", "interfaces", "generation", "cost", "conversion", "circuits", "zero_shot"}
+    assert "_rows" not in (tmp_path / "e" / "result.json").read_text()
+    start = time.perf_counter()
+    assert evaluate.main(argv)["cost"] == result["cost"]                      # of the same weights: not measured again
+    assert time.perf_counter() - start < 5
+    (own / "section.md").write_text("## Somebody else's\n")
+    assert "was not written by the run beside it" in fails(capsys, evaluate.main, *argv)
 
 
 def test_the_readme_states_the_published_numbers():
+    """Everything between markers is what `evaluate.py --publish` writes: tables, findings, lines of code."""
     published = run.read_json(ROOT / "results" / "result.json")
     readme = (ROOT / "README.md").read_text()
-    for what, value in published["table"]:
-        assert f"| {what} | {value} |" in readme
-    assert published["verdict"] in readme
+    assert evaluate.fill_markers(readme, evaluate.readme_blocks(published, ROOT)) == readme
+    assert all(len(value) <= 60 for _, value in published["table"])
     assert (ROOT / "results" / "figure.png").stat().st_size > 20_000
+
+
+def test_lines_of_code():
+    """The house is small: a stage has fewer than 400 lines, everything outside tests fewer than 6,300."""
+    lines = {f: len(f.read_text().splitlines()) for f in FILES}
+    assert all(n < 400 for f, n in lines.items() if f.parent == ROOT)
+    assert sum(lines.values()) <= 6300
+
+
+def test_a_study_started_as_a_file_says_how(tmp_path):
+    for file in (ROOT / "studies").glob("[a-z]*.py"):
+        done = subprocess.run([sys.executable, str(file)], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr == f"error: start it as: python -m studies.{file.stem}\n", done.stderr
 
 
 def test_report_refusals(runs, tmp_path, capsys):
     import shutil
     argv = ["--runs", tmp_path / "r", "--out", tmp_path / "e"]
-    assert "python geometry.py" in fails(capsys, evaluate.main, *argv)
+    (tmp_path / "r").mkdir()
+    assert "bash run_all.sh" in fails(capsys, evaluate.main, *argv)
+    shutil.rmtree(tmp_path / "r")
     shutil.copytree(runs, tmp_path / "r")
     fresh = run.read_json(tmp_path / "r" / "bridge" / "result.json")
-    for change, word in (({"base": "0" * 16}, "different backbones"), ({"steps": 21}, "differ in steps")):
+    for change, word in (({"base": "0" * 16}, "another backbone"), ({"steps": 21}, "differ in steps")):
         run.write_json(tmp_path / "r" / "bridge" / "result.json", {**fresh, **change})
         assert word in fails(capsys, evaluate.main, *argv)
     run.write_json(tmp_path / "r" / "bridge" / "result.json", fresh)
@@ -288,9 +318,9 @@ def test_report_refusals(runs, tmp_path, capsys):
     run.write_json(tmp_path / "r" / "regression" / "config.json", {"dihal": {**config["dihal"], "config": changed}})
     assert "differ in skip" in fails(capsys, evaluate.main, *argv)
     run.write_json(tmp_path / "r" / "regression" / "config.json", config)
-    shutil.copy(runs / "regression" / "bridge.safetensors", tmp_path / "r" / "bridge" / "bridge.safetensors")
-    assert "another bridge" in fails(capsys, evaluate.main, *argv)
-    shutil.copy(runs / "bridge" / "bridge.safetensors", tmp_path / "r" / "bridge" / "bridge.safetensors")
-    shutil.copy(runs / "bridge" / "bridge.safetensors", tmp_path / "r" / "blocks" / "bridge.safetensors")
-    assert "other weights than those now in blocks" in fails(capsys, evaluate.main, *argv)
+    for stage in ("bridge", "blocks"):                                        # what hybrid and generate were made of
+        weights = (tmp_path / "r" / stage / "bridge.safetensors").read_bytes()
+        shutil.copy(runs / "regression" / "bridge.safetensors", tmp_path / "r" / stage / "bridge.safetensors")
+        assert "made of other weights" in fails(capsys, evaluate.main, *argv)
+        (tmp_path / "r" / stage / "bridge.safetensors").write_bytes(weights)
     assert not (tmp_path / "e").exists()
