@@ -269,11 +269,13 @@ def prepare(data, tokenizer, out, world=None, vocab=2048, max_tokens=None, tasks
     if world is not None:
         world.barrier()
     meta = read_json(out / "meta.json", "delete that folder and run again")
-    own = tokenizer is None and not ready
-    wanted = {"source": None if ready else source, "tokenizer": None if tokenizer is None else tokenizer_hash(tokenizer),
-              "vocab": vocab if own else None, "tasks": tasks if own else None, "max_tokens": max_tokens}
+    wanted = {"max_tokens": max_tokens, "source": None if ready else source}               # None: whatever it is
+    if tokenizer is not None:
+        wanted["tokenizer"] = tokenizer_hash(tokenizer)
+    elif not ready:
+        wanted |= {"vocab": vocab, "tasks": tasks}
     for key, value in wanted.items():
-        if value is not None and meta.get(key) != value:                                  # None: whatever it is
+        if value is not None and meta.get(key) != value:
             raise UserError(f"{out} holds shards with {key} {meta.get(key)}, but {value} is asked for; "
                             "delete that folder or choose another --out")
     for split in ("train", "val"):

@@ -111,7 +111,8 @@ def main(argv):
     tokens = cfg.steps * cfg.batch_size * cfg.seq_len
     if cfg.dry_run:
         seconds = tokens * flops / (0.4 * peak_flops(world.device) * world.size)
-        print(f"{cfg}\n{size:,} parameters, {tokens:,} tokens, {flops:.2e} FLOPs a token: about {seconds:.0f} s at 40% MFU")
+        print(f"{cfg}\n{size:,} parameters, {tokens:,} tokens, {flops:.2e} FLOPs a token: "
+              f"about {seconds:.0f} s at 40% MFU")
         return None
 
     # --------------------------------------------------------------------------------- data, model, optimizer

@@ -81,9 +81,10 @@ def test_intervals_cover_what_they_say():
     (Gap(0.02, 0.005, 3), dict(lower_is_better=False), "ahead by 0.02 (95% [+0.015, +0.025], 3 seeds)"),
     (Gap(-0.02, 0.005, 512), dict(unit="nats", what="texts", lower_is_better=False),
      "behind by 0.02 nats (95% [-0.025, -0.015] nats, 512 texts)"),
-    (Gap(0.001, 0.003, 3), dict(margin=0.005, unit="nats"), "ties within 0.005 nats (95% [-0.002, +0.004] nats, 3 seeds)"),
+    (Gap(0.001, 0.003, 3), dict(margin=0.005, unit="nats"),
+     "ties within 0.005 nats (95% [-0.002, +0.004] nats, 3 seeds)"),
     (Gap(0.002, 0.001, 3), dict(margin=0.005), "ties within 0.005 (95% [+0.001, +0.003], 3 seeds)"),  # known and small
-    (Gap(0.004, 0.002, 3), dict(margin=0.005), "behind by 0.004 (95% [+0.002, +0.006], 3 seeds)"),    # leaves the margin
+    (Gap(0.004, 0.002, 3), dict(margin=0.005), "behind by 0.004 (95% [+0.002, +0.006], 3 seeds)"),    # leaves it
     (Gap(0.0, 0.006, 3), dict(margin=0.005), "not known (95% [-0.006, +0.006], 3 seeds)"),            # no tie: too wide
     (Gap(0.01, 0.02, 3), {}, "not known (95% [-0.01, +0.03], 3 seeds)"),
     (Gap(0.01, 0.01, 3), {}, "not known (95% [+0, +0.02], 3 seeds)"),                                 # zero is in it
