@@ -4,7 +4,7 @@
     log.jsonl      one JSON line per log step
     state.pt       while training: loadable with weights_only=True, gone when finished (kept with --keep_state)
     section.md     its own section of the report, with its figures beside it
-    result.json    last: its presence means finished
+    result.json    last: its presence means finished (result_N.json: what it was at N steps, before it went on to more)
 
 Every file is written under a temporary name, fsynced and renamed. What makes two runs the same run stands in
 `differences`; a Config that names flags in `MEASURES` says that they only sample, measure or report.
@@ -92,14 +92,20 @@ class Clock:
 
 FREE = {"device", "compile", "eval_every", "log_every", "save_every", "micro_batch", "recompute", "overlap", "jobs",
         "bucket_mb", "dry_run", "out", "publish", "track", "keep_state",  # none of it changes the result of a run,
-        "model", "runs"}  # nor does a path: the weights it leads to are part of a run's identity
+        "model", "runs",  # nor does a path: the weights it leads to are part of a run's identity,
+        "preset"}  # nor a name for values that are compared themselves
 
 
-def differences(cfg, identity, among=None):
+def measures(cfg):
+    """{flag: value} of the flags that only sample, measure or report: kept in result.json, beside what they shaped."""
+    return {name: getattr(cfg, name) for name in getattr(cfg, "MEASURES", ())}
+
+
+def differences(cfg, identity):
     """{name: (there, here)}: what the run in cfg.out was started with otherwise; None if there is no run.
 
     A flag that the older run does not know counts as its default, so that a fork's new flag leaves finished runs valid.
-    Flags in FREE and in the Config's own MEASURES do not count at all; `among` looks at other names instead."""
+    Flags in FREE and in the Config's own MEASURES do not count at all."""
     if not (Path(cfg.out) / "config.json").exists():
         return None
     about = read_json(Path(cfg.out) / "config.json").get("dihal", {})      # Hugging Face folders share the file
@@ -107,8 +113,8 @@ def differences(cfg, identity, among=None):
     here = {**dataclasses.asdict(cfg), **identity}
     if there.get("dtype") == "auto":                                       # of an older run: the device decided
         there["dtype"] = "bf16" if "cuda" in about.get("device", "") else "fp32"
-    names = {*there, *here} - FREE - set(getattr(cfg, "MEASURES", ())) if among is None else among
-    return {k: (there.get(k), here.get(k)) for k in sorted(names) if there.get(k) != here.get(k)}
+    names = sorted({*there, *here} - FREE - set(measures(cfg)))
+    return {k: (there.get(k), here.get(k)) for k in names if there.get(k) != here.get(k)}
 
 
 def _words(differ):
@@ -120,9 +126,11 @@ def finished(cfg, identity):
     where that run was measured by other flags than these."""
     if differences(cfg, identity) != {} or not (Path(cfg.out) / "result.json").exists():
         return None
-    if measured := differences(cfg, identity, getattr(cfg, "MEASURES", ())):
-        print(f"{cfg.out} is trained as asked but was measured otherwise ({_words(measured)}): its numbers are shown")
-    return read_json(Path(cfg.out) / "result.json")
+    result = read_json(Path(cfg.out) / "result.json")
+    here, there = measures(cfg), result.get("measures", {})
+    if otherwise := {k: (there[k], here[k]) for k in there if k in here and there[k] != here[k]}:
+        print(f"{cfg.out} was measured otherwise ({_words(otherwise)}): its numbers are shown")
+    return result
 
 
 def grows(cfg, differ):
@@ -184,7 +192,7 @@ class Run:
 
     def __init__(self, cfg, world, identity):
         self.out, self.world, self.result = Path(cfg.out), world, None
-        self.keep_state = getattr(cfg, "keep_state", False)
+        self.keep_state, self.measures = getattr(cfg, "keep_state", False), measures(cfg)
         if world.main:
             start = pick(TRACKERS, name := getattr(cfg, "track", ""), "--track")
             if name and sys.modules.get(name) is None and importlib.util.find_spec(name) is None:
@@ -260,7 +268,7 @@ class Run:
 
     def finish(self, result, section=""):
         """section.md, then result.json: the last one's presence means that everything else is there."""
-        self.result = {**result, "section": digest(section), **provenance(self.world)}
+        self.result = {**result, "section": digest(section), "measures": self.measures, **provenance(self.world)}
         if self.world.main:
             write_section(self.out, section)
             write_json(self.out / "result.json", self.result)
@@ -327,11 +335,10 @@ def card(out, title, base, about):
                              f"tags: [nanodihal]\n---\n\n# {title}\n\nMade by `{command()}`.\n\n{numbers}")
 
 
+SHOWN = {"lr": ".1e", "mfu": ".0%", "tok/s": ",.0f"}
+
+
 def _show(key, value):
-    if key == "lr":
-        return f"{value:.1e}"
-    if key == "mfu":
-        return f"{100 * value:.0f}%" if math.isfinite(value) else "-"
-    if key == "tok/s":
-        return f"{value:,.0f}"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    if key == "mfu" and not math.isfinite(value):
+        return "-"
+    return format(value, SHOWN.get(key, ".4f" if isinstance(value, float) else ""))

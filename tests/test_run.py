@@ -61,6 +61,11 @@ def test_flags_that_are_no_part_of_a_run(tmp_path, capsys):
     assert run.finished(Config(out, lr=0.2), {"base": "b"}) is None
     assert run.finished(Config(out), {"base": "other"}) is None and run.finished(Config(out), {}) is None
     assert run.finished(Config(str(tmp_path / "none")), {"base": "b"}) is None
+    again = run.Run(Config(out, nfe=8), WORLD, {"base": "b"})                      # measured again, by other flags
+    again.finish({"x": 2})
+    assert run.finished(Config(out, nfe=8), {"base": "b"})["x"] == 2 and capsys.readouterr().out == ""
+    assert run.finished(Config(out), {"base": "b"})["x"] == 2
+    assert "nfe = 8 there, 4 here" in capsys.readouterr().out
     (tmp_path / "r" / "result.json").unlink()
     assert run.finished(Config(out), {"base": "b"}) is None
 
