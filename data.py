@@ -4,9 +4,10 @@
     python data.py --data notes/ --out out/notes          # .txt .md .py .jsonl, a file or a folder
     python data.py --data HuggingFaceFW/fineweb-edu:sample-10BT --model Qwen/Qwen3-0.6B --max_tokens 1000000000
 
-Writes to --out: train.bin, val.bin (raw uint16 or uint32 token ids, every document ended by EOS), meta.json (tokens,
-dtype, tokenizer hash, source, sha256) and tokenizer.json. Every stage calls `prepare`, which reuses such a folder when
-it holds what the stage asks for and refuses it, naming the difference, when it does not.
+Writes to --out: train.bin, val.bin (raw uint16 or uint32 token ids, every document ended by EOS), tokenizer.json,
+section.md and result.json, and last meta.json (tokens, dtype, tokenizer hash, source, sha256). Every stage calls
+`prepare`, which reuses such a folder when it holds what the stage asks for and else refuses it, naming the difference.
+Memory does not grow with the corpus: below 0.5 GB for a text file of any size.
 
 Letters: B sequences, T tokens a sequence.
 """
@@ -34,7 +35,7 @@ from core import tasks as generated
 from core.backbone import EOS, load_tokenizer, tokenizer_hash
 from core.common import UserError, entry, parse, setup
 from core.draws import generator
-from core.run import atomic, beside, read_json, write_json
+from core.run import atomic, beside, digest, read_json, write_json, write_section
 
 BPE_DOCUMENTS = 20_000  # enough text for a small vocabulary, and a Hub-sized corpus is not streamed twice
 
@@ -85,7 +86,7 @@ def _files(path):
 
 
 def documents(source):
-    """Yield the texts of `source` one by one, in a fixed order; memory holds one file at a time."""
+    """Yield the texts of `source` one by one, in a fixed order; memory holds one document at a time."""
     if source["kind"] == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         # left out: tests, installed packages, and two folders of generated tables (code pages, help topics)
@@ -103,35 +104,42 @@ def documents(source):
 
 
 def _read(file):
+    """Yield the documents of one file: a .jsonl has one a line, code is one, other text is cut into pieces."""
     try:
-        if file.suffix == ".jsonl":
-            with open(file, encoding="utf-8") as lines:
-                for number, line in enumerate(lines, 1):
+        with open(file, encoding="utf-8") as text:
+            if file.suffix == ".jsonl":
+                for number, line in enumerate(text, 1):
                     try:
                         yield str(json.loads(line)["text"])
                     except (ValueError, KeyError, TypeError):
                         raise UserError(f"{file} line {number} is not a JSON object with a `text` field") from None
-            return
-        text = file.read_text(encoding="utf-8")
+            elif file.suffix == ".py":
+                yield "".join(_chunks(text, file))
+            else:
+                yield from pieces(_chunks(text, file))
     except UnicodeDecodeError:
         raise UserError(f"{file} is not UTF-8 text; convert it or leave it out of --data") from None
-    if "\0" in text:
-        raise UserError(f"{file} is a binary file, not text; leave it out of --data")
-    if file.suffix == ".py":
-        yield text
-        return
-    yield from pieces(text)
 
 
-def pieces(text):
-    """Cut a long text into pieces of PIECE to 2 PIECE characters: at a blank line, a line's end, or anywhere."""
-    start = 0
-    while len(text) - start > 2 * PIECE:
-        lo, hi = start + PIECE, start + 2 * PIECE
-        blank = re.compile(r"\n[ \t]*\n").search(text, lo, hi)
-        cut = blank.end() if blank else text.find("\n", lo, hi) + 1 or hi
-        yield text[start:cut]
-        start = cut
+def _chunks(text, file):
+    while chunk := text.read(2 ** 20):
+        if "\0" in chunk:
+            raise UserError(f"{file} is a binary file, not text; leave it out of --data")
+        yield chunk
+
+
+def pieces(chunks):
+    """Cut a long text, given in chunks of any size, into pieces of PIECE to 2 PIECE characters: at a blank line, a
+    line's end, or anywhere. A cut depends on the next 2 PIECE characters only, so never on the chunks."""
+    text, start = "", 0
+    for chunk in chunks:
+        text, start = text[start:] + chunk, 0
+        while len(text) - start > 2 * PIECE:
+            lo, hi = start + PIECE, start + 2 * PIECE
+            blank = re.compile(r"\n[ \t]*\n").search(text, lo, hi)
+            cut = blank.end() if blank else text.find("\n", lo, hi) + 1 or hi
+            yield text[start:cut]
+            start = cut
     yield text[start:]
 
 
@@ -182,13 +190,11 @@ def train_tokenizer(source, vocab):
 def tokenized(source, tokenizer):
     """Yield (text, ids) of each document that is not empty, tokenized in groups of about a million characters."""
     group, size = [], 0
-    for text in tqdm(documents(source), desc="tokens", unit="doc", leave=False, disable=None):
-        group, size = group + [text] * bool(text), size + len(text)
-        if size > 1_000_000:
+    for text in itertools.chain(tqdm(documents(source), desc="tokens", unit="doc", leave=False, disable=None), [None]):
+        group, size = group + [text] * bool(text), size + len(text or "")
+        if group and (text is None or size > 1_000_000):
             yield from zip(group, tokenizer(group, add_special_tokens=False)["input_ids"])
             group, size = [], 0
-    if group:
-        yield from zip(group, tokenizer(group, add_special_tokens=False)["input_ids"])
 
 
 def write_shards(source, tokenizer, out, max_tokens=0, share=0.0):
@@ -224,6 +230,31 @@ def _name(source):
     return source.get("path") or source.get("id") or source["kind"]
 
 
+def section(result):
+    """Its part of the report, a function of result.json."""
+    tokens, size, source = result["tokens"], result["bytes"], result["source"]
+    name = f"Python {source['python']}'s library" if source["kind"] == "stdlib" else Path(_name(source)).name
+    own = f", {100 * result['tasks']:.0f}% of the training tokens are generated task lines" if result["tasks"] else ""
+    return (f"## The text\n\n{name}: {tokens['train']:,} training and {tokens['val']:,} held-out tokens, every tenth "
+            f"document by hash of its text (no seed is involved); vocabulary {result['vocab_size']:,}, "
+            f"{size['val'] / tokens['val']:.2f} bytes a held-out token{own}.\n")
+
+
+def make(source, tokenizer, out, vocab, max_tokens, share):
+    """Write the folder of shards; meta.json, last, says that it is whole."""
+    print(f"data: tokenizing {_name(source)} into {out}", flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    start, own = time.time(), {"vocab": vocab} if tokenizer is None else {}
+    tokenizer, share = (train_tokenizer(source, vocab), share) if tokenizer is None else (tokenizer, 0.0)
+    meta = {**write_shards(source, tokenizer, out, max_tokens, share), **own}
+    with atomic(out / "tokenizer.json") as temporary:
+        tokenizer.backend_tokenizer.save(str(temporary))
+    write_section(out, section(meta))
+    write_json(out / "result.json", {**meta, "seconds": round(time.time() - start, 1), "section": digest(section(meta)),
+                                     "headline": [["text", f"{sum(meta['tokens'].values()) / 1e6:.1f}M tokens"]]})
+    write_json(out / "meta.json", meta)
+
+
 def prepare(data, tokenizer, out, world=None, vocab=2048, max_tokens=None, tasks=None):
     """The folder of shards for `data` under `tokenizer` (None: train a BPE): made at `out` if missing, reused if it
     holds the same, refused by naming the difference otherwise. With a BPE of its own the training text has a share of
@@ -231,29 +262,20 @@ def prepare(data, tokenizer, out, world=None, vocab=2048, max_tokens=None, tasks
     if not 0 <= (tasks or 0) < 1:
         raise UserError(f"--tasks {tasks} is a share of the training text: it must lie in [0, 1)")
     source = resolve(data)
-    out = Path(source["path"]) if source["kind"] == "shards" else Path(out)
+    ready = source["kind"] == "shards"
+    out = Path(source["path"] if ready else out)
     if (world is None or world.main) and not (out / "meta.json").exists():
-        print(f"data: tokenizing {_name(source)} into {out}", flush=True)
-        out.mkdir(parents=True, exist_ok=True)
-        start = time.time()
-        own = {"vocab": vocab} if tokenizer is None else {}
-        share = tasks or 0.0 if tokenizer is None else 0.0
-        tokenizer = tokenizer or train_tokenizer(source, vocab)
-        meta = {**write_shards(source, tokenizer, out, max_tokens or 0, share), **own}
-        with atomic(out / "tokenizer.json") as temporary:
-            tokenizer.backend_tokenizer.save(str(temporary))
-        write_json(out / "meta.json", meta)
-        write_json(out / "result.json", {**meta, "seconds": round(time.time() - start, 1)})
+        make(source, tokenizer, out, vocab, max_tokens or 0, tasks or 0.0)
     if world is not None:
         world.barrier()
     meta = read_json(out / "meta.json", "delete that folder and run again")
-    wanted = {} if source["kind"] == "shards" else {"source": source}
-    wanted |= {"tokenizer": tokenizer_hash(tokenizer)} if tokenizer is not None else {}
-    if tokenizer is None and source["kind"] != "shards":
-        wanted |= {"vocab": vocab} | ({} if tasks is None else {"tasks": tasks})                # that it was made for
-    wanted |= {"max_tokens": max_tokens} if max_tokens is not None else {}
+    wanted = {"max_tokens": max_tokens, "source": None if ready else source}               # None: whatever it is
+    if tokenizer is not None:
+        wanted["tokenizer"] = tokenizer_hash(tokenizer)
+    elif not ready:
+        wanted |= {"vocab": vocab, "tasks": tasks}
     for key, value in wanted.items():
-        if meta.get(key) != value:
+        if value is not None and meta.get(key) != value:
             raise UserError(f"{out} holds shards with {key} {meta.get(key)}, but {value} is asked for; "
                             "delete that folder or choose another --out")
     for split in ("train", "val"):

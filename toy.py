@@ -5,7 +5,8 @@
     torchrun --nproc_per_node 2 toy.py                           # the same weights up to rounding
 
 The default reaches about 1.64 bits per byte on held-out standard library. Writes a Hugging Face folder (config.json,
-model.safetensors, tokenizer), log.jsonl and result.json to --out; any other causal LM takes its place by --model.
+model.safetensors, tokenizer, README.md), log.jsonl, section.md and result.json to --out; any other causal LM takes its
+place by --model.
 
 Letters: B batch, T tokens, D hidden width, L blocks, V vocabulary.
 """
@@ -19,9 +20,9 @@ from torch import nn
 
 import data
 from core import backbone, optim
-from core.backbone import Backbone, flops_per_token, identity, next_token_loss, save_model
+from core.backbone import Backbone, flops_per_token, next_token_loss
 from core.common import GradientSum, StopSignal, UserError, entry, parse, peak_flops, setup, split_batch
-from core.run import Clock, Run, finished
+from core.run import TRACKERS, Clock, Run, card, finished
 
 
 @dataclass
@@ -39,14 +40,17 @@ class Config:
     width: int = 128            # hidden width D
     heads: int = 4              # query heads; half as many key/value heads
     vocab: int = 2048           # vocabulary of the byte-level BPE
-    tasks: float = 0.0          # share of generated task lines in its training text; see tasks.py
+    tasks: float = 0.0          # share of generated task lines in its training text; see core/tasks.py
     lr: float = 0.02            # Muon, for the matrices inside the blocks
     lr_adam: float = 8e-3       # AdamW, for embeddings and norms
     weight_decay: float = 0.1   # decoupled, on both
     warmup: int = 50            # steps
+    cooldown: float = 0.6       # share of the run in which the rate descends to zero (0: constant, so --steps may grow)
     eval_every: int = 250       # steps between validations
     log_every: int = 50         # steps between log lines
     save_every: int = 250       # steps between checkpoints
+    keep_state: bool = False    # keep state.pt of the finished run, to go on from
+    track: Literal[tuple(TRACKERS)] = ""  # also send the log to wandb or tensorboard
     dry_run: bool = False       # print sizes and cost, then leave
 
 
@@ -54,7 +58,6 @@ PRESETS = {"tiny": dict(steps=20, batch_size=4, seq_len=32, layers=4, width=32, 
                         log_every=10, save_every=10, warmup=5)}
 
 
-# --------------------------------------------------------------------------------------------------- the toy
 def build_toy(cfg, vocab):
     from transformers import Qwen3Config, Qwen3ForCausalLM
     if cfg.width % cfg.heads or (cfg.width // cfg.heads) % 2:
@@ -66,13 +69,17 @@ def build_toy(cfg, vocab):
         max_position_embeddings=max(1024, cfg.seq_len), tie_word_embeddings=True, bos_token_id=0, eos_token_id=0))
 
 
+def text_loss(lm, ids):
+    """Mean next-token loss (nats) of ids (B, T+1)."""
+    return next_token_loss(lm.head(lm.through(lm.embed(ids[:, :-1]), 0, lm.L)), ids)
+
+
 @torch.no_grad()
 def evaluate(lm, rows, world, micro=32):
     """Mean next-token loss (nats) over rows (N, T+1), shared out over the processes."""
     total = 0.0
     for ids in rows[world.rank::world.size].split(micro):
-        ids = ids.to(world.device)
-        total += next_token_loss(lm.head(lm.through(lm.embed(ids[:, :-1]), 0, lm.L)), ids).item() * len(ids)
+        total += text_loss(lm, ids.to(world.device)).item() * len(ids)
     return world.sum([total])[0] / len(rows)
 
 
@@ -81,9 +88,17 @@ def summary(result):
             f"{result['tokens']:,} training tokens in {result['seconds']:.0f} s")
 
 
+def section(result):
+    """Its part of the report, a function of result.json."""
+    return (f"## The backbone\n\nA small causal LM trained here, {result['parameters']:,} parameters, one seed "
+            f"({result['seed']}): {summary(result)}, on {result['val_windows']} held-out windows.\n")
+
+
 @entry
 def main(argv):
     cfg = parse(Config, argv, __doc__, PRESETS)
+    if not 0 <= cfg.cooldown <= 1:
+        raise UserError(f"--cooldown {cfg.cooldown} is a share of the run: it must lie in [0, 1]")
 
     # ------------------------------------------------------------------------------------------------- setup
     world = setup(cfg.device)
@@ -92,30 +107,26 @@ def main(argv):
         print(f"{cfg.out} is finished: " + summary(result))
         return result
     model = build_toy(cfg, cfg.vocab).to(world.device)
-    flops = flops_per_token(model, cfg.seq_len)
+    size, flops = sum(p.numel() for p in model.parameters()), flops_per_token(model, cfg.seq_len)
+    tokens = cfg.steps * cfg.batch_size * cfg.seq_len
     if cfg.dry_run:
-        tokens = cfg.steps * cfg.batch_size * cfg.seq_len
         seconds = tokens * flops / (0.4 * peak_flops(world.device) * world.size)
-        print(f"{cfg}\n{sum(p.numel() for p in model.parameters()):,} parameters, {tokens:,} tokens, {flops:.2e} FLOPs "
-              f"a token: about {seconds:.0f} s at 40% MFU")
+        print(f"{cfg}\n{size:,} parameters, {tokens:,} tokens, {flops:.2e} FLOPs a token: "
+              f"about {seconds:.0f} s at 40% MFU")
         return None
 
-    # -------------------------------------------------------------------------------------------------- data
-    shards, meta = data.prepare(cfg.data, None, Path(cfg.out).parent / "data", world, vocab=cfg.vocab,
-                                tasks=cfg.tasks)
+    # --------------------------------------------------------------------------------- data, model, optimizer
+    shards, meta = data.prepare(cfg.data, None, Path(cfg.out).parent / "data", world, vocab=cfg.vocab, tasks=cfg.tasks)
     if meta["vocab_size"] > cfg.vocab:
         raise UserError(f"the shards in {shards} have {meta['vocab_size']} token ids, more than --vocab {cfg.vocab}; "
                         "delete that folder or pass another --out")
     train = data.Tokens(shards, "train", cfg.seq_len)
     held_out = data.Tokens(shards, "val", cfg.seq_len).windows(512)                                # (N, T+1)
-
-    # --------------------------------------------------------------------------------------- model, optimizer
-    lm = Backbone(model)
-    params = list(model.parameters())
+    lm, params = Backbone(model), list(model.parameters())
     optimizers = optim.build(model.named_parameters(), cfg.lr, cfg.lr_adam, cfg.weight_decay, inside="layers.")
     run = Run(cfg, world, {})
     state = run.resume([model], optimizers)
-    run.say(f"training {sum(p.numel() for p in params):,} parameters on a corpus of {meta['tokens']['train']:,} tokens")
+    run.say(f"training {size:,} parameters on a corpus of {meta['tokens']['train']:,} tokens")
 
     # -------------------------------------------------------------------------------------------------- loop
     gradients, stop, clock = GradientSum(params, world, overlap=False), StopSignal(world), Clock(state["seconds"])
@@ -124,7 +135,7 @@ def main(argv):
         loss = 0.0
         for some in torch.tensor(slots).split(micro):
             ids = train.batch(cfg.seed, step, some.tolist(), cfg.batch_size).to(world.device)     # (b, T+1)
-            part = next_token_loss(lm.head(lm.through(lm.embed(ids[:, :-1]), 0, lm.L)), ids) * (len(ids) / cfg.batch_size)
+            part = text_loss(lm, ids) * (len(ids) / cfg.batch_size)
             part.backward()
             loss += part.item()
         gradients.finish()
@@ -133,10 +144,10 @@ def main(argv):
         if not math.isfinite(norm):
             raise UserError(f"the loss or its gradient stopped being finite at step {step}; lower --lr and run again "
                             f"({cfg.out} keeps the last good state)")
-        optim.step_all(optimizers, optim.share_at(step, cfg.steps, cfg.warmup, cooldown=0.6))
+        optim.step_all(optimizers, optim.share_at(step, cfg.steps, cfg.warmup, cfg.cooldown))
         for p in params:
             p.grad = None
-        # 3 report, validate, save
+        # 3 report, validate, save: at the last step before the final validation, which may fail
         done = step + 1
         if done % cfg.log_every == 0 or done == cfg.steps:
             run.progress(done, cfg.steps, clock, cfg.batch_size * cfg.seq_len, flops, loss=world.sum([loss])[0],
@@ -145,23 +156,23 @@ def main(argv):
             with clock.paused():
                 run.log(done, cfg.steps, val_loss=evaluate(lm, held_out[::4], world))
         leaving = stop.poll()
-        if leaving or done % cfg.save_every == 0:
+        if leaving or done % cfg.save_every == 0 or done == cfg.steps:
             run.save(done, clock, [model], optimizers)
         if leaving:
             run.leave(done)
     stop.done()
-    seconds = clock.seconds()
 
     # ------------------------------------------------------------------------------------------------- result
-    model.eval()
-    val = evaluate(lm, held_out, world)
+    seconds, val = clock.seconds(), evaluate(lm, held_out, world)
     bits = val / math.log(2) * meta["tokens"]["val"] / meta["bytes"]["val"]
     if world.main:
-        save_model(model, backbone.load_tokenizer(shards), run.out)
+        backbone.save_model(model.eval(), backbone.load_tokenizer(shards), run.out)
+        card(run.out, "A small causal LM, the toy of nanoDiHAL", "", {"bits per byte": bits, "training tokens": tokens})
     world.barrier()
-    run.finish({"val_loss": val, "bits_per_byte": bits, "tokens": cfg.steps * cfg.batch_size * cfg.seq_len,
-                "seconds": seconds, "parameters": sum(p.numel() for p in params), "val_windows": len(held_out),
-                "seed": cfg.seed, "base": identity(run.out)})
+    result = {"val_loss": val, "bits_per_byte": bits, "tokens": tokens, "seconds": seconds, "parameters": size,
+              "val_windows": len(held_out), "seed": cfg.seed, "base": backbone.identity(run.out),
+              "headline": [["the toy backbone", f"{bits:.3f} bits per byte"]]}
+    run.finish(result, section(result))
     run.say(f"saved to {run.out}: " + summary(run.result))
     return run.result
 

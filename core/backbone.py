@@ -1,9 +1,14 @@
 """backbone.py: any Hugging Face causal LM, cut at a layer: found, checked, loaded, saved.
 
-    lm = load("out/toy", device, dtype)          # or Qwen/Qwen3-8B, meta-llama/Llama-3.1-8B, ...
-    h0 = lm.embed(ids)                           # h[0]
-    hl = lm.through(h0, 0, l)                        # blocks 1..l: the residual stream before the final norm
+    lm = load("out/toy", device, dtype)              # or Qwen/Qwen3-8B, meta-llama/Llama-3.1-8B, ...
+    h0 = lm.embed(ids)                               # h[0]
+    hl = lm.through(h0, 0, l)                        # h[l]: after blocks 1..l
     logits = lm.head(lm.through(hl, l, lm.L))        # bit for bit the model's own logits
+
+Which hidden state h[l] is: the residual stream after block l, l = 1..L, before the final norm, also at l = L, where the
+library's hidden_states[-1] is after it; h[0] is the output of the embedding (with GPT-2's learned positions).
+Why neither code nor pickles from the Hub are ever run: to open either is to run what a stranger wrote. All weights are
+safetensors, all architectures the library's own (trust_remote_code=False), and what FAMILIES lacks is refused.
 
 Letters: B batch, T tokens, D hidden width, L blocks, V vocabulary.
 """
@@ -27,9 +32,14 @@ EOS = "<|endoftext|>"  # of a tokenizer that we train ourselves
 
 # ------------------------------------------------------------------------------------------------ cut at a layer
 class Family(NamedTuple):
-    """Where the parts of an architecture are. To add one: an entry here; its random tiny config in tests/conftest.py,
-    which runs every family test (prefix + suffix, padding, bidirectional, hybrid, conversion); `adds_up` only where a
-    head's output is added to the residual stream as it is, for circuits.py."""
+    """Where the parts of an architecture are. To add one:
+
+    1 an entry in FAMILIES under the `model_type` of its config.json
+    2 its random tiny config in tests/conftest.py, with a window below the tests' length if it has one: every test of
+      families then runs on it (prefix + suffix, padding, bidirectional, hybrid, conversion), bit for bit
+    3 `adds_up`, for circuits.py, only where a head's output joins the residual stream as it is
+    4 what `Backbone` does not know yet (a scaled embedding outside the module, a block that returns more, another
+      mask) makes those tests fail: add a field here, not a question about model_type there"""
     stack: str                        # of the model: the decoder stack
     blocks: str                       # of the stack: its ModuleList of blocks
     norm: str                         # of the stack: the final norm
@@ -59,8 +69,7 @@ def family_of(config):
 
 
 class Backbone(nn.Module):
-    """A causal LM as embed -> blocks 1..L -> head. `h[0]` is the output of the embedding, `h[l]` the residual stream
-    after block l and before the final norm (the library's hidden_states[-1] is after it)."""
+    """A causal LM as embed -> blocks 1..L -> head; with `L` given only a prefix of the L blocks is in `model`."""
 
     def __init__(self, model, L=None):
         super().__init__()
@@ -162,7 +171,8 @@ def no_model(name, error):
 
 def identity(name, random_init=False):
     """16 hex digits of a model's weights: the size and 64 evenly spread 16 KiB pieces of each safetensors file, so that
-    8B weights take milliseconds and no loading. Another model of the same shape differs. A Hub id has its commit."""
+    8B weights take milliseconds and no loading. Another training differs; a change of a few tensors between the pieces
+    need not. A Hub id has its commit, random weights (which are seeded) their config."""
     folder, digest = Path(name), hashlib.sha256(json.dumps(random_init).encode())
     if not folder.exists():
         from transformers.utils import cached_file
@@ -204,8 +214,7 @@ def read_config(name, seq_len=0):
 def load(name, device, dtype, blocks=None, random_init=False):
     """Backbone of a local folder or Hub id, frozen, in eval mode; with `blocks` only the first so many are read.
 
-    Raises UserError for a folder that is no model, an architecture that cannot be cut, damaged or missing weights.
-    Weights come from safetensors only: pickles and code from the Hub are never run."""
+    Raises UserError for a folder that is no model, an architecture that cannot be cut, damaged or missing weights."""
     from transformers import AutoModelForCausalLM
     config = read_config(name)
     L = config.num_hidden_layers
@@ -282,7 +291,7 @@ def next_token_loss(logits, ids):
 
 def save_model(model, tokenizer, out, **how):
     """Save as a Hugging Face folder: all files are written apart, then renamed into place, config.json last. The
-    run's own settings stay in config.json under `dihal`."""
+    run's own settings stay in it under `dihal`; a README.md that core.run.card wrote stays as well."""
     out, apart = Path(out), Path(out) / ".saving"
     shutil.rmtree(apart, ignore_errors=True)
     with quiet():

@@ -227,14 +227,15 @@ class GradientSum:
         self.armed, self.sent = False, []
 
 
-def check_replicas(params, world):
-    """Raise unless every process holds the same tensors, compared by a float64 checksum that knows sign and place."""
+def check_replicas(params, world, chunk=2 ** 22):
+    """Raise unless every process holds the same tensors: a float64 checksum of each chunk, which knows sign and place.
+    By chunks, since a GPU's dot takes no more than 2^31 - 1 elements, and a float64 copy of a model is too large."""
     if world.size > 1:
-        flat = torch.cat([p.detach().flatten() for p in params]).double()
-        check = flat @ torch.linspace(1, 2, len(flat), dtype=torch.float64, device=flat.device)
-        both = torch.stack([check, -check])
+        sums = [part.double() @ torch.linspace(1, 2, len(part), dtype=torch.float64, device=part.device)
+                for p in params for part in p.detach().flatten().split(chunk)]
+        both = torch.stack([torch.stack(sums), -torch.stack(sums)], 1)                    # (chunks, 2)
         dist.all_reduce(both, dist.ReduceOp.MAX)
-        if (both[0] + both[1]).item() != 0:
+        if both.sum(1).any():                                                             # the largest - the smallest
             raise UserError("the processes no longer hold the same weights; run again from the last good state")
 
 

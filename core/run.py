@@ -4,7 +4,7 @@
     log.jsonl      one JSON line per log step
     state.pt       while training: loadable with weights_only=True, gone when finished (kept with --keep_state)
     section.md     its own section of the report, with its figures beside it
-    result.json    last: its presence means finished
+    result.json    last: its presence means finished (result_N.json: what it was at N steps, before it went on to more)
 
 Every file is written under a temporary name, fsynced and renamed. What makes two runs the same run stands in
 `differences`; a Config that names flags in `MEASURES` says that they only sample, measure or report.
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from core.common import UserError, memory_gib, peak_flops
+from core.common import UserError, memory_gib, peak_flops, pick
 
 
 @contextlib.contextmanager
@@ -92,7 +92,13 @@ class Clock:
 
 FREE = {"device", "compile", "eval_every", "log_every", "save_every", "micro_batch", "recompute", "overlap", "jobs",
         "bucket_mb", "dry_run", "out", "publish", "track", "keep_state",  # none of it changes the result of a run,
-        "model", "runs"}  # nor does a path: the weights it leads to are part of a run's identity
+        "model", "runs",  # nor does a path: the weights it leads to are part of a run's identity,
+        "preset"}  # nor a name for values that are compared themselves
+
+
+def measures(cfg):
+    """{flag: value} of the flags that only sample, measure or report: kept in result.json, beside what they shaped."""
+    return {name: getattr(cfg, name) for name in getattr(cfg, "MEASURES", ())}
 
 
 def differences(cfg, identity):
@@ -105,66 +111,99 @@ def differences(cfg, identity):
     about = read_json(Path(cfg.out) / "config.json").get("dihal", {})      # Hugging Face folders share the file
     there = {**{f.name: f.default for f in dataclasses.fields(cfg)}, **about.get("config", {})}
     here = {**dataclasses.asdict(cfg), **identity}
-    if there.get("dtype") == "auto":                                       # then it depended on the device
+    if there.get("dtype") == "auto":                                       # of an older run: the device decided
         there["dtype"] = "bf16" if "cuda" in about.get("device", "") else "fp32"
-    return {k: (there.get(k), here.get(k)) for k in sorted({*there, *here} - FREE - set(getattr(cfg, "MEASURES", ())))
-            if there.get(k) != here.get(k)}
+    names = sorted({*there, *here} - FREE - set(measures(cfg)))
+    return {k: (there.get(k), here.get(k)) for k in names if there.get(k) != here.get(k)}
+
+
+def _words(differ):
+    return ", ".join(f"{k} = {there} there, {here} here" for k, (there, here) in differ.items())
 
 
 def finished(cfg, identity):
-    """The result of a finished run of exactly this config, or None: a stage can leave before it loads anything."""
-    if differences(cfg, identity) == {} and (Path(cfg.out) / "result.json").exists():
-        return read_json(Path(cfg.out) / "result.json")
-    return None
+    """The result of a finished run of exactly this config, or None: a stage can leave before it loads anything. Says so
+    where that run was measured by other flags than these."""
+    if differences(cfg, identity) != {} or not (Path(cfg.out) / "result.json").exists():
+        return None
+    result = read_json(Path(cfg.out) / "result.json")
+    here, there = measures(cfg), result.get("measures", {})
+    if otherwise := {k: (there[k], here[k]) for k in there if k in here and there[k] != here[k]}:
+        print(f"{cfg.out} was measured otherwise ({_words(otherwise)}): its numbers are shown")
+    return result
 
 
 def grows(cfg, differ):
     """Whether the run in cfg.out may go on to more steps: every step so far was taken as the longer run takes it.
     Raises UserError saying why not, where steps are all that differs."""
-    if set(differ) != {"steps"}:
+    if set(differ) != {"steps"} or not hasattr(cfg, "keep_state"):         # a study's steps are those of its bridges
         return False
-    (there, here), where = differ["steps"], f"{cfg.out} holds a run of {differ['steps'][0]} steps"
+    out, (there, here) = Path(cfg.out), differ["steps"]
+    why = None
     if here < there:
-        raise UserError(f"{where}, more than --steps {here}; choose another --out")
-    if getattr(cfg, "schedule", "wsd") != "wsd" or getattr(cfg, "cooldown", 1.0) > 0:
-        raise UserError(f"{where} whose learning rate was to end there; only a constant one (--cooldown 0) can go on, "
-                        "so choose another --out")
-    if not (Path(cfg.out) / "state.pt").exists():
-        raise UserError(f"{where} and kept no state to go on from (--keep_state does); choose another --out")
+        why = f"which is more than --steps {here}"
+    elif getattr(cfg, "schedule", "wsd") != "wsd" or getattr(cfg, "cooldown", 1.0) > 0:
+        why = "whose learning rate was to end there: only a constant one (--cooldown 0) can go on"
+    elif (out / "result.json").exists() and not (out / "state.pt").exists():
+        why = "which kept no state to go on from (--keep_state does)"
+    if why:
+        raise UserError(f"{out} holds a run of {there} steps, {why}; choose another --out")
     return True
+
+
+def claim(out):
+    """The folder `out`, made if missing, locked. Raises UserError for a folder that is no run or is in use."""
+    out.mkdir(parents=True, exist_ok=True)
+    names = {f for f in os.listdir(out) if f != ".lock" and not f.endswith(".tmp")}
+    if names and "config.json" not in names:
+        raise UserError(f"{out} holds files but no config.json, so it is no run; choose another --out")
+    lock = open(out / ".lock", "w")                # flock dies with its process: a killed run leaves no stale lock
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise UserError(f"{out} is in use by another run; wait for it or choose another --out") from None
+    return lock
+
+
+def begin(cfg, world, identity):
+    """Check that the run in the locked folder cfg.out is this one, and write config.json where it is new or grows."""
+    out, differ = Path(cfg.out), differences(cfg, identity)
+    if differ and not grows(cfg, differ):
+        raise UserError(f"{out} holds another run ({_words(differ)}); choose another --out or delete the folder")
+    for left in out.glob(".*.tmp"):                # by a run that was killed while it wrote
+        left.unlink()
+    if differ == {}:
+        return
+    # A run that grows: the result goes first. Killed before config.json follows, the folder holds the shorter run,
+    # unfinished at its last step, and either length goes on from there; the other order would leave the shorter run's
+    # result as that of the longer one. What a saved model has in config.json stays: its weights are still there.
+    if differ and (out / "result.json").exists():
+        os.replace(out / "result.json", out / f"result_{differ['steps'][0]}.json")
+    before = read_json(out / "config.json") if differ else {}
+    about = {"config": {**dataclasses.asdict(cfg), **identity}, **provenance(world)}
+    write_json(out / "config.json", {**before, "dihal": about})
 
 
 class Run:
     """The folder --out, locked. The same command again resumes it; a folder that holds another run is refused.
 
     `identity` is anything beside the config that must not change under a run, e.g. the hash of the base's weights."""
+
     def __init__(self, cfg, world, identity):
         self.out, self.world, self.result = Path(cfg.out), world, None
+        self.keep_state, self.measures = getattr(cfg, "keep_state", False), measures(cfg)
         if world.main:
-            track = getattr(cfg, "track", "")
-            if track and importlib.util.find_spec(track) is None:
-                raise UserError(f"--track {track} needs a package; install it with: pip install {track}")
-            differ = differences(cfg, identity)
-            if differ and not grows(cfg, differ):
-                shown = ", ".join(f"{k} = {there} there, {here} here" for k, (there, here) in differ.items())
-                raise UserError(f"{self.out} holds another run ({shown}); choose another --out or delete the folder")
-            self.out.mkdir(parents=True, exist_ok=True)
-            if differ is None and [f for f in os.listdir(self.out) if f != ".lock" and not f.endswith(".tmp")]:
-                raise UserError(f"{self.out} holds files but no config.json, so it is no run; choose another --out")
-            self.lock = open(self.out / ".lock", "w")  # flock dies with its process: a killed run leaves no stale lock
+            start = pick(TRACKERS, name := getattr(cfg, "track", ""), "--track")
+            if name and sys.modules.get(name) is None and importlib.util.find_spec(name) is None:
+                raise UserError(f"--track {name} needs a package; install it with: pip install {name}")
+            self.lock = claim(self.out)
             try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{self.out} is in use by another run; wait for it or choose another --out") from None
-            for left in self.out.glob(".*.tmp"):  # by a run that was killed while it wrote
-                left.unlink()
-            if differ and (self.out / "result.json").exists():  # it goes on to more steps: what it had stays
-                os.replace(self.out / "result.json", self.out / f"result_{differ['steps'][0]}.json")
-            if differ or differ is None:
-                config = {**dataclasses.asdict(cfg), **identity}
-                write_json(self.out / "config.json", {"dihal": {"config": config, **provenance(world)}})
-            self.track = TRACKERS[track](cfg)
-        self.keep_state = getattr(cfg, "keep_state", False)
+                begin(cfg, world, identity)
+                self.track, self.untrack = start(cfg)
+            except BaseException:
+                self.lock.close()
+                raise
         world.barrier()
 
     def say(self, text):
@@ -191,8 +230,8 @@ class Run:
 
     def save(self, step, clock, modules, optimizers, **more):
         """state.pt: all that a step depends on. Data and noise are functions of the step: no generator is in it."""
-        state = {"step": step, "processes": self.world.size, "seconds": clock.seconds(), "device": self.world.device.type,
-                 **more, "modules": [m.state_dict() for m in modules],
+        state = {"step": step, "processes": self.world.size, "seconds": clock.seconds(), **more,
+                 "device": self.world.device.type, "modules": [m.state_dict() for m in modules],
                  "optimizers": [o.state_dict() for o in optimizers]}
         if self.world.main:
             with atomic(self.out / "state.pt") as temporary:
@@ -228,12 +267,10 @@ class Run:
         raise SystemExit(143)
 
     def finish(self, result, section=""):
-        """section.md, then result.json: the last one's presence means that everything else is there. A section begins
-        with its heading and shows figures by their names in this folder."""
-        self.result = {**result, "section": digest(section), **provenance(self.world)}
+        """section.md, then result.json: the last one's presence means that everything else is there."""
+        self.result = {**result, "section": digest(section), "measures": self.measures, **provenance(self.world)}
         if self.world.main:
-            with atomic(self.out / "section.md") as temporary:
-                temporary.write_text(section)
+            write_section(self.out, section)
             write_json(self.out / "result.json", self.result)
             if not self.keep_state:
                 (self.out / "state.pt").unlink(missing_ok=True)
@@ -242,58 +279,66 @@ class Run:
 
     def unlock(self):
         if self.world.main:
+            self.untrack()
             self.lock.close()
 
 
+# ------------------------------------------------------------------------------------------------------- sections
 def digest(text):
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def write_section(folder, text):
+    """section.md: it begins with its heading and shows figures by their names in this folder."""
+    with atomic(Path(folder) / "section.md") as temporary:
+        temporary.write_text(text)
 
 
 def read_section(folder):
     """The section that the finished run in `folder` wrote. Raises UserError for one of another run."""
     file, result = Path(folder) / "section.md", read_json(Path(folder) / "result.json", "finish that run first")
-    text = file.read_text() if file.exists() else ""
-    if digest(text) != result.get("section"):
-        raise UserError(f"{file} was not written by the run beside it; delete {folder} and run that stage again")
-    return text
+    if not file.exists() or digest(file.read_text()) != result.get("section"):
+        what = "was not written by the run beside it" if file.exists() else "is missing"
+        raise UserError(f"{file} {what}; delete {folder} and run that stage again")
+    return file.read_text()
 
 
 # ------------------------------------------------------------------------------------------------------- tracking
+def _nothing(cfg):
+    return lambda step, values: None, lambda: None
+
+
 def _wandb(cfg):
     import wandb
-    wandb.init(project="nanodihal", name=str(cfg.out), config=dataclasses.asdict(cfg))
-    return lambda step, values: wandb.log(values, step=step)
+    session = wandb.init(project="nanodihal", name=str(cfg.out), group=str(cfg.out), config=dataclasses.asdict(cfg))
+    return lambda step, values: session.log(values, step=step), session.finish
 
 
 def _tensorboard(cfg):
     from torch.utils.tensorboard import SummaryWriter
     writer = SummaryWriter(Path(cfg.out) / "tensorboard")
-
-    def track(step, values):
-        for name, value in values.items():
-            writer.add_scalar(name, value, step)
-        writer.flush()
-    return track
+    return lambda step, values: [writer.add_scalar(k, v, step) for k, v in values.items()], writer.close
 
 
-TRACKERS = {"": lambda cfg: lambda step, values: None, "wandb": _wandb, "tensorboard": _tensorboard}  # of --track
+# --track, which is also the package's name -> a function of the config that gives two: (step, {name: number}), the end
+TRACKERS = {"": _nothing, "wandb": _wandb, "tensorboard": _tensorboard}
 
 
 def card(out, title, base, about):
-    """README.md of a saved model, as Hub users expect it: base_model, what it is, numbers, the command."""
-    numbers = "\n".join(f"- {name}: {value:.4g}" for name, value in about.items() if isinstance(value, (int, float)))
-    base = f"base_model: {base}\n" if base else ""
+    """README.md of a saved model, as Hub users expect it: base_model (a Hub id; a local folder's name means nothing to
+    others), what it is, the command and the numbers in `about`."""
+    base = f"base_model: {base}\n" if base and not Path(base).exists() else ""
+    numbers = "".join(f"- {name}: {value:,}\n" if isinstance(value, int) else f"- {name}: {value:.4g}\n"
+                      for name, value in about.items())
     with atomic(Path(out) / "README.md") as temporary:
-        temporary.write_text(
-            f"---\n{base}library_name: transformers\npipeline_tag: text-generation\ntags: [nanodihal, diffusion]\n---\n\n"
-            f"# {title}\n\nMade by `{command()}`.\n\n{numbers}\n")
+        temporary.write_text(f"---\n{base}library_name: transformers\npipeline_tag: text-generation\n"
+                             f"tags: [nanodihal]\n---\n\n# {title}\n\nMade by `{command()}`.\n\n{numbers}")
+
+
+SHOWN = {"lr": ".1e", "mfu": ".0%", "tok/s": ",.0f"}
 
 
 def _show(key, value):
-    if key == "lr":
-        return f"{value:.1e}"
-    if key == "mfu":
-        return f"{100 * value:.0f}%" if math.isfinite(value) else "-"
-    if key == "tok/s":
-        return f"{value:,.0f}"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    if key == "mfu" and not math.isfinite(value):
+        return "-"
+    return format(value, SHOWN.get(key, ".4f" if isinstance(value, float) else ""))

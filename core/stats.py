@@ -3,6 +3,7 @@
     spearman(a, b), permutation_p(a, b)            # rank correlation, and how often chance does as well
     gap = paired(ours, theirs)                     # mean difference over seeds or texts, half its 95% interval, n
     verdict(gap, margin=0.005, unit="nats")        # "ahead by ...", "behind by ...", "ties within ...", "not known ..."
+    holm([p, ...])                                 # p values of several questions asked at once
 """
 import itertools
 import math
@@ -40,9 +41,11 @@ def permutation_p(a, b, seed=0):
 
 def steps_to(curve, loss):
     """The step, interpolated, at which a validation curve first reaches `loss`; None if it never does."""
-    for (a, y, _), (b, z, _) in zip(curve, curve[1:]):
-        if z <= loss:
-            return a + (b - a) * (y - loss) / max(y - z, 1e-12) if y > loss else a
+    if curve and curve[0][1] <= loss:
+        return curve[0][0]
+    for (a, y, *_), (b, z, *_) in zip(curve, curve[1:]):
+        if z <= loss:                                                                    # so y > loss
+            return a + (b - a) * (y - loss) / (y - z)
     return None
 
 
@@ -52,34 +55,47 @@ T975 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31,
 
 
 class Gap(NamedTuple):
-    """A paired difference: mean of ours - theirs, half the width of its 95% interval (inf for n = 1), pairs."""
+    """A paired difference: mean of ours - theirs, half the width of its 95% interval (inf where it is not known: one
+    pair, or a value that is not finite), number of pairs."""
     mean: float
     half: float
     n: int
 
 
 def paired(ours, theirs):
-    """Gap of two lists of equal length, whose entries belong together (a training seed, a text)."""
-    gaps = [x - y for x, y in zip(ours, theirs, strict=True)]
-    n = len(gaps)
-    if n < 2:
-        return Gap(gaps[0], math.inf, n)
+    """Gap of two lists of equal length, whose entries belong together (a training seed, a text). Student's t: exact for
+    normal differences, so give it logarithms of ratios, and seeds or texts, never the tokens of one text."""
+    gaps = [float(x - y) for x, y in zip(ours, theirs, strict=True)]
+    n, mean = len(gaps), sum(gaps) / max(1, len(gaps))
+    if n < 2 or not math.isfinite(mean):
+        return Gap(mean, math.inf, n)
     quantile = T975[max(k for k in T975 if k <= n - 1)] if n <= 61 else 1.96             # cautious between entries
-    return Gap(statistics.mean(gaps), quantile * statistics.stdev(gaps) / n ** 0.5, n)
+    return Gap(mean, quantile * statistics.stdev(gaps) / n ** 0.5, n)
 
 
 def verdict(gap, margin=0.0, unit="", what="seeds", lower_is_better=True):
     """The wording of every comparison. `margin`: differences within +-margin are of no practical interest.
 
-    "ties within X" needs the whole interval inside the margin; "ahead" and "behind" need it to exclude zero; else
-    nothing is known, and one pair is never enough."""
+    "ties within X" needs the whole interval inside the margin, also where it excludes zero; "ahead" and "behind" need
+    it to exclude zero; else nothing is known, and one pair is never enough."""
     unit = f" {unit}" if unit else ""
     size = f"{abs(gap.mean):.3g}{unit}"
     if gap.n < 2:
-        return f"not known (n = 1, {'lower' if gap.mean < 0 else 'higher'} by {size})"
+        where = f"{'lower' if gap.mean < 0 else 'higher'} by {size}" if gap.mean else "equal"
+        return f"not known (n = {gap.n}{', ' + where if gap.n else ''})"
+    if not math.isfinite(gap.half):
+        return f"not known (a value is not finite, {gap.n} {what})"
     interval = f"95% [{gap.mean - gap.half:+.3g}, {gap.mean + gap.half:+.3g}]{unit}, {gap.n} {what}"
     if abs(gap.mean) + gap.half <= margin:
         return f"ties within {margin:g}{unit} ({interval})"
     if abs(gap.mean) > gap.half:
         return f"{'ahead' if (gap.mean < 0) == lower_is_better else 'behind'} by {size} ({interval})"
     return f"not known ({interval})"
+
+
+def holm(ps):
+    """p values corrected for their number (Holm 1979): the chance of one false finding among all stays below each."""
+    order, corrected, worst = sorted(range(len(ps)), key=lambda i: ps[i]), [0.0] * len(ps), 0.0
+    for rank, i in enumerate(order):
+        corrected[i] = worst = max(worst, min(1.0, (len(ps) - rank) * ps[i]))
+    return corrected

@@ -1,4 +1,5 @@
 """A cut changes nothing: prefix + suffix is the model, bit for bit, for every family and at every layer."""
+import json
 import shutil
 
 import pytest
@@ -24,6 +25,18 @@ def test_prefix_and_suffix_equal_the_model(family):
     for cut in range(lm.L + 1):
         hl = lm.through(h0, 0, cut)
         assert torch.equal(lm.head(lm.through(hl, cut, lm.L)), want), f"cut at {cut}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_which_hidden_state_it_is(family):
+    """h[l] is the library's hidden_states[l], but for the last: there theirs is after the final norm."""
+    lm = backbone.Backbone(tiny_model(family))
+    states = lm.model(IDS, output_hidden_states=True).hidden_states
+    h = lm.embed(IDS)
+    for layer in range(lm.L + 1):
+        assert torch.equal(lm.norm(h) if layer == lm.L else h, states[layer]), f"h[{layer}]"
+        h = lm.through(h, layer, min(layer + 1, lm.L))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -77,6 +90,12 @@ def test_refusals(tmp_path, capsys, text):
     BertModel(BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
                          intermediate_size=8)).save_pretrained(tmp_path / "bert")
     assert "'bert' cannot be cut" in fails(capsys, geometry.main, *common, "--model", tmp_path / "bert")
+    (tmp_path / "strange").mkdir()                                        # code of its own: never run, so it is unknown
+    (tmp_path / "strange" / "config.json").write_text(json.dumps({
+        "model_type": "strange", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}))
+    (tmp_path / "strange" / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    assert "no model could be opened" in fails(capsys, geometry.main, *common, "--model", tmp_path / "strange")
+    assert not (tmp_path / "ran").exists()
     assert not (tmp_path / "g").exists()
 
 

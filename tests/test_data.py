@@ -1,6 +1,9 @@
 """Text in, the same tokens out; batches are a pure function of (seed, step, slot); bad input costs one sentence."""
 import hashlib
 import json
+import random
+import re
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ import torch
 from conftest import fails
 
 import data
-from core import backbone
+from core import backbone, run
 
 
 def write(folder, meta_tokens, ids):
@@ -117,9 +120,92 @@ def test_kinds_of_text(tmp_path):
 @pytest.mark.parametrize("line, end", [("word " * 20 + "\n \n", " \n"), ("word " * 20 + "\n", "\n"), ("x" * 99, "x")])
 def test_long_text_is_cut_somewhere_sensible(line, end):
     text = line * 2000
-    parts = list(data.pieces(text))
+    parts = list(data.pieces([text]))
     assert "".join(parts) == text and len(parts) > 5 and all(p.endswith(end) for p in parts)
     assert all(data.PIECE <= len(p) <= 2 * data.PIECE for p in parts[:-1])
+
+
+def pieces_in_memory(text):
+    """What pieces() was when a file was read whole: the reference for its cuts."""
+    start = 0
+    while len(text) - start > 2 * data.PIECE:
+        lo, hi = start + data.PIECE, start + 2 * data.PIECE
+        blank = re.compile(r"\n[ \t]*\n").search(text, lo, hi)
+        cut = blank.end() if blank else text.find("\n", lo, hi) + 1 or hi
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
+
+
+def random_text(seed, size):
+    """Lines, blank lines with spaces in them, long stretches of neither, characters of one to four bytes."""
+    chance, parts, length = random.Random(seed), [], 0
+    while length < size:
+        end = chance.choice(["\n", "\n\n", "\n \t\n", "\n\n\n", "\r\n", "\r\n\r\n", "\r", " "])
+        parts.append(chance.choice("aé語𝄞 ") * int(chance.choice([3, 70, 4000, 9000]) * chance.random()) + end)
+        length += len(parts[-1])
+    return "".join(parts)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_cuts_do_not_depend_on_the_chunks(seed):
+    text, chance = random_text(seed, 150_000), random.Random(seed)
+    want = list(pieces_in_memory(text))
+    assert len(want) > 8
+    for longest in (977, 20_000, 10 ** 6):
+        chunks, at = [], 0
+        while at < len(text):
+            chunks.append(text[at:at + chance.randint(1, longest)])
+            at += len(chunks[-1])
+        assert list(data.pieces(chunks)) == want
+    for size in (0, 1, 2 * data.PIECE, 2 * data.PIECE + 1):                      # where the first cut begins
+        assert list(data.pieces(iter(text[:size]))) == list(pieces_in_memory(text[:size]))
+
+
+def test_a_file_is_read_as_when_it_was_read_whole(tmp_path):
+    """Newlines and characters of several bytes lie across the borders of chunks (2^20 characters) and of bytes read."""
+    for name, text in (("mixed", random_text(9, 2_500_000)), ("odd", "x" + "語\r\n" * 900_000), ("empty", "")):
+        file = tmp_path / f"{name}.txt"
+        file.write_bytes(text.encode())
+        got = list(data.documents(data.resolve(str(file))))
+        assert got == list(pieces_in_memory(file.read_text(encoding="utf-8"))), name
+    (tmp_path / "mixed.py").write_bytes((tmp_path / "mixed.txt").read_bytes())
+    assert list(data.documents(data.resolve(str(tmp_path / "mixed.py")))) == [(tmp_path / "mixed.txt").read_text()]
+
+
+def test_bad_bytes_late_in_a_large_file_leave_nothing(tmp_path, capsys):
+    good = ("word " * 15 + "\n").encode() * 15_000                              # 1.1 MB
+    for name, bytes_, sentence in (("cut", "é".encode()[:1], "not UTF-8"), ("nul", b"\0 ", "binary")):
+        (tmp_path / f"{name}.txt").write_bytes(good + bytes_)
+        argv = ["--data", tmp_path / f"{name}.txt", "--vocab", "300", "--out", tmp_path / "out"]
+        assert sentence in fails(capsys, data.main, *argv)
+        assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_memory_does_not_grow_with_a_text_file(tmp_path):
+    """60 MB in one file: 10 MB are enough to read it, and reading it whole, as before, would break that bound."""
+    file = tmp_path / "large.txt"
+    file.write_bytes(("the same line of some ninety bytes, again and again, é included " * 5 + "\n").encode() * 182_000)
+    assert file.stat().st_size > 59e6
+
+    def peak(texts):
+        tracemalloc.start()                       # every str, whatever this process held before (unlike ru_maxrss)
+        try:
+            assert sum(len(d.encode()) for d in texts()) == file.stat().st_size
+            return tracemalloc.get_traced_memory()[1] / 1e6
+        finally:
+            tracemalloc.stop()
+    assert peak(lambda: data.documents(data.resolve(str(file)))) < 10
+    assert peak(lambda: pieces_in_memory(file.read_text(encoding="utf-8"))) > 60
+
+
+def test_the_section_is_that_of_the_result(runs):
+    folder = runs / "data"
+    result = json.loads((folder / "result.json").read_text())
+    text = run.read_section(folder)
+    assert text == data.section(result) and text.startswith("## The text\n")
+    assert f"{result['tokens']['train']:,} training" in text and str(folder.parent) not in text
+    assert all(len(value) <= 60 for _, value in result["headline"])
 
 
 def test_a_local_dataset_folder_goes_through_datasets(tmp_path, capsys):
