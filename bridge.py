@@ -43,7 +43,7 @@ from core.diffusion import SAMPLERS, TIMES, hide, readout_loss, times, token_los
 from core.draws import generator, normal
 from core.measure import NOISE_ROWS, measure, report_size, train_flops
 from core.report import table
-from core.run import Clock, Run, finished, read_json
+from core.run import TRACKERS, Clock, Run, finished, measures, read_json
 
 
 @dataclass
@@ -96,7 +96,7 @@ class Config:
     eval_every: int = 200       # steps between validations
     log_every: int = 50         # steps between log lines
     save_every: int = 200       # steps between checkpoints
-    track: Literal["", "wandb", "tensorboard"] = ""  # also log there (an optional package)
+    track: Literal[tuple(TRACKERS)] = ""  # also log there (an optional package)
     keep_state: bool = False    # keep the training state of a finished run, to go on to more --steps later
     dry_run: bool = False       # print sizes and cost, then leave
     MEASURES = ("sampler", "shift", "nfe", "nfes", "eval_batches", "noise_seeds")  # no part of what is trained
@@ -250,7 +250,6 @@ def numbers(lm, net, raw, rows, layer, cfg):
     of_raw = measure(lm, raw, rows[:NOISE_ROWS], layer, nfes, few)[0] if raw is not None else {}
     return {"nfe": of_mean, "raw_nfe": of_raw, "ce_intact": ce, "eval_sequences": len(rows), "nfe_default": cfg.nfe,
             "noise_seeds": cfg.noise_seeds, "sampler": cfg.sampler, "shift": cfg.shift,
-            "measured": {name: getattr(cfg, name) for name in cfg.MEASURES},
             "headline": [[f"what the hybrid at layer {layer} loses, {cfg.objective}",
                           f"{of_mean[n]['ce_gap']:+.4f} nats, KL {of_mean[n]['kl']:.4f}"]]}
 
@@ -280,8 +279,8 @@ def main(argv):
     model = backbone.resolve(cfg.model, cfg.out)
     layer = choose_layer(cfg) if cfg.layer != "all" else None
     identity = {"layer_number": layer, "base": backbone.identity(model, cfg.random_init)}
-    if (result := finished(cfg, identity)) and not cfg.dry_run:
-        if world.main and result["nfe"] and result.get("measured") != {n: getattr(cfg, n) for n in cfg.MEASURES}:
+    if (result := finished(cfg, identity, quiet=True)) and not cfg.dry_run:
+        if world.main and result["nfe"] and result["measures"] != measures(cfg):
             result = measure_again(cfg, result, model, world, dtype, identity)
         print(f"{cfg.out} is finished: " + summary(result))
         return result

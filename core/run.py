@@ -121,14 +121,14 @@ def _words(differ):
     return ", ".join(f"{k} = {there} there, {here} here" for k, (there, here) in differ.items())
 
 
-def finished(cfg, identity):
+def finished(cfg, identity, quiet=False):
     """The result of a finished run of exactly this config, or None: a stage can leave before it loads anything. Says so
-    where that run was measured by other flags than these."""
+    where that run was measured by other flags than these, unless `quiet`."""
     if differences(cfg, identity) != {} or not (Path(cfg.out) / "result.json").exists():
         return None
     result = read_json(Path(cfg.out) / "result.json")
     here, there = measures(cfg), result.get("measures", {})
-    if otherwise := {k: (there[k], here[k]) for k in there if k in here and there[k] != here[k]}:
+    if not quiet and (otherwise := {k: (there[k], here[k]) for k in there if k in here and there[k] != here[k]}):
         print(f"{cfg.out} was measured otherwise ({_words(otherwise)}): its numbers are shown")
     return result
 

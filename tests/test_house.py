@@ -252,7 +252,7 @@ def test_report(runs, tmp_path, capsys):
     """Sections are joined with their figures, what is not there names its command, unknown runs are joined too."""
     import shutil
     shutil.copytree(runs, tmp_path / "r")
-    own = tmp_path / "r" / "mine"                                             # a fork's run that evaluate.py never heard of
+    own = tmp_path / "r" / "mine"                                # a run of a fork, which evaluate.py never heard of
     fork = run.Run(evaluate.Config(out=str(own), dtype="fp32"), common.World(0, 1, torch.device("cpu")), {})
     (own / "mine.png").write_bytes((runs / "geometry" / "geometry.png").read_bytes())
     fork.finish({"headline": [["my own", "42"]], "findings": ["Mine is ahead."]}, "## Mine\n\n![it](mine.png)\n")
@@ -261,8 +261,8 @@ def test_report(runs, tmp_path, capsys):
             str(tmp_path / "own.txt")]
     result = evaluate.main(argv)
     text = (tmp_path / "e" / "report.md").read_text()
-    places = [text.index(t) for t in ("## LOCATE", "## REPLACE: diffusion", "## REPLACE: regression", "## CONVERT", "## Mine",
-                                      "## Cost", "## Zero-shot")]
+    places = [text.index(t) for t in ("## LOCATE", "## REPLACE: diffusion", "## REPLACE: regression", "## CONVERT",
+                                      "## Mine", "## Cost", "## Zero-shot")]
     assert places == sorted(places) and "python circuits.py" in text and "| mine | my own | 42 |" in text
     for figure in re.findall(r"\]\(([^)]+\.png)\)", text):
         assert (tmp_path / "e" / figure).stat().st_size > 5_000
@@ -298,7 +298,7 @@ def test_lines_of_code():
 def test_a_study_started_as_a_file_says_how(tmp_path):
     for file in (ROOT / "studies").glob("[a-z]*.py"):
         done = subprocess.run([sys.executable, str(file)], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 2 and done.stderr == f"error: start it as: python -m studies.{file.stem}\n", done.stderr
+        assert (done.returncode, done.stderr) == (2, f"error: start it as: python -m studies.{file.stem}\n")
 
 
 def test_report_refusals(runs, tmp_path, capsys):
