@@ -93,18 +93,12 @@ def zeroing(subject, batch, scores, graph, edges, cfg, extra):
     def left(components_):
         with without(subject, components_):
             return solved(subject, batch).double().mean().item()
-    others = [n for n in names if n not in top]
-    random = [list(gen.choice(others, count, replace=False)) for _ in range(5)]
-    block = {n: int(n[1:].split(".")[0]) for n in names}
-    matched = []
+    others, block = [n for n in names if n not in top], {n: int(n[1:].split(".")[0]) for n in names}
+    random, matched = [list(gen.choice(others, count, replace=False)) for _ in range(5)], []
     for _ in range(5):
-        free, chosen = list(others), []
-        for name in top:
-            same = [n for n in free if n[0] == name[0]] or free
-            near = min(abs(block[n] - block[name]) for n in same)
-            chosen.append(str(gen.choice([n for n in same if abs(block[n] - block[name]) == near])))
-            free.remove(chosen[-1])
-        matched.append(chosen)
+        free = list(gen.permutation(others))
+        matched.append([free.pop(free.index(min(free, key=lambda n: (n[0] != name[0], abs(block[n] - block[name])))))
+                        for name in top])
     return {"components": top, "intact": left([]), "strongest": left(top),
             "random": statistics.mean(map(left, random)), "matched": statistics.mean(map(left, matched)),
             **({"asked": {"components": extra, "left": left(extra)}} if extra else {})}
@@ -178,7 +172,7 @@ def kind_of(name):
 
 def verdicts(result):
     """A sentence for each task and kind of twin: what it shares with the AR model against what it shared untrained."""
-    said = {"behind": "training moved it away", "ahead": "training brought it nearer"}
+    meaning = {"behind": "training moved it away", "ahead": "training brought it nearer"}
     for name, found in result["tasks"].items():
         if not found["usable"]:
             yield f"{name} ({found['group']}): not analysed, too few prompts are solved by the AR model and a twin"
@@ -192,7 +186,8 @@ def verdicts(result):
                             what=f"pairs: {sets} sets of prompts x {seeds} training seed{'s' if seeds > 1 else ''}")
             yield (f"{name} ({found['group']}), {kind}: shares {plus_minus(values, '.2f')} of the circuit with the AR "
                    f"model, {plus_minus(before, '.2f')} before any training: {words}; "
-                   + said.get(words.split()[0], "no difference is known to be training's doing"))
+                   + meaning.get(words.split()[0], "no difference is known to be training's doing")
+                   + (" (in this one twin: another training may differ)" if seeds == 1 else ""))
 
 
 def patching_lines(result):
@@ -312,10 +307,9 @@ def main(argv):
         pick(TASKS, name, "--task")
     world = setup(cfg.device)
     model = backbone.resolve(cfg.model, cfg.out)
-    beside = Path(model).parent / "repr_align"
-    beside = beside if beside.exists() else beside_out(cfg.out, "repr_align")
-    twins = [Path(t) for t in cfg.twins.split(",")] if cfg.twins else sorted(f.parent for f in beside.glob(
-        "*/result.json"))
+    near = Path(model).parent / "repr_align"
+    beside = near if near.exists() else beside_out(cfg.out, "repr_align")
+    twins = [Path(t) for t in cfg.twins.split(",") if t] or sorted(f.parent for f in beside.glob("*/result.json"))
     if not twins and not cfg.dry_run:
         raise UserError(f"there is no converted model in {beside}; make one with: python repr_align.py")
     identity = {"base": backbone.identity(model), "weights": [backbone.identity(t) for t in twins]}

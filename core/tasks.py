@@ -39,7 +39,7 @@ class Pair(NamedTuple):
     answer: int
     wrong: int
     place: int
-    rest: list
+    rest: list = []
 
 
 class Pieces:
@@ -76,16 +76,13 @@ def changed(tokens, place, token):
     return [*tokens[:place], token, *tokens[place + 1:]]
 
 
-def at_end(clean, corrupted, answer, wrong, rest=()):
-    return Pair(clean, corrupted, answer, wrong, len(clean), list(rest))
-
-
 # ---------------------------------------------------------------------------------------------------- the tasks
 def induction(pieces, gen, size):
     *words, other = pieces.draw(gen, size + 1)
     known = size // 2 if size == 6 else int(gen.integers(1, size))
     again = words[:known]
-    return at_end(words + again, changed(words, known, other) + again, words[known], other, words[known + 1:])
+    return Pair(words + again, changed(words, known, other) + again, words[known], other, size + known,
+                words[known + 1:])
 
 
 def nested(pieces, gen, size):
@@ -105,15 +102,15 @@ def brackets(pieces, gen, size):
     chosen, opened, kinds = nested(pieces, gen, size)
     target, place = chosen[-2], 2 * len(chosen) - 4
     other, prompt = another(kinds, target, gen), [*opened, chosen[-1][1]]
-    return at_end(prompt, changed(prompt, place, other[0]), target[1], other[1],
-                  [kind[1] for kind in chosen[:-2]][::-1])
+    return Pair(prompt, changed(prompt, place, other[0]), target[1], other[1], len(prompt),
+                [kind[1] for kind in chosen[:-2]][::-1])
 
 
 def missing(pieces, gen, size):
     words = pieces.draw(gen, max(3, size - 2))
     *shown, answer = [words[i] for i in gen.permutation(len(words))]
     place, left = int(gen.integers(len(shown))), [*words, *pieces.signs(":")]
-    return at_end(left + shown, left + changed(shown, place, answer), answer, shown[place])
+    return Pair(left + shown, left + changed(shown, place, answer), answer, shown[place], len(left + shown))
 
 
 def countdown(pieces, gen, size):
@@ -121,14 +118,14 @@ def countdown(pieces, gen, size):
     while (terms := gen.integers(0, 9, 3)).sum() > 8:                            # 165 triples, all equally likely
         pass
     a, c = gen.choice(np.arange(terms.sum(), 10), 2, replace=False)              # two targets: 660 prompts
-    rest = [equals, *(token for t in terms for token in (digits[t], plus))]
-    return at_end([digits[a], *rest], [digits[c], *rest], digits[a - terms.sum()], digits[c - terms.sum()])
+    sums = [equals, *(token for t in terms for token in (digits[t], plus))]
+    return Pair([digits[a], *sums], [digits[c], *sums], digits[a - terms.sum()], digits[c - terms.sum()], 8)
 
 
 def infill(pieces, gen, size):
     *words, other = pieces.draw(gen, max(3, size - 2) + 1)
     gap, left = len(words) - 1, [*words[:-1], *pieces.signs("=")]
-    return Pair(left + words, left + changed(words, gap, other), words[gap], other, gap, [])
+    return Pair(left + words, left + changed(words, gap, other), words[gap], other, gap)
 
 
 def opening(pieces, gen, size):
@@ -137,7 +134,7 @@ def opening(pieces, gen, size):
     target, closed = chosen[gap // 2], [kind[1] for kind in chosen][::-1]
     other, place = another(kinds, target, gen), len(chosen) - 1 - gap // 2
     left = opened[:gap] + opened[gap + 1:]
-    return Pair(left + closed, left + changed(closed, place, other[1]), target[0], other[0], gap, [])
+    return Pair(left + closed, left + changed(closed, place, other[1]), target[0], other[0], gap)
 
 
 # name -> (group, function of (pieces, gen, size) that returns a Pair). A new task is a function and a line here.
