@@ -252,7 +252,7 @@ def headline(result):
     if both := [found["overlap"][k] for found in used if set(kinds) <= set(found["models"])]:
         mean = {kind: statistics.mean(row[f"AR and {kind}"]["mean"] for row in both) for kind in [*kinds, UNTRAINED]}
         rows.append([f"circuit shared with the AR model (Jaccard, K = {k})",
-                     ", ".join(f"{mean[n]:.2f} ({short.get(n, 'untrained')})" for n in [UNTRAINED, *kinds[:3]])])
+                     ", ".join(f"{mean[n]:.2f} ({short.get(n, 'untrained')})" for n in [UNTRAINED, *kinds[:2]])])
     return rows
 
 
