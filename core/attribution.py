@@ -34,7 +34,7 @@ class Graph(NamedTuple):
 
 class Subject:
     """A model under study, cut into the parts that the graph names. `student` is set for a masked model, whose
-    attention is bidirectional and whose prompt ends in a mask: its state before the mask predicts the mask's token.
+    attention is bidirectional and whose prompt holds a mask: its state before the mask predicts the mask's token.
     Several subjects of one `kind` differ in their training seed."""
 
     def __init__(self, lm, student=None, name="AR", kind="AR"):
@@ -46,14 +46,11 @@ class Subject:
         self.H = lm.config.num_attention_heads
         self.K = getattr(lm.config, "num_key_value_heads", None) or self.H
         norm1, attention, out, norm2 = lm.family.adds_up
-        self.norm1, self.norm2, self.attention, self.mlp, self.out = ([], [], [], [], [])
-        for block in lm.blocks:
-            self.norm1.append(getattr(block, norm1))
-            self.attention.append(getattr(block, attention))
-            self.norm2.append(getattr(block, norm2))
-            self.mlp.append(block.mlp)
-            self.out.append(getattr(getattr(block, attention), out))
+        self.norm1, self.attention, self.norm2, self.mlp = (
+            [getattr(block, part) for block in lm.blocks] for part in (norm1, attention, norm2, "mlp"))
+        self.out = [getattr(a, out) for a in self.attention]
         self.joint = lm.family.joint                                         # one matrix for q, k, v, stored (in, out)
+        self.inputs = ("c_attn",) if self.joint else ("q_proj", "k_proj", "v_proj")
 
     def graph(self):
         senders, receivers, before = ["embed"], [], []
@@ -68,15 +65,13 @@ class Subject:
 
     def project(self, i, x):
         """The normed input x (..., D) of block i's attention -> q, k, v, each (..., heads * d); past every hook."""
-        a = self.attention[i]
-        if self.joint:
-            return list(a.c_attn.forward(x).chunk(3, -1))
-        return [p.forward(x) for p in (a.q_proj, a.k_proj, a.v_proj)]
+        out = [getattr(self.attention[i], name).forward(x) for name in self.inputs]
+        return list(out[0].chunk(3, -1)) if self.joint else out
 
     def inward(self, i, grads):
         """Gradients at q, k, v (P, T, heads * d) -> at the normed input, apart for each head: (P, T, H + 2K, D)."""
-        a, parts = self.attention[i], []
-        weights = a.c_attn.weight.T.chunk(3) if self.joint else [p.weight for p in (a.q_proj, a.k_proj, a.v_proj)]
+        weights, parts = [getattr(self.attention[i], name).weight for name in self.inputs], []
+        weights = weights[0].T.chunk(3) if self.joint else weights
         for g, w, heads in zip(grads, weights, (self.H, self.K, self.K), strict=True):
             parts.append(torch.einsum("pthd,hde->pthe", g.unflatten(-1, (heads, -1)), w.unflatten(0, (heads, -1))))
         return torch.cat(parts, 2)
@@ -86,20 +81,27 @@ class Subject:
         w = self.out[i].weight if self.joint else self.out[i].weight.T                          # (H * d, D)
         return torch.einsum("pthd,hde->pthe", z.unflatten(-1, (self.H, -1)), w.unflatten(0, (self.H, -1)))
 
-    def embed(self, ids):
-        """Prompts (P, T) -> h[0] (P, T [+ 1 mask], D)."""
+    def embed(self, ids, place=None):
+        """Prompts (P, T) whose answer stands before token `place` (P,), by default after the last -> h[0] (P, T [+ 1],
+        D). A masked model gets a mask there; an AR model what follows that place right after the first token (EOS)."""
+        T = ids.shape[1]
+        place = (torch.full_like(ids[:, 0], T) if place is None else place)[:, None]           # (P, 1)
         if self.student is None:
-            return self.lm.embed(ids)
-        ids = torch.cat([ids, torch.full_like(ids[:, :1], self.student.mask_id)], 1)
-        return self.student.embed(ids, ids == self.student.mask_id)
+            j = torch.arange(T - 1, device=ids.device)
+            turned = 1 + (j + place - 1) % (T - 1)                                             # (P, T - 1)
+            return self.lm.embed(torch.cat([ids[:, :1], ids.gather(1, turned)], 1))
+        j = torch.arange(T + 1, device=ids.device)[None]                                       # (1, T + 1)
+        hidden_at = j == place
+        return self.student.embed(ids.gather(1, (j - (j > place).long()).clamp_max(T - 1)), hidden_at)
 
-    def run(self, h, start=0):
-        """h[start] (P, T, D) -> logits (P, V) of the token after the prompt."""
-        side = self.lm.side(h, causal=self.student is None)
-        h = self.lm.through(h, start, self.lm.L, side)
-        if self.student is not None:
-            return self.student.logits(self.lm.norm(h))[:, -2]
-        return self.lm.head(h)[:, -1].float()
+    def logits(self, h, place=None, start=0):
+        """h[start] (P, T, D) -> logits (P, V) of the answer: from the state before its place."""
+        h = self.lm.through(h, start, self.lm.L, self.lm.side(h, causal=self.student is None))
+        h = self.lm.norm(h)
+        if self.student is None:
+            return self.lm.unnormed_head(h[:, -1]).float()
+        rows = torch.arange(len(h), device=h.device)
+        return self.student.logits(h[rows, -2 if place is None else place - 1])
 
 
 @contextlib.contextmanager
@@ -107,29 +109,24 @@ def record(subject, seen):
     """While open, a forward pass leaves in `seen`: x{i} and r{i}, the residual stream before block i's attention and
     MLP; q_proj{i}, k_proj{i}, v_proj{i} (GPT-2: c_attn{i}) and y{i}, the MLP's normed input, where gradients arrive;
     z{i} and m{i}, the heads side by side and the MLP's output; f, the stream before the final norm."""
-    handles = []
+    with contextlib.ExitStack() as hooks:
+        def take(module, name, output=False):
+            def hook(_, args, *more):
+                value = more[-1] if output else args[0]
+                seen[name] = value[0] if isinstance(value, tuple) else value
+            register = module.register_forward_hook if output else module.register_forward_pre_hook
+            hooks.enter_context(register(hook))
 
-    def take(module, name, output=False):
-        def hook(_, args, *more):
-            value = more[-1] if output else args[0]
-            seen[name] = value[0] if isinstance(value, tuple) else value
-        handles.append((module.register_forward_hook if output else module.register_forward_pre_hook)(hook))
-
-    for i in range(subject.lm.L):
-        take(subject.norm1[i], f"x{i}")
-        a = subject.attention[i]
-        for name in ("c_attn",) if subject.joint else ("q_proj", "k_proj", "v_proj"):
-            take(getattr(a, name), f"{name}{i}", output=True)
-        take(subject.out[i], f"z{i}")
-        take(subject.norm2[i], f"r{i}")
-        take(subject.mlp[i], f"y{i}")
-        take(subject.mlp[i], f"m{i}", output=True)
-    take(subject.lm.norm, "f")
-    try:
+        for i in range(subject.lm.L):
+            take(subject.norm1[i], f"x{i}")
+            for name in subject.inputs:
+                take(getattr(subject.attention[i], name), f"{name}{i}", output=True)
+            take(subject.out[i], f"z{i}")
+            take(subject.norm2[i], f"r{i}")
+            take(subject.mlp[i], f"y{i}")
+            take(subject.mlp[i], f"m{i}", output=True)
+        take(subject.lm.norm, "f")
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 # ---------------------------------------------------------------------------------------------------- attribution
@@ -163,24 +160,23 @@ def attribute(subject, batches, steps):
     graph = subject.graph()
     scores, count = torch.zeros(len(graph.senders), len(graph.receivers), dtype=torch.float64), 0
     for batch in batches:
+        place = batch.get("place")
         with torch.no_grad():
-            clean, corrupted = subject.embed(batch["clean"]), subject.embed(batch["corrupted"])
-            change = 0
+            clean, corrupted, change = *(subject.embed(batch[which], place) for which in ("clean", "corrupted")), 0
             for h0, sign in ((corrupted, 1), (clean, -1)):
                 with record(subject, {}) as seen:
-                    subject.run(h0)
+                    subject.logits(h0, place)
                 change = change + sign * written(subject, h0, seen)                            # (P, T, S, D)
         for way in [1.0] if not steps else [(k + 0.5) / steps for k in range(steps)]:
             h0 = (corrupted + way * (clean - corrupted)).detach().requires_grad_()
             with record(subject, {}) as seen:
-                total = metric(subject.run(h0), batch).sum()
-            names = [f"{n}{i}" for i in range(subject.lm.L)
-                     for n in (("c_attn",) if subject.joint else ("q_proj", "k_proj", "v_proj"))]
-            names += [f"y{i}" for i in range(subject.lm.L)] + ["f"]
+                total = metric(subject.logits(h0, place), batch).sum()
+            names = [f"{n}{i}" for i in range(subject.lm.L) for n in (*subject.inputs, "y")] + ["f"]
             grads = dict(zip(names, torch.autograd.grad(total, [seen[n] for n in names]), strict=True))
             column = 0
             for i in range(subject.lm.L):
-                qkv = grads[f"c_attn{i}"].chunk(3, -1) if subject.joint else [grads[f"{n}_proj{i}"] for n in "qkv"]
+                qkv = [grads[f"{n}{i}"] for n in subject.inputs]
+                qkv = qkv[0].chunk(3, -1) if subject.joint else qkv
                 for g, norm, x in ((subject.inward(i, qkv), subject.norm1[i], seen[f"x{i}"]),
                                    (grads[f"y{i}"][:, :, None], subject.norm2[i], seen[f"r{i}"])):
                     g, n = through_norm(norm, x, g), graph.before[column]                      # (P, T, n_r, D)
@@ -198,22 +194,20 @@ def patch(subject, batch, edges):
     alone is given a stream in which the sender's part is the corrupted one. A list of numbers, as `attribute` scores.
 
     Blocks below the receiver do not change, so each run starts at its block."""
-    graph = subject.graph()
+    graph, place, effects = subject.graph(), batch.get("place"), []
     with record(subject, {}) as seen_corrupted:
-        subject.run(h_corrupted := subject.embed(batch["corrupted"]))
+        subject.logits(h_corrupted := subject.embed(batch["corrupted"], place), place)
     with record(subject, {}) as seen:
-        clean = metric(subject.run(h_clean := subject.embed(batch["clean"])), batch).mean().item()
+        clean = metric(subject.logits(h_clean := subject.embed(batch["clean"], place), place), batch).mean().item()
     change = written(subject, h_corrupted, seen_corrupted) - written(subject, h_clean, seen)   # (P, T, S, D)
-    effects = []
     for s, r in edges:
         name, delta = graph.receivers[r], change[:, :, s]                                      # (P, T, D)
         if name == "logits":
-            start = subject.lm.L
-            logits = subject.run(seen["f"] + delta, start)
+            logits = subject.logits(seen["f"] + delta, place, subject.lm.L)
         else:
             start = int(name[1:].split(".")[0])
             with instead(subject, name, seen, delta):
-                logits = subject.run(seen[f"x{start}"], start)
+                logits = subject.logits(seen[f"x{start}"], place, start)
         effects.append(metric(logits, batch).mean().item() - clean)
     return effects
 
@@ -224,7 +218,7 @@ def instead(subject, name, seen, delta):
     i = int(name[1:].split(".")[0])
     if name.startswith("m"):
         y = subject.norm2[i].forward(seen[f"r{i}"] + delta)
-        handle = subject.mlp[i].register_forward_pre_hook(lambda *_: (y,))
+        hook = subject.mlp[i].register_forward_pre_hook(lambda *_: (y,))
     else:
         _, h, part = name.split(".")
         place = "qkv".index(part)
@@ -232,44 +226,34 @@ def instead(subject, name, seen, delta):
         heads = subject.H if part == "q" else subject.K
         d = new.shape[-1] // heads
         lo = int(h) * d
-        a = subject.attention[i]
-        module = a.c_attn if subject.joint else getattr(a, f"{part}_proj")
+        module = getattr(subject.attention[i], subject.inputs[0 if subject.joint else place])
         first = (place * heads * d if subject.joint else 0) + lo
 
-        def hook(_, __, output):
+        def change(_, __, output):
             output = output.clone()
             output[..., first:first + d] = new[..., lo:lo + d]
             return output
-        handle = module.register_forward_hook(hook)
-    try:
+        hook = module.register_forward_hook(change)
+    with hook:
         yield
-    finally:
-        handle.remove()
 
 
 @contextlib.contextmanager
 def without(subject, components):
     """While open, these senders write nothing: heads `a1.3` and MLPs `m1`. Raises UserError for an unknown one."""
-    known, handles = subject.graph().senders[1:], []
+    known = subject.graph().senders[1:]
     unknown = [name for name in components if name not in known]
     if unknown:
         raise UserError(f"--ablate {unknown[0]}: no such component; heads are a0.0 to "
                         f"a{subject.lm.L - 1}.{subject.H - 1}, MLPs m0 to m{subject.lm.L - 1}")
-    for name in components:
-        i, _, h = name[1:].partition(".")
+    with contextlib.ExitStack() as hooks:
+        for name in components:
+            i, _, h = name[1:].partition(".")
 
-        def zero_head(_, args, h=h):
-            z = args[0].unflatten(-1, (subject.H, -1)).clone()
-            z[..., int(h), :] = 0
-            return (z.flatten(-2),)
-
-        def zero(_, __, output):
-            return torch.zeros_like(output)
-        i = int(i)
-        handles.append(subject.out[i].register_forward_pre_hook(zero_head) if h else
-                       subject.mlp[i].register_forward_hook(zero))
-    try:
+            def zero_head(_, args, h=h):
+                z = args[0].unflatten(-1, (subject.H, -1)).clone()
+                z[..., int(h), :] = 0
+                return (z.flatten(-2),)
+            hooks.enter_context(subject.out[int(i)].register_forward_pre_hook(zero_head) if h else
+                                subject.mlp[int(i)].register_forward_hook(lambda _, __, y: torch.zeros_like(y)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -2,39 +2,44 @@
 
     python data.py --tasks 0.6                 # mixes lines of them into the training text, never into val
     python circuits.py --model out/tasks/toy --task induction        # compares how two models solve one
-    pairs = examples("induction", Pieces(tokenizer), 64, seed=0)    # clean and corrupted prompts of equal length
+    pairs = examples("induction", Pieces(tokenizer), 64, seed=0)     # clean and corrupted prompts of equal length
 
-A line is one document, so a prompt is EOS and the beginning of a line. Two tasks are solved by looking back along the
-prefix, two only by weighing all of it (the grouping of the mechanism-shift paper; its tasks are too hard for a toy):
+A line is one document, so a prompt is EOS and a line without its answer. Two tasks are solved by looking back along
+the prefix, two only by weighing all of it (the grouping of the mechanism-shift paper, whose own tasks are too hard for
+a toy), and two have their answer in the middle, where what stands before it says nothing:
 
     induction   w1 w2 w3 w4 w5 w6 w1 w2 w3 -> w4              prefix     the word that followed last time
     brackets    ( w1 [ w2 { w3 } -> ]                         prefix     the type that is open
     missing     w1 w2 w3 w4 : w3 w1 w4 -> w2                  global     the word that has not come back yet
-    countdown   7 = 3 + -> 4                                  global     what brings the sum to its target
+    countdown   9 = 3 + 1 + 2 + -> 3                          global     what brings the sum to its target
+    infill      w1 w2 w3 _ = w1 w2 w3 w4 -> w4                middle     the word at its place in the copy
+    opening     ( w1 _ w2 { w3 } ] ) -> [                     middle     the type that is closed
 
-The corrupted prompt differs in one token, which changes the answer. Both prompts have the same length.
+The corrupted prompt differs in one token, which changes the answer; both have the same length. In the middle tasks it
+stands to the right of the answer. A masked model reads such a line as it is; an AR model sees no right side, so it is
+given the same tokens in the order in which AR models are taught to fill gaps (suffix, prefix, middle: Bavarian et al.
+2022): what follows the gap comes first. Training lines have either order, by the toss of a coin.
 """
 from typing import NamedTuple
 
 import numpy as np
 
-from core.common import UserError
+from core.common import UserError, pick
 from core.draws import generator
 
-TASKS = ("induction", "brackets", "missing", "countdown")
-GLOBAL = ("missing", "countdown")
 WORDS = 64      # single-token words that the tasks use: the most frequent ones of the vocabulary
 LEAST = 16      # fewer than this and the tokenizer cannot pose the tasks
 
 
 class Pair(NamedTuple):
-    """Token ids: a prompt, the same with one token changed, what follows the one and the other, and how the line ends
-    after the clean prompt's answer."""
+    """Token ids: the visible tokens of a prompt, the same with one token changed, what is asked for in the one and the
+    other, before which of the tokens it stands (their number: at the end), and how the line ends after it."""
     clean: list
     corrupted: list
     answer: int
     wrong: int
-    rest: list
+    place: int
+    rest: list = []
 
 
 class Pieces:
@@ -67,58 +72,95 @@ class Pieces:
         return [self.words[i] for i in gen.choice(len(self.words), count, replace=False)]
 
 
+def changed(tokens, place, token):
+    return [*tokens[:place], token, *tokens[place + 1:]]
+
+
 # ---------------------------------------------------------------------------------------------------- the tasks
 def induction(pieces, gen, size):
     *words, other = pieces.draw(gen, size + 1)
     known = size // 2 if size == 6 else int(gen.integers(1, size))
-    changed = [*words[:known], other, *words[known + 1:]]
-    return Pair(words + words[:known], changed + words[:known], words[known], other, words[known + 1:])
+    again = words[:known]
+    return Pair(words + again, changed(words, known, other) + again, words[known], other, size + known,
+                words[known + 1:])
+
+
+def nested(pieces, gen, size):
+    """Brackets that open, a word after each: (the kinds drawn, [opening, word, opening, word, ...], all kinds)."""
+    signs = pieces.signs("([{)]}")
+    kinds = list(zip(signs[:3], signs[3:]))
+    chosen = [kinds[i] for i in gen.integers(0, 3, max(2, size // 2))]
+    words = pieces.draw(gen, len(chosen))
+    return chosen, [token for kind, word in zip(chosen, words, strict=True) for token in (kind[0], word)], kinds
+
+
+def another(kinds, kind, gen):
+    return kinds[(kinds.index(kind) + int(gen.integers(1, 3))) % 3]
 
 
 def brackets(pieces, gen, size):
-    signs = pieces.signs("([{)]}")
-    kinds = list(zip(signs[:3], signs[3:]))
-    depth = max(2, size // 2)
-    chosen = [kinds[i] for i in gen.integers(0, 3, depth)]
-    words = pieces.draw(gen, depth)
-    target = chosen[-2]
-    other = kinds[(kinds.index(target) + int(gen.integers(1, 3))) % 3]
-    prompt = [token for kind, word in zip(chosen, words, strict=True) for token in (kind[0], word)] + [chosen[-1][1]]
-    changed = [*prompt[:2 * depth - 4], other[0], *prompt[2 * depth - 3:]]
-    return Pair(prompt, changed, target[1], other[1], [kind[1] for kind in chosen[:-2]][::-1])
+    chosen, opened, kinds = nested(pieces, gen, size)
+    target, place = chosen[-2], 2 * len(chosen) - 4
+    other, prompt = another(kinds, target, gen), [*opened, chosen[-1][1]]
+    return Pair(prompt, changed(prompt, place, other[0]), target[1], other[1], len(prompt),
+                [kind[1] for kind in chosen[:-2]][::-1])
 
 
 def missing(pieces, gen, size):
-    count = max(3, size - 2)
-    words = pieces.draw(gen, count)
-    *shown, answer = [words[i] for i in gen.permutation(count)]
-    place, [colon] = int(gen.integers(count - 1)), pieces.signs(":")
-    changed = [*shown[:place], answer, *shown[place + 1:]]
-    return Pair([*words, colon, *shown], [*words, colon, *changed], answer, shown[place], [])
+    words = pieces.draw(gen, max(3, size - 2))
+    *shown, answer = [words[i] for i in gen.permutation(len(words))]
+    place, left = int(gen.integers(len(shown))), [*words, *pieces.signs(":")]
+    return Pair(left + shown, left + changed(shown, place, answer), answer, shown[place], len(left + shown))
 
 
 def countdown(pieces, gen, size):
     digits, (equals, plus) = pieces.signs("0123456789"), pieces.signs("=+")
-    b = int(gen.integers(7))
-    a, c = gen.choice(np.arange(b, 10), 2, replace=False)
-    rest = [equals, digits[b], plus]
-    return Pair([digits[a], *rest], [digits[c], *rest], digits[a - b], digits[c - b], [])
+    while (terms := gen.integers(0, 9, 3)).sum() > 8:                            # 165 triples, all equally likely
+        pass
+    a, c = gen.choice(np.arange(terms.sum(), 10), 2, replace=False)              # two targets: 660 prompts
+    sums = [equals, *(token for t in terms for token in (digits[t], plus))]
+    return Pair([digits[a], *sums], [digits[c], *sums], digits[a - terms.sum()], digits[c - terms.sum()], 8)
+
+
+def infill(pieces, gen, size):
+    *words, other = pieces.draw(gen, max(3, size - 2) + 1)
+    gap, left = len(words) - 1, [*words[:-1], *pieces.signs("=")]
+    return Pair(left + words, left + changed(words, gap, other), words[gap], other, gap)
+
+
+def opening(pieces, gen, size):
+    chosen, opened, kinds = nested(pieces, gen, size)
+    gap = 2 * int(gen.integers(len(chosen)))                                     # the bracket that is not shown
+    target, closed = chosen[gap // 2], [kind[1] for kind in chosen][::-1]
+    other, place = another(kinds, target, gen), len(chosen) - 1 - gap // 2
+    left = opened[:gap] + opened[gap + 1:]
+    return Pair(left + closed, left + changed(closed, place, other[1]), target[0], other[0], gap)
+
+
+# name -> (group, function of (pieces, gen, size) that returns a Pair). A new task is a function and a line here.
+TASKS = {"induction": ("prefix", induction), "brackets": ("prefix", brackets), "missing": ("global", missing),
+         "countdown": ("global", countdown), "infill": ("middle", infill), "opening": ("middle", opening)}
 
 
 def make(name, pieces, gen, size=6):
     """One Pair of the task `name`. `size` sets the length; 6 is the one that is analysed."""
-    return {"induction": induction, "brackets": brackets, "missing": missing,
-            "countdown": countdown}[name](pieces, gen, size)
+    return pick(TASKS, name, "--task")[1](pieces, gen, size)
 
 
 def examples(name, pieces, count, seed):
-    """`count` Pairs of one length, every prompt beginning with EOS. A small task (countdown) has few different ones."""
+    """`count` Pairs of one length, every prompt beginning with EOS."""
     gen = generator(seed, f"task {name}")
     pairs = [make(name, pieces, gen) for _ in range(count)]
-    pairs = [p._replace(clean=[pieces.eos, *p.clean], corrupted=[pieces.eos, *p.corrupted]) for p in pairs]
+    pairs = [p._replace(clean=[pieces.eos, *p.clean], corrupted=[pieces.eos, *p.corrupted], place=p.place + 1)
+             for p in pairs]
     if len({len(ids) for p in pairs for ids in (p.clean, p.corrupted)}) > 1:
         raise UserError(f"the prompts of task {name} differ in length under this tokenizer")
     return pairs
+
+
+def distinct(name, pieces, draws=2000, seed=0):
+    """How many different prompts there are among so many."""
+    return len({(p.place, *p.clean) for p in examples(name, pieces, draws, seed)})
 
 
 def lines(tokenizer, seed=0):
@@ -127,4 +169,6 @@ def lines(tokenizer, seed=0):
     while True:
         for name in TASKS:
             pair = make(name, pieces, gen, int(gen.integers(4, 9)))
-            yield np.array([*pair.clean, pair.answer, *pair.rest])
+            left, right = pair.clean[:pair.place], pair.clean[pair.place:]
+            first = bool(right) and gen.random() < 0.5                           # in the order of an AR model
+            yield np.array([*right, *left, pair.answer] if first else [*left, pair.answer, *right, *pair.rest])

@@ -9,10 +9,11 @@ from torch import nn
 
 import circuits
 import data
-from core import attribution, backbone, masked, report, tasks
+from core import attribution, backbone, masked, overlap, tasks
 from core.attribution import Subject, attribute, metric, patch, without
 from core.common import UserError
 from core.draws import generator
+from core.run import read_section
 
 SUPPORTED = ("llama", "qwen2", "qwen3", "mistral", "gpt2")
 
@@ -27,13 +28,14 @@ def batch_of(pairs=5, length=9, seed=0):
     corrupted = clean.clone()
     corrupted[:, 4] = (clean[:, 4] + 7) % 61 + 3
     answer = torch.randint(3, 64, (pairs,), generator=gen)
-    return {"clean": clean, "corrupted": corrupted, "answer": answer, "wrong": (answer + 5) % 64}
+    return {"clean": clean, "corrupted": corrupted, "answer": answer, "wrong": (answer + 5) % 64,
+            "place": torch.full((pairs,), length)}
 
 
 def difference(subject, batch):
     """m(corrupted) - m(clean), mean over pairs."""
     with torch.no_grad():
-        there, here = (metric(subject.run(subject.embed(batch[k])), batch) for k in ("corrupted", "clean"))
+        there, here = (metric(subject.logits(subject.embed(batch[k])), batch) for k in ("corrupted", "clean"))
     return (there - here).mean().item()
 
 
@@ -75,8 +77,7 @@ def linear(family):
     for block in subject.lm.blocks:
         setattr(block, norm1, Same())
         setattr(block, norm2, Same())
-    stack, _, norm = backbone.FAMILIES[subject.lm.config.model_type]
-    setattr(getattr(subject.lm.model, stack), norm, Same())
+    setattr(subject.lm.stack, subject.lm.family.norm, Same())
     return Subject(backbone.Backbone(subject.lm.model))
 
 
@@ -172,7 +173,7 @@ def test_the_masked_model_looks_both_ways_and_at_a_mask(runs):
     mask = torch.cat([ids, ids.new_full((3, 1), student.mask_id)], 1)
     *_, last = student.states(mask, mask == student.mask_id)
     with torch.no_grad():
-        assert torch.allclose(subject.run(subject.embed(ids)), student.logits(last)[:, 6], atol=1e-5)
+        assert torch.allclose(subject.logits(subject.embed(ids)), student.logits(last)[:, 6], atol=1e-5)
     batch = {"clean": ids, "corrupted": ids.roll(1, 0), "answer": torch.tensor([5, 6, 7]),
              "wrong": torch.tensor([8, 9, 10])}
     want = difference(subject, batch)
@@ -189,13 +190,13 @@ def test_models_whose_heads_do_not_add_up_are_refused_by_name(family):
 def test_zeroing_is_what_it_says():
     subject, batch = subject_of("llama"), batch_of()
     with torch.no_grad():
-        before = subject.run(subject.embed(batch["clean"]))
+        before = subject.logits(subject.embed(batch["clean"]))
         with without(subject, ["a1.2", "m3"]):
-            now = subject.run(subject.embed(batch["clean"]))
-        again = subject.run(subject.embed(batch["clean"]))
+            now = subject.logits(subject.embed(batch["clean"]))
+        again = subject.logits(subject.embed(batch["clean"]))
         subject.attention[1].o_proj.weight[:, 16:24] = 0
         subject.lm.blocks[3].mlp.down_proj.weight.zero_()
-        want = subject.run(subject.embed(batch["clean"]))
+        want = subject.logits(subject.embed(batch["clean"]))
     assert torch.equal(before, again) and torch.allclose(now, want, atol=1e-5) and not torch.allclose(now, before)
     with pytest.raises(UserError, match="a9.0"), without(subject, ["a9.0"]):
         pass
@@ -205,46 +206,111 @@ def test_zeroing_is_what_it_says():
 def test_measures_have_known_answers():
     scores = torch.tensor([[5., -9., 1.], [0., 2., -7.]]).double()
     edges = torch.tensor([[True, True, True], [False, True, True]])
-    assert circuits.strongest(scores, edges, 2) == {1, 5}
-    assert circuits.jaccard({1, 2, 3}, {2, 3, 4}) == 0.5 and circuits.chance(50, 100) == pytest.approx(1 / 3)
+    assert overlap.strongest(scores, edges, 2) == {1, 5}
+    assert overlap.jaccard({1, 2, 3}, {2, 3, 4}) == 0.5 and overlap.chance(50, 100) == pytest.approx(1 / 3)
     gen, n, k = generator(0, "test"), 200, 50
-    drawn = [circuits.jaccard(*(set(gen.choice(n, k, replace=False).tolist()) for _ in "ab")) for _ in range(400)]
-    assert sum(drawn) / 400 == pytest.approx(circuits.chance(k, n), abs=0.01)
-    assert circuits.gini(torch.ones(5)) == pytest.approx(0) and circuits.gini(torch.eye(4)[0]) == pytest.approx(0.75)
-    assert circuits.entropy(torch.ones(5)) == pytest.approx(1) and circuits.entropy(torch.eye(4)[0]) == 0
+    drawn = [overlap.jaccard(*(set(gen.choice(n, k, replace=False).tolist()) for _ in "ab")) for _ in range(400)]
+    assert sum(drawn) / 400 == pytest.approx(overlap.chance(k, n), abs=0.01)
+    assert overlap.gini(torch.ones(5)) == pytest.approx(0) and overlap.gini(torch.eye(4)[0]) == pytest.approx(0.75)
     graph = attribution.Graph(["embed", "a0.0", "a0.1", "m0"],
                               ["a0.0.q", "a0.1.q", "a0.0.k", "a0.0.v", "m0", "logits"], [1, 1, 1, 1, 3, 4])
     one = torch.zeros(4, 6).double()
     one[0, 2], one[1, 4] = 4.0, -2.0                                           # embed -> shared key, a0.0 -> m0
-    assert circuits.components(one, graph.edges(), 2, graph).tolist() == [4, 2 + 2, 2, 2]
-    assert circuits.depth(one, graph.edges(), graph, 1).tolist() == pytest.approx([4 / 6, 2 / 6])
+    assert overlap.components(one, graph.edges(), 2, graph).tolist() == [4, 2 + 2, 2, 2]
+    assert overlap.by_depth(one, graph.edges(), graph, 1).tolist() == pytest.approx([4 / 6, 2 / 6])
 
 
 # --------------------------------------------------------------------------------------------------------- tasks
+def solve(name, pieces, left, right):
+    """What stands between `left` and `right`, worked out by hand."""
+    digit, signs = pieces.signs("0123456789"), pieces.signs("([{)]}")
+    if name == "induction":
+        assert left.count(left[-1]) == 2
+        return left[left.index(left[-1]) + 1]
+    if name == "missing":
+        cut = left.index(pieces.signs(":")[0])
+        return (set(left[:cut]) - set(left[cut + 1:])).pop()
+    if name == "countdown":
+        a, *terms = (digit.index(i) for i in left if i in digit)
+        return digit[a - sum(terms)]
+    if name == "infill":
+        return right[1 + len(left)]
+    stack = []
+    for i in left if name == "brackets" else right[::-1]:                       # from the side of the open ones
+        if i in signs and (i in signs[:3]) == (name == "brackets"):
+            stack.append(signs.index(i) % 3)
+        elif i in signs:
+            assert signs.index(i) % 3 == stack.pop()
+    return signs[stack[-1] + 3] if name == "brackets" else signs[stack[-1]]
+
+
 def test_pairs_differ_in_one_token_and_have_the_answer_they_claim(runs):
     tokenizer = backbone.load_tokenizer(runs / "toy")
     pieces = tasks.Pieces(tokenizer)
-    for name in tasks.TASKS:
+    for name, (group, _) in tasks.TASKS.items():
         for p in tasks.examples(name, pieces, 20, seed=3):
             assert len(p.clean) == len(p.corrupted) and p.answer != p.wrong and p.clean[0] == tokenizer.eos_token_id
-            assert sum(a != b for a, b in zip(p.clean, p.corrupted, strict=True)) == 1
-            for ids, answer in ((p.clean[1:], p.answer), (p.corrupted[1:], p.wrong)):
-                if name == "induction":
-                    assert ids[ids.index(ids[-1]) + 1] == answer and ids.count(ids[-1]) == 2
-                elif name == "missing":
-                    cut = ids.index(pieces.signs(":")[0])
-                    assert {answer} == set(ids[:cut]) - set(ids[cut + 1:])
-                elif name == "countdown":
-                    digit = pieces.signs("0123456789")
-                    assert digit.index(ids[2]) + digit.index(answer) == digit.index(ids[0])
-                else:
-                    signs, stack = pieces.signs("([{)]}"), []
-                    for i in ids:
-                        if i in signs[:3]:
-                            stack.append(signs.index(i))
-                        elif i in signs[3:]:
-                            assert signs.index(i) - 3 == stack.pop()
-                    assert answer == signs[stack[-1] + 3]
+            changed = [i for i, (a, b) in enumerate(zip(p.clean, p.corrupted, strict=True)) if a != b]
+            assert len(changed) == 1 and (p.place < len(p.clean)) == (group == "middle")
+            assert group != "middle" or changed[0] >= p.place                  # what decides stands on the right
+            for ids, answer in ((p.clean, p.answer), (p.corrupted, p.wrong)):
+                assert solve(name, pieces, ids[1:p.place], ids[p.place:]) == answer, name
+
+
+def test_prompts_are_many_and_the_left_side_of_a_middle_task_says_nothing(runs):
+    pieces = tasks.Pieces(backbone.load_tokenizer(runs / "toy"))
+    for name, (group, _) in tasks.TASKS.items():
+        assert tasks.distinct(name, pieces) >= 500, name
+        if group == "middle":
+            for p in tasks.examples(name, pieces, 50, seed=4):
+                assert p.clean[:p.place] == p.corrupted[:p.place] and p.answer != p.wrong
+    with pytest.raises(UserError, match="--task chess.*induction"):
+        tasks.make("chess", pieces, generator(0, "test"))
+
+
+def test_an_ar_model_reads_the_right_side_first_and_a_masked_one_in_its_place(runs):
+    student, tokenizer = masked.load_converted(runs / "repr_align" / "w0", torch.device("cpu"), torch.float32)
+    seen, place = torch.tensor([[0, 11, 12, 13, 14], [0, 21, 22, 23, 24]]), torch.tensor([3, 5])
+    ar, twin = Subject(backbone.load(runs / "toy", torch.device("cpu"), torch.float32)), Subject(student.lm, student)
+    turned = torch.tensor([[0, 13, 14, 11, 12], [0, 21, 22, 23, 24]])
+    M = student.mask_id
+    whole = torch.tensor([[0, 11, 12, M, 13, 14], [0, 21, 22, 23, 24, M]])
+    with torch.no_grad():
+        assert torch.equal(ar.embed(seen, place), ar.lm.embed(turned))
+        want = ar.lm.head(ar.lm.through(ar.lm.embed(turned), 0, ar.lm.L))[:, -1]
+        assert torch.allclose(ar.logits(ar.embed(seen, place), place), want, atol=1e-5)
+        *_, last = student.states(whole, whole == M)
+        want = student.logits(last)[torch.arange(2), place - 1]
+        got = twin.logits(twin.embed(seen, place), place)
+        assert torch.allclose(got, want, atol=1e-5)
+        other = seen.clone()
+        other[0, 4] = 99                                                        # the right side is seen
+        assert not torch.allclose(twin.logits(twin.embed(other, place), place)[0], got[0], atol=1e-4)
+
+
+def test_training_lines_hold_middle_tasks_in_both_orders(runs):
+    tokenizer = backbone.load_tokenizer(runs / "toy")
+    [equals], stream, orders = tasks.Pieces(tokenizer).signs("="), tasks.lines(tokenizer), set()
+    for _ in range(20):
+        group = {name: next(stream).tolist() for name in tasks.TASKS}
+        line = group["infill"]
+        orders.add("right first" if line[0] == equals else "as it is")
+        cut = len(line) // 2
+        assert line[:cut] == line[cut + 1:] if line[0] != equals else line[1:1 + cut] == line[1 + cut:]
+    assert orders == {"right first", "as it is"}
+
+
+def test_a_tokenizer_without_words_cannot_pose_the_tasks(runs):
+    class Poor:
+        eos_token_id = 0
+
+        def __len__(self):
+            return 3
+
+        def convert_ids_to_tokens(self, ids):
+            return ["abc"[i] for i in ids]
+    with pytest.raises(UserError, match="single-token words"):
+        tasks.Pieces(Poor())
 
 
 def test_lines_make_up_their_share_of_the_training_text_and_none_of_the_held_out(text, tmp_path, runs):
@@ -281,8 +347,25 @@ def test_a_study_uses_what_all_able_models_solve(runs, monkeypatch):
     assert found["usable"] and found["pairs"] == 2 and set(found["models"]) == {"AR", "twin"}
     assert len(scores) == 6 and found["solved"]["poor, seed 0"] == 0
     row = found["overlap"]["20"]
-    assert row["twin, other seed"] == {"mean": 1.0, "sd": 0.0, "n": 2} and row["AR and twin"]["n"] == 4
+    assert row["twin, other seed"] == {"mean": 1.0, "values": [1.0, 1.0]} and len(row["AR and twin"]["values"]) == 4
     assert row["AR and twin"]["mean"] == 1 > row["AR, other prompts"]["mean"] and "AR and poor" not in row
+
+
+def test_only_what_lies_below_the_untrained_twin_is_trainings_doing():
+    def result(before, *trained):
+        row = {"chance": 0.05, **{f"AR and {kind}": {"mean": sum(v) / len(v), "values": v} for kind, v in (
+            (circuits.UNTRAINED, before), ("masked, w = 0", [x for seed in trained for x in seed]))}}
+        return {"k": 30, "tasks": {"opening": {"usable": True, "group": "middle", "overlap": {"30": row},
+                                               "models": {"AR": {}, circuits.UNTRAINED: {}, "masked, w = 0": {}}}}}
+    [line] = circuits.verdicts(result([0.6, 0.62, 0.58], [0.3, 0.33, 0.29], [0.28, 0.31, 0.3]))
+    assert "behind by 0.298" in line and "training moved it away" in line and "3 sets of prompts x 2 training" in line
+    assert "one twin" not in line
+    [line] = circuits.verdicts(result([0.6, 0.62, 0.58], [0.6, 0.61, 0.59]))
+    assert "ties within 0.05" in line and "no difference is known to be training's doing" in line
+    [line] = circuits.verdicts(result([0.6, 0.6, 0.6], [0.4, 0.42, 0.41]))
+    assert "training moved it away (in this one twin: another training may differ)" in line
+    [line] = circuits.verdicts(result([0.6], [0.2]))
+    assert "not known (n = 1" in line and "no difference is known" in line
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -315,33 +398,41 @@ def test_the_stage_runs_and_refuses(runs, tmp_path, capsys, monkeypatch):
             "--resamples", "2", "--ig_steps", "2", "--k", "20", "--out", f"{tmp_path}/c"]
     result = circuits.main([*argv, "--task", "countdown"])                      # a tiny model solves nothing
     assert not result["tasks"]["countdown"]["usable"] and "not analysed" in result["verdicts"][0]
+    section = read_section(tmp_path / "c")
+    assert "| untrained twin |" in section and "| masked, w = 10, seed 0 |" in section   # solved, though not analysed
     monkeypatch.setattr(circuits, "solved", lambda x, b, which="clean", size=64: torch.ones(len(b["clean"])).bool())
     argv[-1] = f"{tmp_path}/d"
     result = circuits.main([*argv, "--patch", "5", "--ablate", "a1.0,m0"])
     for found in result["tasks"].values():
         row = found["overlap"]["20"]
-        assert set(row) >= {"chance", "AR, other prompts", "AR and masked, w = 0", "AR and masked, w = 10"}
-        assert 0 <= row["AR and masked, w = 0"]["mean"] <= 1 and row["AR and masked, w = 0"]["n"] == 2
-        assert sum(found["models"]["AR"]["depth"]) == pytest.approx(1)
+        assert set(row) >= {"chance", "AR, other prompts", "AR and masked, w = 0", "AR and masked, w = 10",
+                            "AR and untrained twin"}
+        assert 0 <= row["AR and masked, w = 0"]["mean"] <= 1 and len(row["AR and masked, w = 0"]["values"]) == 2
+        assert sum(found["models"]["AR"]["by_depth"]) == pytest.approx(1) and found["distinct"] >= 500
         assert found["patching"]["AR"]["edges"] == 25 and -1 <= found["patching"]["AR"]["eap_ig"]["pearson"] <= 1
         assert found["zeroing"]["AR"]["asked"]["components"] == ["a1.0", "m0"]
-    section = "\n".join(report.optional_sections({"tasks/circuits": result}))
-    assert "exact patching: Pearson" in section and "python sweep.py" in section and "| countdown | global |" in section
-    assert report.circuits_line(result).startswith("induction and brackets and missing and countdown, of 4 tasks")
-    for row in result["tasks"]["missing"]["overlap"].values():                  # as if w = 10 did not solve `missing`
-        del row["AR and masked, w = 10"]
-    assert report.circuits_line(result).startswith("induction and brackets and countdown, of 4 tasks")
+    assert 0 < result["other_tasks"]["20"]["mean"] < 1 and len(result["other_tasks"]["20"]["values"]) == 2 * 15
+    section = read_section(tmp_path / "d")
+    assert section.startswith("## COMPARE\n") and "exact patching: Pearson" in section
+    assert "| every two tasks | AR |" in section and "| opening | untrained twin |" in section
+    assert "2 sets of prompts x 1 training seed" in section and "![" in section
+    assert all(len(value) <= 60 for _, value in result["headline"]) and "(w = 10)" in result["headline"][0][1]
+    assert f"({circuits.UNTRAINED.split()[0]})" in result["headline"][1][1]
+    stored = json.loads(json.dumps(result))                                     # of a fork with a task we do not know
+    stored["tasks"] = {"chess": stored["tasks"]["missing"]}
+    stored["tasks"]["chess"]["models"].pop("masked, w = 10")
+    assert "| chess | masked, w = 0 |" in circuits.section(stored) and len(circuits.headline(stored)) == 1
     assert (tmp_path / "d" / "circuits.png").stat().st_size > 5000
     assert json.loads((tmp_path / "d" / "result.json").read_text())["edges"] == result["edges"]
     capsys.readouterr()
     circuits.main([*argv, "--patch", "5", "--ablate", "a1.0,m0"])               # finished: prints its table
-    assert "| induction | prefix |" in capsys.readouterr().out
+    assert "| induction | AR |" in capsys.readouterr().out
     argv[-1] = f"{tmp_path}/e"
     twice = f"{runs}/repr_align/w0,{runs}/repr_align/w0"
     assert "second twin" in fails(capsys, circuits.main, *argv, "--twins", twice)
     assert "a9.9" in fails(capsys, circuits.main, *argv, "--ablate", "a9.9")
     assert "edges of this model" in fails(capsys, circuits.main, *argv, "--k", "100000")
-    assert "no such task" in fails(capsys, circuits.main, *argv, "--task", "chess")
+    assert "there is no such one" in fails(capsys, circuits.main, *argv, "--task", "chess")
     shutil.copytree(runs / "toy", tmp_path / "alone" / "toy")
     argv = ["--model", tmp_path / "alone" / "toy", "--out", tmp_path / "e"]
     assert "repr_align.py" in fails(capsys, circuits.main, *argv)

@@ -11,7 +11,6 @@ from conftest import fails, slow, tiny_model
 import data
 import evaluate
 from core import backbone, denoiser, masked, report, run
-from core.common import UserError
 from studies import sweep
 
 
@@ -209,18 +208,3 @@ def test_evaluate_refuses_what_it_cannot_measure(runs, tmp_path, capsys):
     assert "differ in steps" in fails(capsys, evaluate.main, "--runs", foreign, "--out", tmp_path / "e")
     if importlib.util.find_spec("lm_eval") is None:
         assert "pip install 'lm-eval" in fails(capsys, evaluate.main, *argv, "--harness", "lambada_openai")
-
-
-def test_a_tokenizer_without_words_cannot_pose_the_tasks(runs):
-    from core import tasks
-
-    class Poor:
-        eos_token_id = 0
-
-        def __len__(self):
-            return 3
-
-        def convert_ids_to_tokens(self, ids):
-            return ["abc"[i] for i in ids]
-    with pytest.raises(UserError, match="single-token words"):
-        tasks.Pieces(Poor())
