@@ -13,6 +13,7 @@ import geometry
 from core import backbone
 from core.metrics import PeakBytes
 from core.run import read_section
+from core.states import States
 
 RAW = geometry.Config(normalize="raw")
 
@@ -135,7 +136,7 @@ def states_of(clouds, tokens=None):
     """States whose pool holds all there is: clouds (C, P, D), four sequences."""
     X = clouds - clouds.mean(1, keepdim=True)
     P = X.shape[1]
-    return geometry.States(clouds.mean(1), X.mT @ X / P, X, torch.arange(P) * 4 // P,
+    return States(clouds.mean(1), X.mT @ X / P, X, torch.arange(P) * 4 // P,
                            torch.arange(P) if tokens is None else tokens, X.norm(dim=-1).mean(1), torch.ones(len(X)))
 
 
