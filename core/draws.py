@@ -13,7 +13,7 @@ DRAWS = {  # every purpose of a draw -> who draws it, and the rest of its key; a
     "windows": "data.Tokens: a random choice of windows ()",
     "tokens": "data.RandomTokens (step, slot)",
     "task NAME": "core/tasks: prompts of a task ()", "task lines": "core/tasks: lines for the training text ()",
-    "pool": "geometry: states kept ()", "anchors": "geometry ()", "resamples": "geometry: sequences, anchors ()",
+    "pool": "core/states: states kept ()", "anchors": "geometry ()", "resamples": "geometry: sequences, anchors ()",
     "t": "core/diffusion: noise level (step, slot)", "noise": "bridge: end of the path (step, slot)",
     "self": "bridge: who sees its own first estimate (step, slot)",
     "visible": "core/diffusion: what is unknown (step, slot)",
