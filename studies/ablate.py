@@ -177,7 +177,7 @@ KINDS = {"bridge": Kind("bridge.py", read_bridge, best_regression, ("KL", "CE ga
 
 # ----------------------------------------------------------------------------------------------------------- tables
 def collect(cfg, work, added):
-    """(rows: one a layer and variant, each column's values over seeds; verdicts: layer, variant, rival, column, words)"""
+    """(rows: one a layer and variant, values over seeds by column; verdicts: layer, variant, rival, column, words)"""
     kind, found, rows, verdicts = KINDS[STUDIES[cfg.study][0]], {}, [], []
     for cell in work:
         result = {**read_json(cell.folder / "result.json"), **added.get(cell.folder, {})}
