@@ -16,8 +16,8 @@ hidden tokens, so each of these is an honest prediction, and so is a mean over S
 By the law of total probability, states from the true posterior give the intact model's own marginal of x_i; the row
 "its own continuations" is such a sampler. Each row also at the temperature that is best on texts apart ("tempered": is
 it mere overconfidence?) and for the gap as a whole ("jointly": -log (1/S) sum_s prod_i p(x_i | z_s), a token). The log
-of a mean of S is too low on average, so S = 1, 4, 16 err against diffusion, less and less. x_P is predicted from what is
-visible alone: a control, for which z is a function of what is known.
+of a mean of S is too low on average, so S = 1, 4, 16 err against diffusion, less and less. x_P is predicted from
+visible tokens only: a control, for which z is a function of what is known.
 
 Each bridge is an ordinary run of bridge.py below --out. Writes section.md and result.json to --out.
 
