@@ -70,7 +70,7 @@ class Config:
     jobs: int = 2               # cells at a time, one thread each
     seed: int = 0               # the first training seed
     dry_run: bool = False       # print the commands, then leave
-    MEASURES = ("layers", "variants", "seeds", "margin")  # what they choose stands in the result as `asked`
+    MEASURES = ("layers", "variants", "seeds", "margin")  # what they choose: result["measured"]
 
 
 class Cell(NamedTuple):
@@ -92,7 +92,7 @@ def cells(cfg):
             continue
         place = f"--layer {layer}" if layer is not None else ""
         flags = f"{flags} {place} --seed {seed} --steps {cfg.steps} --batch_size {cfg.batch_size}".split()
-        folder = Path(cfg.out).parent / "_".join([Path(script).stem, *flags]).replace("--", "")
+        folder = Path(cfg.out).parent / "_".join(["cell", Path(script).stem, *flags]).replace("--", "")
         yield Cell(name, layer, seed, folder, [sys.executable, str(ROOT / script), "--model", cfg.model, "--data",
                                                cfg.data, *flags, "--out", str(folder)])
 
@@ -245,14 +245,14 @@ def main(argv):
         return None
     world, model = setup("cpu"), backbone.resolve(cfg.model, cfg.out)
     identity = {"base": backbone.identity(model)}
-    asked = {"cells": [cell.folder.name for cell in work], "margin": cfg.margin}
+    asked = {"cells": [cell.folder.name for cell in work], **{name: getattr(cfg, name) for name in cfg.MEASURES}}
     result = finished(cfg, identity)
-    if not result or result["asked"] != asked:
+    if not result or result["measured"] != asked:
         data.shards_beside(cfg, backbone.load_tokenizer(model), world)  # once, before two cells want it
         run = Run(cfg, world, identity)
         execute([(f"{c.variant}, layer {c.layer}, seed {c.seed}", c.command) for c in work], cfg.jobs)
         rows, verdicts = collect(cfg, work, kind.after(cfg, work))
-        result = {**identity, "study": cfg.study, "asked": asked, "margin": cfg.margin, "seeds": cfg.seeds,
+        result = {**identity, "study": cfg.study, "measured": asked, "margin": cfg.margin, "seeds": cfg.seeds,
                   "seed": cfg.seed, "steps": cfg.steps, "batch_size": cfg.batch_size, "rows": rows,
                   "verdicts": verdicts, "headline": headline(cfg, verdicts)}
         run.finish(result, section(result))

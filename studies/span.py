@@ -69,7 +69,7 @@ class Config:
     jobs: int = 2               # bridges at a time, one thread each
     seed: int = 0               # the first training seed, and of every draw
     dry_run: bool = False       # print the commands, then leave
-    MEASURES = ("prefix", "hidden", "texts", "samples", "nfe", "margin", "seeds", "layers")  # `asked` in the result
+    MEASURES = ("prefix", "hidden", "texts", "samples", "nfe", "margin", "seeds", "layers")
 
 
 HEATS = (1.0, 0.8, 1.25, 1.6, 2.0, 2.5)  # temperatures; the first is as it is
@@ -81,7 +81,7 @@ def cells(cfg):
     how += f" --batch_size {cfg.batch_size} --eval_batches 64"
     for seed, layer, objective in itertools.product(
             range(cfg.seed, cfg.seed + cfg.seeds), cfg.layers.split(","), ("diffusion", "regression")):
-        folder = Path(cfg.out) / f"layer{layer}_{objective}_seed{seed}"
+        folder = Path(cfg.out) / f"cell_layer{layer}_{objective}_seed{seed}"
         yield int(layer), seed, objective, folder, [
             sys.executable, str(ROOT / "bridge.py"), "--model", cfg.model, "--data", cfg.data, "--out", str(folder),
             *how.split(), "--layer", layer, "--objective", objective, "--seed", str(seed)]
@@ -192,7 +192,7 @@ def compare(rows, margin):
 
 def section(result):
     """The study as Markdown."""
-    how, rows = result["asked"], result["rows"]
+    how, rows = result["measured"], result["rows"]
     columns = [c for c in dict.fromkeys(c for row in rows for c in row["values"]) if c != "used"]
     return f"""## Where diffusion can win: tokens that are hidden
 
@@ -230,7 +230,7 @@ def main(argv):
     world, model = setup(cfg.device), backbone.resolve(cfg.model, cfg.out)
     identity, asked = {"base": backbone.identity(model)}, {k: getattr(cfg, k) for k in cfg.MEASURES}
     result = finished(cfg, identity)
-    if not result or result["asked"] != asked:
+    if not result or result["measured"] != asked:
         shards, _ = data.shards_beside(cfg, backbone.load_tokenizer(model), world)
         T = cfg.prefix + cfg.hidden + cfg.suffix
         rows = data.Tokens(shards, "val", T - 1).windows(cfg.texts).to(world.device)           # (N, T)
@@ -252,7 +252,7 @@ def main(argv):
                     row["values"].setdefault(column, []).append(value)
             run.say(f"layer {layer}, seed {seed}: measured")
         verdicts = compare(list(found.values()), cfg.margin)
-        result = {**identity, "asked": asked, "suffix": cfg.suffix, "blocks": cfg.blocks, "steps": cfg.steps,
+        result = {**identity, "measured": asked, "suffix": cfg.suffix, "blocks": cfg.blocks, "steps": cfg.steps,
                   "batch_size": cfg.batch_size, "seed": cfg.seed, "judged": len(rows) - (len(rows) + 3) // 4,
                   "rows": list(found.values()), "verdicts": verdicts, "headline": headline(cfg, verdicts)}
         run.finish(result, section(result))
