@@ -131,7 +131,8 @@ def main(argv):
     for width in (128, 512):
         bench_bridge(width, cfg)
     bench_convert(cfg.model, *(backbone.load(cfg.model, **CPU) for _ in range(2)), cfg)
-    bench_convert("a toy of width 512", backbone.Backbone(toy.build_toy(toy.Config(width=512, heads=8), 2048)), None, cfg)
+    wide = toy.build_toy(toy.Config(width=512, heads=8), 2048)
+    bench_convert("a toy of width 512", backbone.Backbone(wide), None, cfg)
     bench_hybrid(cfg)
     if cfg.blocks:
         bench_blocks(cfg)

@@ -84,8 +84,8 @@ def test_verdicts_and_words():
     assert verdicts[0][1:4] == ["sampled states", "mean state", "used"] and "ahead by 0.2 nats" in verdicts[0][4]
     assert "2 texts" in verdicts[0][5] and "ties within 0.01" in verdicts[3][4] and "behind by 0.6" in verdicts[4][4]
     asked = {"hidden": 16, "prefix": 64, "seeds": 3, "nfe": 8, "margin": 0.01}
-    text = span.section({"measured": asked, "blocks": 2, "steps": 1, "batch_size": 8, "seed": 0, "judged": 2, "rows": rows,
-                         "verdicts": verdicts})
+    text = span.section({"measured": asked, "blocks": 2, "steps": 1, "batch_size": 8, "seed": 0, "judged": 2,
+                         "rows": rows, "verdicts": verdicts})
     assert text.startswith("## ") and "| - | unigrams | 6.000 | - |" in text
     (what, value), = span.headline(span.Config(), verdicts)
     assert value == "ahead by 0.2 nats" and "layer 2" in what
