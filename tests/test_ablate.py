@@ -115,4 +115,4 @@ def test_a_study_grows(tmp_path, monkeypatch, capsys):
         assert ran is None or len(work.pop()) == ran
         assert not work and len(result["rows"][0]["values"]["KL"]) == seeds
     assert (tmp_path / "out" / "objective" / "section.md").read_text().startswith("## Study: objective")
-    assert "holds a run of 400 steps" in fails(capsys, ablate.main, *argv, "--steps", "7")
+    assert "steps = 400 there" in fails(capsys, ablate.main, *argv, "--steps", "7")
