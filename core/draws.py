@@ -28,7 +28,9 @@ DRAWS = {  # every purpose of a draw -> who draws it, and the rest of its key; a
     "cloze NAME": "core/zeroshot: questions ()",
     "permutations": "core/stats ()", "resampled seeds": "studies/sweep ()", "shuffle": "studies/sweep: blocks ()",
     "ceiling": "studies/interfaces: true tokens ()", "write": "studies/interfaces: noise of a text (row)",
-    "write token": "studies/interfaces: tokens (position)", "bernoulli": "studies/bench: masks (text, call)",
+    "write token": "studies/interfaces: tokens (position)",
+    "span": "studies/span: noise of a state (number, first text)",
+    "span own": "studies/span: continuations (first text)",
 }
 
 

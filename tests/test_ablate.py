@@ -1,61 +1,118 @@
 """The studies' tables, from results whose answer is known."""
 import json
+import subprocess
+import sys
 
 import pytest
-from conftest import fails
+from conftest import ROOT, fails
 
 from studies import ablate
 
 
 def write(folder, **result):
-    folder.mkdir(parents=True)
-    (folder / "result.json").write_text(json.dumps(result))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "result.json").write_text(json.dumps({"eval_sequences": 512, **result}))
+
+
+def shown(cfg, added=None):
+    """The study's section, and its verdicts as {(layer, variant, column): words}."""
+    rows, verdicts = ablate.collect(cfg, list(ablate.cells(cfg)), added or {})
+    text = ablate.section({"study": cfg.study, "seeds": cfg.seeds, "seed": 0, "steps": cfg.steps, "batch_size": 8,
+                           "margin": cfg.margin, "rows": rows, "verdicts": verdicts})
+    return text, {(layer, name, by): words for layer, name, _, by, words in verdicts}, verdicts
+
+
+def bridge(kl, calls=("1",)):
+    return {"nfe": {n: {"fvu": 0.1, "kl": kl, "ce_gap": kl - 0.01} for n in calls}, "size_ratio": 1.0}
 
 
 def test_the_verdict_follows_the_numbers(tmp_path):
     """Layer 1: diffusion better by 0.010 +- 0.001 on every seed; layer 4: equal up to noise; layer 7: worse."""
-    cfg = ablate.Config(study="objective", out=str(tmp_path))
+    cfg = ablate.Config(study="objective", out=str(tmp_path / "objective"))
     gaps = {1: (0.010, 0.011, 0.009), 4: (0.010, -0.012, 0.001), 7: (-0.02, -0.021, -0.019)}
     for name, layer, seed, folder, _ in ablate.cells(cfg):
-        gap = 0.05 - (gaps[layer][seed] if name == "diffusion" else 0)
-        row = {"fvu": 0.1, "ce_gap": gap}
-        table = {n: row for n in ("1", "4", "8")} if name == "diffusion" else {"1": row}
-        write(folder, nfe=table, raw_nfe=table, size_ratio=1.0, eval_sequences=64)
-    text = ablate.table(cfg)
-    assert "layer 1: diffusion beats regression: its CE gap is lower by +0.0100 +- 0.0025" in text
-    assert "layer 4: diffusion ties with" in text and "layer 7: diffusion loses to" in text
-    assert "| 1 | diffusion | 1.00 | 0.1000 +- 0.0000" in text and "| 7 | regression |" in text
+        mine = name == "diffusion"
+        write(folder, **bridge(0.05 - (gaps[layer][seed] if mine else 0), ("1", "2", "4", "8") if mine else ("1",)))
+    text, said, verdicts = shown(cfg)
+    assert said[1, "diffusion", "KL"].startswith("ahead by 0.01 nats (95%")
+    assert said[4, "diffusion", "CE gap"].startswith("not known (95%")
+    assert said[7, "diffusion", "KL"].startswith("behind by 0.02 nats") and "| 7 | regression | 1.00 | 1 |" in text
+    assert "| 1 | diffusion | 1.00 | 4 | 0.1000 | 0.0400 +- 0.0010 |" in text
+    (what, value), = ablate.headline(cfg, verdicts)
+    assert value == "ahead by 0.01; not known; behind by 0.02" and "layers 1, 4, 7, 3 seeds" in what
+    loose = {(layer, by): words for layer, name, _, by, words in ablate.collect(
+        ablate.Config(study="objective", out=cfg.out, margin=0.05), list(ablate.cells(cfg)), {})[1]}
+    assert loose[4, "KL"].startswith("ties within 0.05")
+
+
+def test_each_objective_has_its_own_learning_rate(tmp_path):
+    """The rival is the regression of lowest KL over rates, never the looped one; one seed is never enough."""
+    cfg = ablate.Config(study="regression", out=str(tmp_path / "r"), seeds=1, layers="4")
+    kl = {"regression": 0.05, "regression, lr x 0.5": 0.04, "regression, lr x 2": 0.06,
+          "regression, looped 4 times": 0.01}
+    commands = {}
+    for name, _, _, folder, command in ablate.cells(cfg):
+        write(folder, **bridge(kl.get(name, 0.045)))
+        commands[name] = " ".join(command)
+    assert "--loops 4" in commands["regression, looped 4 times"] and "--atom 0.25" in commands[
+        "diffusion, a quarter at t = 1"] and "--lr 0.01 --lr_adam 1e-3" in commands["diffusion, lr x 0.5"]
+    _, said, verdicts = shown(cfg)
+    assert {rival for _, _, rival, _, _ in verdicts} == {"regression, lr x 0.5"} and len(verdicts) == 2 * 7
+    assert said[4, "regression, looped 4 times", "KL"] == "not known (n = 1, lower by 0.03 nats)"
 
 
 def test_acceleration_is_read_off_the_curves(tmp_path):
     assert ablate.steps_to([[0, 6.0, None], [10, 5.0, None]], 5.5) == pytest.approx(5)
     assert ablate.steps_to([[0, 6.0, None], [10, 5.0, None]], 4.0) is None
-    cfg = ablate.Config(study="align", out=str(tmp_path), seeds=2, steps=100)
+    cfg = ablate.Config(study="align", out=str(tmp_path / "align"), seeds=2, steps=100)
     for name, _, _, folder, command in ablate.cells(cfg):
-        assert command[1].endswith("repr_align.py") and "--layer" not in command
+        assert command[1] == str(ROOT / "repr_align.py") and "--layer" not in command
         end = 4.0 if name.startswith("w = 10") else 5.5 if name.startswith("w = 3") else 5.0
         write(folder, curve=[[0, 6.0, None], [100, end, None]], val_loss=end, cosine=None if "w = 0" in name else 0.9,
               seconds=20.0 if "w = 10" in name else 10.0)
-    rows = {line.split(" | ")[0][2:]: line for line in ablate.alignment_table(cfg).splitlines() if "| w" in line}
-    assert "| 2.00 +- 0.00 | 1.00 +- 0.00 | 0.900" in rows["w = 10"]            # half the steps, twice the price of one
-    assert "not reached in 2 of 2" in rows["w = 3"] and rows["w = 0"].endswith("| 1.00 +- 0.00 | 1.00 +- 0.00 | - |")
+    text, said, _ = shown(cfg)
+    rows = {line.split(" | ")[1]: line for line in text.split("Paired")[0].splitlines() if line.startswith("| - | w")}
+    assert "| 2.00 | 1.00 | 0.900 |" in rows["w = 10"]                          # half the steps, twice the price of one
+    assert "| never in 2 of 2 | never in 2 of 2 | 0.900 |" in rows["w = 3, 60k tokens"]
+    assert rows["w = 0"].endswith("| 1.00 | 1.00 | - |")
+    assert said[None, "w = 10", "best on the way"].startswith("ahead by 1 nats")
 
 
-def test_an_arm_is_compared_with_its_own_rival(tmp_path):
-    cfg = ablate.Config(study="regimes", out=str(tmp_path), seeds=1, steps=100)
-    ends = {"w = 0": 5.0, "w = 0, AdamW 3e-4": 5.8, "w = 3, AdamW 3e-4": 5.6, "w = 3, upper layers": 4.0}
-    for name, _, _, folder, _ in ablate.cells(cfg):
-        end = ends.get(name, 5.9)
-        write(folder, curve=[[0, 6.0, None], [100, end, None]], val_loss=end, cosine=None, seconds=10.0)
-    rows = {line.split(" | ")[0][2:]: line for line in ablate.alignment_table(cfg).splitlines() if "| w" in line}
-    assert "| -0.200 | 2.00 | 2.00 |" in rows["w = 3, AdamW 3e-4"]
-    assert "| -1.000 | 2.00 | 2.00 |" in rows["w = 3, upper layers"]
-    assert "not reached in 1 of 1" in rows["w = 3, lower layers"] and "| 1.00" in rows["w = 0, 15k tokens"]
+def test_text_stands_beside_what_replacement_loses(tmp_path):
+    cfg = ablate.Config(study="generate", out=str(tmp_path / "generate"), seeds=1, layers="0,7")
+    texts = {}
+    for _, layer, _, folder, command in ablate.cells(cfg):
+        assert "--preset blocks --blocks 4 --layer" in " ".join(command)
+        write(folder, **bridge(0.2, ("1", "4")))
+        texts[folder] = {"text": {"matched": None if layer else 55.51, "readout_accuracy": 0.9}}
+    text, said, _ = shown(cfg, texts)
+    assert "| 0 | blocks | 55.5 | 0.900 | 0.2000 | +0.1900 |" in text and "| 7 | blocks | never in 1 of 1 |" in text
+    assert not said
 
 
-def test_no_such_layer(capsys):
+def test_refusals(capsys):
     assert "none of the layers 3" in fails(capsys, ablate.main, "--study", "objective", "--layers", "3")
     assert "variants w = 7" in fails(capsys, ablate.main, "--study", "align", "--variants", "w = 7")
     assert "needs 'w = 0' too" in fails(capsys, ablate.main, "--study", "align", "--variants", "w = 3")
     some = list(ablate.cells(ablate.Config(study="align", variants="w = 0; w = 3")))
-    assert [name for name, *_ in some] == ["w = 0", "w = 3"] * 3
+    assert [cell.variant for cell in some] == ["w = 0", "w = 3"] * 3
+    done = subprocess.run([sys.executable, str(ROOT / "studies" / "ablate.py")], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == "error: start it as: python -m studies.ablate\n"
+
+
+def test_a_study_grows(tmp_path, monkeypatch, capsys):
+    """A finished study asked for another seed or variant goes on; asked the same again, it prints what it has."""
+    work = []
+    monkeypatch.setattr(ablate, "execute", lambda some, *_: work.append([command for _, command in some]) or [
+        write(cell.folder, **bridge(0.1)) for cell in ablate.cells(cfg)])
+    monkeypatch.setattr(ablate.data, "shards_beside", lambda *_: None)
+    monkeypatch.setattr(ablate.backbone, "load_tokenizer", lambda *_: None)
+    monkeypatch.setattr(ablate.backbone, "identity", lambda *_: "base")
+    argv = ["--model", str(tmp_path), "--out", str(tmp_path / "out" / "objective"), "--layers", "1"]
+    for seeds, ran in ((1, 2), (1, None), (2, 4)):
+        cfg = ablate.Config(seeds=seeds, layers="1", out=argv[3])
+        result = ablate.main([*argv, "--seeds", str(seeds)])
+        assert ran is None or len(work.pop()) == ran
+        assert not work and len(result["rows"][0]["values"]["KL"]) == seeds
+    assert (tmp_path / "out" / "objective" / "section.md").read_text().startswith("## Study: objective")
+    assert "steps = 400 there" in fails(capsys, ablate.main, *argv, "--steps", "7")
