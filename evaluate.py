@@ -72,8 +72,11 @@ SAME = ("data", "skip", "calibration", "batch_size", "seq_len", "train_tokens") 
 def read_runs(runs, out):
     """{folder under runs: its result.json} of every finished run, the stages first. Raises UserError for runs of
     different backbones, for one that is made of weights that have changed, and for two that cannot be compared."""
-    folders = {str(f.parent.relative_to(runs)) for f in runs.rglob("section.md")
-               if (f.parent / "result.json").exists() and f.parent.resolve() != out.resolve()}
+    def of_another(folder):  # a cell of a study: it is part of that study's own section
+        return any((up / "config.json").exists() for up in folder.parents if up.is_relative_to(runs)) or any(
+            part.startswith("cell_") for part in folder.parts)
+    found = (f.parent for f in runs.rglob("section.md") if (f.parent / "result.json").exists())
+    folders = {str(f.relative_to(runs)) for f in found if f.resolve() != out.resolve() and not of_another(f)}
     order = [*(s for s in STAGES if s in folders), *sorted(folders - set(STAGES))]
     if not order:
         raise UserError(f"{runs} holds no finished run; make some with: bash run_all.sh")
