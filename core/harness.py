@@ -19,8 +19,7 @@ def needed():
         import lm_eval
         import lm_eval.models.huggingface  # noqa: F401
     except ImportError as error:
-        raise UserError(f"--harness needs lm-evaluation-harness ({error}); install it with: pip install 'lm-eval[hf]'"
-                        ) from None
+        raise UserError(f"--harness needs a package ({error}); install it with: pip install 'lm-eval[hf]'") from None
     return lm_eval
 
 
@@ -54,8 +53,8 @@ def twin_interface(student, tokenizer, calls, steps, seed):
             for request in requests:
                 rest = tokenizer(request.args[0], add_special_tokens=False)["input_ids"]
                 ids = torch.tensor([tokenizer.eos_token_id or 0, *rest], device=student.shift.device)
-                windows = [ids[lo:lo + most] for lo in range(0, max(1, len(ids) - 1), most - 1)]
-                out.append(-masked.text_likelihood(student, [w for w in windows if len(w) > 1], calls, seed)[0])
+                windows = [ids[lo:lo + most] for lo in range(0, len(ids) - 1, most - 1)]         # of 2 tokens at least
+                out.append(-masked.text_likelihood(student, windows, calls, seed)[0])
             return out
 
         def generate_until(self, requests):
