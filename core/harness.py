@@ -6,8 +6,6 @@
 
 The first two go through the harness' own interface for transformers models; the twin has a likelihood of another kind,
 a bound with a standard error (masked.likelihood), and its own sampler.
-
-Letters: T tokens.
 """
 import torch
 
@@ -21,14 +19,14 @@ def needed():
         import lm_eval
         import lm_eval.models.huggingface  # noqa: F401
     except ImportError as error:
-        raise UserError(f"--harness needs lm-evaluation-harness ({error}); install it with: pip install 'lm-eval[hf]'"
-                        ) from None
+        raise UserError(f"--harness needs a package ({error}); install it with: pip install 'lm-eval[hf]'") from None
     return lm_eval
 
 
 def twin_interface(student, tokenizer, calls, steps, seed):
     """The masked twin as the harness' LM: log-likelihoods are minus the bound."""
     from lm_eval.api.model import LM
+    most = student.lm.config.max_position_embeddings
 
     class Twin(LM):
         def ids(self, context, rest):
@@ -36,7 +34,6 @@ def twin_interface(student, tokenizer, calls, steps, seed):
             both = tokenizer(context + rest, add_special_tokens=False)["input_ids"]
             same = next((i for i, (x, y) in enumerate(zip(head, both, strict=False)) if x != y), len(head))
             ids = torch.tensor([tokenizer.eos_token_id or 0, *both], device=student.shift.device)
-            most = student.lm.config.max_position_embeddings
             cut = max(0, len(ids) - most)                         # a token across the border belongs to the rest
             return ids[cut:], min(max(1, 1 + same - cut), len(ids) - cut - 1)
 
@@ -44,20 +41,20 @@ def twin_interface(student, tokenizer, calls, steps, seed):
             """[(log p(rest | context), whether filling the rest greedily, most certain first, gives it)]"""
             out = []
             for i, request in enumerate(requests):
-                ids, known = self.ids(*request.args)
-                hide = (torch.arange(len(ids), device=ids.device) >= known)[None]
+                ids, given = self.ids(*request.args)
+                hide = (torch.arange(len(ids), device=ids.device) >= given)[None]
                 greedy = masked.fill(student, ids[None], hide, int(hide.sum()), temperature=0.0)[0]
-                out.append((-masked.likelihood(student, ids, calls, seed, known, key=i)[0], torch.equal(greedy, ids)))
+                out.append((-masked.likelihood(student, ids, calls, seed, given, key=i)[0], torch.equal(greedy, ids)))
             return out
 
         def loglikelihood_rolling(self, requests):
             """[log p(text)], in windows of the model's length; the last token of one is the given first of the next."""
-            out, most = [], student.lm.config.max_position_embeddings
+            out = []
             for request in requests:
-                ids = torch.tensor([tokenizer.eos_token_id or 0, *tokenizer(
-                    request.args[0], add_special_tokens=False)["input_ids"]], device=student.shift.device)
-                windows = [ids[lo:lo + most] for lo in range(0, max(1, len(ids) - 1), most - 1)]
-                out.append(-masked.text_likelihood(student, [w for w in windows if len(w) > 1], calls, seed)[0])
+                rest = tokenizer(request.args[0], add_special_tokens=False)["input_ids"]
+                ids = torch.tensor([tokenizer.eos_token_id or 0, *rest], device=student.shift.device)
+                windows = [ids[lo:lo + most] for lo in range(0, len(ids) - 1, most - 1)]         # of 2 tokens at least
+                out.append(-masked.text_likelihood(student, windows, calls, seed)[0])
             return out
 
         def generate_until(self, requests):
@@ -65,9 +62,8 @@ def twin_interface(student, tokenizer, calls, steps, seed):
             out = []
             for request in requests:
                 context, how = request.args
-                head, _ = self.ids(context, "")
-                new = min(how.get("max_gen_toks", 64), student.lm.config.max_position_embeddings - 1)
-                head = head[-(student.lm.config.max_position_embeddings - new):]
+                new = min(how.get("max_gen_toks", 64), most - 1)
+                head = self.ids(context, "")[0][-(most - new):]
                 ids = torch.cat([head, head.new_full((new,), student.mask_id)])[None]
                 text = tokenizer.decode(masked.fill(student, ids, ids == student.mask_id, min(steps, new),
                                                     temperature=0.0)[0, len(head):])
@@ -90,7 +86,7 @@ def known(tasks, path):
     return manager
 
 
-def run(models, tokenizer, tasks, path, limit, calls, seed):
+def evaluate_models(models, tokenizer, tasks, path, limit, calls, seed):
     """models: name -> a transformers model or a masked.Student. Returns {name: {task: {metric: value}}}."""
     lm_eval, manager, out = needed(), known(tasks, path), {}
     from lm_eval.models.huggingface import HFLM

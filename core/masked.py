@@ -1,7 +1,7 @@
 """masked.py: a masked diffusion LM: how to fill masks, and how likely it finds a text. repr_align.py trains one.
 
     model, tokenizer = load_converted("out/repr_align/w10", device, dtype)
-    ids = fill(model, ids, masked, steps=32, order="confidence")       # every sampler has this signature
+    ids = fill(model, ids, is_mask, steps=32, order="confidence")      # every sampler has this signature
     nats, error = likelihood(model, ids, calls=64)                     # a bound on -log p(ids), its standard error
 
 The model keeps the next-token shift of the AR model it came from: the state at i predicts token i+1, so the first token
@@ -9,6 +9,7 @@ is always visible and likelihoods run over the other T-1.
 
 Letters: B batch, T tokens, D hidden width, V vocabulary, N = T-1 tokens that can be masked, k of them masked.
 """
+import functools
 import math
 from pathlib import Path
 
@@ -16,15 +17,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import DynamicCache
 
 from core import backbone
-from core.common import UserError
+from core.common import UserError, pick
 from core.draws import generator
 from core.run import read_json
 
-MASK = "<|mask|>"
-ORDERS = ("random", "confidence", "entropy", "margin", "p2")
+MASK = "<|mask|>"  # of a tokenizer that has no mask token of its own
 
 
 class Student(nn.Module):
@@ -36,16 +35,16 @@ class Student(nn.Module):
         self.lm, self.mask_id = lm, mask_id
         self.shift = nn.Parameter(torch.zeros(lm.D, device=lm.norm.weight.device))
 
-    def embed(self, ids, masked, positions=None):
-        h = self.lm.embed(ids.masked_fill(masked, self.mask_id), positions)            # (B, T, D)
-        return h + (masked[..., None] * self.shift).to(h.dtype)
+    def embed(self, ids, is_mask, positions=None):
+        h = self.lm.embed(ids.masked_fill(is_mask, self.mask_id), positions)           # (B, T, D)
+        return h + (is_mask[..., None] * self.shift).to(h.dtype)
 
-    def states(self, ids, masked, attention_mask=None, cache=None):
+    def states(self, ids, is_mask, attention_mask=None, cache=None):
         """Yields h[0], ..., h[L-1] and the normed h[L], each (B, T, D), one at a time: never stacked. attention_mask
         (B, T) is 0 on padding. With a `cache` the tokens follow those in it, which cannot see them."""
         past = cache.get_seq_length() if cache is not None else 0
         positions = torch.arange(past, past + ids.shape[1], device=ids.device)[None]   # (1, T)
-        yield (h := self.embed(ids, masked, positions))
+        yield (h := self.embed(ids, is_mask, positions))
         side = self.lm.side(h, positions, attention_mask, cache, causal=False)
         for i in range(self.lm.L):
             h = self.lm.block(h, i, side)
@@ -66,8 +65,9 @@ class Student(nn.Module):
 
 
 def add_mask(lm, tokenizer):
-    """The mask token's id: the tokenizer's own, or a new one; the vocabulary grows by a row if none is spare. The new
-    row starts as the mean of the others (the library would draw it at random, and two arms would differ)."""
+    """Where the mask token comes from: the tokenizer's own, else a new one. Returns its id. Its embedding is a spare
+    row of the table, else the vocabulary grows by a row that starts as the mean of the others (the library would draw
+    it at random, and two arms would differ). What is learned of it is Student.shift."""
     if tokenizer.mask_token_id is None:
         tokenizer.add_special_tokens({"mask_token": MASK})
     if tokenizer.mask_token_id >= lm.V:
@@ -106,88 +106,103 @@ def choose(logits, temperature, top_p, top_k, u):
     return torch.searchsorted(p.cumsum(-1), u[..., None]).clamp_max(p.shape[-1] - 1)[..., 0]
 
 
-def certainty(order, logits, token, u):
-    """How soon a position is revealed, (n,): by chance, by the probability of its `token`, by low entropy, by the
-    margin between the two best tokens. From the model's own law, whatever temperature and nucleus the draw had."""
-    if order == "random":
-        return u
-    p = torch.softmax(logits, -1)                                                      # (n, V)
-    if order == "entropy":
-        return torch.xlogy(p, p).sum(-1)
-    if order == "margin":
-        best = p.topk(2, -1).values
-        return best[..., 0] - best[..., 1]
-    return p.gather(-1, token[..., None])[..., 0]
+# How soon a position is revealed, the highest first: (n,) from its logits (n, V), the token drawn there (n,) and u (n,)
+# uniform in [0, 1), the n positions in reading order. From the model's own law, whatever temperature the draw had.
+def chance(logits, token, u):
+    return u
+
+
+def confidence(logits, token, u):
+    return torch.softmax(logits, -1).gather(-1, token[..., None])[..., 0]
+
+
+def entropy(logits, token, u):
+    p = torch.softmax(logits, -1)
+    return torch.xlogy(p, p).sum(-1)                                                   # minus the entropy: low is soon
+
+
+def margin(logits, token, u):
+    best = torch.softmax(logits, -1).topk(2, -1).values                                # (n, 2)
+    return best[..., 0] - best[..., 1]
+
+
+# To add an order: a function and an entry here. Those in TAKES_BACK also judge tokens already revealed, and mask them
+# again when they have become the least certain ("p2", arXiv 2502.03540).
+ORDERS = {"random": chance, "confidence": confidence, "entropy": entropy, "margin": margin, "p2": confidence}
+TAKES_BACK = {"p2"}
 
 
 @torch.no_grad()
-def fill(model, ids, masked, steps, temperature=0.8, seed=0, order="confidence", top_p=1.0, top_k=0, block=0,
+def fill(model, ids, is_mask, steps, temperature=0.8, seed=0, order="confidence", top_p=1.0, top_k=0, block_size=0,
          watch=None):
-    """Fill the masked positions of ids (B, T) in `steps` rounds. Position 0 must be visible.
+    """Fill the masked positions of ids (B, T) in `steps` steps. Position 0 must be visible.
 
-    Each round: 1 logits of all masked tokens  2 draw a token for each, in float64  3 reveal the most certain ones,
-    enough to be done in time. Order "p2" (arXiv 2502.03540) also takes back those revealed before whose token has
-    become the least certain. With `block`, positions are filled left to right in blocks of so many, `steps` shared out
-    among them; what lies before a block is cached and does not see it. `watch` is called with (ids, masked) of the
-    stretch being filled after every round."""
+    Each step: 1 logits of all masked tokens  2 draw a token for each, in float64  3 reveal the most certain ones by
+    `order`, enough to be done in time. With `block_size`, positions are filled left to right in blocks of so many,
+    `steps` shared out among them; what lies before a block is cached and does not see it. `watch` is called with
+    (ids, is_mask) of the stretch being filled after every step."""
+    pick(ORDERS, order, "--order")
     if steps < 1:
         raise UserError("--sample_steps must be at least 1")
     if not 0 < top_p <= 1 or top_k < 0 or temperature < 0:
         raise UserError("--top_p must lie in (0, 1], --top_k and --temperature must not be negative")
-    if masked[:, 0].any():
+    if is_mask[:, 0].any():
         raise UserError("the first token cannot be a mask: give a prompt")
-    ids, masked = ids.clone(), masked.clone()
-    if not block:
-        return _rounds(model, ids, masked, steps, 0, None, (seed, 0), temperature, order, top_p, top_k, watch)
-    where = masked.any(0).nonzero()[:, 0]                                              # the first and last to fill
+    ids, is_mask = ids.clone(), is_mask.clone()
+    stretch = functools.partial(_fill_stretch, model, temperature=temperature, order=order, top_p=top_p, top_k=top_k,
+                                watch=watch)
+    if not block_size:
+        return stretch(ids, is_mask, steps, (seed, 0))
+    where = is_mask.any(0).nonzero()[:, 0]                                             # the first and last to fill
     if len(where) == 0:
         return ids
     lo, hi = int(where[0]), int(where[-1]) + 1
     if hi < ids.shape[1]:
-        raise UserError("blocks are filled left to right and see nothing after them: leave --suffix or --block out")
-    starts = list(range(lo, hi, block))
+        raise UserError("blocks are filled left to right and see nothing after them: leave --suffix or --block_size "
+                        "out")
+    from transformers import DynamicCache
+    starts = list(range(lo, hi, block_size))
     cache, known = DynamicCache(), 0                                                   # no windows: they are lifted
     for number, start in enumerate(starts):
         before = slice(known, start - 1)
-        for _ in model.states(ids[:, before], masked[:, before], cache=cache) if start - 1 > known else ():
+        for _ in model.states(ids[:, before], is_mask[:, before], cache=cache) if start - 1 > known else ():
             pass                                                                       # what is filled joins the cache
-        known, end = start - 1, min(start + block, hi)
+        known, end = start - 1, min(start + block_size, hi)
         some = steps * (number + 1) // len(starts) - steps * number // len(starts)
-        ids[:, known:end] = _rounds(model, ids[:, known:end], masked[:, known:end].clone(), max(1, some), known, cache,
-                                    (seed, number), temperature, order, top_p, top_k, watch)
-        masked[:, known:end] = False
+        ids[:, known:end] = stretch(ids[:, known:end], is_mask[:, known:end].clone(), max(1, some), (seed, number),
+                                    cache=cache, past=known)
+        is_mask[:, known:end] = False
     return ids
 
 
-def _rounds(model, ids, masked, steps, past, cache, key, temperature, order, top_p, top_k, watch):
-    """The rounds of `fill` on one stretch ids (B, T), whose first token is visible."""
-    drawn, asked = masked.clone(), masked.sum(1)                                       # what p2 may take back; (B,)
+def _fill_stretch(model, ids, is_mask, steps, key, temperature, order, top_p, top_k, watch, cache=None, past=0):
+    """The steps of `fill` on one stretch ids (B, T), whose first token is visible."""
+    drawn, asked = is_mask.clone(), is_mask.sum(1)                                     # what may be taken back; (B,)
+    takes_back = order in TAKES_BACK
     for step in range(steps):
-        left = masked.sum(1)                                                           # (B,)
-        if order != "p2" and not left.any():
+        left = is_mask.sum(1)                                                          # (B,)
+        if not takes_back and not left.any():
             break
-        b, i = (drawn if order == "p2" else masked).nonzero(as_tuple=True)             # n positions of the batch
-        *_, normed = model.states(ids, masked, cache=cache)
+        b, i = (drawn if takes_back else is_mask).nonzero(as_tuple=True)               # n positions of the batch
+        *_, normed = model.states(ids, is_mask, cache=cache)
         backbone.trim(cache, past)
         logits = model.logits(normed[b, i - 1]).double()                               # (n, V): token i from state i-1
         u = [generator(key[0], "fill", key[1], step, row).random((2, ids.shape[1])) for row in range(len(ids))]
         u = torch.from_numpy(np.stack(u, 1)).to(logits.device)[:, b, i]                # (2, n)
         token = choose(logits, temperature, top_p, top_k, u[0])
-        standing = torch.where(masked[b, i], token, ids[b, i])                         # p2 judges what is there already
+        standing = torch.where(is_mask[b, i], token, ids[b, i])                        # judged: what is there already
         score = torch.full(ids.shape, -torch.inf, dtype=torch.float64, device=ids.device)
-        score[b, i] = certainty(order, logits, standing, u[1])
+        score[b, i] = ORDERS[order](logits, standing, u[1]).double()
         rank = score.argsort(dim=-1, descending=True, stable=True).argsort(-1)         # (B, T): 0 is the most certain
-        if order == "p2":
-            keep = asked - (asked * (1 - (step + 1) / steps)).floor().long()
-        else:
-            keep = -(-left // (steps - step))                                          # ceil: done at the last step
+        still = (asked * (1 - (step + 1) / steps)).floor().long()                      # masks that p2 leaves
+        keep = asked - still if takes_back else -(-left // (steps - step))             # ceil: done at the last step
         chosen = rank < keep[:, None]
         fresh = ids.clone()
         fresh[b, i] = token
-        ids = torch.where(chosen & masked, fresh, ids)
-        masked = (drawn if order == "p2" else masked) & ~chosen
+        ids = torch.where(chosen & is_mask, fresh, ids)
+        is_mask = (drawn if takes_back else is_mask) & ~chosen
         if watch is not None:
-            watch(ids, masked)
+            watch(ids, is_mask)
     return ids
 
 
@@ -216,71 +231,26 @@ def likelihood(model, ids, calls=64, seed=0, context=1, batch=16, key=0):
     counts, values = strata(N, calls, seed, "count", key), []
     for lo in range(0, calls, batch):
         some = counts[lo:lo + batch]
-        masked = torch.zeros(len(some), T, dtype=torch.bool, device=ids.device)
+        is_mask = torch.zeros(len(some), T, dtype=torch.bool, device=ids.device)
         for row, (i, k) in enumerate(enumerate(some, lo)):
-            masked[row, torch.from_numpy(context + generator(seed, "subset", key, i).permutation(N)[:k])] = True
-        values.append(masked_ce(model, ids, masked) * N / torch.from_numpy(some))
+            is_mask[row, torch.from_numpy(context + generator(seed, "subset", key, i).permutation(N)[:k])] = True
+        values.append(masked_ce(model, ids, is_mask) * N / torch.from_numpy(some))
     pairs = torch.cat(values).view(-1, 2)                                              # (calls / 2, 2)
     error = (pairs[:, 0] - pairs[:, 1]).square().sum().sqrt() / 2 / len(pairs)         # a pair's mean errs by |a-b|/2
     return pairs.mean().item(), error.item()
 
 
 @torch.no_grad()
-def masked_ce(model, ids, masked):
-    """Sum of CE (nats, float64) over the masked tokens of each row: ids (T,), masked (n, T) -> (n,)."""
-    rows = ids.expand(len(masked), -1)
-    *_, normed = model.states(rows, masked)
+def masked_ce(model, ids, is_mask):
+    """Sum of CE (nats, float64) over the masked tokens of each row: ids (T,), is_mask (n, T) -> (n,)."""
+    rows = ids.expand(len(is_mask), -1)
+    *_, normed = model.states(rows, is_mask)
     logits = model.logits(normed[:, :-1])                                              # (n, T-1, V)
     ce = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none").view(len(rows), -1)
-    return torch.where(masked[:, 1:], ce.double(), 0).sum(1).cpu()
+    return torch.where(is_mask[:, 1:], ce.double(), 0).sum(1).cpu()
 
 
 def text_likelihood(model, windows, calls, seed=0):
     """(nats, standard error) summed over windows (N, T) of a text; each window's first token is given."""
     found = [likelihood(model, ids, calls, seed, key=i) for i, ids in enumerate(windows)]
     return sum(f[0] for f in found), math.sqrt(sum(f[1] ** 2 for f in found))
-
-
-# ------------------------------------------------------------------------------------- the command line of --load
-def sample_text(cfg, world, dtype):
-    """--load: the prompt, the filled masks and the suffix as text; or with --judge the likelihood of a file."""
-    model, tokenizer = load_converted(cfg.load, world.device, dtype)
-    if cfg.judge:
-        return judge_file(cfg, model, tokenizer, world)
-    before = tokenizer(cfg.prompt)["input_ids"] or [tokenizer.eos_token_id or 0]
-    after = tokenizer(cfg.suffix, add_special_tokens=False)["input_ids"] if cfg.suffix else []
-    count = cfg.middle if cfg.suffix else cfg.max_new_tokens
-    if tokenizer.mask_token_id in [*before, *after]:
-        raise UserError("the prompt or the suffix holds the mask token itself; leave it out")
-    ids = torch.tensor([[*before, *[model.mask_id] * count, *after]], device=world.device)               # (1, T)
-    if ids.shape[1] > model.lm.config.max_position_embeddings:
-        raise UserError(f"prompt, masks and suffix are {ids.shape[1]} tokens, more than the model's "
-                        f"{model.lm.config.max_position_embeddings}; shorten one")
-
-    def watch(ids, masked):
-        print(repr(tokenizer.decode(ids[0].masked_fill(masked[0], model.mask_id)).replace(tokenizer.mask_token, "_")))
-    return tokenizer.decode(fill(
-        model, ids, ids == model.mask_id, cfg.sample_steps, cfg.temperature, cfg.seed, cfg.order, cfg.top_p, cfg.top_k,
-        cfg.block, watch if cfg.show else None)[0])
-
-
-def judge_file(cfg, model, tokenizer, world):
-    """Bits per byte of a text file (an upper bound) with its standard error, in windows of --seq_len tokens."""
-    if not Path(cfg.judge).is_file():
-        raise UserError(f"--judge {cfg.judge}: there is no such file")
-    text = Path(cfg.judge).read_text(encoding="utf-8", errors="replace")
-    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-    ids = torch.tensor([tokenizer.eos_token_id or 0, *tokens], device=world.device)
-    if len(ids) < 3 or model.mask_id in tokens:
-        raise UserError(f"--judge {cfg.judge} holds fewer than two tokens, or the mask token itself; use another text")
-    if not 2 <= cfg.seq_len <= model.lm.config.max_position_embeddings:
-        raise UserError(f"--seq_len {cfg.seq_len} must lie in 2..{model.lm.config.max_position_embeddings}, the "
-                        "positions of the model")
-    windows, start = [], 0
-    while start < len(ids) - 1:  # the last token of a window is the given first one of the next
-        windows.append(ids[start:start + cfg.seq_len])
-        start += cfg.seq_len - 1
-    nats, error = text_likelihood(model, windows, cfg.calls, cfg.seed)
-    bits = len(text.encode()) * math.log(2)
-    return (f"{nats / bits:.4f} +- {error / bits:.4f} bits per byte at most, {cfg.judge}: {len(ids) - 1} tokens, "
-            f"{cfg.calls} network calls a window of {cfg.seq_len}")

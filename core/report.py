@@ -7,6 +7,7 @@
 import contextlib
 
 from core.run import atomic
+from core.stats import paired, steps_to, verdict
 
 BLUE, RED, YELLOW, GREEN, GREY, BLACK = "#30638e", "#d1495b", "#edae49", "#5f9e6e", "#999999", "#222222"
 
@@ -49,3 +50,14 @@ def frontiers(lines, real, path, title):
         ax.plot(real["entropy"], real["gen_ppl"], "x", color=RED, markersize=10, markeredgewidth=2, label="real text")
         ax.set(yscale="log", xlabel="entropy of a text's tokens (nats)", title=title,
                ylabel="gen-PPL, judged by the intact model")
+
+
+def compare_arms(w0, w10):
+    """What alignment bought, from the results of two conversions: the unaligned arm and an aligned one."""
+    gap = paired([w10["val_loss"]], [w0["val_loss"]])
+    there, each = steps_to(w10["curve"], w0["val_loss"]), w10["seconds"] / w10["steps"]
+    way = "never reaches the other's final loss" if there is None else (
+        f"reaches the other's final loss after {there:.0f} of {w0['steps']} steps, {there * each:.0f} s against "
+        f"{w0['seconds']:.0f} s")
+    return (f"Final masked CE with alignment (w = {w10['w']:g}) against w = {w0['w']:g}: {verdict(gap, unit='nats')}. "
+            f"The aligned arm {way}; a step of it costs {each / (w0['seconds'] / w0['steps']):.2f}x.")

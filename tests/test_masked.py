@@ -15,10 +15,12 @@ from transformers import DynamicCache
 import repr_align
 from core import backbone, masked
 from core.common import UserError
-from core.masked import ORDERS, Student, fill
+from core.conversion import corrupt
+from core.masked import ORDERS, TAKES_BACK, Student, fill
+from studies import twin
 
 IDS = torch.randint(3, 60, (3, 16), generator=torch.Generator().manual_seed(0))
-HIDE = repr_align.corrupt(16, 0, "mask", 0, range(3))
+HIDE = corrupt(16, 0, "mask", 0, range(3))
 
 
 def student(family="qwen3", seed=0):
@@ -37,7 +39,7 @@ def test_every_sampler_keeps_its_promises(order, how):
         changed = torch.where(HIDE, torch.full_like(IDS, 5), IDS)
         assert torch.equal(out, fill(s, changed, HIDE, steps, order=order, **how))
         assert torch.equal(out[:1], fill(s, IDS[:1], HIDE[:1], steps, order=order, **how))
-    assert seen[-1] == 0 and seen[1] > 0 and (order == "p2" or seen[1:4] == sorted(seen[1:4], reverse=True))
+    assert seen[-1] == 0 and seen[1] > 0 and (order in TAKES_BACK or seen[1:4] == sorted(seen[1:4], reverse=True))
 
 
 def test_the_orders_differ_and_p2_takes_tokens_back():
@@ -46,7 +48,7 @@ def test_the_orders_differ_and_p2_takes_tokens_back():
         rounds = []
         outs[order] = fill(s, IDS, HIDE, 6, order=order, watch=lambda i, m, rounds=rounds: rounds.append(m.clone()))
         back = any((later & ~now).any() for now, later in zip(rounds, rounds[1:]))
-        assert back == (order == "p2"), order
+        assert back == (order in TAKES_BACK), order
     assert len({tuple(o.flatten().tolist()) for o in outs.values()}) >= 4
 
 
@@ -124,13 +126,26 @@ def test_a_cached_prefix_equals_block_causal_attention(family):
 def test_blocks_fill_from_left_to_right():
     s, hide, filled = student(), torch.zeros(3, 16, dtype=torch.bool), []
     hide[:, 4:] = True
-    out = fill(s, IDS, hide, 6, block=4, watch=lambda i, m: filled.append(i.shape[1]))
+    out = fill(s, IDS, hide, 6, block_size=4, watch=lambda i, m: filled.append(i.shape[1]))
     assert torch.equal(out[:, :4], IDS[:, :4]) and (out != s.mask_id).all() and filled == [5] * 6
-    assert torch.equal(out[:1], fill(s, IDS[:1], hide[:1], 6, block=4))
-    shorter = fill(s, IDS[:, :12], hide[:, :12], 4, block=4)                     # a later block changes no earlier one
+    assert torch.equal(out[:1], fill(s, IDS[:1], hide[:1], 6, block_size=4))
+    shorter = fill(s, IDS[:, :12], hide[:, :12], 4, block_size=4)                # a later block changes no earlier one
     assert torch.equal(out[:, :12], shorter)
     with pytest.raises(UserError, match="see nothing after"):
-        fill(s, IDS, HIDE & (torch.arange(16) < 9), 6, block=4)
+        fill(s, IDS, HIDE & (torch.arange(16) < 9), 6, block_size=4)
+
+
+def test_an_order_is_a_function_and_a_line(monkeypatch):
+    """Positions come to it in reading order; an unknown name lists the known ones."""
+    monkeypatch.setitem(ORDERS, "left", lambda logits, token, u: -torch.arange(len(u)))
+    s, seen = student(), []
+    fill(s, IDS, HIDE, 4, order="left", watch=lambda ids, is_mask: seen.append(is_mask))
+    for row in range(3):
+        where = HIDE[row].nonzero()[:, 0].tolist()
+        assert len(seen) == 4 and [m[row].nonzero()[:, 0].tolist() for m in seen] == [
+            where[len(where) - n:] for m in seen for n in [m[row].sum().item()]]
+    with pytest.raises(UserError, match="--order best: there is no such one; there are random, .*p2, left"):
+        fill(s, IDS, HIDE, 4, order="best")
 
 
 def test_padding_changes_nothing():
@@ -194,36 +209,45 @@ def test_likelihood_refuses():
 # ------------------------------------------------------------------------------------------------ the command line
 def test_filling_between_and_judging(runs, capsys, tmp_path):
     load = ["--load", f"{runs}/repr_align/w10", "--sample_steps", "3"]
-    between = repr_align.main([*load, "--prompt", "def f(", "--suffix", "return x", "--middle", "5", "--show"])
+    between = twin.main([*load, "--prompt", "def f(", "--suffix", "return x", "--middle", "5", "--show"])
     assert between.startswith("def f(") and between.endswith("return x") and masked.MASK not in between
     assert len(capsys.readouterr().out.splitlines()) >= 4
     (tmp_path / "a.txt").write_text("import os\nprint(os.getcwd())\n" * 4)
-    line = repr_align.main([*load, "--judge", f"{tmp_path}/a.txt", "--calls", "4", "--seq_len", "32"])
+    line = twin.main([*load, "--judge", f"{tmp_path}/a.txt", "--calls", "4", "--seq_len", "32"])
     assert 0.5 < float(line.split()[0]) < 20 and "bits per byte" in line
-    for order in ("random", "p2"):
-        assert repr_align.main([*load, "--prompt", "import", "--order", order]).startswith("import")
-    assert repr_align.main([*load, "--prompt", "import", "--block", "16"]).startswith("import")
-    bad = [*load, "--prompt", "import"]
-    assert "mask token itself" in fails(capsys, repr_align.main, *load, "--prompt", f"a{masked.MASK}b")
-    assert "--middle" in fails(capsys, repr_align.main, *bad, "--suffix", "x", "--middle", "0")
-    assert "--sample_steps" in fails(capsys, repr_align.main, *bad, "--sample_steps", "0")
+    for more in ("--order random", "--order p2", "--block_size 16", "--max_new_tokens 9 --temperature 0"):
+        text = twin.main([*load, "--prompt", "import", *more.split()])
+        assert text.startswith("import") and len(text) > 6 and masked.MASK not in text
+
+
+def test_refusals_of_the_twin(runs, capsys, tmp_path):
+    load = ["--load", f"{runs}/repr_align/w10"]
+    (tmp_path / "a.txt").write_text("import os\n")
     (tmp_path / "b.txt").write_text(f"import os {masked.MASK} print")
-    assert "mask token itself" in fails(capsys, repr_align.main, *load, "--judge", tmp_path / "b.txt")
-    assert "--seq_len" in fails(capsys, repr_align.main, *load, "--judge", tmp_path / "a.txt", "--seq_len", "1")
-    assert "--top_p" in fails(capsys, repr_align.main, *bad, "--top_p", "0")
-    assert "--load" in fails(capsys, repr_align.main, "--prompt", "x")
-    assert "no such file" in fails(capsys, repr_align.main, *load, "--judge", tmp_path / "none")
+    for word, flags in (("mask token itself", ["--prompt", f"a{masked.MASK}b"]), ("--middle", "--suffix x --middle 0"),
+                        ("--sample_steps", "--sample_steps 0"), ("mask token itself", f"--judge {tmp_path}/b.txt"),
+                        ("--seq_len", f"--judge {tmp_path}/a.txt --seq_len 1"), ("--top_p", "--top_p 0"),
+                        ("--temperature", "--temperature -1"), ("no such file", f"--judge {tmp_path}/none"),
+                        ("leave --prompt", f"--judge {tmp_path}/a.txt --prompt x"),
+                        ("shorten one", "--max_new_tokens 5000"), ("invalid choice", "--order best"),
+                        ("leave --suffix", "--prompt a --suffix b --block_size 4")):
+        flags = flags.split() if isinstance(flags, str) else flags
+        assert word in fails(capsys, twin.main, *load, *flags), flags
+    assert "no converted model" in fails(capsys, twin.main, "--load", runs / "toy")
+    started = subprocess.run([sys.executable, "studies/twin.py"], cwd=ROOT, capture_output=True, text=True)
+    assert started.returncode == 2 and started.stderr == "error: start it as: python -m studies.twin\n"
 
 
 def test_flags_of_the_arms(runs, text, tmp_path, capsys):
     argv = f"--preset tiny --model {runs}/toy --steps 3 --data {text}".split()
-    for flags in ("--distance l2 --positions all --layers lower", "--weighting 1/t --freeze embed,mlp --cooldown 0",
-                  "--positions masked --layers 0,4 --schedule cosine --freeze none"):
+    for flags in ("--align_distance l2 --align_positions all --align_layers lower",
+                  "--weighting 1/t --freeze embed,mlp --cooldown 0",
+                  "--align_positions masked --align_layers 0,4 --schedule cosine --freeze none"):
         out = tmp_path / "arms" / flags.replace("/", "_").replace(" ", "")
         assert 0 < repr_align.main([*argv, *flags.split(), "--out", str(out)])["val_loss"] < 20
     x = [*argv, "--out", tmp_path / "x" / "y"]
-    assert "numbers of 0..4" in fails(capsys, repr_align.main, *x, "--layers", "9")
-    assert "not embed, attention or mlp" in fails(capsys, repr_align.main, *x, "--freeze", "head")
+    assert "numbers of 0..4" in fails(capsys, repr_align.main, *x, "--align_layers", "9")
+    assert "there are embed, attention, mlp" in fails(capsys, repr_align.main, *x, "--freeze", "head")
     assert "torchrun" in fails(capsys, repr_align.main, *x, "--shard")
 
 

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from conftest import FAMILIES, fails, tiny_model
 
 import repr_align
-from core import backbone
+from core import backbone, conversion, report, run
+from core.common import UserError
+from core.conversion import conversion_loss, corrupt
 from core.masked import MASK, Student, fill, load_converted
 
 IDS = torch.randint(3, 60, (3, 16), generator=torch.Generator().manual_seed(0))
@@ -20,7 +22,7 @@ def student(seed=0, family="qwen3"):
 
 
 def masks(step=0, slots=range(3), T=16):
-    return repr_align.corrupt(T, 0, "mask", step, slots)
+    return corrupt(T, 0, "mask", step, slots)
 
 
 def test_masks_are_keyed_by_slot_and_spare_position_zero():
@@ -30,35 +32,37 @@ def test_masks_are_keyed_by_slot_and_spare_position_zero():
     share = whole[:, 1:].float().mean(1)                                       # about U(0, 1)
     assert share.mean().item() == pytest.approx(0.5, abs=0.05)
     assert share.std().item() == pytest.approx(12 ** -0.5, abs=0.04)
-    fixed = repr_align.corrupt(64, 0, "mask", 0, range(200), r=0.25)[:, 1:].float().mean().item()
+    fixed = corrupt(64, 0, "mask", 0, range(200), r=0.25)[:, 1:].float().mean().item()
     assert fixed == pytest.approx(0.25, abs=0.02)
 
 
 def test_the_loss_by_hand():
     """CE of token i+1 from the state at i, where token i+1 is masked, and nothing else; then the path term."""
-    s, masked = student(), masks()
-    each, row, _, ce, _ = repr_align.conversion_loss(s, None, IDS, masked, path=1.0)
-    h = s.lm.embed(IDS.masked_fill(masked, 63))
+    s, is_mask = student(), masks()
+    loss = conversion_loss(s, None, IDS, is_mask, path=1.0)
+    h = s.lm.embed(IDS.masked_fill(is_mask, 63))
     logits = s.lm.head(s.lm.through(h, 0, s.lm.L, s.lm.side(h, causal=False)))
     logits[..., 63] = -torch.inf
     want = want_path = 0.0
     for b in range(3):
         for i in range(15):
-            if masked[b, i + 1]:
+            if is_mask[b, i + 1]:
                 here = F.cross_entropy(logits[b, i], IDS[b, i + 1]).item()
                 want += here
                 want_path += math.exp(-here) * here
-    assert ce.item() == pytest.approx(want, rel=1e-4) and each.sum().item() == pytest.approx(want + want_path, rel=1e-4)
-    assert torch.bincount(row, minlength=3).tolist() == masked[:, 1:].sum(1).tolist()
+    assert loss.ce.item() == pytest.approx(want, rel=1e-4)
+    assert loss.each.sum().item() == pytest.approx(want + want_path, rel=1e-4)
+    assert torch.bincount(loss.row, minlength=3).tolist() == is_mask[:, 1:].sum(1).tolist()
+    assert loss.apart.item() == 0 and loss.cosines.isnan().all()               # without a teacher
 
 
 def test_only_masked_inputs_hide_their_token():
-    s, masked = student(), masks()
-    *_, a = s.states(IDS, masked)
-    other = torch.where(masked, (IDS + 7) % 60, IDS)                           # change what is hidden
-    *_, b = s.states(other, masked)
+    s, is_mask = student(), masks()
+    *_, a = s.states(IDS, is_mask)
+    other = torch.where(is_mask, (IDS + 7) % 60, IDS)                          # change what is hidden
+    *_, b = s.states(other, is_mask)
     assert torch.equal(a, b)
-    *_, c = s.states(torch.where(masked, IDS, (IDS + 7) % 60), masked)         # change what is seen
+    *_, c = s.states(torch.where(is_mask, IDS, (IDS + 7) % 60), is_mask)       # change what is seen
     assert not torch.equal(a, c)
 
 
@@ -68,8 +72,8 @@ class Echo(torch.nn.Module):
         super().__init__()
         self.lm, self.sign = lm, sign
 
-    def states(self, ids, masked):
-        for h in repr_align.teacher_states(self.lm, ids):
+    def states(self, ids, is_mask):
+        for h in conversion.teacher_states(self.lm, ids):
             yield self.sign * h
 
     def logits(self, normed):
@@ -78,66 +82,66 @@ class Echo(torch.nn.Module):
 
 @pytest.mark.parametrize("sign, penalty", [(1.0, 0.0), (-1.0, 2.0)])
 def test_alignment_is_zero_for_the_teacher_and_two_for_its_negative(sign, penalty):
-    teacher, masked = backbone.Backbone(tiny_model("qwen3")), masks()
-    for kind, positions in (("cosine", "next-masked"), ("cosine", "all"), ("l2", "masked")):
-        _, _, apart, _, cosines = repr_align.conversion_loss(Echo(teacher, sign), teacher, IDS, masked, 1.0, None, kind,
-                                                             positions)
-        count = repr_align.aligned(positions, masked).sum().item()
-        assert apart.item() / count == pytest.approx(penalty ** (2 if kind == "l2" else 1), abs=1e-4)
-        assert len(cosines) == teacher.L + 1 and (cosines / count).tolist() == pytest.approx([sign] * 5, abs=1e-4)
+    teacher, is_mask = backbone.Backbone(tiny_model("qwen3")), masks()
+    for distance, positions in (("cosine", "next-masked"), ("cosine", "all"), ("l2", "masked")):
+        loss = conversion_loss(Echo(teacher, sign), teacher, IDS, is_mask, 1.0, None, distance, positions)
+        count = conversion.POSITIONS[positions](is_mask).sum().item()
+        assert loss.apart.item() / count == pytest.approx(penalty ** (2 if distance == "l2" else 1), abs=1e-4)
+        assert (loss.cosines / count).tolist() == pytest.approx([sign] * (teacher.L + 1), abs=1e-4)
 
 
 def test_only_the_chosen_layers_are_aligned():
-    assert repr_align.depth("all", 8) == set(range(9)) and repr_align.depth("lower", 8) == {0, 1, 2}
-    assert repr_align.depth("middle", 8) == {3, 4, 5} and repr_align.depth("upper", 8) == {6, 7, 8}
-    s, teacher, masked = student(), backbone.Backbone(tiny_model("qwen3", 1)), masks()
-    parts = [repr_align.conversion_loss(s, teacher, IDS, masked, 1.0, {i})[2].item() for i in range(5)]
-    some = repr_align.conversion_loss(s, teacher, IDS, masked, 1.0, {1, 3})[2].item()
+    assert conversion.align_layers("all", 8) == set(range(9)) and conversion.align_layers("lower", 8) == {0, 1, 2}
+    assert conversion.align_layers("middle", 8) == {3, 4, 5} and conversion.align_layers("upper", 8) == {6, 7, 8}
+    s, teacher, is_mask = student(), backbone.Backbone(tiny_model("qwen3", 1)), masks()
+    parts = [conversion_loss(s, teacher, IDS, is_mask, 1.0, {i}).apart.item() for i in range(5)]
+    some = conversion_loss(s, teacher, IDS, is_mask, 1.0, {1, 3}).apart.item()
     assert some == pytest.approx((parts[1] + parts[3]) / 2, rel=1e-5) and len(set(parts)) == 5
     s.requires_grad_(True)                                                     # and nothing above them is pulled
-    repr_align.conversion_loss(s, teacher, IDS, masked, 1.0, {2})[2].backward()
+    conversion_loss(s, teacher, IDS, is_mask, 1.0, {2}).apart.backward()
     pulled = [any(p.grad is not None and p.grad.any() for p in b.parameters()) for b in s.lm.blocks]
     assert pulled == [True, True, False, False]
 
 
 def test_weights_of_the_two_weightings():
-    masked = masks(slots=range(50))
-    mean, ratio = (repr_align.row_weights(kind, masked) for kind in ("mean", "1/t"))
-    k = masked.sum(1).clamp_min(1)
+    is_mask = masks(slots=range(50))
+    mean, ratio = (conversion.WEIGHTINGS[kind](is_mask) for kind in ("mean", "1/t"))
+    k = is_mask.sum(1).clamp_min(1)
     assert (mean * k).sum().item() == pytest.approx(1, abs=0.05)
     assert (ratio * k * 50).tolist() == pytest.approx([1] * 50)
 
 
 def test_micro_batches_add_up_exactly():
-    s, teacher, masked = student(), backbone.Backbone(tiny_model("qwen3", 1)), masks()
-    whole = repr_align.conversion_loss(s, teacher, IDS, masked, 1.0)
-    parts = [repr_align.conversion_loss(s, teacher, IDS[i:i + 1], masked[i:i + 1], 1.0) for i in range(3)]
-    for n in (0, 2, 3):                                                        # loss, alignment, CE
-        assert sum(p[n].sum().item() for p in parts) == pytest.approx(whole[n].sum().item(), rel=1e-5)
+    s, teacher, is_mask = student(), backbone.Backbone(tiny_model("qwen3", 1)), masks()
+    whole = conversion_loss(s, teacher, IDS, is_mask, 1.0)
+    parts = [conversion_loss(s, teacher, IDS[i:i + 1], is_mask[i:i + 1], 1.0) for i in range(3)]
+    for name in ("each", "apart", "ce", "cosines"):
+        assert sum(getattr(p, name).sum().item() for p in parts) == pytest.approx(
+            getattr(whole, name).sum().item(), rel=1e-5), name
 
 
 def test_the_future_changes_the_past_after_conversion():
     s = student()
-    masked = torch.zeros(3, 16, dtype=torch.bool)
+    is_mask = torch.zeros(3, 16, dtype=torch.bool)
     other = IDS.clone()
     other[:, -1] = (other[:, -1] + 1) % 60
-    *_, a = s.states(IDS, masked)
-    *_, b = s.states(other, masked)
+    *_, a = s.states(IDS, is_mask)
+    *_, b = s.states(other, is_mask)
     assert ((a - b).abs().amax(-1) > 1e-6).all()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("steps", [1, 3, 50])
 def test_filling(steps, temperature):
-    s, masked = student(), masks()
-    out = fill(s, IDS, masked, steps, temperature, seed=0)
-    assert torch.equal(out[~masked], IDS[~masked])                             # what was visible stays
+    s, is_mask = student(), masks()
+    out = fill(s, IDS, is_mask, steps, temperature, seed=0)
+    assert torch.equal(out[~is_mask], IDS[~is_mask])                           # what was visible stays
     assert (out != s.mask_id).all()                                            # and no mask is left
-    assert torch.equal(out, fill(s, IDS, masked, steps, temperature, seed=0))
+    assert torch.equal(out, fill(s, IDS, is_mask, steps, temperature, seed=0))
     if temperature == 0:
-        assert torch.equal(out[1:2], fill(s, IDS[1:2], masked[1:2], steps, 0.0, seed=0))
-    changed = torch.where(masked, torch.full_like(IDS, 5), IDS)                # the hidden truth plays no part
-    assert torch.equal(out, fill(s, changed, masked, steps, temperature, seed=0))
+        assert torch.equal(out[1:2], fill(s, IDS[1:2], is_mask[1:2], steps, 0.0, seed=0))
+    changed = torch.where(is_mask, torch.full_like(IDS, 5), IDS)               # the hidden truth plays no part
+    assert torch.equal(out, fill(s, changed, is_mask, steps, temperature, seed=0))
 
 
 def test_filling_in_bf16():
@@ -159,9 +163,9 @@ def test_every_family_converts(family, runs, tmp_path, text):
     result = repr_align.main(argv.split())
     assert 0 < result["val_loss"] < 100
     s, _ = load_converted(tmp_path / "twin", torch.device("cpu"), torch.float32)
-    masked = torch.zeros(3, 16, dtype=torch.bool)
-    *_, a = s.states(IDS, masked)
-    *_, b = s.states(torch.cat([IDS[:, :-1], (IDS[:, -1:] + 1) % 60], 1), masked)
+    is_mask = torch.zeros(3, 16, dtype=torch.bool)
+    *_, a = s.states(IDS, is_mask)
+    *_, b = s.states(torch.cat([IDS[:, :-1], (IDS[:, -1:] + 1) % 60], 1), is_mask)
     assert ((a - b).abs().amax(-1) > 1e-6).all()
 
 
@@ -169,11 +173,11 @@ def test_draws_follow_the_law():
     """One masked token after a fixed prefix: frequencies over many rows against the softmax."""
     s = student()
     ids = IDS[:1, :6].repeat(4000, 1)
-    masked = torch.zeros_like(ids, dtype=torch.bool)
-    masked[:, 5] = True
-    *_, normed = s.states(ids[:1], masked[:1])
+    is_mask = torch.zeros_like(ids, dtype=torch.bool)
+    is_mask[:, 5] = True
+    *_, normed = s.states(ids[:1], is_mask[:1])
     p = torch.softmax(s.logits(normed[:, 4]).double() / 3, -1)[0].detach()
-    drawn = fill(s, ids, masked, 1, 3.0, seed=0)[:, 5]
+    drawn = fill(s, ids, is_mask, 1, 3.0, seed=0)[:, 5]
     frequency = torch.bincount(drawn, minlength=64).double() / 4000
     assert (frequency - p).abs().max() < 5 * (p * (1 - p) / 4000).sqrt().max()
 
@@ -201,36 +205,135 @@ def test_the_folder_opens_as_an_ordinary_model(runs):
 
 def test_folding_the_mask_row_changes_nothing():
     for family in ("qwen3", "gemma3"):
-        s, masked = student(family=family), masks()
+        s, is_mask = student(family=family), masks()
         with torch.no_grad():
             s.shift.normal_()
-            *_, before = s.states(IDS, masked)
+            *_, before = s.states(IDS, is_mask)
             s.fold()
-            *_, after = s.states(IDS, masked)
+            *_, after = s.states(IDS, is_mask)
         assert torch.allclose(before, after, atol=1e-4) and not s.shift.any()
 
 
-def test_interrupted_and_resumed_equals_uninterrupted(runs, tmp_path, text, monkeypatch):
-    from safetensors.torch import load_file
+def argv_of(runs, text, steps, out, more=""):
+    return f"--preset tiny --model {runs}/toy --steps {steps} --data {text} {more} --out {out}".split()
 
+
+def weights(folder):
+    from safetensors.torch import load_file
+    return load_file(folder / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(runs, tmp_path, text, monkeypatch):
     from core import common
-    argv = f"--preset tiny --model {runs}/toy --steps 8 --data".split() + [str(text), "--out"]
-    whole = repr_align.main([*argv, f"{tmp_path}/a/whole"])
+    whole = repr_align.main(argv_of(runs, text, 8, tmp_path / "a/whole"))
     polls = iter([False] * 4 + [True])
     with monkeypatch.context() as patch:
         patch.setattr(common.StopSignal, "poll", lambda self: next(polls))
         with pytest.raises(SystemExit):
-            repr_align.main([*argv, f"{tmp_path}/a/parts"])
-    parts = repr_align.main([*argv, f"{tmp_path}/a/parts"])
-    assert parts["curve"] == whole["curve"]
-    a, b = (load_file(tmp_path / "a" / n / "model.safetensors") for n in ("whole", "parts"))
-    assert all(torch.equal(a[k], b[k]) for k in a)
+            repr_align.main(argv_of(runs, text, 8, tmp_path / "a/parts"))
+    parts = repr_align.main(argv_of(runs, text, 8, tmp_path / "a/parts"))
+    assert parts["curve"] == whole["curve"] and same(weights(tmp_path / "a/whole"), weights(tmp_path / "a/parts"))
 
 
-def test_sampling_from_the_command_line(runs, capsys, tmp_path):
-    text = repr_align.main(f"--load {runs}/repr_align/w10 --prompt import --max_new_tokens 9 --sample_steps 4".split())
-    assert text.startswith("import") and MASK not in text
-    assert "no converted model" in fails(capsys, repr_align.main, "--load", runs / "toy")
-    long = ["--load", runs / "repr_align" / "w10", "--max_new_tokens", "5000"]
-    assert "shorten one" in fails(capsys, repr_align.main, *long)
+def test_the_last_step_is_saved_before_it_is_measured(runs, tmp_path, text, monkeypatch):
+    """A failing final measurement loses nothing: the same command trains no step again."""
+    done = repr_align.main(argv_of(runs, text, 7, tmp_path / "a/whole"))
+    out, honest, calls = tmp_path / "a/late", repr_align.validate, []
+
+    def fails_at_the_end(*args):
+        calls.append(args)
+        if len(calls) > 1:                                                     # the first is that of step 0
+            raise RuntimeError("the measurement failed")
+        return honest(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(repr_align, "validate", fails_at_the_end)
+        with pytest.raises(RuntimeError):
+            repr_align.main(argv_of(runs, text, 7, out))
+    assert torch.load(out / "state.pt", weights_only=True)["step"] == 7 and not (out / "result.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(repr_align, "corrupt", lambda *key, r=None: corrupt(*key, r=r) if r else pytest.fail("a step"))
+        again = repr_align.main(argv_of(runs, text, 7, out))
+    assert again["curve"] == done["curve"] and same(weights(tmp_path / "a/whole"), weights(out))
+    assert not (out / "state.pt").exists()
+
+
+def test_more_steps_of_a_finished_run(runs, tmp_path, text, capsys):
+    """10 steps kept and raised to 20 equal 20 straight, bit for bit, where the learning rate is constant."""
+    constant = "--cooldown 0 --keep_state"
+    straight = repr_align.main(argv_of(runs, text, 20, tmp_path / "a/straight", constant))
+    out = tmp_path / "a/grown"
+    short = repr_align.main(argv_of(runs, text, 10, out, constant))
+    assert not same(weights(out), weights(tmp_path / "a/straight"))
+    grown = repr_align.main(argv_of(runs, text, 20, out, constant))
+    assert "resuming at step 10" in capsys.readouterr().out and grown["steps"] == 20
+    assert grown["curve"] == straight["curve"] and same(weights(out), weights(tmp_path / "a/straight"))
+    assert run.read_json(out / "result_10.json")["curve"] == short["curve"]
+    assert "choose another --out" in fails(capsys, repr_align.main, *argv_of(runs, text, 10, out, constant))
+    falling = tmp_path / "a/falling"
+    repr_align.main(argv_of(runs, text, 2, falling, "--keep_state"))
+    before = weights(falling)
+    assert "--cooldown 0" in fails(capsys, repr_align.main, *argv_of(runs, text, 4, falling, "--keep_state"))
+    forgotten = tmp_path / "a/forgotten"
+    repr_align.main(argv_of(runs, text, 2, forgotten, "--cooldown 0"))
+    assert "--keep_state" in fails(capsys, repr_align.main, *argv_of(runs, text, 4, forgotten, "--cooldown 0"))
+    assert same(before, weights(falling)) and run.read_json(falling / "result.json")["steps"] == 2
+
+
+def test_another_sample_of_a_finished_run(runs, text, capsys, monkeypatch):
+    """--order and --sample_steps are no part of a run; the stored sample is printed without loading anything."""
+    folder = runs / "repr_align/w10"
+    argv = f"--preset tiny --data {text} --out {folder}".split()
+    stored = {f: (folder / f).read_bytes() for f in ("result.json", "config.json", "model.safetensors")}
+    sample = json.loads(stored["result.json"])["sample"]
+    with monkeypatch.context() as patch:
+        patch.setattr(repr_align, "load_converted", lambda *_: pytest.fail("loaded"))
+        assert repr_align.main(argv)["sample"] == sample
+    assert "is finished" in (shown := capsys.readouterr().out) and sample["text"] in shown and sample["order"] in shown
+    other = repr_align.main([*argv, "--order", "p2", "--sample_steps", "9"])["sample"]
+    assert (other["order"], other["sample_steps"]) == ("p2", 9) and other["text"] != sample["text"]
+    assert other["text"].startswith(repr_align.PROMPT) and MASK not in other["text"]
+    shown = capsys.readouterr().out
+    assert "is finished" in shown and other["text"] in shown
+    again = repr_align.main([*argv, "--order", "confidence", "--sample_steps", "32"])["sample"]
+    s, tokenizer = load_converted(folder, torch.device("cpu"), torch.float32)
+    assert repr_align.sample(s, tokenizer, repr_align.Config()) == again == sample    # the saved model writes the same
+    assert stored == {f: (folder / f).read_bytes() for f in stored}            # asking changes nothing
+    assert "invalid choice" in fails(capsys, repr_align.main, *argv, "--order", "best")
+    assert "align_weight" in fails(capsys, repr_align.main, *argv, "--align_weight", "3")
+
+
+def test_the_section_and_the_card(runs):
+    for name, w in (("w0", 0), ("w10", 10)):
+        folder = runs / "repr_align" / name
+        result, text = run.read_json(folder / "result.json"), run.read_section(folder)
+        assert text == repr_align.section(result) and text.startswith(f"## CONVERT, w = {w}\n")
+        assert "![" in text and "(convert.png)" in text and (folder / "convert.png").stat().st_size > 5_000
+        for step, ce, cosine in result["curve"]:
+            assert f"| {step} | {ce:.3f} | {'-' if cosine is None else f'{cosine:.3f}'} |" in text
+        (what, value), = result["headline"]
+        assert f"w = {w}" in what and f"{result['val_loss']:.3f}" in value and len(value) <= 60
+        assert f"- val_loss: {result['val_loss']:.4g}" in (folder / "README.md").read_text()
+
+
+def test_two_arms_compared():
+    w0 = dict(w=0, val_loss=5.0, curve=[[0, 7.0, None], [10, 5.5, None], [20, 5.0, None]], steps=20, seconds=10)
+    w10 = dict(w=10, val_loss=4.8, curve=[[0, 7.0, 0.5], [10, 5.2, 0.6], [20, 4.8, 0.7]], steps=20, seconds=30)
+    text = report.compare_arms(w0, w10)
+    assert "not known (n = 1, lower by 0.2 nats)" in text and "w = 10" in text and "3.00x" in text
+    assert "after 15 of 20 steps, 22 s against 10 s" in text
+    late = {**w10, "val_loss": 5.1, "curve": [[0, 7.0, 0.5], [20, 5.1, 0.7]]}
+    assert "never reaches" in (text := report.compare_arms(w0, late)) and "higher by 0.1 nats" in text
+
+
+def test_refusals(capsys, tmp_path):
     assert "negative" in fails(capsys, repr_align.main, "--align_weight", "-1", "--out", tmp_path / "x/y")
+    assert "at least 3" in fails(capsys, repr_align.main, "--seq_len", "2", "--out", tmp_path / "x/y")
+    for name in ("9", "0,,4", "upper,4", "-1", ""):
+        with pytest.raises(UserError, match="numbers of 0..8"):
+            conversion.align_layers(name, 8)
+    with pytest.raises(UserError, match="there are cosine, l2"):
+        conversion_loss(student(), None, IDS, masks(), 1.0, distance="l3")

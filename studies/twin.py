@@ -1,0 +1,106 @@
+"""twin.py: use a converted model: continue a text, fill a gap, bound the likelihood of a file.
+
+    python -m studies.twin --load out/repr_align/w10 --prompt "import " --sample_steps 64 --show       # seconds
+    python -m studies.twin --load out/repr_align/w10 --prompt "def f(" --suffix "return x" --middle 32
+    python -m studies.twin --load out/repr_align/w10 --judge README.md      # bits per byte, with its error: ~1 min
+
+Prints text; writes nothing. repr_align.py makes such models, core/masked.py holds the samplers and the bound.
+
+Letters: T tokens.
+"""
+if not __package__:
+    import sys
+    sys.stderr.write("error: start it as: python -m studies.twin\n")
+    sys.exit(2)
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from core.common import UserError, entry, parse, pick_dtype, setup
+from core.masked import ORDERS, fill, load_converted, text_likelihood
+
+
+@dataclass
+class Config:
+    load: str = "out/repr_align/w10"  # folder of a converted model
+    prompt: str = ""            # text before the masks
+    suffix: str = ""            # text after them
+    max_new_tokens: int = 64    # masks to fill after a prompt
+    middle: int = 32            # masks to fill between prompt and suffix
+    order: Literal[tuple(ORDERS)] = "confidence"  # which masks are filled first; p2 also takes tokens back
+    sample_steps: int = 32      # network calls, however many masks there are
+    block_size: int = 0         # fill left to right in blocks of so many, what is before cached (0: all at once)
+    temperature: float = 0.8    # of token draws (0: argmax)
+    top_p: float = 1.0          # nucleus
+    top_k: int = 0              # only so many best tokens (0: all)
+    show: bool = False          # print the text after every step
+    judge: str = ""             # a text file whose likelihood is bounded
+    calls: int = 16             # with --judge: network calls a window
+    seq_len: int = 128          # with --judge: tokens a window
+    seed: int = 0               # of every draw
+    device: str = "auto"        # auto, cpu, cuda
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the weights
+    dry_run: bool = False       # print what would be done, then leave
+
+
+def write(cfg, model, tokenizer):
+    """The prompt, the filled masks and the suffix as text."""
+    before = tokenizer(cfg.prompt)["input_ids"] or [tokenizer.eos_token_id or 0]
+    after = tokenizer(cfg.suffix, add_special_tokens=False)["input_ids"] if cfg.suffix else []
+    count = cfg.middle if cfg.suffix else cfg.max_new_tokens
+    if tokenizer.mask_token_id in [*before, *after]:
+        raise UserError("the prompt or the suffix holds the mask token itself; leave it out")
+    ids = torch.tensor([[*before, *[model.mask_id] * count, *after]], device=model.shift.device)         # (1, T)
+    if ids.shape[1] > model.lm.config.max_position_embeddings:
+        raise UserError(f"prompt, masks and suffix are {ids.shape[1]} tokens, more than the model's "
+                        f"{model.lm.config.max_position_embeddings}; shorten one")
+
+    def watch(ids, is_mask):
+        text = tokenizer.decode(ids[0].masked_fill(is_mask[0], model.mask_id))
+        print(repr(text.replace(tokenizer.mask_token, "_")))
+    return tokenizer.decode(fill(
+        model, ids, ids == model.mask_id, cfg.sample_steps, cfg.temperature, cfg.seed, cfg.order, cfg.top_p, cfg.top_k,
+        cfg.block_size, watch if cfg.show else None)[0])
+
+
+def judge(cfg, model, tokenizer):
+    """Bits per byte of a text file (an upper bound) with its standard error, in windows of --seq_len tokens."""
+    text = Path(cfg.judge).read_text(encoding="utf-8", errors="replace")
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = torch.tensor([tokenizer.eos_token_id or 0, *tokens], device=model.shift.device)                # (T,)
+    if len(ids) < 3 or model.mask_id in tokens:
+        raise UserError(f"--judge {cfg.judge} holds fewer than two tokens, or the mask token itself; use another text")
+    if not 2 <= cfg.seq_len <= model.lm.config.max_position_embeddings:
+        raise UserError(f"--seq_len {cfg.seq_len} must lie in 2..{model.lm.config.max_position_embeddings}, the "
+                        "positions of the model")
+    hop = cfg.seq_len - 1                    # the last token of a window is the given first one of the next
+    windows = [ids[lo:lo + cfg.seq_len] for lo in range(0, len(ids) - 1, hop)]
+    nats, error = text_likelihood(model, windows, cfg.calls, cfg.seed)
+    bits = len(text.encode()) * math.log(2)
+    return (f"{nats / bits:.4f} +- {error / bits:.4f} bits per byte at most, {cfg.judge}: {len(ids) - 1} tokens, "
+            f"{cfg.calls} network calls a window of {cfg.seq_len}")
+
+
+@entry
+def main(argv):
+    cfg = parse(Config, argv, __doc__)
+    if cfg.judge and (cfg.prompt or cfg.suffix):
+        raise UserError("--judge reads a file; leave --prompt and --suffix out")
+    if cfg.judge and not Path(cfg.judge).is_file():
+        raise UserError(f"--judge {cfg.judge}: there is no such file")
+    if cfg.dry_run:
+        print(f"would use {cfg.load} to " + (f"judge {cfg.judge}" if cfg.judge else f"write in order {cfg.order}"))
+        return None
+    world = setup(cfg.device)
+    model, tokenizer = load_converted(cfg.load, world.device, pick_dtype(cfg, world.device))
+    text = (judge if cfg.judge else write)(cfg, model, tokenizer)
+    print(text)
+    return text
+
+
+if __name__ == "__main__":
+    main()
