@@ -11,12 +11,11 @@ alike, and it alone is reported. Writes result.json, samples.jsonl, generation.p
 
 Letters: N texts, P prefix, T tokens, V vocabulary, L blocks, l the layer of a bridge.
 """
-import dataclasses
+import functools
 import itertools
 import json
 import math
-import statistics
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -28,8 +27,8 @@ from core import backbone
 from core.common import UserError, entry, parse, pick, pick_dtype, setup
 from core.diffusion import SAMPLERS
 from core.draws import generator
-from core.frontier import COLDEST, HOTTEST, figure, frontier, headline, matched, nearest, table, verdicts
-from core.metrics import at_entropy, gen_ppl, judge_text, mauve, measure
+from core.frontier import COLDEST, HOTTEST, figure, frontier, headline, matched, nearest, table, tune, verdicts
+from core.metrics import at_entropy, mauve, measure
 from core.report import table as markdown
 from core.run import Run, atomic, finished, read_json
 
@@ -68,17 +67,17 @@ PRESETS = {"tiny": {"texts": 4, "tune_texts": 2, "prefix": 16, "new": 12, "block
 
 
 class Context(NamedTuple):
-    """What a method may need."""
+    """What a method may need: the flags, the intact model, log p (V,) of training text's tokens, and
+    [(folder, its bridge.json)]."""
     cfg: Any
-    lm: Any                    # the intact model
-    prior: Any                 # log p (V,) of training text's tokens
-    bridges: list              # [(folder, its bridge.json)]
+    lm: Any
+    prior: Any
+    bridges: list
 
 
 # ------------------------------------------------------------------------------------------------------- methods
-# A method yields, for each of its settings and trained models, (row name, what is known about it, write); write takes
-# prompts (N, P) and a temperature, and returns them with the tokens drawn after them, (N, P + new). Rows of one name
-# are seeds of one another; those whose `about` holds the same "group" are settings to choose from on texts apart.
+# A method yields, for each setting and trained model, (row name, what is known about it, write); write takes prompts
+# (N, P) and a temperature to (N, P + new). Rows of one name are seeds; one "group" in `about`: settings to choose from.
 def from_prior(prior, u, temperature=1.0):
     """Tokens drawn independently by their frequency, tempered, at u (...) uniform in [0, 1)."""
     return torch.searchsorted(torch.softmax(prior / temperature, 0).cumsum(0), u).clamp_max(len(prior) - 1)
@@ -157,13 +156,12 @@ def twin(cx):
 def blocks(cx):
     """Bridges: so many tokens at once in hidden space, decoded by the product of two experts, or by one."""
     import hybrid
-    cfg = cx.cfg
+    cfg, where = cx.cfg, cx.lm.norm.weight
     settings = [(f"alpha {a:g}, beta {b:g}", dict(alpha=a, beta=b)) for a, b in itertools.product(
         numbers(cfg.alphas), numbers(cfg.betas))]
     settings += [(f"{e} alone", dict(expert=e)) for e in ("upper", "readout") if cfg.experts]
     for folder, info in cx.bridges:
-        model = hybrid.from_bridge(folder, sampler=cfg.sampler, shift=cfg.shift, device=cx.lm.norm.weight.device,
-                                   dtype=cx.lm.norm.weight.dtype)
+        model = hybrid.from_bridge(folder, "", 0, cfg.sampler, cfg.shift, where.device, where.dtype)
         result, (calls, passes) = read_json(Path(folder) / "result.json", "finish that run"), cost(cfg, info, cx.lm.L)
         about = {"group": f"blocks at layer {info['layer']}", "layer": info["layer"], "folder": str(folder),
                  "calls": calls, "passes": passes, "train_seconds": result["seconds"],
@@ -181,37 +179,25 @@ METHODS = {"unigram": unigram, "ar": autoregressive, "jacobi": parallel, "twin":
 
 def drawn(cx):
     """All rows of the methods asked for."""
-    for name in METHODS if cx.cfg.methods == "all" else split(cx.cfg.methods):
-        yield from pick(METHODS, name, "--methods")(cx)
+    for method in asked(cx.cfg).values():
+        yield from method(cx)
+
+
+def asked(cfg):
+    names = METHODS if cfg.methods == "all" else split(cfg.methods)
+    return {name: pick(METHODS, name, "--methods") for name in names}
 
 
 def cost(cfg, info, L):
     """(network calls one after another, passes of a new token through any transformer block) of drawing the new tokens
     with the bridge of this bridge.json; the prefix, encoded once by every method, is left out."""
     from hybrid import again
-    turns = cfg.refinements if info["objective"] == "diffusion" else 0
-    calls = cfg.nfe + turns * (1 + again(cfg.nfe, cfg.back)) if info["objective"] == "diffusion" else 1
+    first, turns = (cfg.nfe, cfg.refinements) if info["objective"] == "diffusion" else (1, 0)
+    calls = first + turns * (1 + again(first, cfg.back))
     return calls * -(-cfg.new // cfg.block_size), calls * info["blocks"] + (turns + 1) * (L - info["layer"])
 
 
-# -------------------------------------------------------------------------------------------------- tune, report
-def tune(cx, measured, text):
-    """{group: {"chosen": name, "settings": {name: {"matched": [one a seed], "near": [temperatures]}}}} on texts apart:
-    the lowest gen-PPL at their entropy wins."""
-    groups, target = {}, measured(text)["entropy"]
-    for name, about, write in drawn(cx):
-        if "group" in about:
-            some = groups.setdefault(about["group"], {}).setdefault(name, {"matched": [], "near": []})
-            points, _ = frontier(write, measured, text, cx.cfg.prefix, target, numbers(cx.cfg.temperatures))
-            some["matched"].append(at_entropy(points.values(), target))
-            some["near"] += [p["temperature"] for p in nearest(points.values(), target)[:2]]
-
-    def mean(found):
-        return math.inf if None in found["matched"] else statistics.mean(found["matched"])
-    return {group: {"chosen": min(settings, key=lambda name: mean(settings[name])), "settings": settings}
-            for group, settings in groups.items()}
-
-
+# -------------------------------------------------------------------------------------------------------- report
 def section(result):
     """This run's part of the report."""
     how, tuned = result["settings"], result["tuned"]
@@ -226,11 +212,10 @@ def section(result):
                   markdown(["setting", "gen-PPL", ""], [
                       [name, matched([{"matched": m} for m in some["matched"]]), "chosen" * (name == group["chosen"])]
                       for group in tuned.values() for name, some in group["settings"].items()]), ""]
-    for row in (r for r in result["rows"] if "layer" in r):
-        lines.append(f"- {row['name']}, seed {row['seed']}: {row['parameters']:,} parameters, readout included, "
-                     f"{row['steps']} steps, {row['train_seconds']:.0f} s; the readout names "
-                     f"{row['readout_accuracy']:.1%} of the tokens from their true states.")
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, *(
+        f"- {r['name']}, seed {r['seed']}: {r['parameters']:,} parameters, readout included, {r['steps']} steps, "
+        f"{r['train_seconds']:.0f} s; the readout names {r['readout_accuracy']:.1%} of the tokens from true states."
+        for r in result["rows"] if "layer" in r), ""])
 
 
 # ---------------------------------------------------------------------------------------------------------- main
@@ -252,12 +237,9 @@ def check(cfg):
         raise UserError(f"--temperatures must be numbers in [{COLDEST}, {HOTTEST}]")
     if not all(x >= 0 for x in numbers(f"{cfg.alphas},{cfg.betas}")) or not 0 <= cfg.back < 1:
         raise UserError("--alphas and --betas must be numbers that are not negative, and --back lie in [0, 1)")
-    if cfg.texts < 2 or cfg.tune_texts == 1 or cfg.tune_texts > cfg.texts:
-        raise UserError("--texts must be at least 2, and --tune_texts 0 or 2..--texts")
-    if cfg.new < 4 or cfg.prefix < 2:
-        raise UserError("--new must be at least 4, and --prefix at least 2")
-    for name in split(cfg.methods) if cfg.methods != "all" else []:
-        pick(METHODS, name, "--methods")
+    if cfg.texts < 2 or cfg.tune_texts not in (0, *range(2, cfg.texts + 1)) or cfg.new < 4 or cfg.prefix < 2:
+        raise UserError("--texts and --prefix must be at least 2, --new 4, and --tune_texts 0 or 2..--texts")
+    cfg.twin = cfg.twin if "twin" in asked(cfg) else ""
     if cfg.dry_run:
         return []
     remedy = "train one with: python bridge.py --preset blocks --layer 2 --blocks 4 --out out/blocks"
@@ -279,8 +261,8 @@ def main(argv):
     world, bridges = setup(cfg.device), check(cfg)
     dtype = pick_dtype(cfg, world.device)
     if cfg.dry_run:
-        print(f"would write {cfg.texts} texts of {cfg.new} tokens by {', '.join(METHODS)} ({cfg.methods}) with "
-              f"{cfg.bridges} and {cfg.twin or 'no masked twin'}, settings chosen on {cfg.tune_texts} others")
+        print(f"would write {cfg.texts} texts of {cfg.new} tokens by {', '.join(asked(cfg))}, with {cfg.bridges} and "
+              f"{cfg.twin or 'no masked twin'}, settings chosen on {cfg.tune_texts} others")
         return None
     model = bridges[0][1]["model"]
     weights = [backbone.identity(f) for f in [*split(cfg.bridges), *split(cfg.twin), *split(cfg.second_judge)]]
@@ -300,23 +282,21 @@ def main(argv):
                         f"--texts {cfg.texts}")
     text, apart = windows[::2], windows[1::2][torch.arange(cfg.tune_texts) * cfg.texts // max(1, cfg.tune_texts)]
     lm = backbone.load(model, world.device, dtype)
-    second = (backbone.load(cfg.second_judge, world.device, dtype), backbone.load_tokenizer(cfg.second_judge),
-              tokenizer) if cfg.second_judge else None
-
-    def measured(ids):
-        more = {"second_ppl": gen_ppl(judge_text(*second, ids, cfg.prefix))} if second else {}
-        return {**measure(lm, ids, cfg.prefix), **more}
+    second = cfg.second_judge and (backbone.load(cfg.second_judge, world.device, dtype),
+                                   backbone.load_tokenizer(cfg.second_judge), tokenizer)
+    measured = functools.partial(measure, lm, prefix=cfg.prefix, second=second)
     cx = Context(cfg, lm, hybrid.token_prior(shards, lm.V).to(world.device), bridges)
     run = Run(cfg, world, identity)
 
     # 2 choose each group's setting, then draw
-    tuned, real, rows, samples = tune(cx, measured, apart) if cfg.tune_texts else {}, measured(text), [], []
+    start, rows, samples, real = numbers(cfg.temperatures), [], [], measured(text)
+    tuned = tune(drawn(cx), measured, apart, cfg.prefix, start) if cfg.tune_texts else {}
     for name, about, write in drawn(cx):
-        group, start = tuned.get(about.get("group")), set(numbers(cfg.temperatures))
+        group = tuned.get(about.get("group"))
         if group and name != group["chosen"]:
             continue
-        start |= set(group["settings"][name]["near"]) if group else set()
-        points, ids = frontier(write, measured, text, cfg.prefix, real["entropy"], sorted(start))
+        near = group["settings"][name]["near"] if group else []
+        points, ids = frontier(write, measured, text, cfg.prefix, real["entropy"], sorted({*start, *near}))
         near = ids[nearest(points.values(), real["entropy"])[0]["temperature"]]
         row = {"name": name, **about, "frontier": list(points.values()), "mauve": mauve(lm, text, near, cfg.prefix),
                "matched": at_entropy(points.values(), real["entropy"])}
@@ -331,7 +311,7 @@ def main(argv):
     with atomic(run.out / "samples.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(s) + "\n" for s in samples))
     result = {**identity, "rows": rows, "real": real, "tuned": tuned, "texts": len(text), "tune_texts": len(apart),
-              "settings": {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("out", "dry_run")}}
+              "settings": asdict(cfg)}
     figure(result, run.out / "generation.png")
     run.finish({**result, "headline": headline(result)}, section(result))
     print(table(result))

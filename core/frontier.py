@@ -1,5 +1,6 @@
 """frontier.py: methods that write text, compared where they are equally varied: search over temperature, table, words.
 
+    tuned = tune(drawn, measured, apart, prefix, [1.0])                      # which setting of each method
     points, ids = frontier(write, measured, text, prefix, target, [1.0])     # until real text's entropy is reached
     text = table(result); lines = verdicts(result); rows = headline(result); figure(result, path)
 
@@ -15,7 +16,7 @@ import statistics
 
 import torch
 
-from core.metrics import SHAPE
+from core.metrics import SHAPE, at_entropy
 from core.report import BLACK, BLUE, GREEN, GREY, YELLOW, frontiers
 from core.report import table as markdown
 from core.stats import paired, plus_minus, verdict
@@ -43,6 +44,24 @@ def frontier(write, measured, text, prefix, target, temperatures):
 def nearest(points, target):
     """Points by how near their entropy is to `target`."""
     return sorted(points, key=lambda p: abs(p["entropy"] - target))
+
+
+def tune(drawn, measured, text, prefix, temperatures):
+    """Choose settings on texts apart (N, T): of the (name, about, write) `drawn` those whose about holds the same
+    "group" compete, and the lowest gen-PPL at the entropy of `text` wins, seeds averaged.
+    {group: {"chosen": name, "settings": {name: {"matched": [one a seed], "near": [temperatures around it]}}}}."""
+    groups, target = {}, measured(text)["entropy"]
+    for name, about, write in drawn:
+        if "group" in about:
+            some = groups.setdefault(about["group"], {}).setdefault(name, {"matched": [], "near": []})
+            points, _ = frontier(write, measured, text, prefix, target, temperatures)
+            some["matched"].append(at_entropy(points.values(), target))
+            some["near"] += [p["temperature"] for p in nearest(points.values(), target)[:2]]
+
+    def mean(found):
+        return math.inf if None in found["matched"] else statistics.mean(found["matched"])
+    return {group: {"chosen": min(settings, key=lambda name: mean(settings[name])), "settings": settings}
+            for group, settings in groups.items()}
 
 
 # -------------------------------------------------------------------------------------------------------- report
