@@ -1,225 +1,320 @@
 """generate.py: GENERATE. Text drawn by diffusion in hidden space, measured beside its rivals at equal entropy.
 
-    python generate.py                                            # out/blocks beside AR, the twin, unigrams: ~40 s
-    python generate.py --bridges out/a,out/b --out out/generate2  # several bridges: rows by layer, spread over seeds
-    python bridge.py --preset blocks --layer 2 --blocks 4 --out out/blocks2  # makes such a bridge
+    python generate.py                                            # out/blocks beside its rivals: ~50 s on two cores
+    python generate.py --bridges out/a,out/b --twin out/m,out/n --out out/generate2    # layers and seeds; mean +- sd
+    python bridge.py --preset blocks --layer 2 --blocks 4 --out out/blocks             # makes such a bridge
 
-Each text is a held-out prefix and what a method writes after it; the intact model judges that part. A single generative
-perplexity (gen-PPL) can be bought with dull text, so every method is swept over the same temperatures and compared
-where its entropy equals real text's. Writes result.json, samples.jsonl and generation.png to --out.
+Each text is a held-out prefix and what a method writes after it. Methods are compared by gen-PPL at real text's entropy
+(explained at core.metrics.at_entropy), over temperatures that go on until that entropy is reached. Where a method has
+settings (the twin's order, the weights of our two experts), the best one is chosen on texts apart, for ours and rivals
+alike, and it alone is reported. Writes result.json, samples.jsonl, generation.png and section.md to --out.
 
-Letters: N texts, T tokens, V vocabulary.
+Letters: N texts, P prefix, T tokens, V vocabulary, L blocks, l the layer of a bridge.
 """
-import dataclasses
+import functools
+import itertools
 import json
-import statistics
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from transformers import GenerationConfig
 
 import data
-import hybrid
-from core import backbone, masked
-from core.common import UserError, entry, parse, pick_dtype, setup
+from core import backbone
+from core.common import UserError, entry, parse, pick, pick_dtype, setup
+from core.diffusion import SAMPLERS
 from core.draws import generator
-from core.metrics import SHAPE, at_entropy, judge_text, mauve, measure
-from core.report import frontiers
+from core.frontier import COLDEST, HOTTEST, figure, frontier, headline, matched, nearest, table, tune, verdicts
+from core.metrics import at_entropy, mauve, measure
+from core.report import table as markdown
 from core.run import Run, atomic, finished, read_json
-from core.stats import plus_minus
 
 
 @dataclass
 class Config:
+    preset: Literal["tiny", "toy"] = "toy"  # for tests, the default
     bridges: str = "out/blocks"  # folders of bridges trained with --visible prefix, span or mix, comma-separated
-    twin: str = "out/repr_align/w10"  # folder of the masked twin (empty: leave its row out)
+    twin: str = "out/repr_align/w10"  # folders of masked twins, one a seed, comma-separated (empty: leave it out)
+    methods: str = "all"        # which to draw with, comma-separated (all: every one; they are listed above)
     data: str = "stdlib"        # held-out text; see data.py
     out: str = "out/generate"   # run folder
     seed: int = 0               # of every draw
     device: str = "auto"        # auto, cpu, cuda
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the models
-    texts: int = 32             # N
+    texts: int = 32             # N that are reported
+    tune_texts: int = 8         # other texts, on which settings are chosen (0: choose none, report every setting)
     prefix: int = 64            # visible tokens of each
     new: int = 64               # tokens written after them
-    block: int = 64             # of which so many are drawn at once
+    block_size: int = 64        # of which so many are drawn at once
     nfe: int = 8                # network calls of the first denoising
-    rounds: int = 8             # refinements (0: none)
+    sampler: Literal["", *SAMPLERS] = ""  # of the bridge (empty: its default)
+    shift: float = 0.0          # of the sampler's grid (0: the bridge's default)
+    refinements: int = 8        # of each block of tokens (0: none)
     back: float = 0.25          # share of the calls that a refinement makes again, after one that encodes
-    alpha: float = 1.0          # weight of the token readout beside the retained blocks
-    temperatures: str = "0.6,0.8,1.0,1.3,1.6"  # the frontier of every row
-    judge: str = ""             # a folder or Hub id whose perplexity counts (empty: the intact model's)
-    experts: bool = True        # also decode by each expert alone
+    alphas: str = "1"           # weights of the token readout beside the retained blocks: settings to choose from
+    betas: str = "1,0.75,0"     # shares of the token prior that are divided out of their product: likewise
+    experts: bool = True        # further settings: each expert alone
+    temperatures: str = "1.0"   # where every frontier starts; it goes on until real text's entropy is reached
+    second_judge: str = ""      # a folder or Hub id that shares no block with the decoder (empty: none)
     dry_run: bool = False       # print what would be sampled, then leave
 
 
+PRESETS = {"tiny": {"texts": 4, "tune_texts": 2, "prefix": 16, "new": 12, "block_size": 12, "nfe": 2, "refinements": 1,
+                    "betas": "1"}}
+
+
+class Context(NamedTuple):
+    """What a method may need: the flags, the intact model, log p (V,) of training text's tokens, and
+    [(folder, its bridge.json)]."""
+    cfg: Any
+    lm: Any
+    prior: Any
+    bridges: list
+
+
 # ------------------------------------------------------------------------------------------------------- methods
-def unigram(train, count, shape, temperature, seed):
-    """Tokens (N, T) drawn independently by their frequency in `count` training windows, tempered."""
-    p = torch.bincount(train.windows(count).flatten()).double() ** (1 / temperature)
-    cdf = (p / p.sum()).cumsum(0).numpy()
-    return torch.from_numpy(np.searchsorted(cdf, generator(seed, "unigram").random(shape)).clip(max=len(cdf) - 1))
+# A method yields, for each setting and trained model, (row name, what is known about it, write); write takes prompts
+# (N, P) and a temperature to (N, P + new). Rows of one name are seeds; one "group" in `about`: settings to choose from.
+def from_prior(prior, u, temperature=1.0):
+    """Tokens drawn independently by their frequency, tempered, at u (...) uniform in [0, 1)."""
+    return torch.searchsorted(torch.softmax(prior / temperature, 0).cumsum(0), u).clamp_max(len(prior) - 1)
+
+
+def unigram(cx):
+    def write(prompts, t):
+        u = generator(cx.cfg.seed, "unigram").random((len(prompts), cx.cfg.new))
+        return torch.cat([prompts, from_prior(cx.prior, torch.from_numpy(u).to(prompts.device), t)], 1)
+    yield "unigrams", {"calls": 0}, write
+
+
+def autoregressive(cx):
+    """Stock generate() of the intact model."""
+    from transformers import GenerationConfig
+
+    def write(prompts, t):
+        torch.manual_seed(cx.cfg.seed)
+        how = GenerationConfig(max_new_tokens=cx.cfg.new, min_new_tokens=cx.cfg.new, do_sample=True, temperature=t,
+                               top_k=0, eos_token_id=cx.lm.config.eos_token_id, pad_token_id=0)  # not its own nucleus
+        return cx.lm.model.generate(prompts, generation_config=how, attention_mask=torch.ones_like(prompts))
+    yield "AR, intact model", {"calls": cx.cfg.new}, write
 
 
 @torch.no_grad()
-def autoregressive(lm, prompts, new, temperature, seed):
-    """prompts (N, P) -> (N, P + new) by stock generate() of the intact model."""
-    torch.manual_seed(seed)
-    how = GenerationConfig(max_new_tokens=new, min_new_tokens=new, do_sample=True, temperature=temperature, top_k=0,
-                           eos_token_id=lm.config.eos_token_id, pad_token_id=0)  # not the model's own nucleus and such
-    return lm.model.generate(prompts, generation_config=how, attention_mask=torch.ones_like(prompts))
+def jacobi(lm, prompts, new, calls, temperature, seed, prior):
+    """prompts (N, P) -> (N, P + new): each call decodes all new tokens again, in parallel, from the guess before it, by
+    inverting the distribution function at one fixed u a position. After i calls the first i tokens are those that
+    sampling one by one would draw at these u: the control for what parallel decoding gives without any training."""
+    from transformers import DynamicCache
+
+    from core import masked
+    u = np.stack([generator(seed, "jacobi", row).random(new) for row in range(len(prompts))])
+    u, cache = torch.from_numpy(u).to(prompts.device), DynamicCache()
+    ids = torch.cat([prompts, from_prior(prior, u)], 1)                               # (N, P + new), a first guess
+
+    past = prompts.shape[1] - 1
+
+    def states(lo, hi):                                                               # of these tokens, after the cache
+        positions = torch.arange(lo, hi, device=ids.device)[None]
+        h = lm.embed(ids[:, lo:hi], positions)
+        return lm.through(h, 0, lm.L, lm.side(h, positions, None, cache))
+    states(0, past)
+    for _ in range(calls):
+        logits = lm.head(states(past, past + new))                                    # (N, new, V)
+        backbone.trim(cache, past)
+        better = torch.cat([prompts, masked.choose(logits.double(), temperature, 1.0, 0, u)], 1)
+        if torch.equal(better, ids):
+            break                                                                     # nothing will change any more
+        ids = better
+    return ids
 
 
-def unmasked(student, prompts, new, steps, temperature, seed, order):
-    """prompts (N, P) -> (N, P + new) by the masked twin, tokens revealed in this `order` (see masked.fill)."""
-    ids = torch.cat([prompts, prompts.new_full((len(prompts), new), student.mask_id)], 1)
-    return masked.fill(student, ids, ids == student.mask_id, steps, temperature, seed, order)
+def parallel(cx):
+    calls, passes = cost(cx.cfg, cx.bridges[0][1], cx.lm.L)
+    for what, some in (("calls", calls), ("block passes", max(1, round(passes / cx.lm.L)))):
+        yield f"Jacobi, intact model, equal {what}", {"calls": some}, lambda prompts, t, some=some: jacobi(
+            cx.lm, prompts, cx.cfg.new, some, t, cx.cfg.seed, cx.prior)
 
 
-def methods(cfg, lm, folders, device, dtype, train):
-    """Yields (row name, what it is, temperature -> ids (N, T))."""
-    calls = cfg.nfe + cfg.rounds * (1 + hybrid.again(cfg.nfe, cfg.back))
-    yield "unigram", {}, lambda prompts, t: torch.cat(
-        [prompts, unigram(train, 512, (len(prompts), cfg.new), t, cfg.seed).to(device)], 1)
-    yield "AR, intact model", {"calls": cfg.new}, lambda prompts, t: autoregressive(lm, prompts, cfg.new, t, cfg.seed)
-    if cfg.twin:
-        student, _ = masked.load_converted(cfg.twin, device, dtype)
-        steps = min(calls, cfg.new)
-        about = {"calls": steps, "train_seconds": read_json(Path(cfg.twin) / "result.json")["seconds"]}
-        for order in ("random", "confidence"):  # confidence first is the usual one, and collapses the entropy
-            yield f"masked twin, {order} order", about, lambda prompts, t, order=order: unmasked(
-                student, prompts, cfg.new, steps, t, cfg.seed, order)
-    for folder in folders:
-        model = hybrid.from_bridge(folder, device=device, dtype=dtype)
-        result = read_json(Path(folder) / "result.json", "finish that run first")
-        about = {"layer": model.config.layer, "seed": result["seed"], "folder": str(folder),
-                 "calls": calls if result["objective"] == "diffusion" else 1,
-                 "steps": result["steps"], "train_seconds": result["seconds"], "parameters": result["parameters"],
-                 "readout_accuracy": result["readout_accuracy"], "val_loss": result["val_loss"],
-                 "fvu": result["nfe"].get("8", result["nfe"].get("1"))["fvu"]}
-        for expert in ("both", "upper", "readout") if cfg.experts else ("both",):
-            def blocks(prompts, t, expert=expert, model=model):
-                return model.generate_blocks(prompts, cfg.new, cfg.block, cfg.nfe, cfg.alpha, t, rounds=cfg.rounds,
-                                             back=cfg.back, expert=expert, seed=cfg.seed)
-            yield "blocks", {**about, "expert": expert}, blocks
+def twin(cx):
+    """The masked twin, revealed in every order of masked.ORDERS."""
+    from core import masked
+    cfg, steps = cx.cfg, min(cost(cx.cfg, cx.bridges[0][1], cx.lm.L)[0], cx.cfg.new)
+    for folder in split(cfg.twin):
+        student, _ = masked.load_converted(folder, cx.lm.norm.weight.device, cx.lm.norm.weight.dtype)
+        result = read_json(Path(folder) / "result.json")
+        about = {"group": "masked twin", "calls": steps, "seed": result["seed"], "train_seconds": result["seconds"]}
+        for order in masked.ORDERS:
+            def write(prompts, t, student=student, order=order):
+                ids = torch.cat([prompts, prompts.new_full((len(prompts), cfg.new), student.mask_id)], 1)
+                return masked.fill(student, ids, ids == student.mask_id, steps, t, cfg.seed, order)
+            yield f"masked twin, {order} order", about, write
 
 
-def name_of(row):
-    """A row's title in tables."""
-    if "layer" not in row:
-        return row["name"]
-    how = {"both": "product", "upper": "upper alone", "readout": "readout alone"}[row["expert"]]
-    return f"blocks at layer {row['layer']}, {how}"
+def blocks(cx):
+    """Bridges: so many tokens at once in hidden space, decoded by the product of two experts, or by one."""
+    import hybrid
+    cfg, where = cx.cfg, cx.lm.norm.weight
+    settings = [(f"alpha {a:g}, beta {b:g}", dict(alpha=a, beta=b)) for a, b in itertools.product(
+        numbers(cfg.alphas), numbers(cfg.betas))]
+    settings += [(f"{e} alone", dict(expert=e)) for e in ("upper", "readout") if cfg.experts]
+    for folder, info in cx.bridges:
+        model = hybrid.from_bridge(folder, "", 0, cfg.sampler, cfg.shift, where.device, where.dtype)
+        result, (calls, passes) = read_json(Path(folder) / "result.json", "finish that run"), cost(cfg, info, cx.lm.L)
+        about = {"group": f"blocks at layer {info['layer']}", "layer": info["layer"], "folder": str(folder),
+                 "calls": calls, "passes": passes, "train_seconds": result["seconds"],
+                 **{k: result[k] for k in ("seed", "steps", "parameters", "readout_accuracy", "val_loss")}}
+        for title, how in settings:
+            def write(prompts, t, model=model, how=how):
+                return model.generate_blocks(
+                    prompts, cfg.new, cfg.block_size, cfg.nfe, prior=cx.prior, temperature=t, back=cfg.back,
+                    refinements=cfg.refinements, seed=cfg.seed, **how)
+            yield f"{about['group']}, {title}", {**about, **how}, write
 
 
-def table(rows, real):
-    """Markdown: one line a method; bridges that differ in their seed alone are one line, mean +- sd."""
-    near = min((p["temperature"] for p in rows[0]["frontier"]), key=lambda t: abs(t - 1))
-    lines = ["| method | gen-PPL at real entropy | over real text | "
-             f"gen-PPL, T = {near:g} | median | entropy | diversity | rep-4 | distinct-2 | self-BLEU | MAUVE |",
-             "|---" * 11 + "|",
-             f"| real text | {real['gen_ppl']:.1f} | 1.00 | {real['gen_ppl']:.1f} | {real['gen_ppl_median']:.1f} | "
-             + " | ".join(f"{real[k]:.2f}" for k in SHAPE) + " | - |"]
-    groups = {}
-    for row in rows:
-        alike = tuple(row.get(k) for k in ("steps", "parameters"))  # all but the seed
-        groups.setdefault((name_of(row), alike), []).append(row)
-    for (title, _), group in groups.items():
-        one = [next(p for p in r["frontier"] if p["temperature"] == near) for r in group]
-        matched = [r["matched"] for r in group]
-        cell = "never there" if None in matched else plus_minus(matched, ".1f")
-        ratio = "-" if None in matched else f"{statistics.mean(matched) / real['gen_ppl']:.2f}"
-        lines.append(f"| {title} | {cell} | {ratio} | {plus_minus([p['gen_ppl'] for p in one], '.1f')} | "
-                     f"{plus_minus([p['gen_ppl_median'] for p in one], '.1f')} | "
-                     + " | ".join(plus_minus([p[k] for p in one], ".2f") for k in SHAPE) + " | "
-                     + (plus_minus([r["mauve"] for r in group], ".2f") if group[0].get("mauve") else "-") + " |")
-    return "\n".join(lines)
+METHODS = {"unigram": unigram, "ar": autoregressive, "jacobi": parallel, "twin": twin, "blocks": blocks}
 
 
-def figure(rows, real, path):
-    """Every method's frontier; blocks are coloured by layer, and drawn by the product of experts."""
-    layers = sorted({r["layer"] for r in rows if "layer" in r})
-    colors = {"unigram": "#bbbbbb", "AR, intact model": "#222222", "masked twin, random order": "#edae49",
-              "masked twin, confidence order": "#f3d19c"}
-    shades = {layer: (i / max(1, len(layers) - 1) * 0.6, 0.45, 0.65) for i, layer in enumerate(layers)}
-    frontiers([(name_of(r), colors.get(r["name"]) or shades[r["layer"]], r["frontier"]) for r in rows
-               if r.get("expert", "both") == "both"], real, path, "GENERATE: the frontier over temperature")
+def drawn(cx):
+    """All rows of the methods asked for."""
+    for method in asked(cx.cfg).values():
+        yield from method(cx)
+
+
+def asked(cfg):
+    names = METHODS if cfg.methods == "all" else split(cfg.methods)
+    return {name: pick(METHODS, name, "--methods") for name in names}
+
+
+def cost(cfg, info, L):
+    """(network calls one after another, passes of a new token through any transformer block) of drawing the new tokens
+    with the bridge of this bridge.json; the prefix, encoded once by every method, is left out."""
+    from hybrid import again
+    first, turns = (cfg.nfe, cfg.refinements) if info["objective"] == "diffusion" else (1, 0)
+    calls = first + turns * (1 + again(first, cfg.back))
+    return calls * -(-cfg.new // cfg.block_size), calls * info["blocks"] + (turns + 1) * (L - info["layer"])
+
+
+# -------------------------------------------------------------------------------------------------------- report
+def section(result):
+    """This run's part of the report."""
+    how, tuned = result["settings"], result["tuned"]
+    lines = ["## GENERATE", "",
+             f"{result['texts']} texts: {how['prefix']} held-out tokens, then {how['new']} written; ours "
+             f"{how['block_size']} at a time by {how['nfe']} calls and {how['refinements']} refinements; seed "
+             f"{how['seed']}. gen-PPL is that of the intact model (it favours its own samples), read off where the "
+             "entropy of a text's tokens equals real text's; +- sd over training seeds where there are several.", "",
+             table(result), "", "![frontiers over temperature](generation.png)", "", *verdicts(result), ""]
+    if tuned:
+        lines += [f"Settings, chosen on {result['tune_texts']} other texts (gen-PPL at their entropy):", "",
+                  markdown(["setting", "gen-PPL", ""], [
+                      [name, matched([{"matched": m} for m in some["matched"]]), "chosen" * (name == group["chosen"])]
+                      for group in tuned.values() for name, some in group["settings"].items()]), ""]
+    return "\n".join([*lines, *(
+        f"- {r['name']}, seed {r['seed']}: {r['parameters']:,} parameters, readout included, {r['steps']} steps, "
+        f"{r['train_seconds']:.0f} s; the readout names {r['readout_accuracy']:.1%} of the tokens from true states."
+        for r in result["rows"] if "layer" in r), ""])
+
+
+# ---------------------------------------------------------------------------------------------------------- main
+def split(text):
+    return [part for part in text.split(",") if part]
+
+
+def numbers(text):
+    """The numbers of a comma list."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        return [math.nan]
+
+
+def check(cfg):
+    """Refuse what can be seen from the flags and the folders alone. Returns [(folder, its bridge.json)]."""
+    if not all(COLDEST <= t <= HOTTEST for t in numbers(cfg.temperatures)):
+        raise UserError(f"--temperatures must be numbers in [{COLDEST}, {HOTTEST}]")
+    if not all(x >= 0 for x in numbers(f"{cfg.alphas},{cfg.betas}")) or not 0 <= cfg.back < 1:
+        raise UserError("--alphas and --betas must be numbers that are not negative, and --back lie in [0, 1)")
+    if cfg.texts < 2 or cfg.tune_texts not in (0, *range(2, cfg.texts + 1)) or cfg.new < 4 or cfg.prefix < 2:
+        raise UserError("--texts and --prefix must be at least 2, --new 4, and --tune_texts 0 or 2..--texts")
+    cfg.twin = cfg.twin if "twin" in asked(cfg) else ""
+    if cfg.dry_run:
+        return []
+    remedy = "train one with: python bridge.py --preset blocks --layer 2 --blocks 4 --out out/blocks"
+    bridges = [(f, read_json(Path(f) / "bridge.json", remedy)) for f in split(cfg.bridges)]
+    for folder, info in bridges:
+        if info["base"] != bridges[0][1]["base"]:
+            raise UserError("these bridges come from different backbones; compare those of one")
+        if info.get("visible", "full") == "full":
+            raise UserError(f"{folder} has never met an unknown token; {remedy}")
+    for folder in split(cfg.twin):
+        if read_json(Path(folder) / "result.json", "finish it, or pass --twin ''")["base"] != bridges[0][1]["base"]:
+            raise UserError(f"{folder} was converted from another backbone than these bridges; pass --twin ''")
+    return bridges
 
 
 @entry
 def main(argv):
-    cfg = parse(Config, argv, __doc__)
-    folders = [Path(f) for f in cfg.bridges.split(",")]
-    try:
-        temperatures = [float(t) for t in cfg.temperatures.split(",")]
-    except ValueError:
-        temperatures = [0.0]
-    if not all(0 < t < 100 for t in temperatures) or cfg.texts < 2 or cfg.new < 4:
-        raise UserError("--temperatures must be numbers above 0, --texts at least 2 and --new at least 4")
-    if cfg.alpha < 0 or not 0 <= cfg.back < 1:
-        raise UserError("--alpha must not be negative, and --back lie in [0, 1)")
-    world = setup(cfg.device)
+    cfg = parse(Config, argv, f"{__doc__}\nMethods: {', '.join(METHODS)}.", PRESETS)
+    world, bridges = setup(cfg.device), check(cfg)
     dtype = pick_dtype(cfg, world.device)
     if cfg.dry_run:
-        print(f"would write {cfg.texts} texts of {cfg.new} tokens at each of {len(temperatures)} temperatures with "
-              f"{', '.join(map(str, folders))}, and with AR sampling, unigrams and {cfg.twin or 'no masked twin'}")
+        print(f"would write {cfg.texts} texts of {cfg.new} tokens by {', '.join(asked(cfg))}, with {cfg.bridges} and "
+              f"{cfg.twin or 'no masked twin'}, settings chosen on {cfg.tune_texts} others")
         return None
-    remedy = "train one with: python bridge.py --preset blocks --layer 2 --blocks 4 --out out/blocks"
-    infos = [read_json(f / "bridge.json", remedy) for f in folders]
-    if len({info["base"] for info in infos}) > 1:
-        raise UserError("these bridges come from different backbones; compare those of one")
-    twin = read_json(Path(cfg.twin) / "result.json", "finish it, or pass --twin ''") if cfg.twin else infos[0]
-    if twin["base"] != infos[0]["base"]:
-        raise UserError(f"{cfg.twin} was converted from another backbone than these bridges; pass --twin ''")
-    never = [str(f) for f, info in zip(folders, infos, strict=True) if info.get("visible", "full") == "full"]
-    if never:
-        raise UserError(f"{never[0]} has never met an unknown token; {remedy}")
-    backbone.read_config(infos[0]["model"], cfg.prefix + cfg.new)
-    weights = [backbone.identity(f) for f in [*folders, *(f for f in (cfg.twin, cfg.judge) if f)]]
-    identity = {"base": infos[0]["base"], "weights": weights}
+    model = bridges[0][1]["model"]
+    weights = [backbone.identity(f) for f in [*split(cfg.bridges), *split(cfg.twin), *split(cfg.second_judge)]]
+    identity = {"base": bridges[0][1]["base"], "weights": weights}
     if result := finished(cfg, identity):
-        print(table(result["rows"], result["real"]))
+        print(table(result))
         return result
 
-    # ------------------------------------------------------------------------------------------- texts, judge
-    tokenizer = backbone.load_tokenizer(infos[0]["model"])
+    # 1 texts to report, others to choose settings on, judges
+    import hybrid
+    backbone.read_config(model, cfg.prefix + cfg.new)
+    tokenizer = backbone.load_tokenizer(model)
     shards, _ = data.shards_beside(cfg, tokenizer, world)
-    T = cfg.prefix + cfg.new
-    text = data.Tokens(shards, "val", T - 1).windows(cfg.texts).to(world.device)                # (N, T)
-    lm = backbone.load(infos[0]["model"], world.device, dtype)
-    other = (backbone.load(cfg.judge, world.device, dtype), backbone.load_tokenizer(cfg.judge)) if cfg.judge else None
+    windows = data.Tokens(shards, "val", cfg.prefix + cfg.new - 1).windows(2 * cfg.texts).to(world.device)    # (2N, T)
+    if len(windows) < 2 * cfg.texts:
+        raise UserError(f"the held-out text has {len(windows)} windows of --prefix + --new tokens, fewer than twice "
+                        f"--texts {cfg.texts}")
+    text, apart = windows[::2], windows[1::2][torch.arange(cfg.tune_texts) * cfg.texts // max(1, cfg.tune_texts)]
+    lm = backbone.load(model, world.device, dtype)
+    second = cfg.second_judge and (backbone.load(cfg.second_judge, world.device, dtype),
+                                   backbone.load_tokenizer(cfg.second_judge), tokenizer)
+    measured = functools.partial(measure, lm, prefix=cfg.prefix, second=second)
+    cx = Context(cfg, lm, hybrid.token_prior(shards, lm.V).to(world.device), bridges)
     run = Run(cfg, world, identity)
-    def measured(ids):
-        return measure(lm, ids, cfg.prefix, judge_text(*other, tokenizer, ids, cfg.prefix) if other else None)
-    real = measured(text)
 
-    # ------------------------------------------------------------------------------------------------ sample
-    rows, samples = [], []
-    for name, about, write in methods(cfg, lm, folders, world.device, dtype, data.Tokens(shards, "train", T)):
-        row = {"name": name, **about, "frontier": []}
-        for t in temperatures:
-            ids = write(text[:, :cfg.prefix], t)
-            assert torch.equal(ids[:, :cfg.prefix], text[:, :cfg.prefix])
-            row["frontier"].append({"temperature": t, **measured(ids)})
-            if t == min(temperatures, key=lambda x: abs(x - 1)):
-                row["mauve"] = mauve(lm, text, ids, cfg.prefix)
-            samples += [{"method": name_of(row), "temperature": t, "prefix": tokenizer.decode(some[:cfg.prefix]),
-                         "text": tokenizer.decode(some[cfg.prefix:])} for some in ids[:8]]
-        row["matched"] = at_entropy(row["frontier"], real["entropy"])
+    # 2 choose each group's setting, then draw
+    start, rows, samples, real = numbers(cfg.temperatures), [], [], measured(text)
+    tuned = tune(drawn(cx), measured, apart, cfg.prefix, start) if cfg.tune_texts else {}
+    for name, about, write in drawn(cx):
+        group = tuned.get(about.get("group"))
+        if group and name != group["chosen"]:
+            continue
+        near = group["settings"][name]["near"] if group else []
+        points, ids = frontier(write, measured, text, cfg.prefix, real["entropy"], sorted({*start, *near}))
+        near = ids[nearest(points.values(), real["entropy"])[0]["temperature"]]
+        row = {"name": name, **about, "frontier": list(points.values()), "mauve": mauve(lm, text, near, cfg.prefix),
+               "matched": at_entropy(points.values(), real["entropy"])}
+        if second:
+            row["second_matched"] = at_entropy(points.values(), real["entropy"], "second_ppl")
         rows.append(row)
-        shown = "never at real text's entropy" if row["matched"] is None else f"gen-PPL {row['matched']:.1f}"
-        run.say(f"{name_of(row):34} {shown}   (real text {real['gen_ppl']:.1f})")
+        samples += [{"method": name, "prefix": tokenizer.decode(some[:cfg.prefix]),
+                     "text": tokenizer.decode(some[cfg.prefix:])} for some in near[:8]]
+        run.say(f"{name:44} gen-PPL at real text's entropy: {matched([row])}   (real text {real['gen_ppl']:.1f})")
 
-    # ------------------------------------------------------------------------------------------------ result
+    # 3 report
     with atomic(run.out / "samples.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(s) + "\n" for s in samples))
-    with atomic(run.out / "generation.png") as temporary:
-        figure(rows, real, temporary)
-    run.finish({**identity, "rows": rows, "real": real, "texts": len(text),
-                "settings": {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("out", "dry_run")}})
-    print(table(rows, real))
+    result = {**identity, "rows": rows, "real": real, "tuned": tuned, "texts": len(text), "tune_texts": len(apart),
+              "settings": asdict(cfg)}
+    figure(result, run.out / "generation.png")
+    run.finish({**result, "headline": headline(result)}, section(result))
+    print(table(result))
     return run.result
 
 

@@ -95,29 +95,38 @@ def mauve(lm, real, ids, prefix):
     if importlib.util.find_spec("mauve") is None:
         return None
     from mauve import compute_mauve
-    p, q = (torch.cat([lm.norm(lm.through(lm.embed(part), 0, lm.L))[:, prefix:].mean(1) for part in text.split(16)]).cpu()
-            for text in (real, ids))
+    p, q = (torch.cat([lm.norm(lm.through(lm.embed(part), 0, lm.L))[:, prefix:].mean(1) for part in text.split(16)])
+            .cpu() for text in (real, ids))
     return float(compute_mauve(p_features=p.numpy(), q_features=q.numpy(), num_buckets=max(2, len(p) // 10),
                                verbose=False).mauve)
 
 
-def measure(lm, ids, prefix, nll=None):
-    """All metrics of ids (N, T) at one setting: gen_ppl = exp(sum NLL / sum tokens), mean and median over texts of each
-    one's own, entropy, diversity = product over n = 2, 3, 4 of the share of distinct n-grams, rep_4, distinct-n (the
-    share of different n-grams within a text, mean over texts), self_bleu. `nll`: another judge's, see judge_text."""
-    nll, new = judge(lm, ids, prefix) if nll is None else nll, ids[:, prefix:]
-    each = torch.stack([row.mean() for row in nll]).exp()
-    return {"gen_ppl": math.exp(sum(r.sum() for r in nll) / sum(map(len, nll))), "gen_ppl_mean": float(each.mean()),
-            "gen_ppl_median": float(each.median()), "entropy": entropy(new),
-            "diversity": math.prod(1 - repetition(new, n) for n in (2, 3, 4)),
-            "rep_4": repetition(new, 4), "self_bleu": self_bleu(new),
-            **{f"distinct_{n}": 1 - statistics.mean(repetition(row[None], n) for row in new) for n in (1, 2)}}
+def gen_ppl(nll):
+    """exp(sum NLL / number of tokens) over texts: judge's (N, T) or judge_text's list of vectors."""
+    return math.exp(sum(float(row.sum()) for row in nll) / sum(map(len, nll)))
 
 
-def at_entropy(points, target):
-    """gen-PPL where a frontier crosses the entropy `target`: linear in (entropy, log gen-PPL) between the temperatures
-    around it. None if it never does: no extrapolation."""
-    points = sorted((p["entropy"], math.log(p["gen_ppl"])) for p in points)
+def measure(lm, ids, prefix, second=None):
+    """All metrics of what follows the prefix in ids (N, T), at one setting: gen_ppl by the judge lm, entropy, diversity
+    = product over n = 2, 3, 4 of the share of distinct n-grams, rep_4, distinct_2 (the share of different pairs within
+    a text, mean over texts), self_bleu; second_ppl by another judge, `second` = (lm, theirs, ours) of judge_text."""
+    new = ids[:, prefix:]
+    more = {"second_ppl": gen_ppl(judge_text(*second, ids, prefix))} if second else {}
+    return {**more, "gen_ppl": gen_ppl(judge(lm, ids, prefix)), "entropy": entropy(new),
+            "diversity": math.prod(1 - repetition(new, n) for n in (2, 3, 4)), "rep_4": repetition(new, 4),
+            "distinct_2": 1 - statistics.mean(repetition(row[None], 2) for row in new), "self_bleu": self_bleu(new)}
+
+
+def at_entropy(points, target, key="gen_ppl"):
+    """gen-PPL at real text's entropy: the number by which methods are compared, everywhere in this project.
+
+    gen-PPL is how surprised a judge, the intact model, is by what a method wrote: exp of the mean -log p(token | what
+    is before it), all tokens of all texts alike. Alone it can be bought: a text that repeats itself is cheap, so every
+    method looks good when cold. The price is seen in the entropy of a text's own token histogram (nats, mean over
+    texts), so each method is drawn at several temperatures, its frontier, and read off where that entropy equals that
+    of the real continuations (`target`): linear in (entropy, log gen-PPL) between the two points around it. None if the
+    frontier never gets there: nothing is extrapolated."""
+    points = sorted((p["entropy"], math.log(p[key])) for p in points)
     for (h0, y0), (h1, y1) in zip(points, points[1:]):
         if h0 <= target <= h1:
             return math.exp(y0 + (y1 - y0) * (target - h0) / max(h1 - h0, 1e-9))

@@ -96,6 +96,6 @@ def runs(tmp_path_factory, text):
         repr_align.main([*tiny, "--align_weight", str(w), "--out", f"{out}/repr_align/w{w}"])
     bridge.main([*tiny, "--visible", "mix", "--bidirectional", "--layer", "2", "--out", f"{out}/blocks"])
     generate.main(["--data", str(text), "--bridges", f"{out}/blocks", "--twin", f"{out}/repr_align/w10", "--texts", "4",
-                   "--prefix", "16", "--new", "12", "--nfe", "2", "--rounds", "1", "--temperatures", "0.8,1", "--out",
+                   "--prefix", "16", "--new", "12", "--nfe", "2", "--refinements", "1", "--tune_texts", "2", "--out",
                    f"{out}/generate"])
     return out

@@ -2,6 +2,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, fails, randomise, tiny_model
@@ -10,9 +11,9 @@ from transformers import DynamicCache
 import bridge
 import generate
 import hybrid
-from core import backbone, denoiser, diffusion, masked, metrics
+from core import backbone, denoiser, diffusion, frontier, masked, metrics
 from core.common import UserError
-from core.stats import paired
+from core.draws import generator
 
 B, T, D, V = 3, 12, 16, 40
 
@@ -104,13 +105,13 @@ def test_visible_tokens_weigh_little_beside_unknown_ones():
 class Process(torch.nn.Module):
     """The exact denoiser of a Gaussian process z over T positions (one channel), some of whose values are known: the
     condition holds them. E[z | x_t, known z] in closed form."""
-    shape = dict(prediction="x", objective="diffusion", source="noise", blocks=1, sampler="euler", shift=1.0)
+    settings = dict(prediction="x", objective="diffusion", source="noise", blocks=1)
 
-    def __init__(self, mean, K, sampler):
+    def __init__(self, mean, K):
         super().__init__()
-        self.mean, self.K, self.shape = mean, K, {**self.shape, "sampler": sampler}
+        self.mean, self.K = mean, K
 
-    def forward(self, x, c, t, positions, mask, last, cache, slot, unknown):
+    def forward(self, x, c, t, positions, mask, last, cache, layer, unknown):
         t, u = t[0].double(), unknown[0]
         m, C = condition(self.mean, self.K, c[0, :, 0].double(), u)
         gain = (1 - t) * C @ torch.linalg.inv((1 - t) ** 2 * C + t ** 2 * torch.eye(len(m), dtype=torch.float64))
@@ -134,11 +135,11 @@ def test_a_gaussian_process_is_sampled_with_its_conditional_law(sampler):
     truth = torch.tensor([1.0, -0.5, 0.8, 0.1, -1.0, 0.4, 1.2, -0.2])
     for u in (positions >= 3, (positions >= 2) & (positions < 6)):
         m, C = condition(mean, K, truth.double(), u)
-        model, c = Process(mean, K, sampler), truth[None, :, None].expand(n, 8, 1)
-        z = diffusion.sample(model, c, 100, noise, unknown=u.expand(n, 8))[:, u, 0].double()
+        model, c = Process(mean, K), truth[None, :, None].expand(n, 8, 1)
+        z = diffusion.sample(model, c, 100, noise, sampler=sampler, unknown=u.expand(n, 8))[:, u, 0].double()
         assert torch.allclose(z.mean(0), m, atol=0.05)
         assert torch.allclose(torch.cov(z.T), C, atol=0.06) and (C - C.diag().diag()).abs().max() > 0.2
-        one = diffusion.sample(model, c, 1, noise, unknown=u.expand(n, 8))[:, u, 0].double()
+        one = diffusion.sample(model, c, 1, noise, sampler=sampler, unknown=u.expand(n, 8))[:, u, 0].double()
         assert torch.allclose(one.mean(0), m, atol=1e-4) and one.std(0).max() < 1e-4
 
 
@@ -149,25 +150,28 @@ def test_going_back_up_the_path():
     calls = []
 
     class Known(torch.nn.Module):
-        shape = dict(prediction="x", objective="diffusion", source="noise", blocks=3, sampler="euler", shift=1.0)
+        settings = dict(prediction="x", objective="diffusion", source="noise", blocks=3)
 
-        def forward(self, x, c, t, positions, mask, last, cache, slot, unknown):
-            calls.append((t[0].item(), slot))
+        def forward(self, x, c, t, positions, mask, last, cache, layer, unknown):
+            calls.append((t[0].item(), layer))
             return c
     x, z, _ = states()
     assert torch.allclose(diffusion.sample(Known(), z, 8, x, z=z, done=5), z, atol=1e-6)
-    assert [slot for _, slot in calls] == [15, 18, 21]
+    assert [layer for _, layer in calls] == [15, 18, 21]
     assert [t for t, _ in calls] == pytest.approx([3 / 8, 2 / 8, 1 / 8])
-    Known.shape, calls[:] = {**Known.shape, "shift": 3.0}, []
-    diffusion.sample(Known(), z, 2, x)
+    calls.clear()
+    diffusion.sample(Known(), z, 2, x, shift=3.0)
     assert [t for t, _ in calls] == pytest.approx([1, 3 / 4])                    # 3 u / (1 + 2 u) at u = 1, 1/2
 
 
 # ------------------------------------------------------------------------------------------------------ blocks
-def random_hybrid(family="qwen3", layer=2, bidirectional=False, **more):
+PRIOR = torch.randn(64, generator=torch.Generator().manual_seed(9)).double().log_softmax(0)
+
+
+def random_hybrid(family="qwen3", layer=2, bidirectional=False, sampler="euler", **more):
     net = denoiser.Bridge(32, 32, 2, 2, visible="mix", bidirectional=bidirectional, V=64, **more)
-    config = hybrid.HybridConfig(layer=layer, nfe=3, bridge=net.settings, vocab_size=64, hidden_size=32,
-                                 eos_token_id=None, pad_token_id=0, max_position_embeddings=64)
+    config = hybrid.HybridConfig(layer=layer, nfe=3, sampler=sampler, bridge=net.settings, vocab_size=64,
+                                 hidden_size=32, eos_token_id=None, pad_token_id=0, max_position_embeddings=64)
     lm = backbone.Backbone(tiny_model(family).requires_grad_(False))
     return hybrid.HybridForCausalLM(config, randomise(net), lm).eval()
 
@@ -206,7 +210,8 @@ def test_the_second_block_equals_a_joint_pass(bidirectional):
     model.net.readout.bias.zero_()
     model.net.readout.weight.mul_(0.1)
     states = []
-    out = model.generate_blocks(IDS, 10, block=5, nfe=3, rounds=0, temperature=0, seed=1, watch=states.append)
+    out = model.generate_blocks(IDS, 10, block_size=5, nfe=3, refinements=0, temperature=0, seed=1, prior=PRIOR,
+                                beta=0.1, watch=states.append)
     model.set_nfe(3)
     unknown = (torch.arange(24) >= 19).expand(2, 24)
     seen = model.noise_at(torch.arange(19)).expand(2, 19, 32)
@@ -215,9 +220,9 @@ def test_the_second_block_equals_a_joint_pass(bidirectional):
     z = diffusion.sample(model.net, c, 3, torch.cat([seen, drawn], 1), unknown=unknown)
     assert torch.allclose(states[-1], z[:, 19:], atol=1e-4)                      # the last estimate is the sample
     upper = model.lm.head(model.lm.through(model.net.hidden(z), 2, 4)).log_softmax(-1)
-    both = upper[:, 18:23] + model.net.readout(z)[:, 19:].log_softmax(-1)
+    both = upper[:, 18:23] + model.net.readout(z)[:, 19:].log_softmax(-1) - 0.1 * PRIOR
     assert torch.equal(both.argmax(-1), out[:, 19:])
-    shifted = upper[:, 19:24] + model.net.readout(z)[:, 19:].log_softmax(-1)      # the broken twin: one token off
+    shifted = both - upper[:, 18:23] + upper[:, 19:24]                           # the broken twin: one token off
     assert len(out[:, 19:].unique()) > 1 and (both - shifted).abs().max() > 0.1
 
 
@@ -226,7 +231,7 @@ def test_blocks_in_every_family(family):
     """Visible tokens are never changed, a row does not depend on its neighbours, blocks continue one another."""
     for layer, more in ((0, {"self_condition": True}), (2, {"prediction": "v", "sampler": "heun"})):
         model = random_hybrid(family, layer, **more)
-        how = dict(max_new_tokens=20, block=7, nfe=3, rounds=int("sampler" not in more), seed=3)
+        how = dict(max_new_tokens=20, block_size=7, nfe=3, prior=PRIOR, refinements=int("sampler" not in more), seed=3)
         out = model.generate_blocks(IDS, **how)
         assert out.shape == (2, 34) and torch.equal(out[:, :14], IDS) and model.config.nfe == 3
         assert torch.equal(model.generate_blocks(IDS[:1], **how)[0], out[0])
@@ -236,16 +241,16 @@ def test_blocks_in_every_family(family):
 
 def test_a_gap_is_filled_and_its_sides_stay():
     model, suffix = random_hybrid(bidirectional=True), torch.randint(3, 64, (2, 6))
-    out = model.generate_blocks(IDS, 5, nfe=3, rounds=1, suffix_ids=suffix)
+    out = model.generate_blocks(IDS, 5, nfe=3, refinements=1, suffix_ids=suffix, prior=PRIOR)
     assert torch.equal(out[:, :14], IDS) and torch.equal(out[:, 19:], suffix)
     changed = suffix.clone()
     changed[0, 5] = (changed[0, 5] + 1) % 61 + 3
     states = []
     for end in (suffix, changed):
-        model.generate_blocks(IDS, 5, nfe=3, rounds=0, suffix_ids=end, watch=states.append)
+        model.generate_blocks(IDS, 5, nfe=3, refinements=0, suffix_ids=end, prior=PRIOR, watch=states.append)
     assert not torch.equal(states[2][0, 14:19], states[5][0, 14:19]) and torch.equal(states[2][1], states[5][1])
     with pytest.raises(UserError, match="--bidirectional"):
-        random_hybrid().generate_blocks(IDS, 5, suffix_ids=suffix)
+        random_hybrid().generate_blocks(IDS, 5, suffix_ids=suffix, prior=PRIOR)
 
 
 @torch.no_grad()
@@ -254,14 +259,104 @@ def test_the_two_experts():
     model = random_hybrid()
     z, last = torch.randn(2, 5, 32), torch.randn(2, 1, 64)
     positions = torch.arange(5)[None]
-    how = dict(seed=0, temperature=0, top_p=1.0, alpha=0.0, expert="both")
+    how = dict(seed=0, temperature=0, top_p=1.0, alpha=0.0, beta=0.0, prior=None, expert="both")
     upper = model.lm.head(model.lm.through(model.net.hidden(z), 2, 4))
     want = torch.cat([last, upper[:, :-1]], 1)
     assert torch.equal(model._decode(z, positions, None, last, how, (0, 0)), want.argmax(-1))
     both = want.double().log_softmax(-1) + 0.7 * model.net.readout(z).double().log_softmax(-1)
     assert torch.equal(model._decode(z, positions, None, last, {**how, "alpha": 0.7}, (0, 0)), both.argmax(-1))
+    less = {**how, "alpha": 0.7, "beta": 5.0, "prior": PRIOR}
+    without = model._decode(z, positions, None, last, less, (0, 0))
+    assert torch.equal(without, (both - 5 * PRIOR).argmax(-1)) and not torch.equal(without, both.argmax(-1))
     read = model._decode(z, positions, None, last, {**how, "expert": "readout"}, (0, 0))
     assert torch.equal(read, model.net.readout(z).argmax(-1))
+    with pytest.raises(UserError, match="twice"):
+        model.generate_blocks(IDS, 4)
+
+
+def test_the_product_of_two_experts_is_the_posterior():
+    """x, and a, b independent given it, all enumerated: p(x | a) p(x | b) / p(x) is p(x | a, b). With the prior left in
+    (the broken twin, beta = 0) it is not, and with half of it neither."""
+    gen = torch.Generator().manual_seed(0)
+    prior, a_of_x, b_of_x = (torch.randn(shape, generator=gen).double().softmax(-1) for shape in (6, (6, 3), (6, 4)))
+    joint = prior[:, None, None] * a_of_x[:, :, None] * b_of_x[:, None]                                # (x, a, b)
+    given_a, given_b = joint.sum(2) / joint.sum((0, 2)), joint.sum(1) / joint.sum((0, 1))              # (x, a), (x, b)
+    for a in range(3):
+        for b in range(4):
+            truth = joint[:, a, b] / joint[:, a, b].sum()
+            for beta in (1.0, 0.5, 0.0):
+                law = hybrid.product(given_a[:, a].log(), given_b[:, b].log(), 1.0, beta, prior.log()).softmax(-1)
+                assert torch.allclose(law, truth, atol=1e-12) == (beta == 1)
+
+
+def test_the_token_prior(tmp_path):
+    ids = np.arange(512, dtype=np.uint16) % 4                                  # every one of 0..3 equally often
+    (tmp_path / "train.bin").write_bytes(ids.tobytes())
+    (tmp_path / "meta.json").write_text('{"dtype": "uint16"}')
+    p = hybrid.token_prior(tmp_path, 6).exp()                                  # 3 windows of 128 fit
+    assert p.tolist() == pytest.approx([97 / 390] * 4 + [1 / 390] * 2) and p.sum().item() == pytest.approx(1)
+
+
+# ------------------------------------------------------------------------------------------------------- rivals
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+@torch.no_grad()
+def test_parallel_decoding_becomes_sampling(family):
+    """With as many calls as new tokens: what drawing one by one at the same u gives. One call less can differ in the
+    last token only; one call makes the first one right."""
+    lm = backbone.Backbone(tiny_model(family))
+    u = torch.stack([torch.from_numpy(generator(3, "jacobi", row).random(9)) for row in range(2)])
+    want = IDS
+    for i in range(9):
+        logits = lm.head(lm.through(lm.embed(want), 0, lm.L))[:, -1].double()
+        want = torch.cat([want, masked.choose(logits, 0.9, 1.0, 0, u[:, i].contiguous())[:, None]], 1)
+    found = [generate.jacobi(lm, IDS, 9, calls, 0.9, 3, PRIOR) for calls in (0, 1, 4, 9, 20)]
+    assert torch.equal(found[3], want) and torch.equal(found[4], want)
+    assert not torch.equal(found[0], want) and torch.equal(found[1][:, :15], want[:, :15])
+    assert torch.equal(found[2][:, :18], want[:, :18]) and not torch.equal(found[2], want)
+    assert not torch.equal(generate.jacobi(lm, IDS, 9, 9, 0.9, 4, PRIOR), want)                        # other draws
+
+
+def test_a_frontier_goes_on_until_the_entropy_is_there():
+    def search(law, start, target=3.0):
+        text = torch.zeros(2, 5, dtype=torch.long)
+        points, ids = frontier.frontier(lambda prompts, t: torch.cat([prompts, torch.full((2, 2), 100 * t).long()], 1),
+                                        lambda ids: {"entropy": law(ids[0, -1].item() / 100), "gen_ppl": 7.0},
+                                        text, 3, target, start)
+        assert list(ids) and set(ids) == set(points) == {p["temperature"] for p in points.values()}
+        return list(points), metrics.at_entropy(points.values(), target)
+    up, there = search(lambda t: 2 + t / 2, [1.0])
+    assert up == pytest.approx([1, 1.25, 1.5625, 1.9531, 2.4414], abs=1e-3) and there == pytest.approx(7)
+    assert search(lambda t: 3.3 + t / 10, [0.5, 1.0]) == (pytest.approx([0.2048, 0.256, 0.32, 0.4, 0.5, 1.0]), None)
+    assert search(lambda t: t / 10, [1.0, 2.0])[0][-1] == pytest.approx(3.9062, abs=1e-3)          # gives up when hot
+    assert search(lambda t: 3 * t, [0.5, 1.0, 2.0])[0] == [0.5, 1.0, 2.0]                           # it lies between
+
+
+def rows_of(**named):
+    """A result with rows of such names: name -> (matched of every seed, what else is known of them)."""
+    points = [{"temperature": 1.0, "entropy": 3.0, "gen_ppl": 9.0, **dict.fromkeys(metrics.SHAPE[1:], 0.5)}]
+    return {"real": {**points[0], "gen_ppl": 4.0}, "rows": [
+        {"name": name, "matched": m, "frontier": points, "mauve": None, "seed": seed, **about}
+        for name, (values, about) in named.items() for seed, m in enumerate(values)]}
+
+
+def test_the_report_takes_whatever_is_there(tmp_path):
+    """A method that nobody knows, seeds averaged, the best rival at no more calls; one seed is never a verdict."""
+    mine = {"layer": 2, "calls": 8, "steps": 10, "parameters": 5}
+    found = rows_of(blocks=([8.0, 8.4, 8.2], mine), AR=([2.0], {"calls": 12}),
+                    telepathy=([16.0, 17.0, 16.5], {"calls": 4}), unigrams=([None], {"calls": 0}))
+    text = frontier.table(found)
+    assert "| blocks | 8 | 8.2 +- 0.2 | 2.05 |" in text and "| unigrams | 0 | never there | - |" in text
+    assert "| telepathy | 4 | 16.5 +- 0.5 |" in text
+    lines = list(frontier.verdicts(found))
+    assert len(lines) == 1 and lines[0].startswith("- blocks against telepathy: ahead by 0.699 nats a token (95% [")
+    values = [value for _, value in frontier.headline(found)]
+    assert values == ["8.2 +- 0.2 gen-PPL (real text 4)", "16.5 +- 0.5 gen-PPL (real text 4)"]
+    found["rows"] = [r for r in found["rows"] if r["seed"] == 0]
+    assert "not known (n = 1" in next(frontier.verdicts(found))
+    frontier.figure(found, tmp_path / "f.png")
+    assert (tmp_path / "f.png").stat().st_size > 5000
+    other = rows_of(blocks=([None], mine), AR=([2.0], {"calls": 12}))
+    assert frontier.headline(other) == [["text drawn in hidden space", "never at real text's entropy"]]
 
 
 def test_tokens_are_drawn_from_their_law():
@@ -292,9 +387,9 @@ def test_metrics_have_known_answers():
         metrics.self_bleu(half[:1])
     lm = backbone.Backbone(tiny_model("llama"))
     own = metrics.measure(lm, IDS, 6)
-    assert own["distinct_1"] == pytest.approx(sum(len(set(r[6:])) for r in IDS.tolist()) / IDS[:, 6:].numel())
-    each = metrics.judge(lm, IDS, 6).mean(1).exp()
-    assert own["gen_ppl_mean"] == pytest.approx(each.mean().item()) and own["gen_ppl"] <= own["gen_ppl_mean"]
+    pairs = [{(a, b) for a, b in zip(r[6:], r[7:])} for r in IDS.tolist()]
+    assert own["distinct_2"] == pytest.approx(sum(map(len, pairs)) / 14)
+    assert own["gen_ppl"] == pytest.approx(metrics.judge(lm, IDS, 6).mean().exp().item())
 
     class Letters:                                                              # one character a token, both ways
         eos_token_id = 0
@@ -307,14 +402,12 @@ def test_metrics_have_known_answers():
     nll = metrics.judge(lm, IDS, 6)
     theirs = metrics.judge_text(lm, Letters(), Letters(), IDS, 6)
     assert torch.allclose(torch.stack(theirs), nll, atol=1e-5)
-    assert metrics.measure(lm, IDS, 6, theirs)["gen_ppl"] == pytest.approx(own["gen_ppl"])
+    assert metrics.gen_ppl(theirs) == pytest.approx(own["gen_ppl"])
     want = torch.nn.functional.cross_entropy(lm.model(IDS).logits[:, 5:-1].flatten(0, 1), IDS[:, 6:].flatten())
     assert nll.shape == (2, 8) and nll.mean().item() == pytest.approx(want.item(), rel=1e-5)
     points = [{"entropy": 3.0, "gen_ppl": 10.0}, {"entropy": 4.0, "gen_ppl": 1000.0}]
     assert metrics.at_entropy(points, 3.5) == pytest.approx(100)
     assert metrics.at_entropy(points, 4.0) == pytest.approx(1000) and metrics.at_entropy(points, 4.05) is None
-    assert paired([3.0], [1.0]) == (2.0, None)
-    assert paired([1.0, 2.0, 3.0], [0.0, 0.0, 0.0]) == (2.0, pytest.approx(4.30 / 3 ** 0.5))
 
 
 def test_mauve_tells_texts_apart():
@@ -334,32 +427,72 @@ def causal(runs, text):
     return runs / "blocks0"
 
 
-def test_the_stage_runs(runs, causal, text, tmp_path, capsys):
+def test_the_stage_runs(runs, causal, text, tmp_path, capsys, monkeypatch):
     result = json.loads((runs / "blocks" / "result.json").read_text())
     assert 0 < result["readout_accuracy"] < 1 and set(result["nfe"]) == {"1", "2", "4", "8"}
-    argv = ["--bridges", f"{runs}/blocks,{causal}", "--twin", f"{runs}/repr_align/w10", "--data",
-            str(text), "--texts", "3", "--prefix", "16", "--new", "12", "--nfe", "2", "--rounds", "1",
-            "--temperatures", "0.8,1", "--out", str(tmp_path / "g")]
+    argv = ["--preset", "tiny", "--bridges", f"{runs}/blocks,{causal}", "--data", str(text), "--texts", "3",
+            "--twin", f"{runs}/repr_align/w10,{runs}/repr_align/w0", "--betas", "1,0", "--out", str(tmp_path / "g")]
     found = generate.main(argv)
-    names = ["unigram", "AR, intact model", "masked twin, random order", "masked twin, confidence order"]
-    assert [r["name"] for r in found["rows"]] == [*names, *["blocks"] * 6]
+    twins = {f"masked twin, {order} order" for order in masked.ORDERS}
+    names = [r["name"] for r in found["rows"]]
+    assert names[:4] == ["unigrams", "AR, intact model", "Jacobi, intact model, equal calls",
+                         "Jacobi, intact model, equal block passes"]
+    assert names[4] == names[5] in twins and [n.split(", ")[0] for n in names[6:]] == ["blocks at layer 2",
+                                                                                       "blocks at layer 0"]
     assert all(p["gen_ppl"] > 1 and 0 < p["entropy"] < 2.5 for r in found["rows"] for p in r["frontier"])
-    assert {r["calls"] for r in found["rows"] if r["name"] == "blocks"} == {4}   # 2, and 1 + 1 to refine
+    assert {r["calls"] for r in found["rows"] if "layer" in r} == {4}              # 2, and 1 + 1 to refine
+    # 4 calls of the bridge's blocks and, twice, 4 - 2 retained ones; for Jacobi over all 4 blocks
+    passes = {r["layer"]: r["passes"] for r in found["rows"] if "layer" in r}
+    assert passes[2] == 4 * 2 + 2 * 2 and passes[0] == 4 * 2 + 2 * 4 and found["rows"][3]["calls"] == 12 / 4
+    settings = found["tuned"]["masked twin"]["settings"]
+    assert set(settings) == twins and all(len(s["matched"]) == 2 for s in settings.values())
+    assert set(found["tuned"]["blocks at layer 2"]["settings"]) == {
+        f"blocks at layer 2, {s}" for s in ("alpha 1, beta 1", "alpha 1, beta 0", "upper alone", "readout alone")}
+    for group in found["tuned"].values():
+        assert group["chosen"] in group["settings"] and group["chosen"] in names
     assert (tmp_path / "g" / "generation.png").stat().st_size > 5000
-    assert len((tmp_path / "g" / "samples.jsonl").read_text().splitlines()) == 10 * 2 * 3
-    judged = generate.main([*argv[:-1], str(tmp_path / "j"), "--judge", f"{runs}/repr_align/w0", "--no-experts"])
-    assert judged["real"]["gen_ppl"] != found["real"]["gen_ppl"]
-    assert judged["real"]["entropy"] == found["real"]["entropy"]
-    shutil.copytree(runs / "toy", tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
-    assert "tokenizer" in fails(capsys, generate.main, *argv[:-1], tmp_path / "k", "--judge", tmp_path / "mute")
-    assert not (tmp_path / "k").exists()
+    assert len((tmp_path / "g" / "samples.jsonl").read_text().splitlines()) == 8 * 3
+    section = (tmp_path / "g" / "section.md").read_text()
+    assert section.startswith("## GENERATE\n") and section == generate.section(found) and "chosen" in section
     capsys.readouterr()
-    generate.main(argv)                                                        # finished: prints its table
-    assert "real text" in capsys.readouterr().out
+    monkeypatch.setitem(generate.METHODS, "nothing", None)                     # a new method leaves finished runs valid
+    assert generate.main(argv) == found and "real text" in capsys.readouterr().out
+
+
+def test_a_second_judge_and_a_new_method(runs, text, tmp_path, capsys, monkeypatch):
+    """It stands beside the first one, in rows of a method added by one entry; nothing is chosen without other texts."""
+    def copy(cx):
+        yield "prompt again", {"calls": 0}, lambda prompts, t: torch.cat([prompts, prompts[:, :cx.cfg.new]], 1)
+    monkeypatch.setitem(generate.METHODS, "copy", copy)
+    found = generate.main(["--preset", "tiny", "--bridges", f"{runs}/blocks", "--data", str(text), "--twin", "",
+                           "--methods", "copy,blocks", "--tune_texts", "0", "--second_judge", f"{runs}/repr_align/w0",
+                           "--out", str(tmp_path / "j")])
+    assert [r["name"] for r in found["rows"]] == ["prompt again", *(f"blocks at layer 2, {s}" for s in (
+        "alpha 1, beta 1", "upper alone", "readout alone"))] and found["tuned"] == {}
+    assert found["real"]["second_ppl"] != found["real"]["gen_ppl"] and "second judge" in generate.section(found)
+    assert all({"second_ppl", "gen_ppl"} <= set(p) for r in found["rows"] for p in r["frontier"])
+    message = fails(capsys, generate.main, "--methods", "copy,magic")
+    assert "magic" in message and "there are unigram, ar, jacobi, twin, blocks, copy" in message
+    shutil.copytree(runs / "toy", tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
+    argv = ["--preset", "tiny", "--bridges", runs / "blocks", "--twin", "", "--data", text, "--out", tmp_path / "k"]
+    assert "tokenizer" in fails(capsys, generate.main, *argv, "--second_judge", tmp_path / "mute")
+    assert not (tmp_path / "k").exists()
+
+
+def test_what_is_tuned_on_is_not_reported(runs, text, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(generate, "METHODS", {"spy": lambda cx: iter([
+        (f"spy {i}", {"group": "spy"}, lambda prompts, t, i=i: seen.append((i, prompts)) or torch.cat(
+            [prompts, prompts[:, :12].flip(1)], 1)) for i in range(2)])})
+    found = generate.main(["--preset", "tiny", "--bridges", f"{runs}/blocks", "--data", str(text), "--twin", "",
+                           "--out", str(tmp_path / "s")])
+    tuning, reported = ({tuple(row) for _, p in seen if len(p) == n for row in p.tolist()} for n in (2, 4))
+    assert len(tuning) == 2 and len(reported) == 4 and not tuning & reported
+    assert [r["name"] for r in found["rows"]] == ["spy 0"]                     # no setting ever there: the first
 
 
 def test_the_command_line_writes_blocks(runs, capsys):
-    argv = ["--bridge", f"{runs}/blocks", "--prompt", "import os", "--block", "8", "--max_new_tokens", "12",
+    argv = ["--bridge", f"{runs}/blocks", "--prompt", "import os", "--block_size", "8", "--max_new_tokens", "12",
             "--nfe", "3"]
     hybrid.main(argv)
     plain = capsys.readouterr().out
@@ -372,23 +505,35 @@ def test_the_command_line_writes_blocks(runs, capsys):
 
 def test_bad_input(runs, causal, text, tmp_path, capsys):
     ask = ["--bridge", f"{runs}/blocks", "--prompt", "import os"]
-    assert "must fit" in fails(capsys, hybrid.main, *ask, "--block", "8", "--max_new_tokens", "99999")
-    assert "alpha" in fails(capsys, hybrid.main, *ask, "--block", "8", "--alpha", "-1")
-    assert "--nfe" in fails(capsys, hybrid.main, *ask, "--block", "8", "--nfe", "-1")
+    assert "must fit" in fails(capsys, hybrid.main, *ask, "--block_size", "8", "--max_new_tokens", "99999")
+    assert "alpha" in fails(capsys, hybrid.main, *ask, "--block_size", "8", "--alpha", "-1")
+    assert "--nfe" in fails(capsys, hybrid.main, *ask, "--block_size", "8", "--nfe", "-1")
     full = ["--bridge", f"{runs}/bridge", "--prompt", "import os"]
-    assert "never met an unknown token" in fails(capsys, hybrid.main, *full, "--block", "8")
-    forward = ["--bridge", str(causal), "--prompt", "import os", "--block", "8", "--suffix", "x"]
+    assert "never met an unknown token" in fails(capsys, hybrid.main, *full, "--block_size", "8")
+    forward = ["--bridge", str(causal), "--prompt", "import os", "--block_size", "8", "--suffix", "x"]
     assert "--bidirectional" in fails(capsys, hybrid.main, *forward)
     train = ["--preset", "tiny", "--model", f"{runs}/toy", "--data", str(text), "--out", str(tmp_path / "x")]
     assert "would let the replaced layer see" in fails(capsys, bridge.main, *train, "--layer", "2", "--bidirectional")
     assert "must lie in 0..4" in fails(capsys, bridge.main, *train, "--layer", "5", "--visible", "mix")
-    sample = ["--bridges", f"{runs}/bridge", "--data", str(text), "--out", str(tmp_path / "y"), "--texts", "2"]
-    assert "never met an unknown token" in fails(capsys, generate.main, *sample, "--twin", "", "--prefix", "8",
-                                                 "--new", "8")
+    sample = ["--bridges", f"{runs}/bridge", "--data", str(text), "--out", str(tmp_path / "y"), "--twin", ""]
+    assert "never met an unknown token" in fails(capsys, generate.main, *sample)
     assert not (tmp_path / "y").exists()                                          # refused before anything is written
     assert "--texts" in fails(capsys, generate.main, "--texts", "1")
-    assert "--temperatures" in fails(capsys, generate.main, "--temperatures", "warm")
-    assert "--block" in fails(capsys, hybrid.main, "--bridge", runs / "blocks", "--show", "--prompt", "x")
+    for flag, value in (("--temperatures", "warm"), ("--temperatures", "0"), ("--betas", "-1"), ("--tune_texts", "1"),
+                        ("--tune_texts", "99"), ("--prefix", "1")):
+        assert flag in fails(capsys, generate.main, flag, value)
+    many = ["--bridges", runs / "blocks", "--data", text, "--out", tmp_path / "y", "--twin", "", "--texts", "99999"]
+    assert "fewer than twice --texts" in fails(capsys, generate.main, *many) and not (tmp_path / "y").exists()
+    alone = shutil.copytree(runs / "blocks", tmp_path / "alone" / "in" / "blocks")   # no shards beside this bridge
+    ask[1], block = str(alone), ["--block_size", "8", "--max_new_tokens", "8", "--nfe", "2"]
+    assert "--beta 0" in fails(capsys, hybrid.main, *ask, *block)
+    assert hybrid.main([*ask, *block, "--beta", "0"]).startswith("import os")
+    assert "--block_size" in fails(capsys, hybrid.main, "--bridge", runs / "blocks", "--show", "--prompt", "x")
     heun = random_hybrid(sampler="heun")
     with pytest.raises(UserError, match="Heun"):
-        heun.generate_blocks(IDS, 4)
+        heun.generate_blocks(IDS, 4, prior=PRIOR)
+    model = random_hybrid()
+    for name, value in (("block_size", 0), ("max_new_tokens", 0), ("refinements", -1), ("beta", -0.5), ("back", 1.0),
+                        ("temperature", -1), ("top_p", 0.0), ("expert", "neither")):
+        with pytest.raises(UserError, match=name):
+            model.generate_blocks(IDS, **{"prior": PRIOR, name: value})

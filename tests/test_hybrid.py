@@ -28,6 +28,7 @@ def test_logits_are_bridge_then_upper_blocks(runs, model):
     lm = backbone.load(f"{runs}/toy", torch.device("cpu"), torch.float32)
     noise = diffusion.position_noise(0, range(20), lm.D, "cpu")
     z = diffusion.sample(model.net, model.net.standard_c(lm.embed(IDS)), model.config.nfe, noise)
+    assert (model.config.sampler, model.config.shift) == ("euler", 1.0)
     want = lm.head(lm.through(model.net.hidden(z), model.config.layer, lm.L))
     assert torch.equal(model(IDS).logits, want)
     loss = torch.nn.functional.cross_entropy(want[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
@@ -68,12 +69,37 @@ def test_save_and_load_by_the_auto_class(runs, model, tmp_path):
     assert saved.config.layer == json.loads((runs / "hybrid" / "result.json").read_text())["layer"]
 
 
+@torch.no_grad()
+def test_how_states_are_sampled_is_no_part_of_the_network(runs, tmp_path):
+    """Flags over bridge.json's defaults; older folders hold the two elsewhere, or not at all."""
+    for name, value, key in (("sampler", "heun", "sampler"), ("shift", 3.0, "shift"), ("nfe", 2, "nfe_default")):
+        made = hybrid.from_bridge(runs / "bridge", **{name: value})
+        assert getattr(made.config, name) == value
+        other = shutil.copytree(runs / "bridge", tmp_path / name)
+        info = json.loads((other / "bridge.json").read_text())
+        (other / "bridge.json").write_text(json.dumps({**info, key: value}))                # as the bridge's default
+        assert torch.equal(hybrid.from_bridge(other)(IDS).logits, made(IDS).logits)
+        assert not torch.equal(hybrid.from_bridge(runs / "bridge")(IDS).logits, made(IDS).logits)
+        made.save_pretrained(tmp_path / "new")
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "new")(IDS).logits, made(IDS).logits)
+        config = json.loads((tmp_path / "new" / "config.json").read_text())
+        old = {k: config.pop(k) for k in ("sampler", "shift")}
+        for inside in (old, {}):
+            changed = {**config, "bridge": {**config["bridge"], **inside}}
+            (tmp_path / "new" / "config.json").write_text(json.dumps(changed))
+            again = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+            same = torch.equal(again(IDS).logits, made(IDS).logits)
+            assert same == (bool(inside) or name == "nfe")
+    with pytest.raises(UserError, match="there are euler, heun"):
+        hybrid.from_bridge(runs / "bridge", sampler="leap")
+
+
 # ------------------------------------------------------------------------------------------------ cached generation
 def random_hybrid(family, objective="diffusion", sampler="euler", layer=2, nfe=3, self_condition=False):
     """A hybrid of a random base and a random bridge: 2 bridge blocks of width 32 at a layer of 4."""
-    net = denoiser.Bridge(32, 32, 2, 2, objective, "x", "noise", sampler, self_condition)
-    config = hybrid.HybridConfig(layer=layer, nfe=nfe, bridge=net.settings, vocab_size=64, hidden_size=32,
-                                 eos_token_id=None, pad_token_id=0)
+    net = denoiser.Bridge(32, 32, 2, 2, objective, self_condition=self_condition)
+    config = hybrid.HybridConfig(layer=layer, nfe=nfe, sampler=sampler, bridge=net.settings, vocab_size=64,
+                                 hidden_size=32, eos_token_id=None, pad_token_id=0)
     lm = backbone.Backbone(tiny_model(family).requires_grad_(False))
     return hybrid.HybridForCausalLM(config, randomise(net), lm).eval()
 
@@ -229,6 +255,29 @@ def test_the_stage_reports_the_gap_of_what_it_saved(runs):
     result = json.loads((runs / "hybrid" / "result.json").read_text())
     near = json.loads((runs / "bridge" / "result.json").read_text())["nfe"]["4"]["ce_gap"]
     assert {"layer", "base", "nfe_default", "ce_gap"} <= set(result) and abs(result["ce_gap"] - near) < 0.05
+    text = (runs / "hybrid" / "section.md").read_text()
+    assert text.startswith("## HYBRID\n") and f"{result['ce_gap']:+.4f} +- " in text and "4 held-out sequences" in text
+    assert all(len(value) <= 60 for _, value in result["headline"])
+    card = (runs / "hybrid" / "README.md").read_text()
+    assert "ce_gap" in card and str(runs) not in card.split("Made by")[0]
+
+
+def test_compare_knows_the_intact_model(runs):
+    """A hybrid that gives back the true h[l] has no gap at all; a random one has."""
+    intact = backbone.load(f"{runs}/toy", torch.device("cpu"), torch.float32)
+    model = hybrid.from_bridge(runs / "bridge")
+    found = hybrid.compare(model, intact, IDS)
+    assert found["ce_gap_se"] > 0 and found["kl"] > 0
+
+    def truth(ids, positions, attention_mask=None, cache=None):
+        h0 = intact.embed(ids, positions)
+        side = intact.side(h0)
+        return intact.through(h0, 0, model.config.layer, side), side
+    model.hidden = truth
+    found = hybrid.compare(model, intact, IDS)
+    assert abs(found["ce_gap"]) < 1e-6 and abs(found["kl"]) < 1e-6 and found["agree"] == 1
+    want = torch.nn.functional.cross_entropy(intact.model(IDS[:, :-1]).logits.flatten(0, 1), IDS[:, 1:].flatten())
+    assert found["ce_intact"] == pytest.approx(want.item(), rel=1e-5)
 
 
 def test_prompt_prints_text(runs, capsys):

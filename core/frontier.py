@@ -1,0 +1,146 @@
+"""frontier.py: methods that write text, compared where they are equally varied: search over temperature, table, words.
+
+    tuned = tune(drawn, measured, apart, prefix, [1.0])                      # which setting of each method
+    points, ids = frontier(write, measured, text, prefix, target, [1.0])     # until real text's entropy is reached
+    text = table(result); lines = verdicts(result); rows = headline(result); figure(result, path)
+
+A `row` is a method with one setting and one trained model: name, frontier (points of core.metrics.measure, each with
+its temperature), matched (at_entropy of them), calls; of ours also layer, seed, steps and parameters. A `result` holds
+rows, and the same metrics of real text under `real`.
+
+Letters: N texts, T tokens.
+"""
+import itertools
+import math
+import statistics
+
+import torch
+
+from core.metrics import SHAPE, at_entropy
+from core.report import BLACK, BLUE, GREEN, GREY, YELLOW, frontiers
+from core.report import table as markdown
+from core.stats import paired, plus_minus, verdict
+
+FACTOR, COLDEST, HOTTEST = 1.25, 0.2, 4.0  # of the temperatures that a frontier goes on with, and where it gives up
+MARGIN = 0.05                              # nats a token: of no practical interest
+
+
+def frontier(write, measured, text, prefix, target, temperatures):
+    """({temperature: metrics}, {temperature: ids}), from cold to hot: the given temperatures, and then colder or hotter
+    ones until the entropy `target` lies between two of them."""
+    points, ids, todo = {}, {}, list(temperatures)
+    while todo:
+        for t in todo:
+            ids[t] = write(text[:, :prefix], t)
+            assert torch.equal(ids[t][:, :prefix], text[:, :prefix])
+            points[t] = {"temperature": t, **measured(ids[t])}
+        seen = [p["entropy"] for p in points.values()]
+        hotter, colder = round(max(points) * FACTOR, 4), round(min(points) / FACTOR, 4)
+        todo = [hotter] if max(seen) < target and hotter <= HOTTEST else (
+            [colder] if min(seen) > target and colder >= COLDEST else [])
+    return dict(sorted(points.items())), ids
+
+
+def nearest(points, target):
+    """Points by how near their entropy is to `target`."""
+    return sorted(points, key=lambda p: abs(p["entropy"] - target))
+
+
+def tune(drawn, measured, text, prefix, temperatures):
+    """Choose settings on texts apart (N, T): of the (name, about, write) `drawn` those whose about holds the same
+    "group" compete, and the lowest gen-PPL at the entropy of `text` wins, seeds averaged.
+    {group: {"chosen": name, "settings": {name: {"matched": [one a seed], "near": [temperatures around it]}}}}."""
+    groups, target = {}, measured(text)["entropy"]
+    for name, about, write in drawn:
+        if "group" in about:
+            some = groups.setdefault(about["group"], {}).setdefault(name, {"matched": [], "near": []})
+            points, _ = frontier(write, measured, text, prefix, target, temperatures)
+            some["matched"].append(at_entropy(points.values(), target))
+            some["near"] += [p["temperature"] for p in nearest(points.values(), target)[:2]]
+
+    def mean(found):
+        return math.inf if None in found["matched"] else statistics.mean(found["matched"])
+    return {group: {"chosen": min(settings, key=lambda name: mean(settings[name])), "settings": settings}
+            for group, settings in groups.items()}
+
+
+# -------------------------------------------------------------------------------------------------------- report
+def grouped(rows):
+    """{name: its rows}: bridges and twins that differ in their seed alone."""
+    groups = {}
+    for row in rows:
+        alike = groups.setdefault((row["name"], row.get("steps"), row.get("parameters")), [])
+        alike.append(row)
+    return [(name, group) for (name, *_), group in groups.items()]
+
+
+def matched(group, form=".1f", key="matched"):
+    values = [r[key] for r in group]
+    return "never there" if None in values else plus_minus(values, form)
+
+
+def table(result):
+    """Markdown: one line a method, seeds as mean +- sd; what texts look like at the temperature nearest to real text's
+    entropy."""
+    real, second = result["real"], "second_ppl" in result["real"]
+    rows = [["real text", "-", f"{real['gen_ppl']:.1f}", "1.00",
+             *([f"{real['second_ppl']:.1f}"] if second else []), "-", *(f"{real[k]:.2f}" for k in SHAPE), "-"]]
+    for name, group in grouped(result["rows"]):
+        near = [nearest(r["frontier"], real["entropy"])[0] for r in group]
+        known = None not in [r["matched"] for r in group]
+        ratio = f"{statistics.mean(r['matched'] for r in group) / real['gen_ppl']:.2f}" if known else "-"
+        rows.append([name, group[0].get("calls"), matched(group), ratio,
+                     *([matched(group, key="second_matched")] if second else []),
+                     *(plus_minus([p[k] for p in near], ".2f") for k in ("temperature", *SHAPE)),
+                     plus_minus([r["mauve"] for r in group], ".2f") if group[0].get("mauve") else "-"])
+    return markdown(["method", "calls", "gen-PPL at real entropy", "over real text",
+                     *(["the same, second judge"] if second else []), "T there", "entropy", "diversity", "rep-4",
+                     "distinct-2", "self-BLEU", "MAUVE"], rows)
+
+
+def ours(result):
+    """[(name, rows)] of what is drawn in hidden space."""
+    return grouped(r for r in result["rows"] if "layer" in r)
+
+
+def rivals(result, mine):
+    """[(name, rows)] of what else writes with no more calls than `mine`, one of our rows."""
+    return grouped(r for r in result["rows"] if "layer" not in r and r.get("calls", math.inf) <= mine["calls"])
+
+
+def reached(groups):
+    """Those that reach real text's entropy, the lowest gen-PPL there first."""
+    there = [(name, group) for name, group in groups if None not in [r["matched"] for r in group]]
+    return sorted(there, key=lambda g: statistics.mean(r["matched"] for r in g[1]))
+
+
+def verdicts(result):
+    """Lines: ours against every rival at no more calls, log gen-PPL at real entropy, paired over seeds."""
+    for name, group in reached(ours(result)):
+        for other, theirs in reached(rivals(result, group[0])):
+            a, b = ([math.log(r["matched"]) for r in g] for g in (group, theirs))
+            b = b if len(a) == len(b) else [statistics.mean(b)] * len(a)
+            yield f"- {name} against {other}: {verdict(paired(a, b), MARGIN, 'nats a token')}."
+
+
+def headline(result):
+    """Ours at its best, and the best rival: two rows of a name and gen-PPL at real text's entropy."""
+    rows, end = [], f"gen-PPL (real text {result['real']['gen_ppl']:.0f})"
+    for name, group in reached(ours(result))[:1]:
+        rows.append([f"text at real entropy, {name}", f"{matched(group)} {end}"])
+        rows += [[f"its best rival, {other}", f"{matched(theirs)} {end}"]
+                 for other, theirs in reached(rivals(result, group[0]))[:1]]
+    return rows or [["text drawn in hidden space", "never at real text's entropy"]]
+
+
+def figure(result, path):
+    """Every row's frontier: blocks from violet to red by layer, rivals in colours of their own."""
+    layers = sorted({r["layer"] for r in result["rows"] if "layer" in r})
+    colors, cycle = {"unigrams": GREY, "AR, intact model": BLACK}, itertools.cycle([YELLOW, BLUE, GREEN, "#b5838d"])
+    for row in result["rows"]:
+        if "layer" in row:
+            colors[row["name"]] = (layers.index(row["layer"]) / max(1, len(layers) - 1) * 0.6, 0.45, 0.65)
+        elif row["name"] not in colors:
+            colors[row["name"]] = next(cycle)
+    frontiers([(r["name"], colors[r["name"]], r["frontier"]) for r in result["rows"]], result["real"], path,
+              "GENERATE: frontiers over temperature")

@@ -1,0 +1,332 @@
+"""hybrid_lm.py: bridge + retained blocks + LM head as one Hugging Face causal LM; hybrid.py saves and measures it.
+
+    model = from_bridge("out/bridge")                     # forward(ids) -> logits, generate(), save_pretrained
+    ids = model.generate_blocks(ids, 64, block_size=32, prior=prior)    # 32 tokens at a time, drawn in hidden space
+
+Letters: B batch, T tokens, D hidden width, L blocks, l the replaced layer, V vocabulary.
+"""
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from core import backbone, denoiser, diffusion, masked
+from core.common import UserError, pick
+from core.draws import generator, normal
+
+
+# ------------------------------------------------------------------------------------------- the law of a token
+def product(upper, read, alpha=1.0, beta=1.0, prior=None):
+    """log p (..., V), not normalised, of a token from what two experts make of it, both (..., V): the retained blocks
+    see the states before it, the readout its own. Each is a posterior, p(x | a) and p(x | b), that holds the prior p(x)
+    once; where a and b are independent given x, p(x | a, b) ~ p(x | a) p(x | b) / p(x): one copy has to go (beta)."""
+    logits = upper + alpha * read
+    return logits - beta * prior.to(logits) if beta else logits
+
+
+EXPERTS = {"both": product, "upper": lambda upper, read, *_: upper, "readout": lambda upper, read, *_: read}
+
+
+# ------------------------------------------------------------------------------------------------- the model
+class HybridConfig(PretrainedConfig):
+    """What a hybrid is made of: the bridge's shape, the layer, how states are sampled, and the base model with the hash
+    of its weights."""
+    model_type = "dihal_hybrid"
+
+    def __init__(self, base_model="", base="", layer=0, nfe=4, sampler="", shift=0.0, noise_seed=0, bridge=None,
+                 use_cache=True, tokenizer=None, **rest):
+        bridge = dict(bridge or {})
+        old = bridge.pop("sampler", "euler"), bridge.pop("shift", 1.0)  # where older hybrids keep the two
+        self.base_model, self.base, self.layer, self.tokenizer = base_model, base, layer, tokenizer
+        self.nfe, self.sampler, self.shift = nfe, sampler or old[0], shift or old[1]
+        self.noise_seed, self.bridge, self.use_cache = noise_seed, bridge, use_cache
+        super().__init__(**rest)
+
+
+class HybridForCausalLM(PreTrainedModel, GenerationMixin):
+    """Logits of blocks l+1..L and the head on the bridge's h[l]. The noise is a function of (noise_seed, position):
+    logits are deterministic, and those of token i depend on tokens 0..i only.
+
+    The base model is held but is no submodule: its weights are frozen, stay in their folder and are not saved again.
+    """
+    # One transformers cache serves bridge and upper blocks. A network call at another noise level has other keys and
+    # values, so each of the NFE calls has cache layers of its own: call i, bridge block j is layer i * blocks + j. The
+    # retained blocks come after them (set_nfe writes their layer_idx), and config.num_hidden_layers counts all, by
+    # which the library sizes the cache. A new token then costs one pass of NFE bridges and L - l blocks over itself.
+    config_class = HybridConfig
+    main_input_name = "input_ids"
+
+    def __init__(self, config, net, lm):
+        super().__init__(config)
+        self.net = net
+        self.__dict__["lm"] = lm
+        self.register_buffer("noise", torch.zeros(0, net.settings["D"]), persistent=False)
+        for i in range(config.layer):  # the replaced blocks are gone
+            lm.blocks[i] = torch.nn.Identity()
+        self.set_nfe(config.nfe)
+
+    def _apply(self, fn, *args, **kwargs):
+        """`.to(device)` moves the base too, though it is no submodule."""
+        self.lm._apply(fn, *args, **kwargs)
+        return super()._apply(fn, *args, **kwargs)
+
+    def set_nfe(self, nfe):
+        """Use `nfe` network calls from now on: the retained blocks' layers in the cache move accordingly."""
+        if nfe < 1:
+            raise UserError(f"the number of network calls must be at least 1, not {nfe}")
+        calls = nfe if self.net.settings["objective"] == "diffusion" else 1
+        first = calls * self.net.settings["blocks"]
+        for i in range(self.config.layer, self.lm.L):
+            for module in self.lm.blocks[i].modules():
+                if hasattr(module, "layer_idx"):
+                    module.layer_idx = first + i - self.config.layer
+        self.config.nfe, self.config.num_hidden_layers = nfe, first + self.lm.L - self.config.layer
+
+    def noise_at(self, positions):
+        """Noise (..., D) of positions (...): a row of a table that grows as text does."""
+        count = int(positions.max()) + 1
+        if count > len(self.noise):
+            new = range(len(self.noise), max(count, 2 * len(self.noise)))
+            more = diffusion.position_noise(self.config.noise_seed, new, self.lm.D, self.noise.device)
+            self.noise = torch.cat([self.noise, more])
+        return self.noise[positions]
+
+    def hidden(self, input_ids, positions, attention_mask=None, cache=None):
+        """The bridge's h[l] (B, T, D) of the new tokens, and the `side` the retained blocks need."""
+        h0 = self.lm.embed(input_ids, positions)                                       # (B, T, D)
+        side = self.lm.side(h0, positions, attention_mask, cache)
+        T, past = input_ids.shape[1], cache.get_seq_length() if cache is not None else 0
+        padded = attention_mask is not None and not bool(attention_mask.all())
+        mask = None
+        if padded or past:
+            mask = torch.ones(T, past + T, dtype=torch.bool, device=h0.device).tril(past)                # (T, K) causal
+            if padded:                                                                 # pads see themselves: no NaN
+                own = torch.zeros_like(mask).diagonal_scatter(mask.new_ones(T), past)
+                mask = (mask & (attention_mask[:, None, None, :] > 0)) | own           # (B, 1, T, K)
+            mask = mask.expand(len(h0), 1, T, past + T)
+        z = self.states(h0, self.config.nfe, self.noise_at(positions), positions, mask, cache)
+        return self.net.hidden(z).to(h0.dtype) if self.config.layer else h0, side
+
+    def states(self, h0, nfe, *noise_positions_mask_cache, **more):
+        """Standardised h[l] (B, T, D) of h[0], by the sampler and shift of the config."""
+        return diffusion.sample(self.net, self.net.standard_c(h0), nfe, *noise_positions_mask_cache,
+                                sampler=self.config.sampler, shift=self.config.shift, **more)
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, labels=None,
+                use_cache=None, logits_to_keep=0, **_):
+        """input_ids (B, T), the tokens after those in `past_key_values` -> logits (B, T, V), and with labels (B, T;
+        -100 ignored) the mean next-token loss. attention_mask (B, K) covers cached and new tokens and is 0 on padding,
+        on either side. With `logits_to_keep` only that many last positions get logits."""
+        T = input_ids.shape[1]
+        use_cache = (self.config.use_cache if use_cache is None else use_cache) and labels is None
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if position_ids is None and attention_mask is not None:
+            position_ids = (attention_mask.cumsum(-1) - 1).clamp_min(0)[:, -T:]                          # (B, T)
+        if position_ids is None:
+            position_ids = torch.arange(past, past + T, device=input_ids.device)[None]                   # (1, T)
+        h, side = self.hidden(input_ids, position_ids, attention_mask, past_key_values)
+        h = self.lm.through(h, self.config.layer, self.lm.L, side)                                           # (B, T, D)
+        logits = self.lm.head(h[:, -logits_to_keep:])                                                    # (B, T, V)
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())        # ignores -100
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None)
+
+    # ------------------------------------------------------------------------------------------- blocks of tokens
+    @torch.no_grad()
+    def generate_blocks(self, input_ids, max_new_tokens=64, block_size=64, nfe=8, *, prior=None, alpha=1.0, beta=1.0,
+                        temperature=1.0, top_p=1.0, refinements=8, back=0.25, expert="both", seed=0, suffix_ids=None,
+                        watch=None):
+        """input_ids (B, T) -> (B, T + max_new_tokens [+ suffix]): `block_size` tokens at a time are drawn in hidden
+        space and decoded by one pass through the retained blocks. Rows do not depend on one another.
+
+        One block of tokens: `nfe` denoising calls on the unknown positions -> decode -> `refinements` times (encode the
+        decoded tokens as visible ones by one call, add noise, make the last `back` share of the calls again, decode).
+        They follow one another on a cache; with suffix_ids (B, S) one of them fills the gap before the suffix, which
+        needs a bidirectional bridge.
+
+        Tokens are drawn from the `product` of two experts, which takes `prior` (V,), log p of every token as
+        `token_prior` counts it; over temperature and cut to the `top_p` nucleus. expert "upper" or "readout" is one
+        of the two alone."""
+        ahead = 0 if suffix_ids is None else suffix_ids.shape[1]
+        how = dict(nfe=nfe, prior=prior, alpha=alpha, beta=beta, temperature=temperature, top_p=top_p, back=back,
+                   refinements=refinements, expert=expert, seed=seed, watch=watch, done=nfe - again(nfe, back))
+        self._refuse(how, block_size, max_new_tokens, input_ids.shape[1], ahead)
+        if self.net.settings["objective"] == "regression":
+            how["refinements"] = 0  # nothing to refine: it would answer the same
+        total, kept = input_ids.shape[1] + max_new_tokens + ahead, self.config.nfe
+        self.set_nfe(nfe)
+        try:
+            if suffix_ids is not None:
+                gap = input_ids.new_zeros(len(input_ids), max_new_tokens)
+                ids = torch.cat([input_ids, gap, suffix_ids], 1)                        # (B, T + n + S)
+                unknown = torch.zeros_like(ids, dtype=torch.bool)
+                unknown[:, input_ids.shape[1]:input_ids.shape[1] + max_new_tokens] = True
+                return self._draw(ids, unknown, None, None, how, 0)
+            cache, ids = DynamicCache(config=self.config), input_ids
+            last = self(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits           # (B, 1, V)
+            while ids.shape[1] < total:
+                empty = ids.new_zeros(len(ids), min(block_size, total - ids.shape[1]))
+                new = self._draw(empty, empty == 0, cache, last, how, ids.shape[1])     # (B, n)
+                ids = torch.cat([ids, new], 1)
+                if ids.shape[1] < total:
+                    last = self(new, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            return ids
+        finally:
+            self.set_nfe(kept)
+
+    def _refuse(self, how, block_size, new, prompt, ahead):
+        """Raise UserError for what `generate_blocks` cannot do."""
+        if not self.net.generates:
+            raise UserError("this bridge has never met an unknown token; train one with: python bridge.py --preset "
+                            "blocks --layer N")
+        for name, value in {"nfe": how["nfe"], "block_size": block_size, "max_new_tokens": new,
+                            "the number of tokens in the prompt": prompt}.items():
+            if value < 1:
+                raise UserError(f"{name} must be at least 1, not {value}")
+        for name in ("alpha", "beta", "temperature", "refinements"):
+            if how[name] < 0:
+                raise UserError(f"{name} must not be negative, as {how[name]} is")
+        if not 0 <= how["back"] < 1 or not 0 < how["top_p"] <= 1 or how["expert"] not in EXPERTS:
+            raise UserError(f"back must lie in [0, 1), top_p in (0, 1], and expert be one of {', '.join(EXPERTS)}")
+        if how["prior"] is None and how["beta"] > 0 and how["expert"] == "both":
+            raise UserError("a product of two experts holds the token prior twice: give prior=token_prior(shards, V), "
+                            "or beta=0 to leave it in")
+        if prompt + new + ahead > self.config.max_position_embeddings:
+            raise UserError(f"prompt, new tokens and suffix are {prompt + new + ahead} tokens; they must fit the "
+                            f"model's {self.config.max_position_embeddings} positions")
+        if ahead and not self.net.settings["bidirectional"]:
+            raise UserError("a suffix can only be seen by a bridge trained with --bidirectional")
+        if how["refinements"] and self.config.sampler == "heun":
+            raise UserError("refinements run a part of the Euler grid; with Heun's sampler set refinements to 0")
+
+    def _draw(self, ids, unknown, cache, last, how, key):
+        """ids (B, T) with its `unknown` (B, T) tokens drawn. They follow the tokens in `cache`, whose next-token
+        logits are `last` (B, 1, V)."""
+        (B, T), past, device = ids.shape, cache.get_seq_length() if cache is not None else 0, ids.device
+        positions = torch.arange(past, past + T, device=device)[None]                                  # (1, T)
+        causal = torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past)                   # (T, K)
+        wide = (causal | unknown[:, :, None])[:, None] if self.net.settings["bidirectional"] else causal
+
+        def on_cache(function, *args, **more):
+            out = function(*args, **more)
+            backbone.trim(cache, past)                                                 # what is drawn leaves no trace
+            return out
+
+        def noise(turn):
+            rows = [normal((T, self.lm.D), device, how["seed"], "block", key, turn, b) for b in range(B)]
+            return torch.stack(rows)                                                                   # (B, T, D)
+
+        def denoise(turn, **more):
+            h0 = self.lm.embed(ids, positions)                                                         # (B, T, D)
+            return on_cache(self.states, h0, how["nfe"], noise(turn), positions, wide, cache, unknown=unknown,
+                            watch=how["watch"], **more)
+        # 1 draw the hidden states
+        z = denoise(0)
+        for turn in range(how["refinements"] + 1):
+            # 2 decode them by both experts
+            ids = torch.where(unknown, on_cache(self._decode, z, positions, cache, last, how, (key, turn)), ids)
+            # 3 refine: one call encodes the decoded tokens as visible ones; go back up the path and down again
+            if turn < how["refinements"]:
+                seen = on_cache(self.states, self.lm.embed(ids, positions), 1, self.noise_at(positions), positions,
+                                causal, cache)
+                z = denoise(turn + 1, z=seen, done=how["done"])
+        return ids
+
+    def _decode(self, z, positions, cache, last, how, key):
+        """Tokens (B, T) of z (B, T, D). Draws are float64; the draw is keyed by row."""
+        h = self.net.hidden(z).to(self.lm.norm.weight.dtype)
+        side = self.lm.side(h, positions, None, cache)
+        upper = self.lm.head(self.lm.through(h, self.config.layer, self.lm.L, side))                       # (B, T, V)
+        upper = torch.cat([upper[:, :1] if last is None else last, upper[:, :-1]], 1)  # token i is foretold at i-1
+        upper, read = (F.log_softmax(part.double(), -1) for part in (upper, self.net.readout(z)))
+        logits = EXPERTS[how["expert"]](upper, read, how["alpha"], how["beta"], how["prior"])
+        u = [generator(how["seed"], "decode", *key, b).random(z.shape[1]) for b in range(len(z))]
+        u = torch.tensor(np.stack(u), device=z.device)
+        return masked.choose(logits, how["temperature"], how["top_p"], 0, u)
+
+    def save_pretrained(self, folder, standalone=False, **_):
+        """config.json and hybrid.safetensors (the bridge alone); `standalone` puts a copy of the base's folder beside
+        them, so that the hybrid can travel."""
+        from safetensors.torch import save_file
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.contiguous() for k, v in self.net.state_dict().items()}, folder / "hybrid.safetensors")
+        config = self.config.to_dict()
+        if standalone:
+            shutil.copytree(self.config.base_model, folder / "base", ignore=shutil.ignore_patterns(".lock", "*.jsonl"))
+            config["base_model"] = "base"
+        (folder / "config.json").write_text(json.dumps({"architectures": ["HybridForCausalLM"], **config}, indent=1))
+
+    @classmethod
+    def from_pretrained(cls, folder, *_, config=None, base_model=None, dtype=None, device="cpu", **__):
+        """Rebuild from a saved hybrid; `base_model` is where the base is now, if it moved. Raises UserError when the
+        base's weights are not the ones the bridge was trained under."""
+        from safetensors.torch import load_file
+        config = config or HybridConfig.from_pretrained(folder)
+        pick(diffusion.SAMPLERS, config.sampler, f"{folder}: the sampler")
+        net = denoiser.Bridge(**config.bridge)
+        try:
+            net.load_state_dict(load_file(Path(folder) / "hybrid.safetensors"))
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(f"{folder}/hybrid.safetensors could not be read ({reason}); save it again") from None
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+        dtype = dtype if isinstance(dtype, torch.dtype) else torch.float32
+        inside = str(Path(folder) / "base") if config.base_model == "base" else config.base_model
+        return assemble(net, config, base_model or inside, torch.device(device), dtype)
+
+
+AutoConfig.register(HybridConfig.model_type, HybridConfig)
+AutoModelForCausalLM.register(HybridConfig, HybridForCausalLM)
+
+
+def assemble(net, config, base_model, device, dtype):
+    """Load the base, check that it is the one the bridge knows, join the two."""
+    if not Path(base_model).exists() and (base_model.startswith(".") or Path(base_model).is_absolute()):
+        raise UserError(f"the base model is not at {base_model} any more; say where it is with --model "
+                        "(or base_model= in from_pretrained)")
+    lm = backbone.load(base_model, device, dtype)
+    if backbone.identity(base_model) != config.base:
+        raise UserError(f"the weights in {base_model} are not those this bridge was trained under (hash "
+                        f"{backbone.identity(base_model)}, expected {config.base}); pass the right --model")
+    if net.settings["D"] != lm.D or not 1 - net.generates <= config.layer <= lm.L:
+        raise UserError(f"the bridge makes states of width {net.settings['D']} at layer {config.layer}, but "
+                        f"{base_model} has width {lm.D} and {lm.L} blocks; pass the right --model")
+    config.vocab_size, config.hidden_size, config.base_model = lm.V, lm.D, base_model
+    config.eos_token_id, config.bos_token_id = lm.config.eos_token_id, lm.config.bos_token_id
+    config.max_position_embeddings = lm.config.max_position_embeddings
+    return HybridForCausalLM(config, net.to(device), lm).to(device).eval()
+
+
+def from_bridge(folder, model="", nfe=0, sampler="", shift=0.0, device="cpu", dtype=torch.float32):
+    """HybridForCausalLM from a bridge folder; what is 0 or empty is the bridge's default. Raises UserError for a bridge
+    of another base, or nfe < 1."""
+    net, info = denoiser.load(folder, device)
+    sampler = sampler or info.get("sampler", "euler")
+    pick(diffusion.SAMPLERS, sampler, "--sampler")
+    if shift < 0:
+        raise UserError(f"--shift must be above 0, or 0 for the bridge's default, not {shift}")
+    config = HybridConfig(base_model=model or info["model"], base=info["base"], layer=info["layer"],
+                          nfe=nfe or info["nfe_default"], sampler=sampler, shift=shift or info.get("shift", 1.0),
+                          bridge=net.settings, tokenizer=info["tokenizer"])
+    return assemble(net, config, config.base_model, torch.device(device), dtype)
+
+
+def again(nfe, back):
+    """How many of `nfe` calls a refinement makes again, at least one."""
+    return max(1, round(back * nfe))
