@@ -132,7 +132,7 @@ def cost(model, intact, student, repeats, new):
     random bridges by layer (as many blocks as they replace), the masked model by steps (no cache). `predicted` is the
     ratio of FLOPs, `blocks` that of transformer blocks run a token: a toy's time is in the calls, not in the
     arithmetic. Memory is that of the weights a model needs and, at the peak, of the tensors it makes."""
-    import hybrid
+    from core import hybrid_lm
     base = intact.model
     ids = torch.randint(1, intact.V, (1, new), generator=torch.Generator().manual_seed(0), device=base.device)
     how = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0,
@@ -166,7 +166,7 @@ def cost(model, intact, student, repeats, new):
         net = denoiser.Bridge(intact.D, intact.D, layer, heads).to(base.device).eval()
         config = copy.deepcopy(model.config)
         config.layer, config.bridge, config.nfe = layer, net.settings, default
-        some = hybrid.HybridForCausalLM(config, net, copy.deepcopy(intact)).eval()
+        some = hybrid_lm.HybridForCausalLM(config, net, copy.deepcopy(intact)).eval()
         of_hybrid(some, default, f"random bridge of {layer} blocks at layer {layer}, NFE {default}")
     wide, T = 4 * new, 5 * new                                                      # no cache: all tokens in each step
     text = torch.cat([ids, ids.new_full((1, wide), student.mask_id)], 1) if student else None
@@ -208,10 +208,10 @@ def cost_section(cost, path):
 def measure_models(cfg, runs, found, world, dtype):
     """What no stage measures: {"zero_shot": ..., "cost": ..., "harness": ...} of the models under `runs`."""
     import hybrid
-    from core import harness
+    from core import harness, hybrid_lm
     if cfg.harness:
         harness.known(cfg.harness.split(","), cfg.harness_path)
-    model = hybrid.from_bridge(runs / "bridge", device=world.device, dtype=dtype)
+    model = hybrid_lm.from_bridge(runs / "bridge", device=world.device, dtype=dtype)
     tokenizer = hybrid.tokenizer_of(model)
     intact = backbone.load(model.config.base_model, world.device, dtype)
     if max(128, 5 * cfg.new) > intact.config.max_position_embeddings:
