@@ -56,9 +56,9 @@ class Config:
     dry_run: bool = False       # print the commands, then leave
 
 
-SKIP = 4                                                     # first positions: attention sinks, as in bridge.py
-MEASURES = {"fvu": "FVU", "kl": "KL", "ce_gap": "CE gap"}    # of a bridge's error
-MIN_STEPS, TIE, MARGIN = 300, 0.02, 0.1                      # see RULES; a difference in rho below MARGIN is a tie
+NFE, SKIP = 8, 4                     # calls of a bridge; first positions left out: attention sinks, as in bridge.py
+ERRORS = {"fvu": "FVU", "kl": "KL", "ce_gap": "CE gap"}    # of a bridge: bridgeability is their absence
+MIN_STEPS, TIE, MARGIN = 300, 0.02, 0.1                    # see RULES; a difference in rho within MARGIN is a tie
 
 
 # ------------------------------------------------------------------------------------------------------ backbones
@@ -123,7 +123,7 @@ def cells(cfg, home, model, shards, toy=True):
     work = [("geometry", 0, "geometry", "")] + [
         (kind, layer, f"{kind}_layer{layer}_seed{seed}",
          f"--layer {layer} --seed {seed} --objective {kind} --blocks {cfg.blocks} --steps {cfg.steps} --batch_size "
-         f"{cfg.batch_size} --eval_batches {cfg.eval_batches} --noise_seeds 1")
+         f"{cfg.batch_size} --eval_batches {cfg.eval_batches} --noise_seeds 1 --nfe {NFE} --nfes {NFE}")
         for seed, layer, kind in itertools.product(range(cfg.seed, cfg.seed + (cfg.seeds if toy else 1)), wanted,
                                                    ("diffusion", "regression")[:1 + toy])]
     for kind, layer, folder, flags in work:
@@ -177,7 +177,7 @@ def fit(lm, nets, batches):
 
 @torch.no_grad()
 def untrained(lm, nets, batches, held_out):
-    """layer -> name -> {fvu, kl, ce_gap} on held-out ids (N, T + 1), as bridge.measure defines them. The true states of
+    """layer -> name -> {fvu, kl, ce_gap} on held-out ids (N, T + 1), as core/measure.py has them. The true states of
     the first positions are given: a table of tokens knows nothing of attention sinks, and its text would pay for it."""
     found, sums = fit(lm, nets, batches), torch.zeros(max(nets) + 1, len(UNTRAINED), 4, dtype=torch.float64)
     for ids in held_out.split(8):
@@ -191,7 +191,7 @@ def untrained(lm, nets, batches, held_out):
                 sums[layer, i] += torch.stack([e[:, SKIP:].sum() for e in each]).double()
     sums[..., 0] /= sums[..., 3].clamp_min(1e-12)
     sums[..., 1:3] /= held_out[:, 1 + SKIP:].numel()
-    return {layer: {name: dict(zip(MEASURES, sums[layer, i].tolist())) for i, name in enumerate(UNTRAINED)}
+    return {layer: {name: dict(zip(ERRORS, sums[layer, i].tolist())) for i, name in enumerate(UNTRAINED)}
             for layer in nets}
 
 
@@ -292,12 +292,12 @@ def findings(result):
            f"for depth alone; the score is {gap}.")
     for error, both in result["against_depth"].items() if len(result["backbones"]) > 1 else ():
         a = list(both.values())[-1]
-        yield (f"By {MEASURES[error]} over {', '.join(a['gaps'])}: against depth alone the score is {a['verdict']}; "
+        yield (f"By {ERRORS[error]} over {', '.join(a['gaps'])}: against depth alone the score is {a['verdict']}; "
                f"median difference {a['median']:+.2f}.")
     good = [n for n in names if result["corrected"][n]["p"] < 0.05]
     yield (f"{len(good)} of {len(names)} predictors order the layers better than chance, corrected for their number; "
            f"depth alone {'does' if '-layer' in good else 'does not'}.")
-    for error, name in MEASURES.items():
+    for error, name in ERRORS.items():
         table = [r["untrained"]["token mean"][error] for r in toy["layers"]]
         words = [verdict(paired(r[error], [t] * toy["seeds"])) for r, t in zip(toy["layers"], table, strict=True)]
         words = ["not known" if w.startswith("not") else w.split(" ")[0] for w in words]
@@ -307,8 +307,8 @@ def findings(result):
 
 def section(result):
     """The section of the report: a pure function of result.json."""
-    found, toy, names = result["backbones"], result["backbones"]["toy"], MEASURES.values()
-    both = [f"{who}{error}" for who in ("", "regression_") for error in MEASURES]
+    found, toy, names = result["backbones"], result["backbones"]["toy"], ERRORS.values()
+    both = [f"{who}{error}" for who in ("", "regression_") for error in ERRORS]
     title = "## Does the score foretell bridgeability?" + ("" if result["blocks"] else " As deep as what is replaced")
     lines = [title, "", f"{toy['seeds']} training seeds on the toy from seed {result['seed']}, one elsewhere; "
              f"{result['steps']} steps of {result['batch_size']} sequences, {result['blocks'] or 'as many'} blocks, "
@@ -333,7 +333,7 @@ def section(result):
         lines += ["", "rho of the score minus rho of depth: by backbone, median with bootstrap interval, verdict on "
                   "the mean.", "", report.table(
                       ["error", "over", "score", "depth", *found, "median", "95%", "the score is"],
-                      [[MEASURES[error], title, f"{a['rho']:.2f}", f"{a['depth']:.2f}",
+                      [[ERRORS[error], title, f"{a['rho']:.2f}", f"{a['depth']:.2f}",
                         *(f"{a['gaps'][n]:+.2f}" if n in a["gaps"] else None for n in found), f"{a['median']:+.2f}",
                         "[{:+.2f}, {:+.2f}]".format(*a["interval"]), a["verdict"]]
                        for error, some in result["against_depth"].items() for title, a in some.items()])]
@@ -366,8 +366,9 @@ def collect(cfg, model, shards, work):
         rows.append({"layer": layer, "score": geometry["layers"][layer - 1]["score"]})
         nets[layer] = load(next(folder for _, at, folder, _ in done if at == layer), device)[0]
         for mine, mark in (("diffusion", ""), ("regression", "regression_")):
-            last = [r["nfe"][max(r["nfe"], key=int)] for kind, at, _, r in done if (kind, at) == (mine, layer)]
-            rows[-1] |= {mark + key: [r[key] for r in last] for key in MEASURES if last}
+            last = [r["nfe"][str(NFE) if mine == "diffusion" else "1"] for kind, at, _, r in done
+                    if (kind, at) == (mine, layer)]
+            rows[-1] |= {mark + key: [r[key] for r in last] for key in ERRORS if last}
     train, slots = data.Tokens(shards, "train", 128), range(cfg.batch_size)
     seen = (train.batch(cfg.seed, step, slots, cfg.batch_size)[:, :-1] for step in range(cfg.steps))    # as bridge.py
     free = untrained(backbone.load(str(model), device, torch.float32), nets, seen,
@@ -376,7 +377,7 @@ def collect(cfg, model, shards, work):
     about = read_json(model / "config.json").get("dihal", {}).get("config", {})
     out = {"layers": rows, "seeds": len(rows[0]["fvu"]), "base": geometry["base"], "best_layer": geometry["best_layer"],
            "trained_steps": about.get("steps", MIN_STEPS), "eval_sequences": done[0][-1]["eval_sequences"],
-           "nfe": max(map(int, done[0][-1]["nfe"])), "predictors": predictors(geometry, rows),
+           "predictors": predictors(geometry, rows),
            "correlations": correlations(geometry, rows)}
     return {**out, "excluded": [why for why, holds in RULES.items() if holds(out)]}
 
@@ -404,11 +405,11 @@ def main(argv):
         execute([(title, command) for title, *_, command in work], cfg.jobs)
         found[name] = collect(cfg, model, shards, work)
     kept = {name: b for name, b in found.items() if not b["excluded"]}
-    result = {**identity, "backbones": found, "kept": list(kept), "nfe": found["toy"]["nfe"],
+    result = {**identity, "backbones": found, "kept": list(kept), "nfe": NFE,
               **{k: getattr(cfg, k) for k in ("steps", "blocks", "batch_size", "seed")},
               "corrected": corrected(list((kept or found).values())), "against_depth": {
                   error: {title: against_depth(some, error) for title, some in (("all", found), ("kept", kept)) if some}
-                  for error in MEASURES}}
+                  for error in ERRORS}}
     rho, a = found["toy"]["correlations"], list(result["against_depth"]["fvu"].values())[-1]
     result["headline"] = [
         ["score and bridgeability, toy", f"rho {rho['score']['rho']:.2f}, of depth alone {rho['-layer']['rho']:.2f}"],

@@ -3,6 +3,7 @@ import importlib
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from conftest import ROOT, fails, slow
 
 import data
-from core import backbone, denoiser, run, stats
+from core import backbone, denoiser, measure, run, stats
 from studies import sweep
 
 
@@ -33,8 +34,8 @@ def geometry_of(scores, noise=0.01):
 def rows_of(scores, fvu, table=1.0, layers=None):
     """Rows of a backbone: one score and one FVU per seed (seeds, C) a layer; KL and CE gap as the FVU."""
     errors = np.array(fvu).T.tolist()
-    return [{"layer": i, "score": s, **dict.fromkeys(sweep.MEASURES, f),
-             "untrained": {"token mean": dict.fromkeys(sweep.MEASURES, table)}}
+    return [{"layer": i, "score": s, **dict.fromkeys(sweep.ERRORS, f),
+             "untrained": {"token mean": dict.fromkeys(sweep.ERRORS, table)}}
             for i, s, f in zip(layers or range(1, 1 + len(scores)), scores, errors, strict=True)]
 
 
@@ -71,7 +72,7 @@ def test_the_best_of_many_predictors_is_corrected_for_their_number():
     assert one["score"]["rho"] == pytest.approx(1) and one["score"]["p"] < 0.002
     assert many["score"]["p"] == pytest.approx(41 / 5040, abs=0.004)           # any of 41 orders, of 7! each
     lucky = max((n for n in many if "random" in n), key=lambda n: many[n]["rho"])
-    assert many[lucky]["p"] > 0.1 > 0.05 > stats.permutation_p(b["predictors"][lucky], -fvu)     # chance, and seen to be
+    assert many[lucky]["p"] > 0.1 and stats.permutation_p(b["predictors"][lucky], -fvu) < 0.05   # chance, and seen so
     both = sweep.corrected([b, backbone_of((-fvu).tolist(), fvu)])             # only what every backbone has
     assert set(both) == {"score", "-layer"} and both["score"]["p"] < 1e-3
 
@@ -131,15 +132,13 @@ def test_bridges_without_training_have_the_error_they_must(runs):
     assert torch.allclose(some.mean, whole.mean, atol=1e-5) and torch.allclose(some.weights, whole.weights, atol=1e-5)
 
 
-def test_untrained_errors_are_those_of_bridge_py(runs):
-    import bridge
-
+def test_untrained_errors_are_those_of_a_bridge(runs):
     class Identity(torch.nn.Module):
         """h[0] as the regression bridge that it is."""
-        settings = {"objective": "regression", "prediction": "x"}
 
         def __init__(self, net):
             super().__init__()
+            self.settings = {**net.settings, "objective": "regression"}
             self.net, self.standard_z, self.standard_c, self.hidden = net, net.standard_z, net.standard_c, net.hidden
 
         def forward(self, x, c, t, *_, **__):
@@ -149,9 +148,10 @@ def test_untrained_errors_are_those_of_bridge_py(runs):
     net, info = denoiser.load(runs / "bridge", torch.device("cpu"))
     rows, stand_in = data.Tokens(runs / "data", "val", 33).windows(6), Identity(net)
     stand_in.z = net.standard_z(lm.through(lm.embed(rows[:, :-1]), 0, info["layer"]))
-    theirs = bridge.measure(lm, stand_in, rows, info["layer"], (1,), 1, sweep.SKIP)[0]["1"]
+    how = SimpleNamespace(skip=sweep.SKIP, noise_seeds=1, sampler="euler", shift=1.0)
+    theirs = measure.measure(lm, stand_in, rows, info["layer"], (1,), how)[0]["1"]
     mine = sweep.untrained(lm, {info["layer"]: net}, [rows[:, :-1]], rows)[info["layer"]]["identity"]
-    assert mine == pytest.approx({key: theirs[key] for key in sweep.MEASURES}, rel=1e-4)
+    assert mine == pytest.approx({key: theirs[key] for key in sweep.ERRORS}, rel=1e-4)
 
 
 def test_altered_backbones(runs, tmp_path):
