@@ -18,8 +18,10 @@ import itertools
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 if not __package__:  # started as a file it would not find the modules below
     print("error: start it as: python -m studies.interfaces", file=sys.stderr)
@@ -72,140 +74,64 @@ SKIP, MARGIN = 4, 0.01  # first positions: attention sinks, as in bridge.py; nat
 WIDTHS = (1e-3, 1e-2, 0.03, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 1e2, 1e4)
 
 
-class Target:
-    """What is diffused: `target` makes z (B, T, d) of ids (B, T + 1), `read` turns an estimate of z into logits
-    (B, T, V); `recovery` says what reading costs. `prepare` sets d and whatever is estimated in closed form from rows
-    (N, T) of the training text."""
-    of_next = False     # z is the next token's own, so true targets are drawn from the intact model's law
-    noisy = True        # one draw is not enough
-    widths = ()         # of which the reader's free number, `width`, is fitted on 8 training windows
-    recovery = "{given:,} pretrained parameters of the retained blocks, not trained, and the head"
-
-    def __init__(self, lm, layer, rows, latent):
-        self.lm, self.layer, self.latent, self.d, self.width = lm, layer, latent, lm.D, 1.0
-        self.given = sum(p.numel() for block in lm.blocks[layer:] for p in block.parameters())
-        count = torch.bincount(rows.flatten(), minlength=lm.V) + 1.0
-        self.unigrams = (count / count.sum()).to(rows.device)                             # (V,)
-        self.c_mean, self.c_sd = standard(lm.embed(rows)[:, SKIP:])
-        self.prepare(rows)
-
-    def prepare(self, rows):
-        """Nothing, by default."""
-
-    def network(self, blocks, objective="diffusion"):
-        return Bridge(self.d, self.lm.D, blocks, max(1, self.lm.D // 32), objective, C=self.lm.D)
-
-    def condition(self, ids):
-        return (self.lm.embed(ids) - self.c_mean) / self.c_sd                             # (B, T, D)
-
-    def hidden(self, ids, layer):
-        return self.lm.through(self.lm.embed(ids), 0, layer)                              # (B, T, D)
-
-    def loss(self, net, ids, t, noise):
-        """ids (B, T + 1), t (B,), noise (B, T, d); the first positions are scaled by their own size."""
-        return token_loss(net, self.target(ids), self.condition(ids[:, :-1]), t, noise, SKIP)[0].mean()
-
-    def law(self, net, ids, nfe, noise):
-        """log p of the next token after every prefix of ids (B, T), for one noise (T, d) or (B, T, d): (B, T, V)."""
-        return self.read(sample(net, self.condition(ids), nfe, noise)).float().log_softmax(-1)
+class Target(NamedTuple):
+    """What a function of TARGETS makes. One without `target` is learned by cross-entropy."""
+    d: int
+    recovery: str                    # what reading costs
+    target: Callable = None          # ids (B, T + 1) -> z (B, T, d)
+    read: Callable = None            # estimate of z (B, T, d), width -> logits (B, T, V)
+    widths: tuple = ()               # of which the reader's free number is fitted, on 8 training windows
+    of_next: bool = False            # z is the next token's own: true targets are drawn from the intact model's law
 
 
-class Hidden(Target):
+def hidden(lm, layer, rows, latent):
     """h[l] of the last token; read by the retained blocks and the head (they are given, pretrained)"""
-    def prepare(self, rows):
-        self.mean, self.sd = standard(self.hidden(rows, self.layer)[:, SKIP:])
-
-    def target(self, ids):
-        return (self.hidden(ids[:, :-1], self.layer) - self.mean) / self.sd
-
-    def read(self, z):
-        return self.lm.head(self.lm.through(z * self.sd + self.mean, self.layer, self.lm.L))
+    mean, sd = standard(state(lm, rows, layer)[:, SKIP:])
+    return Target(lm.D, retained(lm, layer), lambda ids: (state(lm, ids[:, :-1], layer) - mean) / sd,
+                  lambda z, width: lm.head(lm.through(z * sd + mean, layer, lm.L)))
 
 
-class Embedding(Target):
+def embedding(lm, layer, rows, latent):
     """the next token's embedding; read by Bayes' rule: a Gaussian of fitted width, unigrams as the prior"""
-    of_next, widths, recovery = True, WIDTHS, "the embedding table, a fitted width ({width:g}), unigrams"
-
-    def prepare(self, rows):
-        table = self.lm.model.get_input_embeddings().weight                               # (V, D)
-        mean, sd = standard(table[rows])
-        self.table = (table - mean) / sd
-
-    def target(self, ids):
-        return self.table[ids[:, 1:]]
-
-    def read(self, z):
-        return self.unigrams.log() - torch.cdist(z, self.table[None]).square() / (2 * self.width ** 2)
+    table, prior = lm.model.get_input_embeddings().weight, unigrams(lm, rows)             # (V, D), (V,)
+    mean, sd = standard(table[rows])
+    table = (table - mean) / sd
+    return Target(lm.D, "the embedding table, a fitted width, unigrams", lambda ids: table[ids[:, 1:]],
+                  lambda z, width: prior.log() - torch.cdist(z, table[None]).square() / (2 * width ** 2), WIDTHS, True)
 
 
-class Latent(Target):
+def latent(lm, layer, rows, latent):
     """the last state in a few dimensions (its principal components, in closed form); read by the head"""
-    recovery = "{d} principal components, in closed form from 64 training windows, and the head"
-
-    def prepare(self, rows):
-        h, self.d = self.state(rows).flatten(0, 1).double(), self.latent                  # (n, D)
-        self.mean, centred = h.mean(0), h - h.mean(0)
-        _, values, basis = torch.linalg.svd(centred, full_matrices=False)
-        self.basis, self.scale = basis[:self.d].T, values[:self.d] / len(h) ** 0.5        # (D, d), (d,)
-
-    def state(self, ids):
-        return self.lm.norm(self.hidden(ids, self.lm.L))
-
-    def target(self, ids):
-        return ((self.state(ids[:, :-1]).double() - self.mean) @ self.basis / self.scale).float()
-
-    def read(self, z):
-        return self.decode(((z.double() * self.scale) @ self.basis.T + self.mean).float())
-
-    def decode(self, h):
-        return self.lm.unnormed_head(h)
+    return components(latent, rows, lambda ids: lm.norm(state(lm, ids, lm.L)), lm.unnormed_head, "the head")
 
 
-class Bottleneck(Latent):
+def bottleneck(lm, layer, rows, latent):
     """h[l] in as few dimensions; read like `hidden`: a latent that gets the same retained blocks"""
-    recovery = "{d} principal components, " + Target.recovery
-
-    def state(self, ids):
-        return self.hidden(ids, self.layer)
-
-    def decode(self, h):
-        return self.lm.head(self.lm.through(h, self.layer, self.lm.L))
+    return components(latent, rows, lambda ids: state(lm, ids, layer),
+                      lambda h: lm.head(lm.through(h, layer, lm.L)), retained(lm, layer))
 
 
-class Simplex(Target):
+def simplex(lm, layer, rows, latent):
     """+-1 for every token of the vocabulary; (z + 1)/2 is read as its law, mixed with unigrams (fitted share)"""
-    of_next, widths, recovery = True, WIDTHS, "unigrams, their share fitted ({width:g})"
-
-    def prepare(self, rows):
-        self.d = self.lm.V
-
-    def target(self, ids):
-        return 2.0 * F.one_hot(ids[:, 1:], self.lm.V) - 1
-
-    def read(self, z):
-        return ((z + 1) / 2).clamp_min(0).add(self.width * self.unigrams).log()           # log_softmax makes it a law
+    prior = unigrams(lm, rows)
+    return Target(lm.V, "unigrams, their share fitted", lambda ids: 2.0 * F.one_hot(ids[:, 1:], lm.V) - 1,
+                  lambda z, width: ((z + 1) / 2).clamp_min(0).add(width * prior).log(), WIDTHS, True)
 
 
-class Causal(Target):
+def causal(lm, layer, rows, latent):
     """no diffusion: the same network and an output matrix, trained on next-token cross-entropy"""
-    noisy, recovery = False, "its own output matrix, trained"
-
-    def network(self, blocks):
-        net = super().network(blocks, "regression")
-        net.readout = nn.Linear(self.d, self.lm.V, bias=False)
-        return net
-
-    def loss(self, net, ids, t, noise):
-        return -right(self.law(net, ids[:, :-1], 1, noise), ids).mean()
-
-    def law(self, net, ids, nfe, noise):
-        return net.readout(regress(net, self.condition(ids))).log_softmax(-1)
+    return Target(lm.D, "its own output matrix, trained")
 
 
-TARGETS = {"hidden": Hidden, "embedding": Embedding, "latent": Latent, "bottleneck": Bottleneck, "simplex": Simplex,
-           "causal": Causal}
+TARGETS = {  # name -> function of (lm, layer, training windows (N, T), dimensions of a latent)
+    "hidden": hidden, "embedding": embedding, "latent": latent, "bottleneck": bottleneck, "simplex": simplex,
+    "causal": causal}
 COLORS = {"hidden": "#30638e", "embedding": "#edae49", "latent": "#5f9e6e", "bottleneck": "#7fb0d4",
           "simplex": "#9b6a9e", "causal": "#222222"}
+
+
+def state(lm, ids, layer):
+    return lm.through(lm.embed(ids), 0, layer)                                            # (B, T, D)
 
 
 def standard(h):
@@ -214,7 +140,59 @@ def standard(h):
     return flat.mean(0), flat.std(0).clamp_min(1e-4)
 
 
+def unigrams(lm, rows):
+    count = torch.bincount(rows.flatten(), minlength=lm.V) + 1.0
+    return (count / count.sum()).to(rows.device)                                          # (V,)
+
+
+def retained(lm, layer):
+    given = sum(p.numel() for block in lm.blocks[layer:] for p in block.parameters())
+    return f"{given:,} pretrained parameters of the retained blocks, not trained, and the head"
+
+
+def components(d, rows, of, decode, reader):
+    """A Target: the first d principal components of `of` (ids -> states), which `decode` turns into logits."""
+    h = of(rows).flatten(0, 1).double()                                                   # (n, D)
+    mean = h.mean(0)
+    _, values, basis = torch.linalg.svd(h - mean, full_matrices=False)
+    basis, scale = basis[:d].T, values[:d] / len(h) ** 0.5                                # (D, d), (d,)
+    return Target(d, f"{d} principal components, in closed form from {len(rows)} training windows, and {reader}",
+                  lambda ids: ((of(ids[:, :-1]).double() - mean) @ basis / scale).float(),
+                  lambda z, width: decode(((z.double() * scale) @ basis.T + mean).float()))
+
+
 # ------------------------------------------------------------------------------------------------- train, measure
+class Way:
+    """A target and what all have in common: condition, network, loss, and the law of the next token."""
+
+    def __init__(self, kind, lm, layer, rows, latent):
+        self.lm, self.goal, self.width = lm, TARGETS[kind](lm, layer, rows, latent), 1.0
+        self.d, self.diffuses, self.c = self.goal.d, self.goal.target is not None, standard(lm.embed(rows)[:, SKIP:])
+
+    def condition(self, ids):
+        return (self.lm.embed(ids) - self.c[0]) / self.c[1]                               # (B, T, D)
+
+    def network(self, blocks):
+        net = Bridge(self.d, self.lm.D, blocks, max(1, self.lm.D // 32), "diffusion" if self.diffuses else "regression",
+                     C=self.lm.D)
+        net.output = None if self.diffuses else nn.Linear(self.d, self.lm.V, bias=False)
+        return net
+
+    def loss(self, net, ids, t, noise):
+        """ids (B, T + 1), t (B,), noise (B, T, d); the first positions are scaled by their own size, or left out."""
+        if not self.diffuses:
+            return -right(self.law(net, ids[:, :-1], 1, noise), ids).mean()
+        return token_loss(net, self.goal.target(ids), self.condition(ids[:, :-1]), t, noise, SKIP)[0].mean()
+
+    def read(self, z):
+        return self.goal.read(z, self.width).float().log_softmax(-1)                      # (B, T, V)
+
+    def law(self, net, ids, nfe, noise):
+        """log p of the next token after every prefix of ids (B, T), for one noise (T, d) or (B, T, d): (B, T, V)."""
+        z = sample(net, self.condition(ids), nfe, noise) if self.diffuses else regress(net, self.condition(ids))
+        return self.read(z) if self.diffuses else net.output(z).log_softmax(-1)
+
+
 def train(way, net, rows, cfg, seed):
     """Train in place: 1 batch, noise levels and noise by their keys  2 loss  3 clip, step. Returns seconds."""
     optimizers = optim.build(net.named_parameters(), cfg.lr, cfg.lr_adam, 0.01)
@@ -250,7 +228,7 @@ def next_token_nll(way, net, rows, cfg):
     total = torch.zeros(2, dtype=torch.float64)
     for ids in rows.split(8):
         each = torch.stack([right(way.law(net, ids[:, :-1], cfg.nfe, noise), ids)
-                            for noise in noises[:None if way.noisy else 1]])
+                            for noise in noises[:None if way.diffuses else 1]])
         total += torch.tensor([sum_nll(each), sum_nll(each[:1])], dtype=torch.float64)
     return (total / rows[:, 1 + SKIP:].numel()).tolist()
 
@@ -259,16 +237,16 @@ def next_token_nll(way, net, rows, cfg):
 def ceiling(way, rows, draws, seed):
     """The same number for a perfect denoiser, whose samples are true targets; those of the next token itself are drawn
     from the intact model's law, `draws` times. None where nothing is diffused."""
-    if not way.noisy:
+    if not way.diffuses:
         return None
     total = 0.0
     for ids in rows.split(8):
         goals = [ids]
-        if way.of_next:
+        if way.goal.of_next:
             p = way.lm.head(way.lm.through(way.lm.embed(ids[:, :-1]), 0, way.lm.L)).double().log_softmax(-1)
             u = torch.from_numpy(generator(seed, "ceiling").random((draws, *p.shape[:2]))).to(ids.device)
             goals = [torch.cat([ids[:, :1], masked.choose(p, 1.0, 1.0, 0, some)], 1) for some in u]
-        total += sum_nll(torch.stack([right(way.read(way.target(g)).float().log_softmax(-1), ids) for g in goals]))
+        total += sum_nll(torch.stack([right(way.read(way.goal.target(g)), ids) for g in goals]))
     return total / rows[:, 1 + SKIP:].numel()
 
 
@@ -289,26 +267,26 @@ def fit_width(way, net, rows, cfg):
     """The width that makes training windows `rows` most likely, by as many draws as the held-out ones."""
     c, found = way.condition(rows[:, :-1]), {}
     zs = [sample(net, c, cfg.nfe, position_noise(s, range(c.shape[1]), way.d, rows.device)) for s in range(cfg.draws)]
-    for width in way.widths:
+    for width in way.goal.widths:
         way.width = width
-        found[width] = sum_nll(torch.stack([right(way.read(z).log_softmax(-1), rows) for z in zs]))
+        found[width] = sum_nll(torch.stack([right(way.read(z), rows) for z in zs]))
     way.width = min(found, key=found.get)
 
 
 def cell(kind, seed, lm, layer, train_rows, held_out, real, cfg):
     """One target and one seed: trained and measured."""
     torch.manual_seed(seed)
-    way = TARGETS[kind](lm, layer, train_rows.windows(64, seed)[:, :-1].to(held_out.device), cfg.latent)
+    way = Way(kind, lm, layer, train_rows.windows(64, seed)[:, :-1].to(held_out.device), cfg.latent)
     net = way.network(cfg.blocks).to(held_out.device)
     seconds = train(way, net, train_rows, cfg, seed)
     net.eval()
-    if way.widths:
+    if way.goal.widths:
         fit_width(way, net, train_rows.windows(8, seed + 1).to(held_out.device), cfg)
     points = [{"temperature": t, **metrics.measure(
         lm, write(way, net, held_out[:cfg.texts, :64], cfg.new, t, cfg, seed), 64)} for t in temperatures(cfg)]
     nll, one = next_token_nll(way, net, held_out, cfg)
     return {"kind": kind, "seed": seed, "seconds": seconds, "parameters": sum(p.numel() for p in net.parameters()),
-            "d": way.d, "nll": nll, "nll_one_draw": one, "recovery": way.recovery.format_map(vars(way)),
+            "d": way.d, "nll": nll, "nll_one_draw": one, "width": way.width, "recovery": way.goal.recovery,
             "ceiling": ceiling(way, held_out, cfg.draws, seed), "frontier": points,
             "matched": metrics.at_entropy(points, real["entropy"])}
 

@@ -1,7 +1,7 @@
 """sweep.py: does the score of geometry.py foretell which layer a bridge can replace? And better than depth does?
 
     python -m studies.sweep --pool                        # the toy, 3 seeds, and seven more backbones: ~50 min, 2 cores
-    python -m studies.sweep --seeds 1 --steps 100 --eval_batches 16 --out out/sweep_quick     # a quick look: ~2 min
+    python -m studies.sweep --seeds 1 --steps 100 --eval_batches 16 --out out/sweep_quick     # a quick look: ~3 min
     python -m studies.sweep --blocks 0 --seeds 1 --layers 1,3,5,7 --out out/sweep_matched    # as deep as the replaced
 
 Every layer of a backbone gets the same network, batches and steps; each run is an ordinary one of bridge.py under
@@ -138,6 +138,7 @@ UNTRAINED = {  # name -> guess of z (B, T, D) from what `fit` found at the layer
     "ridge": lambda at, c, ids: (with_one(c) @ at.weights).float(),
     "token mean": lambda at, c, ids: at.mean[ids],
 }
+DECODED = ("token mean",)  # read through the retained blocks as well: KL and CE gap
 
 
 def with_one(c):
@@ -177,22 +178,24 @@ def fit(lm, nets, batches):
 
 @torch.no_grad()
 def untrained(lm, nets, batches, held_out):
-    """layer -> name -> {fvu, kl, ce_gap} on held-out ids (N, T + 1), as core/measure.py has them. The true states of
-    the first positions are given: a table of tokens knows nothing of attention sinks, and its text would pay for it."""
+    """layer -> name -> {fvu, and of DECODED kl, ce_gap} on held-out ids (N, T + 1), as core/measure.py has them. True
+    states of the first positions are given: a table of tokens knows no attention sinks, and its text would pay."""
     found, sums = fit(lm, nets, batches), torch.zeros(max(nets) + 1, len(UNTRAINED), 4, dtype=torch.float64)
     for ids in held_out.split(8):
         known, right = ids[:, :-1], ids[:, 1:, None]
         intact = lm.head(lm.through(lm.embed(known), 0, lm.L)).log_softmax(-1)       # (B, T, V)
         for layer, z, c, side in pairs(lm, nets, known):
-            for i, guess in enumerate(UNTRAINED.values()):
+            for i, (name, guess) in enumerate(UNTRAINED.items()):
                 z_hat = torch.cat([z[:, :SKIP], guess(found[layer], c, known)[:, SKIP:]], 1)
-                logp = lm.head(lm.through(nets[layer].hidden(z_hat), layer, lm.L, side)).log_softmax(-1)
-                each = (z_hat - z) ** 2, intact.exp() * (intact - logp), (intact - logp).gather(-1, right), z ** 2
-                sums[layer, i] += torch.stack([e[:, SKIP:].sum() for e in each]).double()
-    sums[..., 0] /= sums[..., 3].clamp_min(1e-12)
-    sums[..., 1:3] /= held_out[:, 1 + SKIP:].numel()
-    return {layer: {name: dict(zip(ERRORS, sums[layer, i].tolist())) for i, name in enumerate(UNTRAINED)}
-            for layer in nets}
+                each = [z ** 2, (z_hat - z) ** 2]
+                if name in DECODED:
+                    logp = lm.head(lm.through(nets[layer].hidden(z_hat), layer, lm.L, side)).log_softmax(-1)
+                    each += [intact.exp() * (intact - logp), (intact - logp).gather(-1, right)]
+                sums[layer, i, :len(each)] += torch.stack([e[:, SKIP:].sum() for e in each]).double()
+    sums[..., 1] /= sums[..., 0].clamp_min(1e-12)
+    sums[..., 2:] /= held_out[:, 1 + SKIP:].numel()
+    return {layer: {name: dict(zip(ERRORS, sums[layer, i, 1:4 if name in DECODED else 2].tolist()))
+                    for i, name in enumerate(UNTRAINED)} for layer in nets}
 
 
 # ----------------------------------------------------------------------------------------------------- statistics
@@ -206,8 +209,8 @@ def predictors(geometry, rows):
     """name -> its value at each layer of rows, (C,)."""
     theirs = {t["name"]: t["values"] for t in geometry["trivial"]} | {
         f"score, {v['name']}": v["scores"] for v in geometry["variants"] if v["name"] != "default"}
-    return {name: [values[row["layer"] - 1] for row in rows] for name, values in theirs.items()} | {
-        name: [float(of(row)) for row in rows] for name, of in PREDICTORS.items()}
+    return {name: [float(of(row)) for row in rows] for name, of in PREDICTORS.items()} | {
+        name: [values[row["layer"] - 1] for row in rows] for name, values in theirs.items() if name not in PREDICTORS}
 
 
 def correlations(geometry, rows, seed=0):
@@ -289,11 +292,11 @@ def findings(result):
     score, depth = (toy["correlations"][n] for n in ("score", "-layer"))
     gap = verdict(paired(score["by_seed"], depth["by_seed"]), MARGIN, "rho", "seeds", lower_is_better=False)
     yield (f"On the toy rho is {score['rho']:.2f} for the score (one-sided p = {score['p']:.4f}), {depth['rho']:.2f} "
-           f"for depth alone; the score is {gap}.")
+           f"for depth alone; the score against depth: {gap}.")
     for error, both in result["against_depth"].items() if len(result["backbones"]) > 1 else ():
         a = list(both.values())[-1]
-        yield (f"By {ERRORS[error]} over {', '.join(a['gaps'])}: against depth alone the score is {a['verdict']}; "
-               f"median difference {a['median']:+.2f}.")
+        yield (f"By {ERRORS[error]} over {', '.join(a['gaps'])}, the score against depth: {a['verdict']}; median "
+               f"difference {a['median']:+.2f}.")
     good = [n for n in names if result["corrected"][n]["p"] < 0.05]
     yield (f"{len(good)} of {len(names)} predictors order the layers better than chance, corrected for their number; "
            f"depth alone {'does' if '-layer' in good else 'does not'}.")
@@ -301,7 +304,7 @@ def findings(result):
         table = [r["untrained"]["token mean"][error] for r in toy["layers"]]
         words = [verdict(paired(r[error], [t] * toy["seeds"])) for r, t in zip(toy["layers"], table, strict=True)]
         words = ["not known" if w.startswith("not") else w.split(" ")[0] for w in words]
-        yield (f"On the toy a bridge's {name} against that of a table of token means with equal data is "
+        yield (f"On the toy a bridge's {name} against that of a table of token means with equal data: "
                + ", ".join(f"{w} at {words.count(w)}" for w in dict.fromkeys(words)) + f" of {len(words)} layers.")
 
 
@@ -310,7 +313,7 @@ def section(result):
     found, toy, names = result["backbones"], result["backbones"]["toy"], ERRORS.values()
     both = [f"{who}{error}" for who in ("", "regression_") for error in ERRORS]
     title = "## Does the score foretell bridgeability?" + ("" if result["blocks"] else " As deep as what is replaced")
-    lines = [title, "", f"{toy['seeds']} training seeds on the toy from seed {result['seed']}, one elsewhere; "
+    lines = [title, "", f"Training seeds: {toy['seeds']} on the toy from {result['seed']} on, one elsewhere; "
              f"{result['steps']} steps of {result['batch_size']} sequences, {result['blocks'] or 'as many'} blocks, "
              f"{toy['eval_sequences']} held-out sequences, NFE {result['nfe']}. rho: Spearman's with minus FVU over "
              f"layers; ties: within {MARGIN:g}.", "", *(f"- {line}" for line in findings(result)), "",
@@ -319,20 +322,20 @@ def section(result):
         why = f": left out, {'; '.join(b['excluded'])}" if b["excluded"] else ""
         lines += ["", f"**{name}**{why}", "", report.table(
             ["layer", "score", *(f"{who}{m}" for who in ("", "regression: ") for m in names),
-             *(f"{n}: {m}" for n in b["layers"][0]["untrained"] for m in names)],
+             *(f"{n}: {ERRORS[m]}" for n, row in b["layers"][0]["untrained"].items() for m in row)],
             [[r["layer"], f"{r['score']:+.2f}", *(plus_minus(r[k], ".4f") if k in r else None for k in both),
               *(f"{v:.4f}" for row in r["untrained"].values() for v in row.values())] for r in b["layers"]])]
     lines += ["", "On the toy: rho, its 95% interval, one-sided p, and the score's rho minus it, resampled together. "
               f"Over {', '.join(result['kept']) or 'all backbones'}: mean rho, and p of the maximum over all "
               "predictors when layers are permuted.", "", report.table(
                   ["predictor", "rho, toy", "95%", "p", "score minus it", "mean rho", "corrected p"],
-                  [[name, f"{c['rho']:.2f}", "[{:.2f}, {:.2f}]".format(*c["interval"]), f"{c['p']:.4f}",
-                    "{1:+.2f} [{0:+.2f}, {2:+.2f}]".format(*c["score_minus"]), f"{a['rho']:.2f}", f"{a['p']:.4f}"]
+                  [[name.replace("|", "\\|"), f"{c['rho']:.2f}", "[{:.2f}, {:.2f}]".format(*c["interval"]),
+                    f"{c['p']:.4f}", "{1:+.2f} [{0:+.2f}, {2:+.2f}]".format(*c["score_minus"]), f"{a['rho']:.2f}", f"{a['p']:.4f}"]
                    for name, a in result["corrected"].items() for c in [toy["correlations"][name]]])]
     if len(found) > 1:
         lines += ["", "rho of the score minus rho of depth: by backbone, median with bootstrap interval, verdict on "
                   "the mean.", "", report.table(
-                      ["error", "over", "score", "depth", *found, "median", "95%", "the score is"],
+                      ["error", "over", "score", "depth", *found, "median", "95%", "the score"],
                       [[ERRORS[error], title, f"{a['rho']:.2f}", f"{a['depth']:.2f}",
                         *(f"{a['gaps'][n]:+.2f}" if n in a["gaps"] else None for n in found), f"{a['median']:+.2f}",
                         "[{:+.2f}, {:+.2f}]".format(*a["interval"]), a["verdict"]]

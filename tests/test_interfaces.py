@@ -18,18 +18,18 @@ def toy(runs):
 @pytest.mark.parametrize("kind", ["hidden", "embedding", "latent", "bottleneck", "simplex"])
 def test_a_true_target_is_read_as_it_should(toy, kind):
     lm, rows = toy
-    way = interfaces.TARGETS[kind](lm, 2, rows[:, :-1], lm.D)
-    z = way.target(rows)
+    way = interfaces.Way(kind, lm, 2, rows[:, :-1], lm.D)
+    z = way.goal.target(rows)
     assert z.shape == (8, 33, lm.V if kind == "simplex" else lm.D)
     intact = F.log_softmax(lm.head(lm.through(lm.embed(rows[:, :-1]), 0, lm.L)), -1)
     way.width = 0.1
     if kind in ("hidden", "latent", "bottleneck"):                     # all dimensions kept: the model's own prediction
-        assert torch.allclose(way.read(z).log_softmax(-1), intact, atol=2e-3)
+        assert torch.allclose(way.read(z), intact, atol=2e-3)
     else:                                                # the next token itself, and nothing else
-        assert torch.equal(way.read(z).log_softmax(-1).argmax(-1), rows[:, 1:])
-    few = interfaces.TARGETS["bottleneck" if kind == "bottleneck" else "latent"](lm, 2, rows[:, :-1], 2)
-    assert few.target(rows).shape == (8, 33, 2)
-    assert not torch.allclose(few.read(few.target(rows)).log_softmax(-1), intact, atol=0.05)
+        assert torch.equal(way.read(z).argmax(-1), rows[:, 1:])
+    few = interfaces.Way("bottleneck" if kind == "bottleneck" else "latent", lm, 2, rows[:, :-1], 2)
+    assert few.goal.target(rows).shape == (8, 33, 2)
+    assert not torch.allclose(few.read(few.goal.target(rows)), intact, atol=0.05)
     if kind != "simplex":
         assert z.flatten(0, 1)[:, :lm.D].mean().abs() < 0.2
 
@@ -37,7 +37,7 @@ def test_a_true_target_is_read_as_it_should(toy, kind):
 @pytest.mark.parametrize("kind", interfaces.TARGETS)
 def test_no_prediction_sees_its_token(toy, kind):
     lm, rows = toy
-    way = interfaces.TARGETS[kind](lm, 2, rows[:, :-1], 4)
+    way = interfaces.Way(kind, lm, 2, rows[:, :-1], 4)
     net = randomise(way.network(2))
     other = rows[:, :-1].clone()
     other[:, 20] = (other[:, 20] + 7) % lm.V
@@ -49,7 +49,7 @@ def test_no_prediction_sees_its_token(toy, kind):
 
 def test_more_draws_are_a_mean_of_probabilities(toy, monkeypatch):
     lm, rows = toy
-    way, cfg = interfaces.Hidden(lm, 2, rows[:, :-1], 4), interfaces.Config(draws=2)
+    way, cfg = interfaces.Way("hidden", lm, 2, rows[:, :-1], 4), interfaces.Config(draws=2)
     p = [torch.full((8, 33, lm.V), 1 / lm.V), torch.full((8, 33, lm.V), 3 / lm.V)]
     monkeypatch.setattr(interfaces, "position_noise", lambda s, *_: s)
     way.law = lambda net, ids, nfe, s: p[s].log()
@@ -61,16 +61,16 @@ def test_readers_and_their_ceilings(toy):
     lm, rows = toy
     logp = F.log_softmax(lm.head(lm.through(lm.embed(rows[:, :-1]), 0, lm.L)), -1)
     intact = -interfaces.right(logp, rows).mean().item()
-    way = interfaces.Hidden(lm, 2, rows[:, :-1], 4)
+    way = interfaces.Way("hidden", lm, 2, rows[:, :-1], 4)
     assert interfaces.ceiling(way, rows, 3, 0) == pytest.approx(intact, rel=1e-4)
-    way = interfaces.Simplex(lm, 2, rows[:, :-1], 4)
+    way = interfaces.Way("simplex", lm, 2, rows[:, :-1], 4)
     way.width = 0.0
-    assert torch.allclose(way.read(2 * logp.exp() - 1).log_softmax(-1), logp, atol=1e-3)       # a law in, the same law out
+    assert torch.allclose(way.read(2 * logp.exp() - 1), logp, atol=1e-3)       # a law in, the same law out
     way.width = 1e-3
     few, many = (interfaces.ceiling(way, rows, draws, 0) for draws in (4, 64))
     assert intact < many < few                                                 # drawn tokens tell the law slowly
     way.width = 1e9
-    unigram = -interfaces.right(way.unigrams.log().expand(*logp.shape), rows).mean().item()
+    unigram = -interfaces.right(interfaces.unigrams(lm, rows[:, :-1]).log().expand(*logp.shape), rows).mean().item()
     assert interfaces.ceiling(way, rows, 4, 0) == pytest.approx(unigram, rel=1e-3)
     net = randomise(way.network(1))                                            # says nothing: unigrams are all there is
     interfaces.fit_width(way, net, rows, interfaces.Config(draws=2, nfe=1))
@@ -79,7 +79,7 @@ def test_readers_and_their_ceilings(toy):
 
 def test_texts_have_noise_and_token_draws_of_their_own(toy, monkeypatch):
     lm, rows = toy
-    way, asked = interfaces.Hidden(lm, 2, rows[:, :-1], 4), []
+    way, asked = interfaces.Way("hidden", lm, 2, rows[:, :-1], 4), []
     for name in ("generator", "normal"):
         real = getattr(interfaces, name)
         monkeypatch.setattr(interfaces, name, lambda *args, real=real: (asked.append([
@@ -109,23 +109,16 @@ def test_the_study_runs(runs, tmp_path, capsys, text, monkeypatch):
     assert {c["kind"] for c in result["cells"]} == set(interfaces.TARGETS)
     assert all(0 < c["nll"] <= c["nll_one_draw"] + 0.3 for c in result["cells"])
     assert shown == run.read_section(out) and shown.startswith("## Interfaces at equal budget\n")
-    assert "| simplex |" in shown and "hidden against simplex: not known (n = 1" in shown and "(interfaces.png)" in shown
-    assert all(len(value) <= 60 for _, value in result["headline"]) and (out / "interfaces.png").stat().st_size > 5000
+    assert "| simplex |" in shown and "hidden against simplex: not known (n = 1" in shown and "(interfaces" in shown
+    assert all(len(value) <= 60 for _, value in result["headline"])
+    assert (out / "interfaces.png").stat().st_size > 5000
 
-    class Logits(interfaces.Target):
+    def logits(lm, layer, rows, latent):
         """the intact model's logits"""
-        recovery = "nothing"
-
-        def prepare(self, rows):
-            self.d = self.lm.V
-
-        def target(self, ids):
-            return self.lm.head(self.hidden(ids[:, :-1], self.lm.L))
-
-        def read(self, z):
-            return z
+        return interfaces.Target(lm.V, "nothing", lambda ids: lm.head(interfaces.state(lm, ids[:, :-1], lm.L)),
+                                 lambda z, width: z)
     before = (out / "hidden_seed0.json").stat().st_mtime_ns
-    monkeypatch.setitem(interfaces.TARGETS, "logits", Logits)
+    monkeypatch.setitem(interfaces.TARGETS, "logits", logits)
     again = interfaces.main(argv)                                              # a fork's target: its cell and no other
     assert again["cells"][:-1] == result["cells"] and (out / "hidden_seed0.json").stat().st_mtime_ns == before
     assert again["cells"][-1]["kind"] == "logits" and "| logits |" in (out / "section.md").read_text()
