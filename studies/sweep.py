@@ -330,7 +330,8 @@ def section(result):
               "predictors when layers are permuted.", "", report.table(
                   ["predictor", "rho, toy", "95%", "p", "score minus it", "mean rho", "corrected p"],
                   [[name.replace("|", "\\|"), f"{c['rho']:.2f}", "[{:.2f}, {:.2f}]".format(*c["interval"]),
-                    f"{c['p']:.4f}", "{1:+.2f} [{0:+.2f}, {2:+.2f}]".format(*c["score_minus"]), f"{a['rho']:.2f}", f"{a['p']:.4f}"]
+                    f"{c['p']:.4f}", "{1:+.2f} [{0:+.2f}, {2:+.2f}]".format(*c["score_minus"]), f"{a['rho']:.2f}",
+                    f"{a['p']:.4f}"]
                    for name, a in result["corrected"].items() for c in [toy["correlations"][name]]])]
     if len(found) > 1:
         lines += ["", "rho of the score minus rho of depth: by backbone, median with bootstrap interval, verdict on "
