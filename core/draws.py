@@ -27,6 +27,7 @@ DRAWS = {  # every purpose of a draw -> who draws it, and the rest of its key; a
     "controls": "circuits: random components ()", "patched": "circuits: random edges ()",
     "cloze NAME": "core/zeroshot: questions ()",
     "permutations": "core/stats ()", "resampled seeds": "studies/sweep ()", "shuffle": "studies/sweep: blocks ()",
+    "resampled backbones": "studies/sweep ()", "permuted layers": "studies/sweep ()",
     "ceiling": "studies/interfaces: true tokens ()", "write": "studies/interfaces: noise of a text (row)",
     "write token": "studies/interfaces: tokens (position)",
     "span": "studies/span: noise of a state (number, first text)",

@@ -1,362 +1,427 @@
 """sweep.py: does the score of geometry.py foretell which layer a bridge can replace? And better than depth does?
 
-    python sweep.py --pool                       # the toy, 3 seeds, and seven more backbones: ~40 min on 2 cores
-    python sweep.py --out out/sweep_toy          # the toy alone, layers 1 to 7, diffusion and control: ~12 min
-    python sweep.py --seeds 1 --layers 1,4,7 --steps 50 --out out/sweep_look      # a quick look
-    python sweep.py --blocks 0 --seeds 1 --layers 1,3,5,7 --out out/sweep_matched    # each as deep as what it replaces
+    python -m studies.sweep --pool                        # the toy, 3 seeds, and seven more backbones: ~50 min, 2 cores
+    python -m studies.sweep --seeds 1 --steps 100 --eval_batches 16 --out out/sweep_quick     # a quick look: ~3 min
+    python -m studies.sweep --blocks 0 --seeds 1 --layers 1,3,5,7 --out out/sweep_matched    # as deep as the replaced
 
 Every layer of a backbone gets the same network, batches and steps; each run is an ordinary one of bridge.py under
---out, so an interrupted sweep goes on where it stopped. Beside them stand bridges that need no training (h[0] itself,
-ridge regression on it, the mean state of each token), predictors that need no geometry (depth, norm, distance), and all
-variants of the score. Its definition was fixed before any bridge was looked at. Writes result.json, sweep.md and
-sweep.png to --out.
+--out, so an interrupted sweep goes on where it stopped. Beside them stand bridges that need no training, fitted on the
+very windows that the bridges saw, predictors that need no geometry, and all variants of the score. Which backbones
+count is decided by RULES, not by hand. Writes sweep.png, section.md and result.json to --out.
 
-Letters: B batch, T tokens, D hidden width, L blocks, C = L - 1 layers that can be chosen, R resamples.
+Letters: B batch, T tokens, D hidden width, V vocabulary, L blocks, C layers swept, K predictors, R resamples.
 """
 import itertools
 import math
 import shutil
-import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from pydoc_data.topics import topics
+from statistics import mean
+from types import SimpleNamespace
+
+if not __package__:  # started as a file it would not find the modules below
+    print("error: start it as: python -m studies.sweep", file=sys.stderr)
+    sys.exit(2)
 
 import numpy as np
 import torch
 
-import bridge
 import data
-from core import backbone
+from core import backbone, report
 from core.common import UserError, entry, parse, setup
 from core.denoiser import load
 from core.draws import generator
-from core.run import Run, atomic, finished, read_json
-from core.stats import permutation_p, plus_minus, spearman
+from core.run import Run, finished, read_json, write_json
+from core.stats import paired, permutation_p, plus_minus, spearman, verdict
 from studies.ablate import execute
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass
 class Config:
     model: str = "out/toy"      # a finished backbone of toy.py, with its shards in `data` beside it
     data: str = "stdlib"        # text of the backbones that --pool trains
-    out: str = "out/sweep"      # folder of the runs and the table
-    pool: bool = False          # also on the backbones below, made under --out
+    out: str = "out/sweep"      # folder of the runs and the report
+    pool: bool = False          # also on the backbones of POOL, made under --out
     layers: str = ""            # only these, such as 1,4,7 (empty: 1 to L - 1)
     seeds: int = 3              # training seeds on the model (one on the others)
     blocks: int = 2             # of every bridge (0: as many as it replaces)
     steps: int = 300            # of each bridge
     batch_size: int = 8         # sequences a step
-    eval_batches: int = 64      # held-out sequences of each bridge's numbers
+    eval_batches: int = 512     # held-out sequences of all numbers
     jobs: int = 2               # runs at a time, one thread each
     seed: int = 0               # the first training seed
     dry_run: bool = False       # print the commands, then leave
 
 
-POOL = {  # name -> flags of toy.py, or what is done to the blocks of --model
-    "deep (12 x 96)": "--layers 12 --width 96 --heads 3 --steps 500", "young (100 steps)": "--steps 100",
-    "tasks": "--tasks 0.6 --steps 500", "prose (manual)": "--steps 500 --data {manual}",
-    "shuffled": "shuffle", "untrained": "untrain", "middle untrained": "middle"}
+NFE, SKIP = 8, 4                     # calls of a bridge; first positions left out: attention sinks, as in bridge.py
+ERRORS = {"fvu": "FVU", "kl": "KL", "ce_gap": "CE gap"}    # of a bridge: bridgeability is their absence
+MIN_STEPS, TIE, MARGIN = 300, 0.02, 0.1                    # see RULES; a difference in rho within MARGIN is a tie
 
 
 # ------------------------------------------------------------------------------------------------------ backbones
-def altered(model, how, out, seed):
-    """A copy of the model's folder at `out` whose blocks are shuffled, or all or the middle ones drawn anew."""
-    if (out / "result.json").exists():
-        return
-    lm = backbone.load(model, torch.device("cpu"), torch.float32)
-    fresh = backbone.load(model, torch.device("cpu"), torch.float32, random_init=True)
-    L, order = lm.L, generator(seed, "shuffle").permutation(lm.L)
-    states = [block.state_dict() for block in lm.blocks]
-    copies = [{k: v.clone() for k, v in s.items()} for s in states]
-    for i, block in enumerate(lm.blocks):
-        if how == "shuffle":
-            block.load_state_dict(copies[order[i]])
-        elif how == "untrain" or L // 3 <= i < L - L // 3:
-            block.load_state_dict(fresh.blocks[i].state_dict())
-    shutil.copytree(model, out, dirs_exist_ok=True,
-                    ignore=shutil.ignore_patterns("*.safetensors", "result.json", ".lock", "log.jsonl"))
-    backbone.save_model(lm.model, backbone.load_tokenizer(model), out)
-    shutil.copy(Path(model) / "result.json", out / "result.json")
+def trained(flags, text=None):
+    """A toy of its own on --data, or on the folder that text(...) writes."""
+    def make(cfg, home):
+        source = str(text(home / "text")) if text else cfg.data
+        execute([(home.name, [sys.executable, str(ROOT / "toy.py"), "--out", str(home / "toy"), "--data", source,
+                              *flags.split()])], 1, threads=2)
+        return home / "toy", home / "data"
+    return make
+
+
+def altered(change):
+    """A copy of --model whose blocks are change(its own, drawn anew, seed), lists of state dicts."""
+    def make(cfg, home):
+        out, shards = home / "toy", Path(cfg.model).parent / "data"
+        if (out / "result.json").exists():
+            return out, shards
+        lm, fresh = (backbone.load(cfg.model, torch.device("cpu"), torch.float32, random_init=new) for new in (0, 1))
+        own, new = ([{k: v.clone() for k, v in b.state_dict().items()} for b in m.blocks] for m in (lm, fresh))
+        for block, state in zip(lm.blocks, change(own, new, cfg.seed), strict=True):
+            block.load_state_dict(state)
+        shutil.copytree(cfg.model, out, dirs_exist_ok=True,
+                        ignore=shutil.ignore_patterns("*.safetensors", "result.json", ".lock", "log.jsonl"))
+        about = read_json(out / "config.json")
+        about["dihal"]["config"]["steps"] = 0            # no training left these blocks where they are now
+        write_json(out / "config.json", about)
+        backbone.save_model(lm.model, backbone.load_tokenizer(cfg.model), out)
+        shutil.copy(Path(cfg.model) / "result.json", out / "result.json")
+        return out, shards
+    return make
 
 
 def manual(folder):
     """The folder with Python's own manual, in English, one text file a topic: it lies in every installation."""
+    from pydoc_data.topics import topics
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in topics.items():
         (folder / f"{name.replace('/', '_')}.txt").write_text(text, encoding="utf-8")
     return folder
 
 
-def backbones(cfg):
-    """name -> (folder of the model, folder of its shards, seeds). Those of POOL are made where they are missing."""
-    found = {"toy": (Path(cfg.model), Path(cfg.model).parent / "data", cfg.seeds)}
-    if not cfg.pool:
-        return found
-    for name, how in POOL.items():
-        home = Path(cfg.out) / name.split(" (")[0].replace(" ", "_")
-        if how.startswith("--"):
-            flags = [str(manual(home / "text")) if flag == "{manual}" else flag for flag in how.split()]
-            source = [] if "--data" in flags else ["--data", cfg.data]
-            execute([(name, [sys.executable, str(Path(__file__).with_name("toy.py")), "--out", str(home / "toy"),
-                             *flags, *source])], 1, threads=2)
-            found[name] = home / "toy", home / "data", 1
-        else:
-            home.mkdir(parents=True, exist_ok=True)
-            altered(cfg.model, how, home / "toy", cfg.seed)
-            found[name] = home / "toy", Path(cfg.model).parent / "data", 1
-    return found
+POOL = {  # name -> function of (cfg, its own folder) that gives the folders of the model and of its shards
+    "deep (12 x 96)": trained("--layers 12 --width 96 --heads 3 --steps 500"),
+    "young (100 steps)": trained("--steps 100"),
+    "tasks": trained("--tasks 0.6 --steps 500"),
+    "prose (manual)": trained("--steps 500", manual),
+    "shuffled": altered(lambda own, new, seed: [own[i] for i in generator(seed, "shuffle").permutation(len(own))]),
+    "untrained": altered(lambda own, new, seed: new),
+    "middle untrained": altered(lambda own, new, seed: [
+        (new if len(own) // 3 <= i < len(own) - len(own) // 3 else own)[i] for i in range(len(own))]),
+}
 
 
-def cells(cfg, name, model, shards, seeds):
-    """Every run on one backbone: (kind, layer, seed, folder, command); the geometry has layer 0."""
-    here, home = Path(__file__).parent, Path(cfg.out) / name.split(" (")[0].replace(" ", "_")
+def cells(cfg, home, model, shards, toy=True):
+    """Every run on one backbone: (title, kind, layer, folder, command); geometry's layer is 0."""
     L = read_json(model / "config.json")["num_hidden_layers"]
     wanted = sorted({int(i) for i in cfg.layers.split(",")}) if cfg.layers else list(range(1, L))
     if not set(wanted) <= set(range(1, L)):
         raise UserError(f"--layers {cfg.layers}: this backbone has layers 1 to {L - 1} to choose from")
-    common = ["--model", str(model), "--data", str(shards)]
-    folder = home / "geometry"
-    yield "geometry", 0, 0, folder, [sys.executable, str(here / "geometry.py"), *common, "--out", str(folder)]
-    for seed, layer, kind in itertools.product(range(cfg.seed, cfg.seed + seeds), wanted,
-                                               ("diffusion", "regression")[:1 if name != "toy" else 2]):
-        folder = home / f"{kind}_layer{layer}_seed{seed}"
-        yield kind, layer, seed, folder, [
-            sys.executable, str(here / "bridge.py"), *common, "--layer", str(layer), "--seed", str(seed), "--objective",
-            kind, "--blocks", str(cfg.blocks), "--steps", str(cfg.steps), "--batch_size", str(cfg.batch_size),
-            "--eval_batches", str(cfg.eval_batches), "--noise_seeds", "1", "--out", str(folder)]
+    work = [("geometry", 0, "geometry", "")] + [
+        (kind, layer, f"{kind}_layer{layer}_seed{seed}",
+         f"--layer {layer} --seed {seed} --objective {kind} --blocks {cfg.blocks} --steps {cfg.steps} --batch_size "
+         f"{cfg.batch_size} --eval_batches {cfg.eval_batches} --noise_seeds 1 --nfe {NFE} --nfes {NFE}")
+        for seed, layer, kind in itertools.product(range(cfg.seed, cfg.seed + (cfg.seeds if toy else 1)), wanted,
+                                                   ("diffusion", "regression")[:1 + toy])]
+    for kind, layer, folder, flags in work:
+        yield f"{home.name}, {folder}", kind, layer, home / folder, [
+            sys.executable, str(ROOT / ("bridge.py" if layer else "geometry.py")), "--model", str(model), "--data",
+            str(shards), *flags.split(), "--out", str(home / folder)]
 
 
 # ------------------------------------------------------------------------------------------------ without training
+UNTRAINED = {  # name -> guess of z (B, T, D) from what `fit` found at the layer, c (B, T, D) and ids (B, T)
+    "identity": lambda at, c, ids: (at.net.mu_c + at.net.sigma_c * c - at.net.mu_z) / at.net.sigma_z,    # h[0] itself
+    "ridge": lambda at, c, ids: (with_one(c) @ at.weights).float(),
+    "token mean": lambda at, c, ids: at.mean[ids],
+}
+DECODED = ("token mean",)  # read through the retained blocks as well: KL and CE gap
+
+
+def with_one(c):
+    return torch.cat([c, torch.ones_like(c[..., :1])], -1).double()                  # (..., D + 1)
+
+
+def pairs(lm, nets, ids):
+    """(layer, z, c, side) for every layer of nets {layer: bridge}, in the bridges' own units, by one forward pass."""
+    h0 = h = lm.embed(ids)
+    side, at = lm.side(h0), 0
+    for layer, net in sorted(nets.items()):
+        h, at = lm.through(h, at, layer, side), layer
+        yield layer, net.standard_z(h), net.standard_c(h0), side
+
+
 @torch.no_grad()
-def untrained(lm, net, train, held_out, layer, skip):
-    """FVU of three bridges that need no gradient, in the units of the trained ones (z standardised, positions >= skip):
-    h[0] itself (in z's units), ridge regression from h[0], and the mean state of each token. train, held_out (N, T)."""
-    def pairs(rows):
-        z, c, ids = [], [], []
-        for some in rows.split(8):
-            a, b = bridge.targets(lm, net, some, layer)
-            z, c, ids = [*z, a[:, skip:]], [*c, b[:, skip:]], [*ids, some[:, skip:]]
-        return (torch.cat(part).flatten(0, 1) for part in (z, c, ids))               # (n, D), (n, D), (n,)
-    z, c, ids = pairs(train)
-    z2, c2, ids2 = pairs(held_out)
-    one = torch.cat([c, torch.ones(len(c), 1)], 1).double()                          # (n, D + 1)
-    gram = one.T @ one
-    weights = torch.linalg.solve(gram + 1e-3 * gram.diagonal().mean() * torch.eye(len(gram)), one.T @ z.double())
-    ridge = (torch.cat([c2, torch.ones(len(c2), 1)], 1).double() @ weights).float()
-    count = torch.bincount(ids, minlength=lm.V)[:, None]                             # (V, 1)
-    total = torch.zeros(lm.V, z.shape[1]).index_add_(0, ids, z)
-    mean = (total + z.mean(0)) / (count + 1)                                         # a pseudo-count at the mean
-    same = (net.mu_c + net.sigma_c * c2 - net.mu_z) / net.sigma_z                    # h[0] in the units of z
-    energy = z2.square().sum()
-    return {name: float((guess - z2).square().sum() / energy)
-            for name, guess in (("identity", same), ("ridge", ridge), ("token mean", mean[ids2]))}
+def fit(lm, nets, batches):
+    """layer -> its bridge, ridge regression from h[0], and the mean state of each token, from batches of ids (B, T) and
+    positions >= SKIP. Only sums are kept: memory does not grow with the text."""
+    sums = {layer: torch.zeros(lm.D + 1, 2 * lm.D + 1, dtype=torch.float64) for layer in nets}
+    total, count = {layer: torch.zeros(lm.V, lm.D) for layer in nets}, torch.zeros(lm.V, 1)
+    for ids in batches:
+        some = ids[:, SKIP:].flatten()                                               # (n,)
+        count += torch.bincount(some, minlength=lm.V)[:, None]
+        for layer, z, c, _ in pairs(lm, nets, ids):
+            z, one = z[:, SKIP:].flatten(0, 1), with_one(c[:, SKIP:]).flatten(0, 1)  # (n, D), (n, D + 1)
+            sums[layer] += one.T @ torch.cat([one, z], 1)
+            total[layer].index_add_(0, some, z)
+    found = {}
+    for layer, net in nets.items():
+        gram, cross = sums[layer].split([lm.D + 1, lm.D], 1)
+        weights = torch.linalg.solve(gram + 1e-3 * gram.diagonal().mean() * torch.eye(lm.D + 1), cross)
+        middle = (cross[-1] / gram[-1, -1]).float()                                  # a pseudo-count at the mean state
+        found[layer] = SimpleNamespace(net=net, weights=weights, mean=(total[layer] + middle) / (count + 1))
+    return found
+
+
+@torch.no_grad()
+def untrained(lm, nets, batches, held_out):
+    """layer -> name -> {fvu, and of DECODED kl, ce_gap} on held-out ids (N, T + 1), as core/measure.py has them. True
+    states of the first positions are given: a table of tokens knows no attention sinks, and its text would pay."""
+    found, sums = fit(lm, nets, batches), torch.zeros(max(nets) + 1, len(UNTRAINED), 4, dtype=torch.float64)
+    for ids in held_out.split(8):
+        known, right = ids[:, :-1], ids[:, 1:, None]
+        intact = lm.head(lm.through(lm.embed(known), 0, lm.L)).log_softmax(-1)       # (B, T, V)
+        for layer, z, c, side in pairs(lm, nets, known):
+            for i, (name, guess) in enumerate(UNTRAINED.items()):
+                z_hat = torch.cat([z[:, :SKIP], guess(found[layer], c, known)[:, SKIP:]], 1)
+                each = [z ** 2, (z_hat - z) ** 2]
+                if name in DECODED:
+                    logp = lm.head(lm.through(nets[layer].hidden(z_hat), layer, lm.L, side)).log_softmax(-1)
+                    each += [intact.exp() * (intact - logp), (intact - logp).gather(-1, right)]
+                sums[layer, i, :len(each)] += torch.stack([e[:, SKIP:].sum() for e in each]).double()
+    sums[..., 1] /= sums[..., 0].clamp_min(1e-12)
+    sums[..., 2:] /= held_out[:, 1 + SKIP:].numel()
+    return {layer: {name: dict(zip(ERRORS, sums[layer, i, 1:4 if name in DECODED else 2].tolist()))
+                    for i, name in enumerate(UNTRAINED)} for layer in nets}
 
 
 # ----------------------------------------------------------------------------------------------------- statistics
-def correlations(geometry, layers, fvu, seed=0):
-    """Spearman of each predictor with -FVU over layers. fvu (seeds, C). Intervals: the score's replicates (sequences,
-    anchors; from geometry.py) and the bridges' seeds are resampled together; a difference to the score uses the same
-    resamples. Only the score is measured with noise, depth is not, so noise lowers the score's rho in the resamples and
-    the differences' intervals lean against it. Returns one row per predictor."""
-    at = [i - 1 for i in layers]
+PREDICTORS = {  # name -> function of a layer's row; geometry's trivial predictors and variants of the score join them
+    "score": lambda row: row["score"],
+    "-layer": lambda row: -row["layer"],
+}
+
+
+def predictors(geometry, rows):
+    """name -> its value at each layer of rows, (C,)."""
+    theirs = {t["name"]: t["values"] for t in geometry["trivial"]} | {
+        f"score, {v['name']}": v["scores"] for v in geometry["variants"] if v["name"] != "default"}
+    return {name: [float(of(row)) for row in rows] for name, of in PREDICTORS.items()} | {
+        name: [values[row["layer"] - 1] for row in rows] for name, values in theirs.items() if name not in PREDICTORS}
+
+
+def correlations(geometry, rows, seed=0):
+    """name -> Spearman of each predictor with -FVU over layers. Intervals: the score's replicates (sequences, anchors;
+    from geometry.py) and the bridges' seeds are resampled together; a difference to the score uses the same resamples.
+    Only the score is measured with noise, depth is not, so noise lowers the score's rho in the resamples and the
+    differences' intervals lean against it."""
+    fvu, values = np.array([row["fvu"] for row in rows]).T, predictors(geometry, rows)              # (seeds, C)
     goal, draw = -fvu.mean(0), generator(seed, "resampled seeds")
-    score = np.array([geometry["layers"][i]["score"] for i in at])
-    replicas = np.array(geometry["replicates"])[:, at]
-    replicas = replicas - replicas.mean(0) + score
+    replicas = np.array(geometry["replicates"])[:, [row["layer"] - 1 for row in rows]]              # (R, C)
+    replicas = replicas - replicas.mean(0) + values["score"]
     goals = [-fvu[draw.integers(0, len(fvu), len(fvu))].mean(0) for _ in replicas]
-    mine = np.array([spearman(r, g) for r, g in zip(replicas, goals, strict=True)])
-    rows = [{"name": "score", "rho": spearman(score, goal), "interval": np.quantile(mine, (.025, .975)).tolist(),
-             "p": permutation_p(score, goal)}]
-    for trivial in geometry["trivial"]:
-        value = np.array(trivial["values"])[at]
-        other = np.array([spearman(value, g) for g in goals])
+    mine, out = np.array([spearman(r, g) for r, g in zip(replicas, goals, strict=True)]), {}
+    for name, value in values.items():
+        rho = spearman(value, goal)
+        other = mine if name == "score" else np.array([spearman(value, g) for g in goals])
         low, high = np.quantile(mine - other, (.025, .975))
-        rows.append({"name": trivial["name"], "rho": spearman(value, goal), "p": permutation_p(value, goal),
-                     "interval": np.quantile(other, (.025, .975)).tolist() if len(fvu) > 1 else None,
-                     "score_minus": [float(low), rows[0]["rho"] - spearman(value, goal), float(high)]})
-    for variant in geometry["variants"][1:]:
-        rows.append({"name": f"score, {variant['name']}", "rho": spearman(np.array(variant["scores"])[at], goal)})
-    return rows
-
-
-def disagreements(rows):
-    """Over all pairs of layers of a backbone that the score and depth order differently: how often the score is right.
-    rows: (layer, score, error), where a low error is good."""
-    pairs = [g < f for (_, s, f), (_, t, g) in itertools.combinations(sorted(rows), 2) if t > s]   # the score: higher
-    return {"pairs": len(pairs), "score_right": sum(pairs)}
-
-
-def by_measure(found):
-    """What is meant by bridgeability decides: mean rho of score and depth over the backbones, and the pairs on which
-    the two disagree, by FVU, KL and CE gap."""
-    out = {}
-    for key in ("fvu", "kl", "ce_gap"):
-        rho, apart = {"score": [], "-layer": []}, {}
-        for name, some in found.items():
-            rows = [(r["layer"], r["score"], statistics.mean(r[key])) for r in some["layers"]]
-            layer, score, error = np.array(rows).T                                   # (C,) each
-            rho["score"].append(spearman(score, -error))
-            rho["-layer"].append(spearman(-layer, -error))
-            apart[name] = disagreements(rows)
-        out[key] = {**{name: statistics.mean(values) for name, values in rho.items()}, "disagreements": apart,
-                    **{count: sum(d[count] for d in apart.values()) for count in ("pairs", "score_right")}}
+        out[name] = {"rho": rho, "p": permutation_p(value, goal), "by_seed": [spearman(value, -f) for f in fvu],
+                     "interval": np.quantile(other, (.025, .975)).tolist(),
+                     "score_minus": [float(low), spearman(values["score"], goal) - rho, float(high)]}
     return out
 
 
-def beats_a_table(row):
-    """Whether a bridge knows more of the state than its token says: else its FVU means little."""
-    return statistics.mean(row["fvu"]) < row["untrained"]["token mean"]
+def corrected(found, draws=20000, seed=0):
+    """name -> {rho, p}: mean Spearman with -FVU over the backbones, and how often the *best* of all predictors does as
+    well when the layers of every backbone stand in random order (one-sided; the given order is counted as one)."""
+    names = [n for n in found[0]["predictors"] if all(n in b["predictors"] for b in found)]
+    rho, chance, draw = np.zeros(len(names)), np.zeros((draws, len(names))), generator(seed, "permuted layers")
+
+    def ranks(x):
+        x = np.array([sum(np.array(x) < v) + sum(np.array(x) <= v) for v in x], float)
+        return (x - x.mean()) / max(np.linalg.norm(x - x.mean()), 1e-12)
+    for b in found:
+        theirs, goal = np.array([ranks(b["predictors"][n]) for n in names]), ranks(negative("fvu", b))
+        orders = draw.permuted(np.tile(np.arange(len(goal)), (draws, 1)), axis=1)                   # (draws, C)
+        rho, chance = rho + theirs @ goal / len(found), chance + goal[orders] @ theirs.T / len(found)
+    p = (1 + (chance.max(1)[:, None] >= rho - 1e-9).sum(0)) / (1 + draws)
+    return {name: {"rho": float(r), "p": float(q)} for name, r, q in zip(names, rho, p, strict=True)}
 
 
-def verdict(result):
-    """What the numbers say, as text."""
-    first = result["backbones"]["toy"]
-    rows = {r["name"]: r for r in first["correlations"]}
-    score, depth = rows["score"], rows["-layer"]
-    low, _, high = depth["score_minus"]
-    word = "better than" if low > 0 else "worse than" if high < 0 else "not distinguishable from"
-    n, known = first["seeds"], sum(map(beats_a_table, first["layers"]))
-    seeds = f"{n} training seeds" if n > 1 else "one training seed, so the interval is that of the score alone"
-    text = (f"on the model the score orders layers {', '.join(str(r['layer']) for r in first['layers'])} by "
-            f"bridgeability with rho = {score['rho']:.2f} [{score['interval'][0]:.2f}, {score['interval'][1]:.2f}] "
-            f"(one-sided p = {score['p']:.3f}), {word} depth alone ({depth['rho']:.2f}); {seeds}, {result['steps']} "
-            f"steps a bridge; it beats a table of each token's mean state at {known} of {len(first['layers'])} layers")
-    if len(result["backbones"]) > 1:
-        pooled, measures = result["pooled"], result["measures"]
-        apart, kl = measures["fvu"], measures["kl"]
-        best = max(pooled, key=lambda name: statistics.mean(pooled[name]))
-        text += (f"; over {len(result['backbones'])} backbones the mean rho of the score is "
-                 f"{statistics.mean(pooled['score']):.2f}, of depth {statistics.mean(pooled['-layer']):.2f}, and the "
-                 f"best predictor is {best} ({statistics.mean(pooled[best]):.2f}); where score and depth disagree on "
-                 f"two layers ({apart['pairs']} pairs) the score is right {apart['score_right']} times. By KL instead "
-                 f"of FVU: {kl['score']:.2f} against {kl['-layer']:.2f}, and right {kl['score_right']} times")
-    return text
+def negative(error, b):
+    """Minus the bridges' mean error at each layer of a backbone: high is good."""
+    return [-mean(row[error]) for row in b["layers"]]
+
+
+def against_depth(found, error, seed=0):
+    """rho(score) - rho(depth) over the backbones `found`."""
+    ours, theirs = ([spearman(b["predictors"][name], negative(error, b)) for b in found.values()]
+                    for name in ("score", "-layer"))
+    gaps = np.array(ours) - theirs
+    again = gaps[generator(seed, "resampled backbones").integers(0, len(gaps), (10000, len(gaps)))]
+    return {"rho": mean(ours), "depth": mean(theirs), "gaps": dict(zip(found, gaps.tolist(), strict=True)),
+            "median": float(np.median(gaps)), "interval": np.quantile(np.median(again, 1), (.025, .975)).tolist(),
+            "verdict": verdict(paired(ours, theirs), MARGIN, "rho", "backbones", lower_is_better=False)}
+
+
+def beats_a_table(row, error="fvu"):
+    """Whether a bridge knows more than the mean state of each token, fitted on the windows that the bridge saw."""
+    return mean(row[error]) < row["untrained"]["token mean"][error]
+
+
+def values_apart(b):
+    """How many values of FVU can be told apart: a new one begins where the next larger FVU is larger by TIE."""
+    fvu = sorted(mean(row["fvu"]) for row in b["layers"])
+    return 1 + sum(y > (1 + TIE) * x for x, y in itertools.pairwise(fvu))
+
+
+RULES = {  # why a backbone says nothing about LOCATE -> test of its entry in the result
+    f"not as {MIN_STEPS} or more training steps left it": lambda b: b["trained_steps"] < MIN_STEPS,
+    "its bridges are no better than a table at most layers": lambda b: mean(map(beats_a_table, b["layers"])) < 0.5,
+    f"FVU is {TIE:.0%} apart at fewer than half of its layers": lambda b: values_apart(b) < len(b["layers"]) / 2,
+}
 
 
 # --------------------------------------------------------------------------------------------------------- report
-def table(result):
-    lines = []
-    for name, found in result["backbones"].items():
-        lines += ["", f"**{name}** ({found['seeds']} seeds, {result['steps']} steps, bridges of "
-                  f"{result['blocks'] or 'as many'} blocks, {found['eval_sequences']} held-out sequences)", "",
-                  "| layer | score | FVU, NFE 8 | KL, NFE 8 | CE gap, NFE 4 | regression: FVU | CE gap | identity | "
-                  "ridge | token mean |", "|---" * 10 + "|"]
-        for row in found["layers"]:
-            control = row.get("regression_fvu")
-            lines.append(f"| {row['layer']} | {row['score']:+.2f} | " + " | ".join(
-                plus_minus(row[k], f) for k, f in (("fvu", ".4f"), ("kl", ".4f"), ("ce_gap", "+.4f"))) + " | "
-                + (f"{plus_minus(control, '.4f')} | {plus_minus(row['regression_ce_gap'], '+.4f')}" if control else "- | -")
-                + " | " + " | ".join(f"{row['untrained'][k]:.3f}" for k in ("identity", "ridge", "token mean")) + " |")
-    names = [r["name"] for r in result["backbones"]["toy"]["correlations"]]
-    lines += ["", "Spearman with -FVU at NFE 8 (on the model: 95% interval, one-sided p, score minus this one):", "",
-              "| predictor | toy | interval | p | score minus it | "
-              + " | ".join(n for n in result["backbones"] if n != "toy") + " | mean |",
-              "|---" * (5 + len(result["backbones"])) + "|"]
-    for i, name in enumerate(names):
-        row = result["backbones"]["toy"]["correlations"][i]
-        line = [name, f"{row['rho']:.2f}"]
-        line.append("[{:.2f}, {:.2f}]".format(*row["interval"]) if row.get("interval") else "")
-        line.append(f"{row['p']:.4f}" if "p" in row else "")
-        line.append("{1:+.2f} [{0:+.2f}, {2:+.2f}]".format(*row["score_minus"]) if "score_minus" in row else "")
-        line += [f"{b['correlations'][i]['rho']:.2f}" for n, b in result["backbones"].items() if n != "toy"]
-        lines.append("| " + " | ".join([*line, f"{statistics.mean(result['pooled'][name]):.2f}"]) + " |")
-    if len(result["backbones"]) > 1:
-        lines += ["", "Pairs of layers that score and depth order differently, and on how many of them the score is "
-                  "right, by three measures of the bridge's error:", "",
-                  "| error | mean rho of the score | of depth | " + " | ".join(result["backbones"]) + " | together |",
-                  "|---" * (4 + len(result["backbones"])) + "|"]
-        for key, name in (("fvu", "FVU, NFE 8"), ("kl", "KL, NFE 8"), ("ce_gap", "CE gap, NFE 4")):
-            some = result["measures"][key]
-            lines.append(f"| {name} | {some['score']:.2f} | {some['-layer']:.2f} | " + " | ".join(
-                f"{d['score_right']} of {d['pairs']}" for d in (*some["disagreements"].values(), some)) + " |")
-    return "\n".join([*lines, "", result["verdict"][0].upper() + result["verdict"][1:] + "."])
+def findings(result):
+    """What the numbers say, a line each."""
+    toy, names = result["backbones"]["toy"], list(result["corrected"])
+    score, depth = (toy["correlations"][n] for n in ("score", "-layer"))
+    gap = verdict(paired(score["by_seed"], depth["by_seed"]), MARGIN, "rho", "seeds", lower_is_better=False)
+    yield (f"On the toy rho is {score['rho']:.2f} for the score (one-sided p = {score['p']:.4f}), {depth['rho']:.2f} "
+           f"for depth alone; the score against depth: {gap}.")
+    for error, both in result["against_depth"].items() if len(result["backbones"]) > 1 else ():
+        a = list(both.values())[-1]
+        yield (f"By {ERRORS[error]} over {', '.join(a['gaps'])}, the score against depth: {a['verdict']}; median "
+               f"difference {a['median']:+.2f}.")
+    good = [n for n in names if result["corrected"][n]["p"] < 0.05]
+    yield (f"{len(good)} of {len(names)} predictors order the layers better than chance, corrected for their number; "
+           f"depth alone {'does' if '-layer' in good else 'does not'}.")
+    for error, name in ERRORS.items():
+        table = [r["untrained"]["token mean"][error] for r in toy["layers"]]
+        words = [verdict(paired(r[error], [t] * toy["seeds"])) for r, t in zip(toy["layers"], table, strict=True)]
+        words = ["not known" if w.startswith("not") else w.split(" ")[0] for w in words]
+        yield (f"On the toy a bridge's {name} against that of a table of token means with equal data: "
+               + ", ".join(f"{w} at {words.count(w)}" for w in dict.fromkeys(words)) + f" of {len(words)} layers.")
 
 
-def figure(result, path):
-    """Score against -log FVU, one panel a backbone; numbers are layers."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    n = len(result["backbones"])
-    columns = min(4, n)
-    fig, axes = plt.subplots(math.ceil(n / columns), columns, squeeze=False, constrained_layout=True,
-                             figsize=(3.2 * columns, 2.9 * math.ceil(n / columns)))
-    for ax, (name, found) in itertools.zip_longest(axes.flat, result["backbones"].items(), fillvalue=(None, None)):
-        if name is None:
+def section(result):
+    """The section of the report: a pure function of result.json."""
+    found, toy, names = result["backbones"], result["backbones"]["toy"], ERRORS.values()
+    both = [f"{who}{error}" for who in ("", "regression_") for error in ERRORS]
+    title = "## Does the score foretell bridgeability?" + ("" if result["blocks"] else " As deep as what is replaced")
+    lines = [title, "", f"Training seeds: {toy['seeds']} on the toy from {result['seed']} on, one elsewhere; "
+             f"{result['steps']} steps of {result['batch_size']} sequences, {result['blocks'] or 'as many'} blocks, "
+             f"{toy['eval_sequences']} held-out sequences, NFE {result['nfe']}. rho: Spearman's with minus FVU over "
+             f"layers; ties: within {MARGIN:g}.", "", *(f"- {line}" for line in findings(result)), "",
+             "![the score against what the bridges reach](sweep.png)"]
+    for name, b in found.items():
+        why = f": left out, {'; '.join(b['excluded'])}" if b["excluded"] else ""
+        lines += ["", f"**{name}**{why}", "", report.table(
+            ["layer", "score", *(f"{who}{m}" for who in ("", "regression: ") for m in names),
+             *(f"{n}: {ERRORS[m]}" for n, row in b["layers"][0]["untrained"].items() for m in row)],
+            [[r["layer"], f"{r['score']:+.2f}", *(plus_minus(r[k], ".4f") if k in r else None for k in both),
+              *(f"{v:.4f}" for row in r["untrained"].values() for v in row.values())] for r in b["layers"]])]
+    lines += ["", "On the toy: rho, its 95% interval, one-sided p, and the score's rho minus it, resampled together. "
+              f"Over {', '.join(result['kept']) or 'all backbones'}: mean rho, and p of the maximum over all "
+              "predictors when layers are permuted.", "", report.table(
+                  ["predictor", "rho, toy", "95%", "p", "score minus it", "mean rho", "corrected p"],
+                  [[name.replace("|", "\\|"), f"{c['rho']:.2f}", "[{:.2f}, {:.2f}]".format(*c["interval"]),
+                    f"{c['p']:.4f}", "{1:+.2f} [{0:+.2f}, {2:+.2f}]".format(*c["score_minus"]), f"{a['rho']:.2f}",
+                    f"{a['p']:.4f}"]
+                   for name, a in result["corrected"].items() for c in [toy["correlations"][name]]])]
+    if len(found) > 1:
+        lines += ["", "rho of the score minus rho of depth: by backbone, median with bootstrap interval, verdict on "
+                  "the mean.", "", report.table(
+                      ["error", "over", "score", "depth", *found, "median", "95%", "the score"],
+                      [[ERRORS[error], title, f"{a['rho']:.2f}", f"{a['depth']:.2f}",
+                        *(f"{a['gaps'][n]:+.2f}" if n in a["gaps"] else None for n in found), f"{a['median']:+.2f}",
+                        "[{:+.2f}, {:+.2f}]".format(*a["interval"]), a["verdict"]]
+                       for error, some in result["against_depth"].items() for title, a in some.items()])]
+    return "\n".join([*lines, ""])
+
+
+def draw(result, path):
+    """Score against FVU, one panel a backbone; numbers are layers."""
+    found, columns = result["backbones"], min(4, len(result["backbones"]))
+    with report.figure(path, math.ceil(len(found) / columns), columns, 3.2, 2.9) as axes:
+        for ax in axes.flat[len(found):]:
             ax.axis("off")
-            continue
-        for row in found["layers"]:
-            ax.plot(row["score"], statistics.mean(row["fvu"]), "o", color=plt.cm.viridis(row["layer"] / (
-                1 + len(found["layers"]))), markersize=13, alpha=0.5)
-            ax.text(row["score"], statistics.mean(row["fvu"]), row["layer"], ha="center", va="center", fontsize=8)
-        rho = {r["name"]: r["rho"] for r in found["correlations"]}
-        ax.set(yscale="log", xlabel="diffusion-friendliness", ylabel="FVU at NFE 8 (low is good)")
-        ax.set_title(f"{name}: rho {rho['score']:.2f}, depth {rho['-layer']:.2f}", fontsize=8)
-        ax.invert_yaxis()
-        ax.spines[["top", "right"]].set_visible(False)
-    fig.savefig(path, dpi=120, format="png")
-    plt.close(fig)
+        for ax, (name, b) in zip(axes.flat, found.items(), strict=False):
+            points = [(r["score"], mean(r["fvu"]), r["layer"]) for r in b["layers"]]
+            ax.scatter(*zip(*[p[:2] for p in points]), s=170, c=[p[2] for p in points], alpha=0.5)
+            for x, y, layer in points:
+                ax.text(x, y, layer, ha="center", va="center", fontsize=8)
+            rho = [b["correlations"][n]["rho"] for n in ("score", "-layer")]
+            ax.set(yscale="log", xlabel="score", ylabel=f"FVU at NFE {result['nfe']}",
+                   title=f"{name}{' (left out)' if b['excluded'] else ''}\nrho {rho[0]:.2f}, depth {rho[1]:.2f}")
+            ax.invert_yaxis()
 
 
-def collect(cfg, name, model, shards, seeds):
-    """The rows of one backbone from its finished runs, with the bridges that need no training."""
-    done = {(kind, layer, seed): (folder, read_json(folder / "result.json"))
-            for kind, layer, seed, folder, _ in cells(cfg, name, model, shards, seeds)}
-    geometry = done.pop(("geometry", 0, 0))[1]
-    layers = sorted({layer for _, layer, _ in done})
-    lm = backbone.load(str(model), torch.device("cpu"), torch.float32)
-    train = data.Tokens(shards, "train", 128).windows(256, seed=cfg.seed)[:, :-1]
-    held_out = data.Tokens(shards, "val", 128).windows(64)[:, :-1]
-    rows = []
-    for layer in layers:
-        row = {"layer": layer, "score": geometry["layers"][layer - 1]["score"]}
-        for kind, nfe, mark in (("diffusion", "8", ""), ("regression", "1", "regression_")):
-            results = [r for (k, at, _), (_, r) in done.items() if k == kind and at == layer]
-            if results:
-                row |= {f"{mark}{key}": [r["nfe"][nfe if key != "ce_gap" or mark else "4"][key] for r in results]
-                        for key in ("fvu", "kl", "ce_gap")}
-        net, _ = load(done["diffusion", layer, cfg.seed][0], torch.device("cpu"))
-        row["untrained"] = untrained(lm, net, train, held_out, layer, 4)
-        rows.append(row)
-    fvu = np.array([row["fvu"] for row in rows]).T                                        # (seeds, C)
-    return {"layers": rows, "seeds": seeds, "base": geometry["base"], "best_layer": geometry["best_layer"],
-            "correlations": correlations(geometry, layers, fvu),
-            "eval_sequences": next(iter(done.values()))[1]["eval_sequences"]}
+# ----------------------------------------------------------------------------------------------------------- main
+def collect(cfg, model, shards, work):
+    """The entry of one backbone in the result, from its finished runs and the bridges that need no training."""
+    done = [(kind, layer, folder, read_json(folder / "result.json")) for _, kind, layer, folder, _ in work]
+    geometry, device, rows, nets = done.pop(0)[-1], torch.device("cpu"), [], {}
+    for layer in sorted({layer for _, layer, *_ in done}):
+        rows.append({"layer": layer, "score": geometry["layers"][layer - 1]["score"]})
+        nets[layer] = load(next(folder for _, at, folder, _ in done if at == layer), device)[0]
+        for mine, mark in (("diffusion", ""), ("regression", "regression_")):
+            last = [r["nfe"][str(NFE) if mine == "diffusion" else "1"] for kind, at, _, r in done
+                    if (kind, at) == (mine, layer)]
+            rows[-1] |= {mark + key: [r[key] for r in last] for key in ERRORS if last}
+    train, slots = data.Tokens(shards, "train", 128), range(cfg.batch_size)
+    seen = (train.batch(cfg.seed, step, slots, cfg.batch_size)[:, :-1] for step in range(cfg.steps))    # as bridge.py
+    free = untrained(backbone.load(str(model), device, torch.float32), nets, seen,
+                     data.Tokens(shards, "val", 128).windows(cfg.eval_batches))
+    rows = [{**row, "untrained": free[row["layer"]]} for row in rows]
+    about = read_json(model / "config.json").get("dihal", {}).get("config", {})
+    out = {"layers": rows, "seeds": len(rows[0]["fvu"]), "base": geometry["base"], "best_layer": geometry["best_layer"],
+           "trained_steps": about.get("steps", MIN_STEPS), "eval_sequences": done[0][-1]["eval_sequences"],
+           "predictors": predictors(geometry, rows),
+           "correlations": correlations(geometry, rows)}
+    return {**out, "excluded": [why for why, holds in RULES.items() if holds(out)]}
 
 
 @entry
 def main(argv):
-    cfg = parse(Config, argv, __doc__)
-    if cfg.seeds < 1 or cfg.jobs < 1 or not all(i.isdigit() for i in (cfg.layers or "1").split(",")):
-        raise UserError("--seeds and --jobs must be at least 1, and --layers numbers such as 1,4,7")
+    cfg = parse(Config, argv, f"{__doc__}\nBackbones of --pool: {', '.join(POOL)}")
+    if not all(i.isdigit() for i in (cfg.layers or "1").split(",")):
+        raise UserError("--layers must be numbers such as 1,4,7")
     read_json(Path(cfg.model) / "result.json", f"make it with: python toy.py --out {cfg.model}")
+    own, out = (Path(cfg.model), Path(cfg.model).parent / "data"), Path(cfg.out)
     if cfg.dry_run:
-        print("\n".join(" ".join(c[-1]) for c in cells(cfg, "toy", Path(cfg.model), Path(cfg.model).parent / "data",
-                                                       cfg.seeds)))
+        print("\n".join(" ".join(command) for *_, command in cells(cfg, out / "toy", *own)))
         return None
-    identity = {"base": backbone.identity(cfg.model)}
-    if result := finished(cfg, identity):
-        print(table(result))
+    identity, pool = {"base": backbone.identity(cfg.model)}, POOL if cfg.pool else {}
+    if (result := finished(cfg, identity)) and set(pool) <= set(result["backbones"]):    # else: POOL has a new one
+        print(section(result))
         return result
-    run = Run(cfg, setup("cpu"), identity)
-    found = {}
-    for name, place in backbones(cfg).items():
-        work = list(cells(cfg, name, *place))
-        execute([(f"{name}, {kind}, layer {layer}, seed {seed}", command) for kind, layer, seed, _, command in work],
-                cfg.jobs)
-        found[name] = collect(cfg, name, *place)
-    result = {**identity, "backbones": found, "steps": cfg.steps, "blocks": cfg.blocks, "seed": cfg.seed, "pooled": {
-        row["name"]: [b["correlations"][i]["rho"] for b in found.values()]
-        for i, row in enumerate(found["toy"]["correlations"])},
-        "measures": by_measure(found)}
-    result["verdict"] = verdict(result)
-    with atomic(run.out / "sweep.png") as temporary:
-        figure(result, temporary)
-    with atomic(run.out / "sweep.md") as temporary:
-        temporary.write_text(table(result) + "\n")
-    run.finish(result)
-    print(table(result))
+    run, found = Run(cfg, setup("cpu"), identity), {}
+    for name, make in {"toy": lambda cfg, home: own, **pool}.items():
+        home = out / name.split(" (")[0].replace(" ", "_")
+        home.mkdir(parents=True, exist_ok=True)
+        model, shards = make(cfg, home)
+        work = list(cells(cfg, home, model, shards, name == "toy"))
+        execute([(title, command) for title, *_, command in work], cfg.jobs)
+        found[name] = collect(cfg, model, shards, work)
+    kept = {name: b for name, b in found.items() if not b["excluded"]}
+    result = {**identity, "backbones": found, "kept": list(kept), "nfe": NFE,
+              **{k: getattr(cfg, k) for k in ("steps", "blocks", "batch_size", "seed")},
+              "corrected": corrected(list((kept or found).values())), "against_depth": {
+                  error: {title: against_depth(some, error) for title, some in (("all", found), ("kept", kept)) if some}
+                  for error in ERRORS}}
+    rho, a = found["toy"]["correlations"], list(result["against_depth"]["fvu"].values())[-1]
+    result["headline"] = [
+        ["score and bridgeability, toy", f"rho {rho['score']['rho']:.2f}, of depth alone {rho['-layer']['rho']:.2f}"],
+        [f"score minus depth, {len(a['gaps'])} backbones", "median {:+.2f} [{:+.2f}, {:+.2f}]".format(
+            a["median"], *a["interval"])]][:1 + bool(pool)]
+    draw(result, run.out / "sweep.png")
+    run.finish(result, section(result))
+    print(section(result))
     return run.result
 
 

@@ -1,122 +1,14 @@
-"""evaluate.py and sweep.py: statistics with known answers, what is asked and counted, the sweep on a tiny backbone."""
+"""evaluate.py: what is asked and counted, and what is refused."""
 import importlib
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import fails, slow, tiny_model
+from conftest import fails, tiny_model
 
-import data
 import evaluate
 from core import backbone, denoiser, masked, report, run
-from studies import sweep
-
-
-# ----------------------------------------------------------------------------------------------------- statistics
-def test_exact_permutation_p():
-    assert sweep.permutation_p([1, 2, 3, 4, 5], [2, 4, 6, 8, 10]) == pytest.approx(1 / 120)
-    assert sweep.permutation_p([1, 2, 3, 4], [4, 3, 2, 1]) == 1
-    a, b = list(range(10)), [3, 1, 4, 0, 5, 9, 2, 6, 8, 7]
-    assert 0 < sweep.permutation_p(a, b) < 0.2                                # drawn, not enumerated
-    assert sweep.permutation_p(range(12), range(12)) == pytest.approx(1 / 20001)
-
-
-def geometry_of(scores, noise=0.01):
-    gen = np.random.default_rng(0)
-    return {"layers": [{"layer": i + 1, "score": s} for i, s in enumerate(scores)],
-            "replicates": (np.array(scores) + noise * gen.standard_normal((200, len(scores)))).tolist(),
-            "trivial": [{"name": "-layer", "values": [-float(i) for i in range(len(scores))]}],
-            "variants": [{"name": "default", "scores": scores}, {"name": "flipped", "scores": [-s for s in scores]}]}
-
-
-def test_a_predictor_that_is_right_wins_over_one_that_is_not():
-    fvu = np.array([[0.1, 0.5, 0.2, 0.4, 0.3], [0.11, 0.52, 0.19, 0.41, 0.33]])
-    score, depth, flipped = sweep.correlations(geometry_of((-fvu.mean(0)).tolist()), [1, 2, 3, 4, 5], fvu)
-    assert score["rho"] == pytest.approx(1) and score["interval"][0] > 0.8 and score["p"] == pytest.approx(1 / 120)
-    assert flipped["rho"] == pytest.approx(-1)
-    assert depth["score_minus"][0] > 0 and depth["rho"] < 0.5
-    assert depth["score_minus"][1] == pytest.approx(1 - depth["rho"])
-    mixed = np.array([[0.1, 0.2, 0.3], [0.3, 0.2, 0.1]])                       # two seeds that disagree
-    seeds = sweep.correlations(geometry_of([3., 2., 1.]), [1, 2, 3], mixed)[1]
-    assert seeds["interval"] == pytest.approx([-1, 1])
-    some = sweep.correlations(geometry_of([5., 4., 3., 2., 1.], 5.0), [2, 4, 5], fvu[:, [1, 3, 4]])
-    assert some[0]["interval"][0] < -0.4 < some[0]["interval"][1]              # a score that is all noise says nothing
-
-
-def test_the_manual_is_a_corpus(tmp_path):
-    folder = sweep.manual(tmp_path / "text")
-    assert len(list(folder.glob("*.txt"))) > 50
-    documents = list(data.documents(data.resolve(str(folder))))
-    held = [data.held_out(d, i == 0) for i, d in enumerate(documents)]
-    assert 1 < sum(held) < len(held) / 3 and sum(map(len, documents)) > 300_000
-
-
-def test_what_is_meant_by_bridgeability_is_shown():
-    rows = [(1, 0.0, 0.3), (2, 1.0, 0.2), (3, 0.5, 0.1)]                       # score: 2, 3 before 1; 2 before 3
-    assert sweep.disagreements(rows) == {"pairs": 2, "score_right": 2}
-    layers = [{"layer": i, "score": s, "fvu": [f], "kl": [k], "ce_gap": [k, k]} for (i, s, f), k in
-              zip(rows, (0.1, 0.2, 0.3), strict=True)]                         # by KL depth is right
-    found = sweep.by_measure({"one": {"layers": layers}, "two": {"layers": layers}})
-    assert (found["fvu"]["pairs"], found["fvu"]["score_right"]) == (4, 4) and found["kl"]["score_right"] == 0
-    assert found["kl"]["-layer"] == pytest.approx(1) and found["fvu"]["-layer"] == pytest.approx(-1)
-    assert found["fvu"]["score"] == pytest.approx(0.5) and found["ce_gap"]["score"] == pytest.approx(-0.5)
-
-
-def test_bridges_without_training_have_the_error_they_must(runs):
-    lm = backbone.load(runs / "toy", torch.device("cpu"), torch.float32)
-    net, info = denoiser.load(runs / "bridge", torch.device("cpu"))
-    rows = data.Tokens(runs / "data", "val", 33).windows(6)[:, :-1]
-    with torch.no_grad():
-        net.mu_z.copy_(net.mu_c)
-        net.sigma_z.copy_(net.sigma_c)
-        found = sweep.untrained(lm, net, rows, rows, 0, 4)                     # layer 0: z = c, given the token
-        assert found["identity"] == pytest.approx(0, abs=1e-9) and found["ridge"] < 0.02
-        assert 0 < found["token mean"] < 0.5                                   # shrunk by one pseudo-count
-        deeper = sweep.untrained(lm, net, rows, rows, 3, 4)
-    assert deeper["ridge"] < deeper["identity"]
-
-
-def test_altered_backbones(runs, tmp_path):
-    whole = backbone.load(runs / "toy", torch.device("cpu"), torch.float32)
-    for how in ("shuffle", "untrain", "middle"):
-        sweep.altered(str(runs / "toy"), how, tmp_path / how, 1)
-        other = backbone.load(tmp_path / how, torch.device("cpu"), torch.float32)
-        same = [[torch.equal(a.mlp.down_proj.weight, b.mlp.down_proj.weight) for b in whole.blocks]
-                for a in other.blocks]
-        if how == "shuffle":
-            assert sorted(map(tuple, same)) == sorted(tuple(i == j for j in range(4)) for i in range(4))
-            assert not all(same[i][i] for i in range(4))
-        else:
-            assert [any(row) for row in same] == ([False] * 4 if how == "untrain" else [True, False, False, True])
-        assert torch.equal(whole.model.get_input_embeddings().weight, other.model.get_input_embeddings().weight)
-        assert backbone.identity(tmp_path / how) != backbone.identity(runs / "toy")
-
-
-@slow
-def test_the_sweep_runs(runs, tmp_path, monkeypatch, capsys):
-    def in_process(work, jobs, threads=1):
-        for _, (_, script, *argv) in work:
-            if script.endswith("bridge.py"):
-                argv += ["--preset", "tiny"]
-            importlib.import_module(Path(script).stem).main([*argv, *(["--preset", "tiny"] if "geometry" in script
-                                                                      else [])])
-    monkeypatch.setattr(sweep, "execute", in_process)
-    monkeypatch.setattr(sweep, "POOL", {"shuffled": "shuffle"})
-    out = tmp_path / "s"
-    argv = ["--model", f"{runs}/toy", "--out", str(out), "--seeds", "2", "--steps", "3", "--blocks", "1", "--pool",
-            "--batch_size", "4", "--eval_batches", "4"]
-    result = sweep.main(argv)
-    toy = result["backbones"]["toy"]
-    assert [r["layer"] for r in toy["layers"]] == [1, 2, 3] and all(len(r["fvu"]) == 2 for r in toy["layers"])
-    assert set(result["pooled"]) >= {"score", "-layer", "score, curvature only"}
-    assert len(result["pooled"]["score"]) == 2
-    assert result["verdict"].startswith("on the model the score orders layers 1, 2, 3 by bridgeability with rho =")
-    assert "| -layer |" in (out / "sweep.md").read_text() and (out / "sweep.png").stat().st_size > 5000
-    assert "numbers" in fails(capsys, sweep.main, *argv[:2], "--out", tmp_path / "t", "--layers", "1,,3")
-    assert "1 to 3" in fails(capsys, sweep.main, *argv[:2], "--out", tmp_path / "t", "--layers", "9")
-    assert "toy.py" in fails(capsys, sweep.main, "--model", tmp_path / "none", "--out", tmp_path / "t")
 
 
 # ---------------------------------------------------------------------------------------------------- evaluate.py

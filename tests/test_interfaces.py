@@ -5,8 +5,7 @@ import torch.nn.functional as F
 from conftest import fails, randomise
 
 import data
-from core import backbone
-from core.denoiser import Bridge
+from core import backbone, run
 from studies import interfaces
 
 
@@ -19,8 +18,8 @@ def toy(runs):
 @pytest.mark.parametrize("kind", ["hidden", "embedding", "latent", "bottleneck", "simplex"])
 def test_a_true_target_is_read_as_it_should(toy, kind):
     lm, rows = toy
-    way = interfaces.Way(kind, lm, 2, rows[:, :-1], latent=lm.D)
-    z = way.target(rows)
+    way = interfaces.Way(kind, lm, 2, rows[:, :-1], lm.D)
+    z = way.goal.target(rows)
     assert z.shape == (8, 33, lm.V if kind == "simplex" else lm.D)
     intact = F.log_softmax(lm.head(lm.through(lm.embed(rows[:, :-1]), 0, lm.L)), -1)
     way.width = 0.1
@@ -28,33 +27,34 @@ def test_a_true_target_is_read_as_it_should(toy, kind):
         assert torch.allclose(way.read(z), intact, atol=2e-3)
     else:                                                # the next token itself, and nothing else
         assert torch.equal(way.read(z).argmax(-1), rows[:, 1:])
-    few = interfaces.Way("bottleneck" if kind == "bottleneck" else "latent", lm, 2, rows[:, :-1], latent=2)
-    assert not torch.allclose(few.read(few.target(rows)), intact, atol=0.05)
+    few = interfaces.Way("bottleneck" if kind == "bottleneck" else "latent", lm, 2, rows[:, :-1], 2)
+    assert few.goal.target(rows).shape == (8, 33, 2)
+    assert not torch.allclose(few.read(few.goal.target(rows)), intact, atol=0.05)
     if kind != "simplex":
         assert z.flatten(0, 1)[:, :lm.D].mean().abs() < 0.2
 
 
-@pytest.mark.parametrize("kind", interfaces.WAYS)
+@pytest.mark.parametrize("kind", interfaces.TARGETS)
 def test_no_prediction_sees_its_token(toy, kind):
     lm, rows = toy
-    way = interfaces.Way(kind, lm, 2, rows[:, :-1], latent=4)
-    net = randomise(interfaces.Causal(lm.D, 2, 2, lm.V) if kind == "causal" else Bridge(way.d, lm.D, 2, 2))
+    way = interfaces.Way(kind, lm, 2, rows[:, :-1], 4)
+    net = randomise(way.network(2))
     other = rows[:, :-1].clone()
     other[:, 20] = (other[:, 20] + 7) % lm.V
     noise = interfaces.position_noise(0, range(33), way.d, rows.device)
-    one, two = (interfaces.estimate(way, net, ids, 2, noise) for ids in (rows[:, :-1], other))
+    one, two = (way.law(net, ids, 2, noise) for ids in (rows[:, :-1], other))
     assert torch.equal(one[:, :20], two[:, :20]) and not torch.allclose(one[:, 20:], two[:, 20:])
     assert torch.allclose(one.exp().sum(-1), torch.ones(8, 33), atol=1e-4)
 
 
 def test_more_draws_are_a_mean_of_probabilities(toy, monkeypatch):
     lm, rows = toy
-    way, cfg = interfaces.Way("hidden", lm, 2, rows[:, :-1], 4), interfaces.Config()
+    way, cfg = interfaces.Way("hidden", lm, 2, rows[:, :-1], 4), interfaces.Config(draws=2)
     p = [torch.full((8, 33, lm.V), 1 / lm.V), torch.full((8, 33, lm.V), 3 / lm.V)]
     monkeypatch.setattr(interfaces, "position_noise", lambda s, *_: s)
-    monkeypatch.setattr(interfaces, "estimate", lambda way, net, ids, nfe, s: p[s].log())
-    found = interfaces.next_token_nll(way, None, rows, cfg, 2)
-    assert found == pytest.approx(-torch.tensor(2 / lm.V).log().item(), rel=1e-5)
+    way.law = lambda net, ids, nfe, s: p[s].log()
+    found = interfaces.next_token_nll(way, None, rows, cfg)
+    assert found == pytest.approx((-torch.tensor([2 / lm.V, 1 / lm.V]).log()).tolist(), rel=1e-5)
 
 
 def test_readers_and_their_ceilings(toy):
@@ -70,21 +70,63 @@ def test_readers_and_their_ceilings(toy):
     few, many = (interfaces.ceiling(way, rows, draws, 0) for draws in (4, 64))
     assert intact < many < few                                                 # drawn tokens tell the law slowly
     way.width = 1e9
-    unigram = -interfaces.right(way.unigrams.log().expand(*logp.shape), rows).mean().item()
+    unigram = -interfaces.right(interfaces.unigrams(lm, rows[:, :-1]).log().expand(*logp.shape), rows).mean().item()
     assert interfaces.ceiling(way, rows, 4, 0) == pytest.approx(unigram, rel=1e-3)
-    net = randomise(Bridge(way.d, lm.D, 1, 2))                                 # says nothing: unigrams are all there is
+    net = randomise(way.network(1))                                            # says nothing: unigrams are all there is
     interfaces.fit_width(way, net, rows, interfaces.Config(draws=2, nfe=1))
-    assert interfaces.next_token_nll(way, net, rows, interfaces.Config(nfe=1), 2) < unigram + 0.1
+    assert interfaces.next_token_nll(way, net, rows, interfaces.Config(draws=2, nfe=1))[0] < unigram + 0.1
 
 
-def test_the_stage_runs(runs, tmp_path, capsys, text):
+def test_texts_have_noise_and_token_draws_of_their_own(toy, monkeypatch):
+    lm, rows = toy
+    way, asked = interfaces.Way("hidden", lm, 2, rows[:, :-1], 4), []
+    for name in ("generator", "normal"):
+        real = getattr(interfaces, name)
+        monkeypatch.setattr(interfaces, name, lambda *args, real=real: (asked.append([
+            a for a in args if isinstance(a, (str, int))]), real(*args))[1])
+    net = randomise(way.network(1))
+    ids = interfaces.write(way, net, rows[:3, :8], 2, 1.0, interfaces.Config(nfe=1), 0)
+    assert ids.shape == (3, 10) and torch.equal(ids[:, :8], rows[:3, :8])
+    assert len({tuple(key) for key in asked}) == len(asked) == 3 + 2           # three texts' noise, two positions
+    assert torch.equal(ids, interfaces.write(way, net, rows[:3, :8], 2, 1.0, interfaces.Config(nfe=1), 0))
+
+
+def test_verdicts_pair_the_seeds_that_both_have():
+    cells = [{"kind": k, "seed": s, "nll": n} for k, s, n in (
+        ("hidden", 0, 3.0), ("hidden", 1, 3.2), ("hidden", 2, 3.1), ("latent", 1, 4.2), ("latent", 2, 4.1001),
+        ("latent", 0, 4.0), ("causal", 2, 3.0), ("simplex", 7, 1.0))]
+    latent, causal = interfaces.verdicts(interfaces.by_kind(cells))            # none for a seed that nothing shares
+    assert latent.startswith("hidden against latent: ahead by 1 nats (95%") and "3 seeds" in latent
+    assert causal == "hidden against causal: not known (n = 1, higher by 0.1 nats)"
+
+
+def test_the_study_runs(runs, tmp_path, capsys, text, monkeypatch):
     argv = ["--model", f"{runs}/toy", "--data", str(text), "--layer", "2", "--seeds", "1", "--steps", "3", "--blocks",
             "1", "--nfe", "1", "--draws", "2", "--windows", "2", "--texts", "2", "--new", "4", "--temperatures", "1",
             "--latent", "4", "--batch_size", "2", "--out", f"{tmp_path}/i"]
-    result = interfaces.main(argv)
-    assert {c["kind"] for c in result["cells"]} == set(interfaces.WAYS)
+    result, out = interfaces.main(argv), tmp_path / "i"
+    shown = (out / "section.md").read_text()
+    assert {c["kind"] for c in result["cells"]} == set(interfaces.TARGETS)
     assert all(0 < c["nll"] <= c["nll_one_draw"] + 0.3 for c in result["cells"])
-    assert "Hidden at layer 2" in result["verdict"] and "| simplex |" in (tmp_path / "i" / "interfaces.md").read_text()
+    assert shown == run.read_section(out) and shown.startswith("## Interfaces at equal budget\n")
+    assert "| simplex |" in shown and "hidden against simplex: not known (n = 1" in shown and "(interfaces" in shown
+    assert all(len(value) <= 60 for _, value in result["headline"])
+    assert (out / "interfaces.png").stat().st_size > 5000
+
+    def logits(lm, layer, rows, latent):
+        """the intact model's logits"""
+        return interfaces.Target(lm.V, "nothing", lambda ids: lm.head(interfaces.state(lm, ids[:, :-1], lm.L)),
+                                 lambda z, width: z)
+    before = (out / "hidden_seed0.json").stat().st_mtime_ns
+    monkeypatch.setitem(interfaces.TARGETS, "logits", logits)
+    again = interfaces.main(argv)                                              # a fork's target: its cell and no other
+    assert again["cells"][:-1] == result["cells"] and (out / "hidden_seed0.json").stat().st_mtime_ns == before
+    assert again["cells"][-1]["kind"] == "logits" and "| logits |" in (out / "section.md").read_text()
+    with pytest.raises(SystemExit):
+        interfaces.main(["--help"])
+    assert "logits      the intact model's logits" in capsys.readouterr().out
+    monkeypatch.delitem(interfaces.TARGETS, "logits")
+    assert interfaces.main(argv)["cells"] == again["cells"]                    # an unknown name in a stored result
     assert "there are hidden" in fails(capsys, interfaces.main, "--kinds", "magic", "--out", tmp_path / "j")
     assert "--layer 9" in fails(capsys, interfaces.main, *argv[:-1], tmp_path / "j", "--layer", "9")
     for flag, value, word in (("--temperatures", "warm", "numbers"), ("--temperatures", "0", "numbers"),
