@@ -347,7 +347,7 @@ def main(argv):
     with atomic(run.out / "scores.safetensors") as temporary:
         save_file({"/".join(map(str, key)): value for key, value in scores.items()}, temporary)
     figure(result, run.out / "circuits.png")
-    run.finish(result, section(result))
+    run.finish({**result, "made_of": backbone.made_of(cfg.out, twins)}, section(result))
     run.say("\n".join(f"- {line}" for line in result["verdicts"]))
     return run.result
 

@@ -313,7 +313,8 @@ def main(argv):
     result = {**identity, "rows": rows, "real": real, "tuned": tuned, "texts": len(text), "tune_texts": len(apart),
               "settings": asdict(cfg)}
     figure(result, run.out / "generation.png")
-    run.finish({**result, "headline": headline(result)}, section(result))
+    made_of = backbone.made_of(cfg.out, [*split(cfg.bridges), *split(cfg.twin)])
+    run.finish({**result, "headline": headline(result), "made_of": made_of}, section(result))
     print(table(result))
     return run.result
 

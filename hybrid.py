@@ -217,7 +217,7 @@ def main(argv):
     # 3 report
     card(run.out, f"Blocks 1..{how.layer} replaced by a diffusion bridge",
          "" if Path(how.base_model).exists() else how.base_model, {**measured, "layer": how.layer, "nfe": how.nfe})
-    run.finish(result, section(result))
+    run.finish({**result, "made_of": backbone.made_of(cfg.out, [cfg.bridge])}, section(result))
     print(f"saved to {cfg.out}: layer {how.layer}, NFE {how.nfe}, CE gap {measured['ce_gap']:+.4f} nats over the "
           f"intact model's {measured['ce_intact']:.3f}\nsample: {PROMPT}{result['sample']}")
     return run.result
