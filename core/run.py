@@ -326,10 +326,10 @@ TRACKERS = {"": _nothing, "wandb": _wandb, "tensorboard": _tensorboard}
 
 def card(out, title, base, about):
     """README.md of a saved model, as Hub users expect it: base_model (a Hub id; a local folder's name means nothing to
-    others), what it is, the command and the numbers in `about`."""
+    others), what it is, the command, and what is a number in `about`."""
     base = f"base_model: {base}\n" if base and not Path(base).exists() else ""
-    numbers = "".join(f"- {name}: {value:,}\n" if isinstance(value, int) else f"- {name}: {value:.4g}\n"
-                      for name, value in about.items())
+    form = {int: ",", float: ".4g"}
+    numbers = "".join(f"- {k}: {v:{form[type(v)]}}\n" for k, v in about.items() if type(v) in form)
     with atomic(Path(out) / "README.md") as temporary:
         temporary.write_text(f"---\n{base}library_name: transformers\npipeline_tag: text-generation\n"
                              f"tags: [nanodihal]\n---\n\n# {title}\n\nMade by `{command()}`.\n\n{numbers}")
