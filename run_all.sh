@@ -49,7 +49,8 @@ if [ "$MODEL" = toy ]; then
     # the toy's own text poses no task that both models solve, so a smaller one learns some
     twins="$OUT/tasks/repr_align/w0,$OUT/tasks/repr_align/w10"
     stage "COMPARE: train a small LM whose text holds the tasks (50 s)" \
-        toy.py --data "$DATA" "${small[@]}" --tasks 0.6 $(few --layers 4 --steps 500) --out "$OUT/tasks/toy"
+        toy.py --data "$DATA" "${small[@]}" --tasks 0.6 --vocab 2048 $(few --layers 4 --steps 500) \
+        --out "$OUT/tasks/toy"
     for w in 0 10; do
         stage "COMPARE: its masked twin, alignment weight $w (40 s)" \
             repr_align.py --data "$DATA" "${small[@]}" --align_weight $w $(few --steps 250) \
