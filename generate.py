@@ -37,7 +37,7 @@ from core.run import Run, atomic, finished, read_json
 class Config:
     preset: Literal["tiny", "toy"] = "toy"  # for tests, the default
     bridges: str = "out/blocks"  # folders of bridges trained with --visible prefix, span or mix, comma-separated
-    twin: str = "out/repr_align/w10"  # folders of masked twins, one a seed, comma-separated (empty: leave it out)
+    twin: str = "out/repr_align/w0"  # folders of masked twins, one a seed, comma-separated (empty: leave it out)
     methods: str = "all"        # which to draw with, comma-separated (all: every one; they are listed above)
     data: str = "stdlib"        # held-out text; see data.py
     out: str = "out/generate"   # run folder
@@ -192,7 +192,7 @@ def cost(cfg, info, L):
     """(network calls one after another, passes of a new token through any transformer block) of drawing the new tokens
     with the bridge of this bridge.json; the prefix, encoded once by every method, is left out."""
     from hybrid import again
-    first, turns = (cfg.nfe, cfg.refinements) if info["objective"] == "diffusion" else (1, 0)
+    first, turns = (cfg.nfe, cfg.refinements) if info["objective"] == "diffusion" else (info.get("loops", 1), 0)
     calls = first + turns * (1 + again(first, cfg.back))
     return calls * -(-cfg.new // cfg.block_size), calls * info["blocks"] + (turns + 1) * (L - info["layer"])
 

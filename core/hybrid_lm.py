@@ -86,7 +86,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         """Use `nfe` network calls from now on: the retained blocks' layers in the cache move accordingly."""
         if nfe < 1:
             raise UserError(f"the number of network calls must be at least 1, not {nfe}")
-        calls = nfe if self.net.settings["objective"] == "diffusion" else 1
+        calls = nfe if self.net.settings["objective"] == "diffusion" else self.net.settings["loops"]
         first = calls * self.net.settings["blocks"]
         for i in range(self.config.layer, self.lm.L):
             for module in self.lm.blocks[i].modules():

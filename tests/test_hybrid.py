@@ -95,9 +95,9 @@ def test_how_states_are_sampled_is_no_part_of_the_network(runs, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ cached generation
-def random_hybrid(family, objective="diffusion", sampler="euler", layer=2, nfe=3, self_condition=False):
+def random_hybrid(family, objective="diffusion", sampler="euler", layer=2, nfe=3, **more):
     """A hybrid of a random base and a random bridge: 2 bridge blocks of width 32 at a layer of 4."""
-    net = denoiser.Bridge(32, 32, 2, 2, objective, self_condition=self_condition)
+    net = denoiser.Bridge(32, 32, 2, 2, objective, **more)
     config = hybrid.HybridConfig(layer=layer, nfe=nfe, sampler=sampler, bridge=net.settings, vocab_size=64,
                                  hidden_size=32, eos_token_id=None, pad_token_id=0)
     lm = backbone.Backbone(tiny_model(family).requires_grad_(False))
@@ -134,6 +134,9 @@ def test_cached_logits_equal_recomputed_ones(family):
 @pytest.mark.parametrize("layer", [1, 4])
 @torch.no_grad()
 def test_cached_logits_at_every_nfe_and_layer(nfe, layer):
+    model = random_hybrid("qwen3", "regression", layer=layer, nfe=nfe, loops=nfe)
+    want = model(TOKENS, use_cache=False).logits
+    assert torch.allclose(cached_logits(model, TOKENS, 20), want, atol=1e-4, rtol=1e-4)
     for sampler, again in (("euler", False), ("heun", False), ("euler", True)):
         model = random_hybrid("qwen3", sampler=sampler, layer=layer, nfe=nfe, self_condition=again)
         want = model(TOKENS, use_cache=False).logits
