@@ -1,6 +1,6 @@
 """generate.py: GENERATE. Text drawn by diffusion in hidden space, measured beside its rivals at equal entropy.
 
-    python generate.py                                            # out/blocks beside its rivals: ~50 s on two cores
+    python generate.py                                            # out/blocks beside its rivals: ~1 min on two cores
     python generate.py --bridges out/a,out/b --twin out/m,out/n --out out/generate2    # layers and seeds; mean +- sd
     python bridge.py --preset blocks --layer 2 --blocks 4 --out out/blocks             # makes such a bridge
 
