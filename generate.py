@@ -1,6 +1,6 @@
 """generate.py: GENERATE. Text drawn by diffusion in hidden space, measured beside its rivals at equal entropy.
 
-    python generate.py                                            # out/blocks beside its rivals: ~50 s on two cores
+    python generate.py                                            # out/blocks beside its rivals: ~1 min on two cores
     python generate.py --bridges out/a,out/b --twin out/m,out/n --out out/generate2    # layers and seeds; mean +- sd
     python bridge.py --preset blocks --layer 2 --blocks 4 --out out/blocks             # makes such a bridge
 
@@ -44,7 +44,7 @@ class Config:
     seed: int = 0               # of every draw
     device: str = "auto"        # auto, cpu, cuda
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the models
-    texts: int = 32             # N that are reported
+    texts: int = 24             # N that are reported
     tune_texts: int = 8         # other texts, on which settings are chosen (0: choose none, report every setting)
     prefix: int = 64            # visible tokens of each
     new: int = 64               # tokens written after them
@@ -57,7 +57,7 @@ class Config:
     alphas: str = "1"           # weights of the token readout beside the retained blocks: settings to choose from
     betas: str = "1,0.75,0"     # shares of the token prior that are divided out of their product: likewise
     experts: bool = True        # further settings: each expert alone
-    temperatures: str = "1.0"   # where every frontier starts; it goes on until real text's entropy is reached
+    temperatures: str = "1.0"   # where frontiers start; they go on until real text's entropy is reached
     second_judge: str = ""      # a folder or Hub id that shares no block with the decoder (empty: none)
     dry_run: bool = False       # print what would be sampled, then leave
 
@@ -121,13 +121,11 @@ def jacobi(lm, prompts, new, calls, temperature, seed, prior):
         h = lm.embed(ids[:, lo:hi], positions)
         return lm.through(h, 0, lm.L, lm.side(h, positions, None, cache))
     states(0, past)
-    for _ in range(calls):
-        logits = lm.head(states(past, past + new))                                    # (N, new, V)
-        backbone.trim(cache, past)
-        better = torch.cat([prompts, masked.choose(logits.double(), temperature, 1.0, 0, u)], 1)
-        if torch.equal(better, ids):
-            break                                                                     # nothing will change any more
-        ids = better
+    for known in range(min(calls, new)):                                              # that many are final by now
+        logits = lm.head(states(past + known, past + new))                            # (N, new - known, V)
+        backbone.trim(cache, past + known + 1)
+        better = masked.choose(logits.double(), temperature, 1.0, 0, u[:, known:].contiguous())
+        ids = torch.cat([ids[:, :past + known + 1], better], 1)
     return ids
 
 
@@ -295,8 +293,8 @@ def main(argv):
         group = tuned.get(about.get("group"))
         if group and name != group["chosen"]:
             continue
-        near = group["settings"][name]["near"] if group else []
-        points, ids = frontier(write, measured, text, cfg.prefix, real["entropy"], sorted({*start, *near}))
+        first = sorted(set(group["settings"][name]["near"])) if group else start
+        points, ids = frontier(write, measured, text, cfg.prefix, real["entropy"], first)
         near = ids[nearest(points.values(), real["entropy"])[0]["temperature"]]
         row = {"name": name, **about, "frontier": list(points.values()), "mauve": mauve(lm, text, near, cfg.prefix),
                "matched": at_entropy(points.values(), real["entropy"])}
