@@ -5,7 +5,7 @@
 #
 #   bash studies/all.sh
 #   DATA=notes/ OUT=out/notes bash studies/all.sh                           # the same two settings as run_all.sh
-#   python -m studies.ablate --study regression                             # 60 minutes more: regression's own controls
+#   python -m studies.ablate --study regression --steps 200                 # half an hour more: regression's own controls
 set -euo pipefail
 DATA=${DATA:-stdlib} OUT=$(realpath -m "${OUT:-out}")
 [ -e "$DATA" ] && DATA=$(realpath "$DATA")
@@ -18,10 +18,8 @@ study() {  # study "what it asks and how long it takes" name flags...
 }
 
 study "Where can diffusion win? Tokens that are hidden (8 min)" span --out "$OUT/span"
-study "Where nothing is hidden: against regression, layers 1, 4, 7 (12 min)" ablate --out "$OUT/ablate/objective"
-study "The score against depth: every layer of several backbones (35 min)" sweep --pool --out "$OUT/sweep"
-study "Four layers again, each bridge as deep as the blocks it replaces (5 min)" \
-    sweep --seeds 1 --blocks 0 --layers 1,3,5,7 --out "$OUT/sweep_matched"
-study "What should diffusion produce? (12 min)" interfaces --out "$OUT/interfaces"
+study "The score against depth, and diffusion against regression, at every layer (45 min)" \
+    sweep --pool --steps 200 --eval_batches 256 --out "$OUT/sweep"
+study "What should diffusion produce? (17 min)" interfaces --out "$OUT/interfaces"
 printf '\n=== The report, now with these sections\n'
 python evaluate.py --runs "$OUT" --out "$OUT/evaluate"
