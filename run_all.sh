@@ -12,7 +12,7 @@ OUT=${OUT:-$([ "$PRESET" = tiny ] && echo out/tiny || echo out)}
 here=$(dirname "$0")
 sized=(${PRESET:+--preset "$PRESET"}) small=()                # what scales with the model; what only knows tiny
 [ "$PRESET" = tiny ] && small=(--preset tiny)
-few() { [ "$PRESET" = tiny ] || printf '%s\n' "$@"; }         # flags that spend more than the tiny preset does
+toy() { [ "$MODEL$PRESET" != toy ] || printf '%s\n' "$@"; }    # budgets of the default run, ten minutes in all
 
 stage() {  # stage "what it is about to do and how long it takes" file.py flags...
     printf '\n=== %s\n' "$1"
@@ -29,35 +29,37 @@ fi
 stage "LOCATE: score every layer (10 s)" \
     geometry.py --model "$MODEL" --data "$DATA" "${sized[@]}" --out "$OUT/geometry"
 stage "REPLACE: train the diffusion bridge (40 s)" \
-    bridge.py --model "$MODEL" --data "$DATA" "${sized[@]}" --layer "$LAYER" --out "$OUT/bridge"
-stage "REPLACE, control: the same network by plain regression (30 s)" \
-    bridge.py --model "$MODEL" --data "$DATA" "${sized[@]}" --layer "$LAYER" --objective regression \
-    --out "$OUT/regression"
-stage "HYBRID: join the bridge to the upper blocks (5 s)" \
-    hybrid.py --data "$DATA" --bridge "$OUT/bridge" "${small[@]}" --out "$OUT/hybrid"
+    bridge.py --model "$MODEL" --data "$DATA" "${sized[@]}" --layer "$LAYER" $(toy --steps 300 --nfes 1,4) \
+    --out "$OUT/bridge"
+stage "REPLACE, control: the same network by plain regression (25 s)" \
+    bridge.py --model "$MODEL" --data "$DATA" "${sized[@]}" --layer "$LAYER" $(toy --steps 300 --nfes 1,4) \
+    --objective regression --out "$OUT/regression"
+stage "HYBRID: join the bridge to the upper blocks (10 s)" \
+    hybrid.py --data "$DATA" --bridge "$OUT/bridge" "${small[@]}" $(toy --eval_batches 128) --out "$OUT/hybrid"
 for w in 0 10; do
-    stage "CONVERT: masked diffusion, alignment weight $w (60 s)" \
-        repr_align.py --model "$MODEL" --data "$DATA" "${sized[@]}" --align_weight $w --out "$OUT/repr_align/w$w"
+    stage "CONVERT: masked diffusion, alignment weight $w (45 s)" \
+        repr_align.py --model "$MODEL" --data "$DATA" "${sized[@]}" --align_weight $w \
+        $(toy --batch_size 8 --eval_every 50) --out "$OUT/repr_align/w$w"
 done
 stage "GENERATE: train a bridge that meets unknown tokens (50 s)" \
     bridge.py --model "$MODEL" --data "$DATA" "${sized[@]}" --layer "$BLOCKS_LAYER" --visible mix --bidirectional \
     --self_condition --t_mean 0.7 --shift 3 --nfes 8 \
-    $(few --blocks 4 --batch_size 8 --steps 400 --noise_seeds 1 --eval_batches 64) --out "$OUT/blocks"
+    $(toy --blocks 4 --batch_size 8 --steps 400 --noise_seeds 1 --eval_batches 64) --out "$OUT/blocks"
 stage "GENERATE: text drawn in hidden space beside its rivals (60 s)" \
     generate.py --data "$DATA" --bridges "$OUT/blocks" --twin "$OUT/repr_align/w0" "${small[@]}" --out "$OUT/generate"
 if [ "$MODEL" = toy ]; then
     # the toy's own text poses no task that both models solve, so a smaller one learns some
-    twins="$OUT/tasks/repr_align/w0,$OUT/tasks/repr_align/w10"
-    stage "COMPARE: train a small LM whose text holds the tasks (50 s)" \
-        toy.py --data "$DATA" "${small[@]}" --tasks 0.6 --vocab 2048 $(few --layers 4 --steps 500) \
-        --out "$OUT/tasks/toy"
+    text=(--data "$DATA" --tasks 0.8) tasks="$OUT/tasks"
+    stage "COMPARE: text that holds the tasks (15 s)" data.py "${text[@]}" --max_tokens 1200000 --out "$tasks/data"
+    stage "COMPARE: train a small LM on it (60 s)" toy.py "${text[@]}" "${small[@]}" --vocab 2048 \
+        $(toy --layers 4 --width 64 --heads 2 --seq_len 64 --batch_size 16 --steps 1000) --out "$tasks/toy"
     for w in 0 10; do
-        stage "COMPARE: its masked twin, alignment weight $w (40 s)" \
-            repr_align.py --data "$DATA" "${small[@]}" --align_weight $w $(few --steps 250) \
-            --out "$OUT/tasks/repr_align/w$w"
+        stage "COMPARE: its masked twin, alignment weight $w (30 s)" \
+            repr_align.py --data "$DATA" "${small[@]}" --align_weight $w \
+            $(toy --seq_len 64 --steps 400 --eval_every 200 --eval_batches 16) --out "$tasks/repr_align/w$w"
     done
-    stage "COMPARE: circuits before and after conversion (15 s)" \
-        circuits.py --model "$OUT/tasks/toy" --twins "$twins" "${small[@]}" --out "$OUT/tasks/circuits"
+    stage "COMPARE: circuits before and after conversion (15 s)" circuits.py --model "$tasks/toy" \
+        --twins "$tasks/repr_align/w0,$tasks/repr_align/w10" "${small[@]}" --out "$tasks/circuits"
 else
     printf '\n=== COMPARE: circuits before and after conversion\n'   # not every architecture can be analysed
     python "$here/circuits.py" --model "$MODEL" --twins "$OUT/repr_align/w0,$OUT/repr_align/w10" \
