@@ -1,8 +1,8 @@
 """circuits.py: COMPARE. Which edges of the network solve a task, before and after conversion to masked diffusion?
 
     python circuits.py --model out/tasks/toy                                # all tasks, all twins: ~20 s, 2 cores
-    python circuits.py --model out/tasks/toy --patch 50 --out out/patched   # and the strongest edges patched exactly
-    python circuits.py --model out/tasks/toy --task opening --ablate a1.0,m0 --out out/without    # without these
+    python circuits.py --model out/tasks/toy --seed 1 --out out/again       # other prompts
+    python circuits.py --model out/tasks/toy --task opening --k 100 --out out/opening       # one task, larger circuits
 
 Attribution of one model and of its converted twins on the tasks of core/tasks.py. Two circuits are compared by the
 Jaccard index of their strongest edges. Floors: chance, and other tasks in the same model. Ceilings: the same model on
@@ -16,24 +16,22 @@ Letters: P pairs, T tokens, L blocks, S senders, R receivers, k edges in a circu
 """
 import itertools
 import statistics
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 
 from core import backbone, report
-from core.attribution import Subject, attribute, patch, without
+from core.attribution import Subject, attribute, without
 from core.common import UserError, entry, parse, pick, setup
 from core.draws import generator
-from core.overlap import by_depth, components, gini, other_tasks, overlaps, strongest
+from core.overlap import by_depth, chance, components, gini, other_tasks, overlaps
 from core.run import Run, atomic, finished, read_json
 from core.run import beside as beside_out
-from core.stats import paired, plus_minus, spearman, verdict
-from core.tasks import TASKS, Pair, Pieces, distinct, examples
+from core.stats import paired, plus_minus, verdict
+from core.tasks import TASKS, Pair, Pieces, examples
 
 
 @dataclass
@@ -51,14 +49,11 @@ class Config:
     k: int = 30                 # edges in a circuit; the figure shows others too
     least: float = 0.5          # a task that a model solves less often is not analysed for it
     micro_batch: int = 16       # pairs at a time
-    patch: int = 0              # exactly patch so many strong edges and four times as many random ones (0: none)
-    ablate: str = ""            # components to zero besides the strongest ones, such as a1.3,m0
     dry_run: bool = False       # print the graph's size, then leave
 
 
 PRESETS = {"tiny": {"pairs": 4, "resamples": 2, "ig_steps": 2}}
 SWEEP = (10, 30, 100, 300)
-DRAWS = 2000    # prompts among which the different ones are counted
 MARGIN = 0.05   # of the Jaccard index: two circuits that differ by less in what they share are taken as equal
 UNTRAINED = "untrained twin"
 
@@ -74,64 +69,46 @@ def slices(batch, size):
 
 
 @torch.no_grad()
-def solved(subject, batch, which="clean", size=64):
+def solved(subject, batch, which="clean"):
     """(P,) bool: the model's first choice among all tokens is the right one."""
     goal = {"clean": "answer", "corrupted": "wrong"}[which]
     return torch.cat([subject.logits(subject.embed(part[which], part["place"]), part["place"]).argmax(-1) == part[goal]
-                      for part in slices(batch, size)])
+                      for part in slices(batch, 64)])
 
 
-def zeroing(subject, batch, scores, graph, edges, cfg, extra):
+def zeroing(subject, batch, scores, graph, cfg):
     """What zeroing components costs: share of prompts still solved, intact, without the three components that carry
     the most by `scores` (the AR model's, so that twins are asked about its circuit), without three random ones and
     without three of the same kind and block or nearest to it (five draws each)."""
-    weight = components(scores, edges, cfg.k, graph)[1:]                                     # the embedding stays
+    weight = components(scores, graph.edges(), cfg.k, graph)[1:]                             # the embedding stays
     names, gen = graph.senders[1:], generator(cfg.seed, "controls")
-    count = min(3, len(names) // 2)
-    top = [names[j] for j in weight.topk(count).indices.tolist()]
-
-    def left(components_):
-        with without(subject, components_):
-            return solved(subject, batch).double().mean().item()
+    top = [names[j] for j in weight.topk(min(3, len(names) // 2)).indices.tolist()]
     others, block = [n for n in names if n not in top], {n: int(n[1:].split(".")[0]) for n in names}
-    random, matched = [list(gen.choice(others, count, replace=False)) for _ in range(5)], []
-    for _ in range(5):
-        free = list(gen.permutation(others))
-        matched.append([free.pop(free.index(min(free, key=lambda n: (n[0] != name[0], abs(block[n] - block[name])))))
-                        for name in top])
+
+    def left(zeroed):
+        with without(subject, zeroed):
+            return solved(subject, batch).double().mean().item()
+
+    def match():
+        free, chosen = list(gen.permutation(others)), []
+        for name in top:
+            chosen.append(min(free, key=lambda n: (n[0] != name[0], abs(block[n] - block[name]))))
+            free.remove(chosen[-1])
+        return chosen
     return {"components": top, "intact": left([]), "strongest": left(top),
-            "random": statistics.mean(map(left, random)), "matched": statistics.mean(map(left, matched)),
-            **({"asked": {"components": extra, "left": left(extra)}} if extra else {})}
-
-
-def check(subject, batch, graph, edges, cfg):
-    """Attribution with 10 points, and without any, against exact patching on 16 pairs: over the --patch strongest edges
-    and four times as many random ones."""
-    n = min(cfg.patch, int(edges.sum()) // 5)
-    small = {k: v[:16] for k, v in batch.items()}
-    fine, plain = (attribute(subject, slices(small, cfg.micro_batch), steps) for steps in (10, 0))
-    top = sorted(strongest(fine, edges, n))
-    rest = np.array(sorted(set(edges.flatten().nonzero()[:, 0].tolist()) - set(top)))
-    random = sorted(generator(cfg.seed, "patched").choice(rest, 4 * n, replace=False).tolist())
-    places = [divmod(e, edges.shape[1]) for e in top + random]
-    exact, out = patch(subject, small, places), {"edges": len(places), "pairs": len(small["clean"])}
-    for name, scores in (("eap_ig", fine), ("eap", plain)):
-        guess = [scores[p].item() for p in places]
-        out[name] = {"pearson": float(np.corrcoef(exact, guess)[0, 1]), "spearman": spearman(exact, guess)}
-    return out
+            "random": statistics.mean(left(gen.choice(others, len(top), replace=False)) for _ in range(5)),
+            "matched": statistics.mean(left(match()) for _ in range(5))}
 
 
 def study(name, subjects, pieces, cfg, device):
     """One task: who solves it, and the circuits of those who do. Returns (result, {(subject, set): scores}).
 
-    1 prompts that every able model solves, clean and corrupted (`common`: share of a set that recurs in others)
+    1 prompts that every able model solves, clean and corrupted
     2 attribution, for `resamples` sets of prompts; of the untrained twin too, whether it solves them or not
-    3 overlap of circuits  4 where the attribution lies  5 zeroing, exact patching"""
+    3 overlap of circuits  4 where the attribution lies  5 zeroing"""
     drawn = [stack(examples(name, pieces, 4 * cfg.pairs, 1000 * cfg.seed + s), device) for s in range(cfg.resamples)]
-    if drawn[0]["clean"].shape[1] >= subjects[0].lm.config.max_position_embeddings:
-        raise UserError(f"the prompts of {name} are longer than the model's positions; use another model")
     right = {x.name: [solved(x, b) & solved(x, b, "corrupted") for b in drawn] for x in subjects}
-    found = {"group": TASKS[name][0], "distinct": distinct(name, pieces, DRAWS), "usable": False,
+    found = {"group": TASKS[name][0], "usable": False,
              "solved": {n: torch.cat(r).double().mean().item() for n, r in right.items()}}
     able = [x for x in subjects if x.kind != UNTRAINED and found["solved"][x.name] >= cfg.least]
     pool = [torch.stack([right[x.name][s] for x in able]).all(0) if able else None for s in range(cfg.resamples)]
@@ -139,25 +116,19 @@ def study(name, subjects, pieces, cfg, device):
         return found, {}
     batches = [{k: v[p][:cfg.pairs] for k, v in some.items()} for some, p in zip(drawn, pool, strict=True)]
     measured = able + [x for x in subjects if x.kind == UNTRAINED]
-    graph, L, start = able[0].graph(), able[0].lm.L, time.perf_counter()
+    graph, L = able[0].graph(), able[0].lm.L
     edges = graph.edges()
     scores = {(x.name, s): attribute(x, slices(b, cfg.micro_batch), cfg.ig_steps)
               for x in measured for s, b in enumerate(batches)}
-    prompts = [{tuple(row) for row in torch.cat([b["place"][:, None], b["clean"]], 1).tolist()} for b in batches]
-    common = [len(p & set().union(*prompts[:s], *prompts[s + 1:])) / len(p) for s, p in enumerate(prompts)]
-    found |= {"usable": True, "common": statistics.mean(common), "pairs": min(len(b["clean"]) for b in batches),
-              "seconds": (time.perf_counter() - start) / len(scores), "models": {},
+    found |= {"usable": True, "pairs": min(len(b["clean"]) for b in batches), "models": {},
               "overlap": {str(k): overlaps(scores, measured, edges, k) for k in sweep(cfg.k, edges)}}
     for kind in dict.fromkeys(x.kind for x in measured):
         own = [scores[x.name, s] for x in measured if x.kind == kind for s in range(cfg.resamples)]
-        shares = torch.stack([by_depth(o, edges, graph, L) for o in own])                      # (n, L + 1)
+        shares = torch.stack([by_depth(o, graph, L) for o in own])                             # (n, L + 1)
         found["models"][kind] = {
             "by_depth": shares.mean(0).tolist(), "mean_block": (shares * torch.arange(L + 1)).sum(1).tolist(),
             "gini": [gini(components(o, edges, cfg.k, graph)) for o in own]}
-    found["zeroing"] = {x.name: zeroing(x, batches[0], scores["AR", 0], graph, edges, cfg,
-                                        cfg.ablate.split(",") if cfg.ablate else []) for x in able}
-    if cfg.patch:
-        found["patching"] = {x.name: check(x, batches[0], graph, edges, cfg) for x in able}
+    found["zeroing"] = {x.name: zeroing(x, batches[0], scores["AR", 0], graph, cfg) for x in able}
     return found, scores
 
 
@@ -190,15 +161,6 @@ def verdicts(result):
                    + (" (in this one twin: another training may differ)" if seeds == 1 else ""))
 
 
-def patching_lines(result):
-    """How well attribution agrees with exact patching."""
-    for task, found in result["tasks"].items():
-        for name, row in found.get("patching", {}).items():
-            yield (f"{task}, {name}: over {row['edges']} edges and {row['pairs']} pairs, attribution against exact "
-                   f"patching: Pearson {row['eap_ig']['pearson']:.2f} (EAP-IG, 10 points), {row['eap']['pearson']:.2f} "
-                   f"(EAP); Spearman {row['eap_ig']['spearman']:.2f}, {row['eap']['spearman']:.2f}")
-
-
 def said(values):
     return plus_minus(values, ".2f") if values else None
 
@@ -221,24 +183,21 @@ def circuit_rows(result):
 def section(result):
     """The text of section.md."""
     tasks, k = result["tasks"], result["k"]
-    by_chance = [f", {found['overlap'][str(k)]['chance']:.3f} by chance" for found in tasks.values() if found["usable"]]
     return "\n".join([
         "## COMPARE", "", "Who solves what: share of prompts, clean and corrupted, whose answer is the model's first "
         f"choice ({4 * result['pairs'] * result['resamples']} prompts a task, seed {result['seed']}). In a task of the "
-        "middle the AR model reads the right side first. The last row: different prompts among "
-        f"{DRAWS:,} drawn.", "",
+        "middle the AR model reads the right side first.", "",
         report.table(["model", *(f"{n} ({found['group']})" for n, found in tasks.items())],
-                     [*([n, *(f"{found['solved'][n]:.1%}" for found in tasks.values())] for n in result["subjects"]),
-                      ["(different prompts)", *(found["distinct"] for found in tasks.values())]]), "",
+                     [[n, *(f"{found['solved'][n]:.1%}" for found in tasks.values())] for n in result["subjects"]]), "",
         f"Circuits: the {k} strongest of {result['edges']:,} edges (EAP-IG, {result['ig_steps']} points) of a model of "
         f"{result['layers']} blocks, {result['resamples']} sets of at most {result['pairs']} pairs that all analysed "
-        f"models solve; mean +- sd over sets and twins' seeds. Overlap is the Jaccard index{by_chance[0]}. The last "
-        "columns: share of prompts still solved without some components." if by_chance else
-        "No task is solved often enough by the AR model and a twin.", "",
+        "models solve; mean +- sd over sets and twins' seeds. Overlap is the Jaccard index, "
+        f"{chance(k, result['edges']):.3f} by chance. The last columns: share of prompts still solved without some "
+        "components.", "",
         report.table(["task", "model", "overlap with AR", "chance-adjusted", "itself, other prompts", "other seed",
                       "mean block (0: embedding)", "Gini", "left without the AR model's 3 strongest",
                       "without 3 random", "without 3 matched"], circuit_rows(result)), "",
-        *(f"- {line}" for line in [*result["verdicts"], *patching_lines(result)]), "",
+        *(f"- {line}" for line in result["verdicts"]), "",
         "![overlap with the AR model, and depth of attribution](circuits.png)", ""])
 
 
@@ -324,8 +283,6 @@ def main(argv):
     count = int(edges.sum())
     if cfg.k > count:
         raise UserError(f"--k {cfg.k} is more than the {count} edges of this model")
-    with without(subjects[0], cfg.ablate.split(",") if cfg.ablate else []):
-        pass                                                                     # unknown names are refused now
     if cfg.dry_run:
         print(f"{model}: {len(graph.senders)} senders, {len(graph.receivers)} receivers, {count} edges; twins: "
               f"{', '.join(map(str, twins))}")

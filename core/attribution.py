@@ -2,7 +2,7 @@
 
     subject = Subject(lm)                                   # or Subject(lm, student) for a masked model
     scores = attribute(subject, batches, steps=5)           # EAP-IG: every edge at once, a few backward passes
-    effects = patch(subject, batch, [(sender, receiver)])   # the exact effect of single edges, one run each
+    with without(subject, ["a1.3"]): ...                    # what the model does when a component writes nothing
 
 Edge attribution patching (EAP, Syed et al. 2023) and its integrated-gradients form over inputs (EAP-IG, Hanna et al.
 2024). The graph: senders are the embedding, each head `a1.3` and each MLP `m1` (block 1, head 3, counted from 0);
@@ -63,11 +63,6 @@ class Subject:
             senders.append(f"m{i}")
         return Graph(senders, [*receivers, "logits"], [*before, len(senders)])
 
-    def project(self, i, x):
-        """The normed input x (..., D) of block i's attention -> q, k, v, each (..., heads * d); past every hook."""
-        out = [getattr(self.attention[i], name).forward(x) for name in self.inputs]
-        return list(out[0].chunk(3, -1)) if self.joint else out
-
     def inward(self, i, grads):
         """Gradients at q, k, v (P, T, heads * d) -> at the normed input, apart for each head: (P, T, H + 2K, D)."""
         weights, parts = [getattr(self.attention[i], name).weight for name in self.inputs], []
@@ -81,11 +76,10 @@ class Subject:
         w = self.out[i].weight if self.joint else self.out[i].weight.T                          # (H * d, D)
         return torch.einsum("pthd,hde->pthe", z.unflatten(-1, (self.H, -1)), w.unflatten(0, (self.H, -1)))
 
-    def embed(self, ids, place=None):
-        """Prompts (P, T) whose answer stands before token `place` (P,), by default after the last -> h[0] (P, T [+ 1],
-        D). A masked model gets a mask there; an AR model what follows that place right after the first token (EOS)."""
-        T = ids.shape[1]
-        place = (torch.full_like(ids[:, 0], T) if place is None else place)[:, None]           # (P, 1)
+    def embed(self, ids, place):
+        """Prompts (P, T) whose answer stands before token `place` (P,) -> h[0] (P, T [+ 1], D). A masked model gets a
+        mask there; an AR model what follows that place right after the first token (EOS)."""
+        T, place = ids.shape[1], place[:, None]                                                # (P, 1)
         if self.student is None:
             j = torch.arange(T - 1, device=ids.device)
             turned = 1 + (j + place - 1) % (T - 1)                                             # (P, T - 1)
@@ -94,14 +88,12 @@ class Subject:
         hidden_at = j == place
         return self.student.embed(ids.gather(1, (j - (j > place).long()).clamp_max(T - 1)), hidden_at)
 
-    def logits(self, h, place=None, start=0):
-        """h[start] (P, T, D) -> logits (P, V) of the answer: from the state before its place."""
-        h = self.lm.through(h, start, self.lm.L, self.lm.side(h, causal=self.student is None))
-        h = self.lm.norm(h)
+    def logits(self, h, place):
+        """h[0] (P, T, D) -> logits (P, V) of the answer: from the state before its place."""
+        h = self.lm.norm(self.lm.through(h, 0, self.lm.L, self.lm.side(h, causal=self.student is None)))
         if self.student is None:
             return self.lm.unnormed_head(h[:, -1]).float()
-        rows = torch.arange(len(h), device=h.device)
-        return self.student.logits(h[rows, -2 if place is None else place - 1])
+        return self.student.logits(h[torch.arange(len(h), device=h.device), place - 1])
 
 
 @contextlib.contextmanager
@@ -160,9 +152,9 @@ def attribute(subject, batches, steps):
     graph = subject.graph()
     scores, count = torch.zeros(len(graph.senders), len(graph.receivers), dtype=torch.float64), 0
     for batch in batches:
-        place = batch.get("place")
+        place, change = batch["place"], 0
         with torch.no_grad():
-            clean, corrupted, change = *(subject.embed(batch[which], place) for which in ("clean", "corrupted")), 0
+            clean, corrupted = (subject.embed(batch[which], place) for which in ("clean", "corrupted"))
             for h0, sign in ((corrupted, 1), (clean, -1)):
                 with record(subject, {}) as seen:
                     subject.logits(h0, place)
@@ -188,64 +180,9 @@ def attribute(subject, batches, steps):
     return scores / count
 
 
-@torch.no_grad()
-def patch(subject, batch, edges):
-    """The exact effect of each edge (sender, receiver) on the metric, mean over the pairs of one batch: the receiver
-    alone is given a stream in which the sender's part is the corrupted one. A list of numbers, as `attribute` scores.
-
-    Blocks below the receiver do not change, so each run starts at its block."""
-    graph, place, effects = subject.graph(), batch.get("place"), []
-    with record(subject, {}) as seen_corrupted:
-        subject.logits(h_corrupted := subject.embed(batch["corrupted"], place), place)
-    with record(subject, {}) as seen:
-        clean = metric(subject.logits(h_clean := subject.embed(batch["clean"], place), place), batch).mean().item()
-    change = written(subject, h_corrupted, seen_corrupted) - written(subject, h_clean, seen)   # (P, T, S, D)
-    for s, r in edges:
-        name, delta = graph.receivers[r], change[:, :, s]                                      # (P, T, D)
-        if name == "logits":
-            logits = subject.logits(seen["f"] + delta, place, subject.lm.L)
-        else:
-            start = int(name[1:].split(".")[0])
-            with instead(subject, name, seen, delta):
-                logits = subject.logits(seen[f"x{start}"], place, start)
-        effects.append(metric(logits, batch).mean().item() - clean)
-    return effects
-
-
-@contextlib.contextmanager
-def instead(subject, name, seen, delta):
-    """While open, the receiver `name` reads the stream of `seen` plus `delta` (P, T, D); nobody else does."""
-    i = int(name[1:].split(".")[0])
-    if name.startswith("m"):
-        y = subject.norm2[i].forward(seen[f"r{i}"] + delta)
-        hook = subject.mlp[i].register_forward_pre_hook(lambda *_: (y,))
-    else:
-        _, h, part = name.split(".")
-        place = "qkv".index(part)
-        new = subject.project(i, subject.norm1[i].forward(seen[f"x{i}"] + delta))[place]        # (P, T, heads * d)
-        heads = subject.H if part == "q" else subject.K
-        d = new.shape[-1] // heads
-        lo = int(h) * d
-        module = getattr(subject.attention[i], subject.inputs[0 if subject.joint else place])
-        first = (place * heads * d if subject.joint else 0) + lo
-
-        def change(_, __, output):
-            output = output.clone()
-            output[..., first:first + d] = new[..., lo:lo + d]
-            return output
-        hook = module.register_forward_hook(change)
-    with hook:
-        yield
-
-
 @contextlib.contextmanager
 def without(subject, components):
-    """While open, these senders write nothing: heads `a1.3` and MLPs `m1`. Raises UserError for an unknown one."""
-    known = subject.graph().senders[1:]
-    unknown = [name for name in components if name not in known]
-    if unknown:
-        raise UserError(f"--ablate {unknown[0]}: no such component; heads are a0.0 to "
-                        f"a{subject.lm.L - 1}.{subject.H - 1}, MLPs m0 to m{subject.lm.L - 1}")
+    """While open, these senders write nothing: heads `a1.3` and MLPs `m1`."""
     with contextlib.ExitStack() as hooks:
         for name in components:
             i, _, h = name[1:].partition(".")

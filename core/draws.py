@@ -24,7 +24,7 @@ DRAWS = {  # every purpose of a draw -> who draws it, and the rest of its key; a
     "mask": "core/conversion: which tokens are masked (step, slot)",
     "fill": "core/masked: tokens and chance order (stretch, round, row)",
     "count": "core/masked: mask counts (text)", "subset": "core/masked: masks of one count (text, call)",
-    "controls": "circuits: random components ()", "patched": "circuits: random edges ()",
+    "controls": "circuits: random components ()",
     "cloze NAME": "core/zeroshot: questions ()",
     "permutations": "core/stats ()", "resampled seeds": "studies/sweep ()", "shuffle": "studies/sweep: blocks ()",
     "resampled backbones": "studies/sweep ()", "permuted layers": "studies/sweep ()",

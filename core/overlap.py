@@ -7,6 +7,7 @@ Letters: L blocks, S senders, R receivers, k edges in a circuit, n edges in all.
 """
 import itertools
 import statistics
+from collections import Counter
 
 import torch
 
@@ -28,20 +29,17 @@ def chance(k, n):
 def components(scores, edges, k, graph):
     """Per sender (S,) the sum of |score| over those of the k strongest edges that leave it or enter it. A key head that
     serves several heads is shared out among them."""
-    flat = torch.zeros(scores.numel(), dtype=torch.float64)
-    chosen = list(strongest(scores, edges, k))
-    flat[chosen] = scores.flatten()[chosen].abs()
-    weight, place = flat.view_as(scores), {name: j for j, name in enumerate(graph.senders)}
-    total, H = weight.sum(1), sum(name.startswith("a0.") for name in graph.senders)
-    heads = {p: sum(n.startswith("a0.") and n.endswith(p) for n in graph.receivers) for p in "qkv"}
-    for r, name in enumerate(graph.receivers[:-1]):                              # the logits are no component
-        if name in place:
-            total[place[name]] += weight[:, r].sum()
-            continue
-        where, h, part = name.split(".")
-        group = H // heads[part]
-        for head in range(int(h) * group, (int(h) + 1) * group):
-            total[place[f"{where}.{head}"]] += weight[:, r].sum() / group
+    kept = torch.zeros(scores.numel(), dtype=torch.bool)
+    kept[list(strongest(scores, edges, k))] = True
+    weight = scores.abs() * kept.view_as(scores)                                         # (S, R)
+    total, place = weight.sum(1), {name: j for j, name in enumerate(graph.senders)}      # (S,)
+    heads = Counter(name[-1] for name in graph.receivers if name.startswith("a0."))      # q: H, k and v: K
+    for r, name in enumerate(graph.receivers[:-1]):                                      # the logits are no component
+        block, *head = name.split(".")                                                   # m1 or a1.3.q
+        group = heads["q"] // heads[head[1]] if head else 1
+        owners = [f"{block}.{int(head[0]) * group + j}" for j in range(group)] if head else [block]
+        for owner in owners:
+            total[place[owner]] += weight[:, r].sum() / group
     return total
 
 
@@ -51,9 +49,9 @@ def gini(x):
     return float(((2 * torch.arange(1, n + 1) - n - 1) * x).sum() / (n * x.sum().clamp_min(1e-30)))
 
 
-def by_depth(scores, edges, graph, L):
+def by_depth(scores, graph, L):
     """Share of |score| by the sender's block: (L + 1,), the embedding first."""
-    weight, share = (scores.abs() * edges).sum(1), torch.zeros(L + 1, dtype=torch.float64)
+    weight, share = scores.abs().sum(1), torch.zeros(L + 1, dtype=torch.float64)
     for s, name in enumerate(graph.senders):
         share[0 if name == "embed" else 1 + int(name[1:].split(".")[0])] += weight[s]
     return share / share.sum().clamp_min(1e-30)
@@ -80,8 +78,7 @@ def overlaps(scores, subjects, edges, k):
 
 
 def other_tasks(scores, edges, k):
-    """What the AR model's circuits of different tasks share, from scores {(subject, set, task): (S, R)}; None for a
-    single task."""
+    """What the AR model's circuits of different tasks share, from {(subject, set, task): scores}; None for one task."""
     top = {(s, task): strongest(value, edges, k) for (name, s, task), value in scores.items() if name == "AR"}
     pairs = [(top[a], top[b]) for a, b in itertools.combinations(top, 2) if a[0] == b[0]]
     return shared(pairs) if pairs else None

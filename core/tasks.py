@@ -24,9 +24,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from core.common import UserError, pick
+from core.common import UserError
 from core.draws import generator
 
+SIZE = 6        # of the prompts that are analysed; training lines vary around it
 WORDS = 64      # single-token words that the tasks use: the most frequent ones of the vocabulary
 LEAST = 16      # fewer than this and the tokenizer cannot pose the tasks
 
@@ -58,14 +59,14 @@ class Pieces:
 
     def signs(self, characters):
         """Their ids: all with a space before them, or none. Raises UserError when neither way each is one token."""
-        if characters in self.known:
-            return self.known[characters]
-        for space in (" ", ""):
-            ids = [self.tokenizer(space + c, add_special_tokens=False)["input_ids"] for c in characters]
-            if all(len(i) == 1 for i in ids):
-                self.known[characters] = [i[0] for i in ids]
-                return self.known[characters]
-        raise UserError(f"{characters!r} are no single tokens of this tokenizer, so its task cannot be posed")
+        if characters not in self.known:
+            ways = [self.tokenizer([space + c for c in characters], add_special_tokens=False)["input_ids"]
+                    for space in (" ", "")]
+            whole = [ids for ids in ways if all(len(i) == 1 for i in ids)]
+            if not whole:
+                raise UserError(f"{characters!r} are no single tokens of this tokenizer, so its task cannot be posed")
+            self.known[characters] = [i for [i] in whole[0]]
+        return self.known[characters]
 
     def draw(self, gen, count):
         """`count` different words."""
@@ -79,29 +80,29 @@ def changed(tokens, place, token):
 # ---------------------------------------------------------------------------------------------------- the tasks
 def induction(pieces, gen, size):
     *words, other = pieces.draw(gen, size + 1)
-    known = size // 2 if size == 6 else int(gen.integers(1, size))
+    known = size // 2 if size == SIZE else int(gen.integers(1, size))
     again = words[:known]
     return Pair(words + again, changed(words, known, other) + again, words[known], other, size + known,
                 words[known + 1:])
 
 
 def nested(pieces, gen, size):
-    """Brackets that open, a word after each: (the kinds drawn, [opening, word, opening, word, ...], all kinds)."""
+    """Brackets that open, a word after each: the kinds drawn, [opening, word, opening, word, ...], and a function that
+    draws another kind than a given one."""
     signs = pieces.signs("([{)]}")
     kinds = list(zip(signs[:3], signs[3:]))
-    chosen = [kinds[i] for i in gen.integers(0, 3, max(2, size // 2))]
+    chosen = [kinds[i] for i in gen.integers(0, 3, size // 2)]
     words = pieces.draw(gen, len(chosen))
-    return chosen, [token for kind, word in zip(chosen, words, strict=True) for token in (kind[0], word)], kinds
 
-
-def another(kinds, kind, gen):
-    return kinds[(kinds.index(kind) + int(gen.integers(1, 3))) % 3]
+    def another(kind):
+        return kinds[(kinds.index(kind) + int(gen.integers(1, 3))) % 3]
+    return chosen, [token for kind, word in zip(chosen, words, strict=True) for token in (kind[0], word)], another
 
 
 def brackets(pieces, gen, size):
-    chosen, opened, kinds = nested(pieces, gen, size)
+    chosen, opened, another = nested(pieces, gen, size)
     target, place = chosen[-2], 2 * len(chosen) - 4
-    other, prompt = another(kinds, target, gen), [*opened, chosen[-1][1]]
+    other, prompt = another(target), [*opened, chosen[-1][1]]
     return Pair(prompt, changed(prompt, place, other[0]), target[1], other[1], len(prompt),
                 [kind[1] for kind in chosen[:-2]][::-1])
 
@@ -129,10 +130,10 @@ def infill(pieces, gen, size):
 
 
 def opening(pieces, gen, size):
-    chosen, opened, kinds = nested(pieces, gen, size)
+    chosen, opened, another = nested(pieces, gen, size)
     gap = 2 * int(gen.integers(len(chosen)))                                     # the bracket that is not shown
     target, closed = chosen[gap // 2], [kind[1] for kind in chosen][::-1]
-    other, place = another(kinds, target, gen), len(chosen) - 1 - gap // 2
+    other, place = another(target), len(chosen) - 1 - gap // 2
     left = opened[:gap] + opened[gap + 1:]
     return Pair(left + closed, left + changed(closed, place, other[1]), target[0], other[0], gap)
 
@@ -142,33 +143,20 @@ TASKS = {"induction": ("prefix", induction), "brackets": ("prefix", brackets), "
          "countdown": ("global", countdown), "infill": ("middle", infill), "opening": ("middle", opening)}
 
 
-def make(name, pieces, gen, size=6):
-    """One Pair of the task `name`. `size` sets the length; 6 is the one that is analysed."""
-    return pick(TASKS, name, "--task")[1](pieces, gen, size)
-
-
 def examples(name, pieces, count, seed):
     """`count` Pairs of one length, every prompt beginning with EOS."""
-    gen = generator(seed, f"task {name}")
-    pairs = [make(name, pieces, gen) for _ in range(count)]
-    pairs = [p._replace(clean=[pieces.eos, *p.clean], corrupted=[pieces.eos, *p.corrupted], place=p.place + 1)
-             for p in pairs]
-    if len({len(ids) for p in pairs for ids in (p.clean, p.corrupted)}) > 1:
-        raise UserError(f"the prompts of task {name} differ in length under this tokenizer")
-    return pairs
+    gen, (_, make) = generator(seed, f"task {name}"), TASKS[name]
+    pairs = [make(pieces, gen, SIZE) for _ in range(count)]
+    return [p._replace(clean=[pieces.eos, *p.clean], corrupted=[pieces.eos, *p.corrupted], place=p.place + 1)
+            for p in pairs]
 
 
-def distinct(name, pieces, draws=2000, seed=0):
-    """How many different prompts there are among so many."""
-    return len({(p.place, *p.clean) for p in examples(name, pieces, draws, seed)})
-
-
-def lines(tokenizer, seed=0):
+def lines(tokenizer):
     """Endless training lines as token ids (without EOS): the tasks in turn, of varying size."""
-    pieces, gen = Pieces(tokenizer), generator(seed, "task lines")
+    pieces, gen = Pieces(tokenizer), generator(0, "task lines")
     while True:
-        for name in TASKS:
-            pair = make(name, pieces, gen, int(gen.integers(4, 9)))
+        for _, make in TASKS.values():
+            pair = make(pieces, gen, int(gen.integers(4, 9)))
             left, right = pair.clean[:pair.place], pair.clean[pair.place:]
             first = bool(right) and gen.random() < 0.5                           # in the order of an AR model
             yield np.array([*right, *left, pair.answer] if first else [*left, pair.answer, *right, *pair.rest])
