@@ -83,7 +83,7 @@ def altered(change):
             block.load_state_dict(state)
         about = read_json(Path(cfg.model) / "config.json")["dihal"]
         about["config"]["steps"] = 0                     # no training left these blocks where they are now
-        out.mkdir(exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         write_json(out / "config.json", {"dihal": about})
         backbone.save_model(lm.model, backbone.load_tokenizer(cfg.model), out)
         shutil.copy(Path(cfg.model) / "result.json", out / "result.json")
