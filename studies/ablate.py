@@ -6,8 +6,7 @@
     python -m studies.ablate --seeds 1 --steps 100 --out out/look/objective         # a quick look
 
 Each cell is an ordinary run of its stage in a folder beside --out: studies share cells, and one that was interrupted,
-or is asked for more seeds, layers or variants, goes on from what is there. Writes section.md (mean +- sd over seeds, a
-verdict on every variant) and result.json to --out.
+or is asked for more seeds, layers or variants, goes on from what is there. Writes section.md and result.json to --out.
 """
 import sys
 
@@ -18,7 +17,6 @@ import itertools
 import os
 import statistics
 import subprocess
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,14 +25,13 @@ from typing import Literal, NamedTuple
 import data
 from core import backbone
 from core.common import UserError, entry, parse, setup
-from core.diffusion import TIMES
 from core.report import table
 from core.run import Run, finished, read_json
 from core.stats import paired, plus_minus, steps_to, verdict
 
 ROOT = Path(__file__).resolve().parent.parent                          # where the stages are
 PLAIN, HALF, DOUBLE = "--objective regression", "--lr 0.01 --lr_adam 1e-3", "--lr 0.04 --lr_adam 4e-3"
-STUDIES = {  # study -> what its cells are (see KINDS), layers, {variant: flags of the stage}
+STUDIES = {  # study -> the stage that its cells are runs of (see KINDS), layers, {variant: flags of the stage}
     "objective": ("bridge", (1, 4, 7), {"diffusion": "", "regression": PLAIN}),
     # looped: as many parameters and calls without noise; both objectives at rates of their own
     "regression": ("bridge", (1, 4, 7), {
@@ -42,13 +39,8 @@ STUDIES = {  # study -> what its cells are (see KINDS), layers, {variant: flags 
         "diffusion, a quarter at t = 1": "--atom 0.25",
         "regression": PLAIN, "regression, lr x 0.5": f"{PLAIN} {HALF}", "regression, lr x 2": f"{PLAIN} {DOUBLE}",
         "regression, looped 4 times": f"{PLAIN} --loops 4"}),
-    "tricks": ("bridge", (4,), {
-        "regression": PLAIN, **{f"t {law}": f"--times {law}" for law in TIMES}, "t near 1 (t_mean 1)": "--t_mean 1",
-        "self-conditioning": "--self_condition", "source embedding": "--source embedding"}),
-    # one size of network at every layer, embeddings (l = 0) included; both uses of it are measured
-    "generate": ("text", range(8), {"blocks": "--preset blocks --blocks 4"}),
     # a constant learning rate, so that steps to a loss can be read off
-    "align": ("arm", (None,), {
+    "align": ("repr_align", (None,), {
         f"w = {w}{'' if freeze == 'embed' else ', nothing frozen'}{', 60k tokens' if few else ''}":
         f"--align_weight {w} --cooldown 0 --freeze {freeze} --train_tokens {few}" for few in (0, 60000)
         for w, freeze in ((0, "embed"), (0, "none"), (1, "embed"), (3, "embed"), (10, "embed"))}),
@@ -75,27 +67,31 @@ class Config:
 
 class Cell(NamedTuple):
     variant: str
-    layer: int
+    layer: int | None
     seed: int
     folder: Path
     command: list
 
 
+def stage(name, model, text, folder, flags):
+    """The command of a stage on a model and its text."""
+    return [sys.executable, str(ROOT / f"{name}.py"), "--model", str(model), "--data", str(text), *flags.split(),
+            "--out", str(folder)]
+
+
 def cells(cfg):
     """Every cell of the study, seed by seed."""
-    kind, layers, variants = STUDIES[cfg.study]
-    only, script = cfg.layers.split(",") if cfg.layers else [], KINDS[kind].script
-    names = [name.strip() for name in cfg.variants.split(";") if name.strip()]
-    for seed, layer, (name, flags) in itertools.product(
+    name, layers, variants = STUDIES[cfg.study]
+    only, some = cfg.layers.split(",") if cfg.layers else [], [v.strip() for v in cfg.variants.split(";") if v.strip()]
+    for seed, layer, (variant, flags) in itertools.product(
             range(cfg.seed, cfg.seed + cfg.seeds), layers, variants.items()):
-        if only and str(layer) not in only or names and name not in names:
+        if only and str(layer) not in only or some and variant not in some:
             continue
-        place = f"--layer {layer}" if layer is not None else ""
-        flags = f"{flags} {place} --seed {seed} --steps {cfg.steps} --batch_size {cfg.batch_size}".split()
-        folder = Path(cfg.out).parent / "_".join(["cell", Path(script).stem, *flags]).replace("--", "")
-        few = ["--nfes", "1,4"] if script == "bridge.py" else []          # the calls that the table shows
-        yield Cell(name, layer, seed, folder, [sys.executable, str(ROOT / script), "--model", cfg.model, "--data",
-                                               cfg.data, *flags, *few, "--out", str(folder)])
+        place = "" if layer is None else f"--layer {layer}"
+        flags = f"{flags} {place} --seed {seed} --steps {cfg.steps} --batch_size {cfg.batch_size}"
+        folder = Path(cfg.out).parent / "_".join(["cell", name, *flags.split()]).replace("--", "")
+        few = " --nfes 1,4" if name == "bridge" else ""                   # the calls that the table shows
+        yield Cell(variant, layer, seed, folder, stage(name, cfg.model, cfg.data, folder, flags + few))
 
 
 def execute(work, jobs, threads=1):
@@ -111,23 +107,35 @@ def execute(work, jobs, threads=1):
         list(pool.map(one, work))
 
 
+def settled(cfg, identity, asked, section, make):
+    """The finished result of exactly this study, or else that of make() -> (run, result); prints its section."""
+    result = finished(cfg, identity)
+    if not result or result["measured"] != asked:
+        run, result = make()
+        result = {**identity, "measured": asked, **result}
+        run.finish(result, section(result))
+        result = run.result
+    print(section(result))
+    return result
+
+
 # ------------------------------------------------------------------------------- what a cell says, and against whom
 def used(result):
-    """(calls, numbers) of a bridge as it is used: with four calls, or as many as it has."""
-    last = max((n for n in result["nfe"] if int(n) <= 4), key=int)
-    return int(last), result["nfe"][last]
+    """The calls of a bridge as it is used: four, or as many as it has."""
+    return max((n for n in result["nfe"] if int(n) <= 4), key=int)
 
 
 def read_bridge(result, _):
-    calls, row = used(result)
-    return {"size ratio": result["size_ratio"], "NFE": calls, "FVU": row["fvu"], "KL": row["kl"],
+    calls = used(result)
+    row = result["nfe"][calls]
+    return {"size ratio": result["size_ratio"], "NFE": int(calls), "FVU": row["fvu"], "KL": row["kl"],
             "CE gap": row["ce_gap"], "CE gap, NFE 1": result["nfe"].get("1", row)["ce_gap"]}
 
 
 def best_regression(name, arms):
     """The regression of lowest KL over its learning rates: chosen on the texts that judge, so if anything too good."""
     plain = [n for n in arms if n.split(",")[0] == "regression" and "looped" not in n]
-    return min(plain, key=lambda n: statistics.mean(used(r)[1]["kl"] for r in arms[n]), default=None)
+    return min(plain, key=lambda n: statistics.mean(r["nfe"][used(r)]["kl"] for r in arms[n]), default=None)
 
 
 def read_arm(result, rival):
@@ -142,62 +150,39 @@ def read_arm(result, rival):
 
 def unaligned(name, arms):
     """The arm w = 0 on the same data. Raises UserError where it was left out."""
-    rival = ", ".join(["w = 0", *(w for w in name.split(", ")[1:] if w != "nothing frozen")])
+    rival = "w = 0, 60k tokens" if "60k tokens" in name else "w = 0"
     if rival not in arms:
         raise UserError(f"--variants: {name!r} needs {rival!r} too, to compare with")
     return rival
 
 
-def read_text(result, _):
-    """Text drawn by a bridge, beside what the same bridge loses in replacement."""
-    return {"gen-PPL at real entropy": result["text"]["matched"],
-            "readout accuracy": result["text"]["readout_accuracy"], "KL": used(result)[1]["kl"], "CE gap":
-            used(result)[1]["ce_gap"]}
-
-
-def write_texts(cfg, work):
-    """Text by all bridges of the study, in one run of generate.py: {folder: its row, decoded by both experts}."""
-    out = Path(cfg.out).parent / f"generate_{len(work)}x{cfg.steps}x{cfg.batch_size}_seed{cfg.seed}"
-    execute([("text", [sys.executable, str(ROOT / "generate.py"), "--data", cfg.data, "--twin", "", "--no-experts",
-                       "--bridges", ",".join(str(cell.folder) for cell in work), "--out", str(out)])], 1, cfg.jobs)
-    return {Path(r["folder"]): {"text": r} for r in read_json(out / "result.json")["rows"] if "folder" in r}
-
-
-class Kind(NamedTuple):
-    script: str                               # the stage that a cell is a run of
-    read: Callable                            # (result, the rival's result) -> {column: number; None: never reached}
-    rival: Callable = lambda name, arms: None  # (variant, {variant: results}) -> the variant it is judged against
-    judged: tuple = ()                        # columns in nats with a verdict; lower is better
-    after: Callable = lambda cfg, work: {}    # once all cells are there: {folder: what it adds to that result}
-
-
-KINDS = {"bridge": Kind("bridge.py", read_bridge, best_regression, ("KL", "CE gap")),
-         "arm": Kind("repr_align.py", read_arm, unaligned, ("best on the way",)),
-         "text": Kind("bridge.py", read_text, after=write_texts)}
+KINDS = {  # stage -> (result, the rival's result) -> {column: number; None: never reached},
+    # (variant, {variant: results}) -> the variant it is judged against, columns in nats with a verdict
+    "bridge": (read_bridge, best_regression, ("KL", "CE gap")),
+    "repr_align": (read_arm, unaligned, ("best on the way",))}
 
 
 # ----------------------------------------------------------------------------------------------------------- tables
-def collect(cfg, work, added):
+def collect(cfg, work):
     """(rows: one a layer and variant, values over seeds by column; verdicts: layer, variant, rival, column, words)"""
-    kind, found, rows, verdicts = KINDS[STUDIES[cfg.study][0]], {}, [], []
+    (read, rival_of, judged), found, rows, verdicts = KINDS[STUDIES[cfg.study][0]], {}, [], []
     for cell in work:
-        result = {**read_json(cell.folder / "result.json"), **added.get(cell.folder, {})}
-        found.setdefault(cell.layer, {}).setdefault(cell.variant, []).append(result)
+        found.setdefault(cell.layer, {}).setdefault(cell.variant, []).append(read_json(cell.folder / "result.json"))
     for layer, arms in found.items():
-        rivals, values = {name: kind.rival(name, arms) for name in arms}, {}
+        rivals, values = {name: rival_of(name, arms) for name in arms}, {}
         for name, results in arms.items():
-            each = [kind.read(*pair) for pair in zip(results, arms.get(rivals[name], results), strict=True)]
+            each = [read(*pair) for pair in zip(results, arms.get(rivals[name], results), strict=True)]
             values[name] = {column: [e[column] for e in each] for column in each[0]}
             rows.append({"layer": layer, "variant": name, "values": values[name],
                          "eval_sequences": results[0]["eval_sequences"]})
         verdicts += [[layer, name, rival, column, verdict(paired(values[name][column], values[rival][column]),
                                                           cfg.margin, "nats")]
-                     for name, rival in rivals.items() if rival not in (None, name) for column in kind.judged]
+                     for name, rival in rivals.items() if rival not in (None, name) for column in judged]
     return rows, verdicts
 
 
 FORMS = {"size ratio": ".2f", "NFE": ".0f", "FVU": ".4f", "KL": ".4f", "CE gap": "+.4f", "CE gap, NFE 1": "+.4f",
-         "gen-PPL at real entropy": ".1f", "acceleration, steps": ".2f", "acceleration, seconds": ".2f"}  # else .3f
+         "acceleration, steps": ".2f", "acceleration, seconds": ".2f"}  # else .3f
 
 
 def cell_text(values, column):
@@ -210,17 +195,18 @@ def section(result):
     """The study as Markdown."""
     rows = result["rows"]
     columns = list(dict.fromkeys(c for row in rows for c in row["values"]))
-    text = f"""## Study: {result["study"]}
+    return f"""## Study: {result["study"]}
 
 {result["seeds"]} training seeds from {result["seed"]}, {result["steps"]} steps of {result["batch_size"]} sequences,
 {rows[0]["eval_sequences"]} held-out sequences, mean +- sd over seeds.
 
-""" + table(["layer", "variant", *columns], [
-        [row["layer"], row["variant"], *(cell_text(row["values"].get(c), c) for c in columns)] for row in rows])
-    if result["verdicts"]:
-        text += f"\n\nPaired by seed; \"ties\" only where the whole interval lies within {result['margin']:g} nats:\n\n"
-        text += table(["layer", "variant", "against", "by", "verdict"], result["verdicts"])
-    return text + "\n"
+{table(["layer", "variant", *columns], [
+        [row["layer"], row["variant"], *(cell_text(row["values"].get(c), c) for c in columns)] for row in rows])}
+
+Paired by seed; "ties" only where the whole interval lies within {result["margin"]:g} nats:
+
+{table(["layer", "variant", "against", "by", "verdict"], result["verdicts"])}
+"""
 
 
 def headline(cfg, verdicts):
@@ -234,32 +220,27 @@ def headline(cfg, verdicts):
 def main(argv):
     cfg = parse(Config, argv, __doc__)
     cfg.out = cfg.out or f"out/ablate/{cfg.study}"
-    kind, work = KINDS[STUDIES[cfg.study][0]], list(cells(cfg))
+    work = list(cells(cfg))
     if not work:
         raise UserError(f"study {cfg.study} has none of the layers {cfg.layers or '(all)'} with one of the variants "
                         f"{cfg.variants or '(all)'}")
-    if kind.rival is unaligned:
-        for cell in work:                                               # now, and not after all cells have run
-            kind.rival(cell.variant, {c.variant for c in work})
+    for cell in work if cfg.study == "align" else ():                   # refused now, and not after all cells have run
+        unaligned(cell.variant, {c.variant for c in work})
     if cfg.dry_run:
         print("\n".join(" ".join(cell.command) for cell in work))
         return None
     world, model = setup("cpu"), backbone.resolve(cfg.model, cfg.out)
     identity = {"base": backbone.identity(model)}
-    asked = {"cells": [cell.folder.name for cell in work], **{name: getattr(cfg, name) for name in cfg.MEASURES}}
-    result = finished(cfg, identity)
-    if not result or result["measured"] != asked:
+
+    def make():
         data.shards_beside(cfg, backbone.load_tokenizer(model), world)  # once, before two cells want it
         run = Run(cfg, world, identity)
         execute([(f"{c.variant}, layer {c.layer}, seed {c.seed}", c.command) for c in work], cfg.jobs)
-        rows, verdicts = collect(cfg, work, kind.after(cfg, work))
-        result = {**identity, "study": cfg.study, "measured": asked, "margin": cfg.margin, "seeds": cfg.seeds,
-                  "seed": cfg.seed, "steps": cfg.steps, "batch_size": cfg.batch_size, "rows": rows,
-                  "verdicts": verdicts, "headline": headline(cfg, verdicts)}
-        run.finish(result, section(result))
-        result = run.result
-    print(section(result))
-    return result
+        rows, verdicts = collect(cfg, work)
+        return run, {"rows": rows, "verdicts": verdicts, "headline": headline(cfg, verdicts), **{
+            name: getattr(cfg, name) for name in ("study", "margin", "seeds", "seed", "steps", "batch_size")}}
+    asked = {"cells": [cell.folder.name for cell in work], **{name: getattr(cfg, name) for name in cfg.MEASURES}}
+    return settled(cfg, identity, asked, section, make)
 
 
 if __name__ == "__main__":

@@ -7,25 +7,24 @@
 Every target predicts the next token from the same context with the same denoiser, optimizer, batches and steps; --help
 says what they are. The likelihood of a token is its mean probability over --draws noises. Hidden has the retained
 blocks for free, so it is no fair winner: `bottleneck` has them too, and `causal` shows what the same network and steps
-buy without. (An embedding or a simplex of the *next* token cannot be read by blocks that expect the state of the last
-one.) Readers differ, so the table says what each makes of true targets: only a gap to that ceiling is diffusion's own.
-All learn by squared error; published simplex models learn by cross-entropy. Writes interfaces.png, section.md and
-result.json to --out; each cell is kept as soon as it is finished.
+buy without. Readers differ, so the table says what each makes of true targets: only a gap to that ceiling is
+diffusion's own. All learn by squared error; published simplex models learn by cross-entropy. Writes interfaces.png,
+section.md and result.json to --out; each cell is kept as soon as it is finished.
 
 Letters: B batch, T tokens, D width of the backbone, V vocabulary, d width of what is diffused.
 """
+import sys
+
+if not __package__:
+    print("error: start it as: python -m studies.interfaces", file=sys.stderr)
+    raise SystemExit(2)
 import itertools
 import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
-
-if not __package__:  # started as a file it would not find the modules below
-    print("error: start it as: python -m studies.interfaces", file=sys.stderr)
-    sys.exit(2)
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +34,7 @@ import data
 from core import backbone, masked, metrics, optim, report
 from core.common import UserError, entry, parse, pick, setup
 from core.denoiser import Bridge
-from core.diffusion import position_noise, regress, sample, times, token_loss
+from core.diffusion import position_noise, sample, times, token_loss
 from core.draws import generator, normal
 from core.run import Run, finished, read_json, write_json
 from core.stats import paired, plus_minus, verdict
@@ -126,8 +125,6 @@ def causal(lm, layer, rows, latent):
 TARGETS = {  # name -> function of (lm, layer, training windows (N, T), dimensions of a latent)
     "hidden": hidden, "embedding": embedding, "latent": latent, "bottleneck": bottleneck, "simplex": simplex,
     "causal": causal}
-COLORS = {"hidden": "#30638e", "embedding": "#edae49", "latent": "#5f9e6e", "bottleneck": "#7fb0d4",
-          "simplex": "#9b6a9e", "causal": "#222222"}
 
 
 def state(lm, ids, layer):
@@ -189,7 +186,7 @@ class Way:
 
     def law(self, net, ids, nfe, noise):
         """log p of the next token after every prefix of ids (B, T), for one noise (T, d) or (B, T, d): (B, T, V)."""
-        z = sample(net, self.condition(ids), nfe, noise) if self.diffuses else regress(net, self.condition(ids))
+        z = sample(net, self.condition(ids), nfe, noise)
         return self.read(z) if self.diffuses else net.output(z).log_softmax(-1)
 
 
@@ -223,14 +220,12 @@ def right(logp, ids):
 
 @torch.no_grad()
 def next_token_nll(way, net, rows, cfg):
-    """Mean -log of the next token's probability on rows (N, T + 1), nats: averaged over all draws, and with one."""
-    noises = [position_noise(s, range(rows.shape[1] - 1), way.d, rows.device) for s in range(cfg.draws)]
-    total = torch.zeros(2, dtype=torch.float64)
-    for ids in rows.split(8):
-        each = torch.stack([right(way.law(net, ids[:, :-1], cfg.nfe, noise), ids)
-                            for noise in noises[:None if way.diffuses else 1]])
-        total += torch.tensor([sum_nll(each), sum_nll(each[:1])], dtype=torch.float64)
-    return (total / rows[:, 1 + SKIP:].numel()).tolist()
+    """Mean -log of the next token's probability, averaged over all draws, on rows (N, T + 1), nats."""
+    noises = [position_noise(s, range(rows.shape[1] - 1), way.d, rows.device)
+              for s in range(cfg.draws if way.diffuses else 1)]
+    total = sum(sum_nll(torch.stack([right(way.law(net, ids[:, :-1], cfg.nfe, noise), ids) for noise in noises]))
+                for ids in rows.split(8))
+    return total / rows[:, 1 + SKIP:].numel()
 
 
 @torch.no_grad()
@@ -284,21 +279,17 @@ def cell(kind, seed, lm, layer, train_rows, held_out, real, cfg):
         fit_width(way, net, train_rows.windows(8, seed + 1).to(held_out.device), cfg)
     points = [{"temperature": t, **metrics.measure(
         lm, write(way, net, held_out[:cfg.texts, :64], cfg.new, t, cfg, seed), 64)} for t in temperatures(cfg)]
-    nll, one = next_token_nll(way, net, held_out, cfg)
     return {"kind": kind, "seed": seed, "seconds": seconds, "parameters": sum(p.numel() for p in net.parameters()),
-            "d": way.d, "nll": nll, "nll_one_draw": one, "width": way.width, "recovery": way.goal.recovery,
-            "ceiling": ceiling(way, held_out, cfg.draws, seed), "frontier": points,
+            "d": way.d, "nll": next_token_nll(way, net, held_out, cfg), "width": way.width,
+            "recovery": way.goal.recovery, "ceiling": ceiling(way, held_out, cfg.draws, seed), "frontier": points,
             "matched": metrics.at_entropy(points, real["entropy"])}
 
 
 def temperatures(cfg):
-    try:
-        found = [float(t) for t in cfg.temperatures.split(",")]
-    except ValueError:
-        found = [0.0]
-    if not all(0 < t < 100 for t in found):
+    parts = cfg.temperatures.split(",")
+    if not all(part.replace(".", "", 1).isdigit() and float(part) > 0 for part in parts):
         raise UserError("--temperatures must be numbers above 0, such as 0.7,1.0")
-    return found
+    return [float(part) for part in parts]
 
 
 # --------------------------------------------------------------------------------------------------------- report
@@ -318,18 +309,12 @@ def verdicts(groups):
 
 def section(result):
     """The section of the report: a pure function of result.json."""
-    groups, real = by_kind(result["cells"]), result["real"]
-    near = min((p["temperature"] for p in result["cells"][0]["frontier"]), key=lambda t: abs(t - 1))
-    rows = []
+    groups, real, rows = by_kind(result["cells"]), result["real"], []
     for kind, group in groups.items():
-        one = [min(c["frontier"], key=lambda p: abs(p["temperature"] - 1)) for c in group]
         matched, ceilings = [c["matched"] for c in group], [c["ceiling"] for c in group]
-        rows.append([kind, group[0]["d"], f"{group[0]['parameters']:,}",
-                     *(plus_minus([c[k] for c in group], ".3f") for k in ("nll", "nll_one_draw")),
+        rows.append([kind, group[0]["d"], f"{group[0]['parameters']:,}", plus_minus([c["nll"] for c in group], ".3f"),
                      None if None in ceilings else plus_minus(ceilings, ".3f"),
                      "never there" if None in matched else plus_minus(matched, ".0f"),
-                     plus_minus([p["gen_ppl"] for p in one], ".0f"),
-                     *(plus_minus([p[k] for p in one], ".2f") for k in ("entropy", "diversity", "rep_4")),
                      plus_minus([c["seconds"] for c in group], ".0f"), group[0]["recovery"]])
     return "\n".join([
         "## Interfaces at equal budget", "",
@@ -339,10 +324,9 @@ def section(result):
         f"of {result['new']} tokens after 64. The intact model: {result['intact']:.3f} nats, unigrams "
         f"{result['unigram']:.3f}; real text: gen-PPL {real['gen_ppl']:.1f}, entropy {real['entropy']:.2f}. Ties: "
         f"within {MARGIN:g} nats.", "",
-        report.table(["what is diffused", "d", "trained parameters", "next-token NLL", "with one draw",
-                      "with true targets", "gen-PPL at real entropy", f"gen-PPL, T = {near:g}", "entropy", "diversity",
-                      "rep-4", "train (s)", "read by"], rows), "", *(f"- {line}." for line in verdicts(groups)), "",
-        "![their frontiers over temperature](interfaces.png)", ""])
+        report.table(["what is diffused", "d", "trained parameters", "next-token NLL", "with true targets",
+                      "gen-PPL at real entropy", "train (s)", "read by"], rows), "",
+        *(f"- {line}." for line in verdicts(groups)), "", "![their frontiers over temperature](interfaces.png)", ""])
 
 
 @entry
@@ -393,9 +377,8 @@ def main(argv):
               **{k: getattr(cfg, k) for k in ("steps", "batch_size", "seq_len", "nfe", "draws", "texts", "new")},
               "headline": [["next token by what is diffused, nats", ", ".join(
                   f"{kind} {mean[kind]:.2f}" for kind in sorted(mean, key=mean.get)[:3])]]}
-    spare = itertools.cycle([report.RED, report.GREEN, report.YELLOW, report.GREY])
-    colors = {kind: COLORS.get(kind) or next(spare) for kind in mean}
-    report.frontiers([(c["kind"], colors[c["kind"]], c["frontier"]) for c in cells], real, run.out / "interfaces.png",
+    report.frontiers([(kind, f"C{i}", c["frontier"]) for i, (kind, group) in enumerate(by_kind(cells).items())
+                      for c in group], real, run.out / "interfaces.png",
                      "What should diffusion produce? Frontiers over temperature")
     run.finish(result, section(result))
     print(section(result))

@@ -13,10 +13,9 @@ hidden tokens, so each of these is an honest prediction, and so is a mean over S
     averaged first         -log p(x_i | (1/S) sum_s z_s)    the diffusion bridge's states, but their mean
     readout                both, by the bridge's token readout p(x_i | z_s[i]) instead
 
-By the law of total probability, states from the true posterior give the intact model's own marginal of x_i; the row
-"its own continuations" is such a sampler. Each row also at the temperature that is best on texts apart ("tempered": is
-it mere overconfidence?) and for the gap as a whole ("jointly": -log (1/S) sum_s prod_i p(x_i | z_s), a token). The log
-of a mean of S is too low on average, so S = 1, 4, 16 err against diffusion, less and less. x_P is predicted from
+States from the true posterior give the intact model's own marginal of x_i: "its own continuations" is such a sampler.
+"tempered": at the temperature that is best on texts apart (mere overconfidence?). "jointly": the gap as a whole.
+The log of a mean of S is too low on average, so S = 1, 4, 16 err against diffusion, less and less. x_P follows from
 visible tokens only: a control, for which z is a function of what is known.
 
 Each bridge is an ordinary run of bridge.py below --out. Writes section.md and result.json to --out.
@@ -43,9 +42,9 @@ from core.diffusion import sample
 from core.draws import generator, normal
 from core.masked import choose
 from core.report import table
-from core.run import Run, finished
+from core.run import Run
 from core.stats import paired, plus_minus, verdict
-from studies.ablate import ROOT, execute
+from studies.ablate import execute, settled, stage
 
 
 @dataclass
@@ -82,9 +81,8 @@ def cells(cfg):
     for seed, layer, objective in itertools.product(
             range(cfg.seed, cfg.seed + cfg.seeds), cfg.layers.split(","), ("diffusion", "regression")):
         folder = Path(cfg.out) / f"cell_layer{layer}_{objective}_seed{seed}"
-        yield int(layer), seed, objective, folder, [
-            sys.executable, str(ROOT / "bridge.py"), "--model", cfg.model, "--data", cfg.data, "--out", str(folder),
-            *how.split(), "--layer", layer, "--objective", objective, "--seed", str(seed)]
+        flags = f"{how} --layer {layer} --objective {objective} --seed {seed}"
+        yield int(layer), seed, objective, folder, stage("bridge", cfg.model, cfg.data, folder, flags)
 
 
 # ---------------------------------------------------------------------------------------------------------- states
@@ -228,9 +226,9 @@ def main(argv):
         print("\n".join(" ".join(command) for *_, command in work))
         return None
     world, model = setup(cfg.device), backbone.resolve(cfg.model, cfg.out)
-    identity, asked = {"base": backbone.identity(model)}, {k: getattr(cfg, k) for k in cfg.MEASURES}
-    result = finished(cfg, identity)
-    if not result or result["measured"] != asked:
+    identity = {"base": backbone.identity(model)}
+
+    def make():
         shards, _ = data.shards_beside(cfg, backbone.load_tokenizer(model), world)
         T = cfg.prefix + cfg.hidden + cfg.suffix
         rows = data.Tokens(shards, "val", T - 1).windows(cfg.texts).to(world.device)           # (N, T)
@@ -240,10 +238,10 @@ def main(argv):
         lm = backbone.load(model, world.device, torch.float32)
         train = data.Tokens(shards, "train", T).windows(4096).flatten()
         unigram = (torch.bincount(train, minlength=lm.V) + 1.0).log().to(world.device)         # (V,)
-        found, pairs = {}, {}
+        found, pairs = {}, {(None, None): {}}                                                  # the bounds: no bridge
         for layer, seed, what, folder, _ in work:
             pairs.setdefault((layer, seed), {})[what] = load(folder, world.device)
-        for (layer, seed), bridges in {(None, None): {}, **pairs}.items():
+        for (layer, seed), bridges in pairs.items():
             for name, each in measure(cfg, lm, bridges, rows, unigram).items():
                 values, texts = summary(each)
                 row = found.setdefault((layer, name), {"layer": layer, "name": name, "values": {}, "texts": []})
@@ -252,13 +250,10 @@ def main(argv):
                     row["values"].setdefault(column, []).append(value)
             run.say(f"layer {layer}, seed {seed}: measured")
         verdicts = compare(list(found.values()), cfg.margin)
-        result = {**identity, "measured": asked, "suffix": cfg.suffix, "blocks": cfg.blocks, "steps": cfg.steps,
-                  "batch_size": cfg.batch_size, "seed": cfg.seed, "judged": len(rows) - (len(rows) + 3) // 4,
-                  "rows": list(found.values()), "verdicts": verdicts, "headline": headline(cfg, verdicts)}
-        run.finish(result, section(result))
-        result = run.result
-    print(section(result))
-    return result
+        return run, {"judged": len(rows) - (len(rows) + 3) // 4, "rows": list(found.values()), "verdicts": verdicts,
+                     "headline": headline(cfg, verdicts), **{
+                         name: getattr(cfg, name) for name in ("suffix", "blocks", "steps", "batch_size", "seed")}}
+    return settled(cfg, identity, {k: getattr(cfg, k) for k in cfg.MEASURES}, section, make)
 
 
 if __name__ == "__main__":

@@ -9,20 +9,20 @@ Every layer of a backbone gets the same network, batches and steps; each run is 
 very windows that the bridges saw, predictors that need no geometry, and all variants of the score. Which backbones
 count is decided by RULES, not by hand. Writes sweep.png, section.md and result.json to --out.
 
-Letters: B batch, T tokens, D hidden width, V vocabulary, L blocks, C layers swept, K predictors, R resamples.
+Letters: B batch, T tokens, D hidden width, V vocabulary, L blocks, C layers swept, R resamples.
 """
+import sys
+
+if not __package__:
+    print("error: start it as: python -m studies.sweep", file=sys.stderr)
+    raise SystemExit(2)
 import itertools
 import math
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
-
-if not __package__:  # started as a file it would not find the modules below
-    print("error: start it as: python -m studies.sweep", file=sys.stderr)
-    sys.exit(2)
 
 import numpy as np
 import torch
@@ -34,9 +34,7 @@ from core.denoiser import load
 from core.draws import generator
 from core.run import Run, finished, read_json, write_json
 from core.stats import paired, permutation_p, plus_minus, spearman, verdict
-from studies.ablate import execute
-
-ROOT = Path(__file__).resolve().parent.parent
+from studies.ablate import ROOT, execute, stage
 
 
 @dataclass
@@ -58,6 +56,7 @@ class Config:
 
 NFE, SKIP = 8, 4                     # calls of a bridge; first positions left out: attention sinks, as in bridge.py
 ERRORS = {"fvu": "FVU", "kl": "KL", "ce_gap": "CE gap"}    # of a bridge: bridgeability is their absence
+COLUMNS = {**ERRORS, **{f"regression_{key}": f"regression: {name}" for key, name in ERRORS.items()}}
 MIN_STEPS, TIE, MARGIN = 300, 0.02, 0.1                    # see RULES; a difference in rho within MARGIN is a tie
 
 
@@ -82,11 +81,10 @@ def altered(change):
         own, new = ([{k: v.clone() for k, v in b.state_dict().items()} for b in m.blocks] for m in (lm, fresh))
         for block, state in zip(lm.blocks, change(own, new, cfg.seed), strict=True):
             block.load_state_dict(state)
-        shutil.copytree(cfg.model, out, dirs_exist_ok=True,
-                        ignore=shutil.ignore_patterns("*.safetensors", "result.json", ".lock", "log.jsonl"))
-        about = read_json(out / "config.json")
-        about["dihal"]["config"]["steps"] = 0            # no training left these blocks where they are now
-        write_json(out / "config.json", about)
+        about = read_json(Path(cfg.model) / "config.json")["dihal"]
+        about["config"]["steps"] = 0                     # no training left these blocks where they are now
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "config.json", {"dihal": about})
         backbone.save_model(lm.model, backbone.load_tokenizer(cfg.model), out)
         shutil.copy(Path(cfg.model) / "result.json", out / "result.json")
         return out, shards
@@ -115,21 +113,18 @@ POOL = {  # name -> function of (cfg, its own folder) that gives the folders of 
 
 
 def cells(cfg, home, model, shards, toy=True):
-    """Every run on one backbone: (title, kind, layer, folder, command); geometry's layer is 0."""
+    """Every run on one backbone: (kind, layer, folder, command); geometry's layer is 0."""
     L = read_json(model / "config.json")["num_hidden_layers"]
     wanted = sorted({int(i) for i in cfg.layers.split(",")}) if cfg.layers else list(range(1, L))
     if not set(wanted) <= set(range(1, L)):
         raise UserError(f"--layers {cfg.layers}: this backbone has layers 1 to {L - 1} to choose from")
-    work = [("geometry", 0, "geometry", "")] + [
-        (kind, layer, f"{kind}_layer{layer}_seed{seed}",
-         f"--layer {layer} --seed {seed} --objective {kind} --blocks {cfg.blocks} --steps {cfg.steps} --batch_size "
-         f"{cfg.batch_size} --eval_batches {cfg.eval_batches} --noise_seeds 1 --nfe {NFE} --nfes {NFE}")
-        for seed, layer, kind in itertools.product(range(cfg.seed, cfg.seed + (cfg.seeds if toy else 1)), wanted,
-                                                   ("diffusion", "regression")[:1 + toy])]
-    for kind, layer, folder, flags in work:
-        yield f"{home.name}, {folder}", kind, layer, home / folder, [
-            sys.executable, str(ROOT / ("bridge.py" if layer else "geometry.py")), "--model", str(model), "--data",
-            str(shards), *flags.split(), "--out", str(home / folder)]
+    yield "geometry", 0, home / "geometry", stage("geometry", model, shards, home / "geometry", "")
+    seeds, kinds = range(cfg.seed, cfg.seed + (cfg.seeds if toy else 1)), ("diffusion", "regression")[:1 + toy]
+    for seed, layer, kind in itertools.product(seeds, wanted, kinds):
+        folder = home / f"{kind}_layer{layer}_seed{seed}"
+        yield kind, layer, folder, stage("bridge", model, shards, folder, (
+            f"--layer {layer} --seed {seed} --objective {kind} --blocks {cfg.blocks} --steps {cfg.steps} --batch_size "
+            f"{cfg.batch_size} --eval_batches {cfg.eval_batches} --noise_seeds 1 --nfe {NFE} --nfes {NFE}"))
 
 
 # ------------------------------------------------------------------------------------------------ without training
@@ -199,18 +194,13 @@ def untrained(lm, nets, batches, held_out):
 
 
 # ----------------------------------------------------------------------------------------------------- statistics
-PREDICTORS = {  # name -> function of a layer's row; geometry's trivial predictors and variants of the score join them
-    "score": lambda row: row["score"],
-    "-layer": lambda row: -row["layer"],
-}
-
-
 def predictors(geometry, rows):
-    """name -> its value at each layer of rows, (C,)."""
-    theirs = {t["name"]: t["values"] for t in geometry["trivial"]} | {
-        f"score, {v['name']}": v["scores"] for v in geometry["variants"] if v["name"] != "default"}
-    return {name: [float(of(row)) for row in rows] for name, of in PREDICTORS.items()} | {
-        name: [values[row["layer"] - 1] for row in rows] for name, values in theirs.items() if name not in PREDICTORS}
+    """name -> its value at each layer of rows, (C,): the score, its variants and the trivial ones of geometry.py."""
+    at = {"score": [float(row["score"]) for row in rows]}
+    for name, values in [*((t["name"], t["values"]) for t in geometry["trivial"]), *(
+            (f"score, {v['name']}", v["scores"]) for v in geometry["variants"] if v["name"] != "default")]:
+        at[name] = [values[row["layer"] - 1] for row in rows]
+    return at
 
 
 def correlations(geometry, rows, seed=0):
@@ -267,11 +257,6 @@ def against_depth(found, error, seed=0):
             "verdict": verdict(paired(ours, theirs), MARGIN, "rho", "backbones", lower_is_better=False)}
 
 
-def beats_a_table(row, error="fvu"):
-    """Whether a bridge knows more than the mean state of each token, fitted on the windows that the bridge saw."""
-    return mean(row[error]) < row["untrained"]["token mean"][error]
-
-
 def values_apart(b):
     """How many values of FVU can be told apart: a new one begins where the next larger FVU is larger by TIE."""
     fvu = sorted(mean(row["fvu"]) for row in b["layers"])
@@ -280,7 +265,8 @@ def values_apart(b):
 
 RULES = {  # why a backbone says nothing about LOCATE -> test of its entry in the result
     f"not as {MIN_STEPS} or more training steps left it": lambda b: b["trained_steps"] < MIN_STEPS,
-    "its bridges are no better than a table at most layers": lambda b: mean(map(beats_a_table, b["layers"])) < 0.5,
+    "its bridges are no better than a table at most layers": lambda b: mean(
+        mean(row["fvu"]) < row["untrained"]["token mean"]["fvu"] for row in b["layers"]) < 0.5,
     f"FVU is {TIE:.0%} apart at fewer than half of its layers": lambda b: values_apart(b) < len(b["layers"]) / 2,
 }
 
@@ -288,30 +274,25 @@ RULES = {  # why a backbone says nothing about LOCATE -> test of its entry in th
 # --------------------------------------------------------------------------------------------------------- report
 def findings(result):
     """What the numbers say, a line each."""
-    toy, names = result["backbones"]["toy"], list(result["corrected"])
+    toy, every = result["backbones"]["toy"], result["corrected"]
     score, depth = (toy["correlations"][n] for n in ("score", "-layer"))
     gap = verdict(paired(score["by_seed"], depth["by_seed"]), MARGIN, "rho", "seeds", lower_is_better=False)
     yield (f"On the toy rho is {score['rho']:.2f} for the score (one-sided p = {score['p']:.4f}), {depth['rho']:.2f} "
            f"for depth alone; the score against depth: {gap}.")
-    for error, both in result["against_depth"].items() if len(result["backbones"]) > 1 else ():
-        a = list(both.values())[-1]
-        yield (f"By {ERRORS[error]} over {', '.join(a['gaps'])}, the score against depth: {a['verdict']}; median "
-               f"difference {a['median']:+.2f}.")
-    good = [n for n in names if result["corrected"][n]["p"] < 0.05]
-    yield (f"{len(good)} of {len(names)} predictors order the layers better than chance, corrected for their number; "
-           f"depth alone {'does' if '-layer' in good else 'does not'}.")
+    good = [n for n, of in every.items() if of["p"] < 0.05]
+    yield (f"{len(good)} of {len(every)} predictors order the layers better than chance, corrected for their "
+           f"number; depth alone {'does' if '-layer' in good else 'does not'}.")
     for error, name in ERRORS.items():
-        table = [r["untrained"]["token mean"][error] for r in toy["layers"]]
-        words = [verdict(paired(r[error], [t] * toy["seeds"])) for r, t in zip(toy["layers"], table, strict=True)]
-        words = ["not known" if w.startswith("not") else w.split(" ")[0] for w in words]
-        yield (f"On the toy a bridge's {name} against that of a table of token means with equal data: "
-               + ", ".join(f"{w} at {words.count(w)}" for w in dict.fromkeys(words)) + f" of {len(words)} layers.")
+        words = [verdict(paired(r[error], [r["untrained"]["token mean"][error]] * toy["seeds"])).split(" ")[0]
+                 for r in toy["layers"]]
+        yield (f"On the toy a bridge's {name} against that of a table of token means with equal data: " + ", ".join(
+            f"{w.replace('not', 'not known')} at {words.count(w)}" for w in dict.fromkeys(words))
+               + f" of {len(words)} layers.")
 
 
 def section(result):
     """The section of the report: a pure function of result.json."""
-    found, toy, names = result["backbones"], result["backbones"]["toy"], ERRORS.values()
-    both = [f"{who}{error}" for who in ("", "regression_") for error in ERRORS]
+    found, toy = result["backbones"], result["backbones"]["toy"]
     title = "## Does the score foretell bridgeability?" + ("" if result["blocks"] else " As deep as what is replaced")
     lines = [title, "", f"Training seeds: {toy['seeds']} on the toy from {result['seed']} on, one elsewhere; "
              f"{result['steps']} steps of {result['batch_size']} sequences, {result['blocks'] or 'as many'} blocks, "
@@ -320,11 +301,12 @@ def section(result):
              "![the score against what the bridges reach](sweep.png)"]
     for name, b in found.items():
         why = f": left out, {'; '.join(b['excluded'])}" if b["excluded"] else ""
+        trained = [key for key in COLUMNS if key in b["layers"][0]]
+        free = [(n, key) for n, row in b["layers"][0]["untrained"].items() for key in row]
         lines += ["", f"**{name}**{why}", "", report.table(
-            ["layer", "score", *(f"{who}{m}" for who in ("", "regression: ") for m in names),
-             *(f"{n}: {ERRORS[m]}" for n, row in b["layers"][0]["untrained"].items() for m in row)],
-            [[r["layer"], f"{r['score']:+.2f}", *(plus_minus(r[k], ".4f") if k in r else None for k in both),
-              *(f"{v:.4f}" for row in r["untrained"].values() for v in row.values())] for r in b["layers"]])]
+            ["layer", "score", *(COLUMNS[key] for key in trained), *(f"{n}: {ERRORS[key]}" for n, key in free)],
+            [[r["layer"], f"{r['score']:+.2f}", *(plus_minus(r[key], ".4f") for key in trained),
+              *(f"{r['untrained'][n][key]:.4f}" for n, key in free)] for r in b["layers"]])]
     lines += ["", "On the toy: rho, its 95% interval, one-sided p, and the score's rho minus it, resampled together. "
               f"Over {', '.join(result['kept']) or 'all backbones'}: mean rho, and p of the maximum over all "
               "predictors when layers are permuted.", "", report.table(
@@ -336,11 +318,10 @@ def section(result):
     if len(found) > 1:
         lines += ["", "rho of the score minus rho of depth: by backbone, median with bootstrap interval, verdict on "
                   "the mean.", "", report.table(
-                      ["error", "over", "score", "depth", *found, "median", "95%", "the score"],
-                      [[ERRORS[error], title, f"{a['rho']:.2f}", f"{a['depth']:.2f}",
-                        *(f"{a['gaps'][n]:+.2f}" if n in a["gaps"] else None for n in found), f"{a['median']:+.2f}",
-                        "[{:+.2f}, {:+.2f}]".format(*a["interval"]), a["verdict"]]
-                       for error, some in result["against_depth"].items() for title, a in some.items()])]
+                      ["error", "over", *found, "median", "95%", "the score"],
+                      [[ERRORS[error], over, *(f"{a['gaps'][n]:+.2f}" if n in a["gaps"] else None for n in found),
+                        f"{a['median']:+.2f}", "[{:+.2f}, {:+.2f}]".format(*a["interval"]), a["verdict"]]
+                       for error, some in result["against_depth"].items() for over, a in some.items()])]
     return "\n".join([*lines, ""])
 
 
@@ -364,25 +345,26 @@ def draw(result, path):
 # ----------------------------------------------------------------------------------------------------------- main
 def collect(cfg, model, shards, work):
     """The entry of one backbone in the result, from its finished runs and the bridges that need no training."""
-    done = [(kind, layer, folder, read_json(folder / "result.json")) for _, kind, layer, folder, _ in work]
-    geometry, device, rows, nets = done.pop(0)[-1], torch.device("cpu"), [], {}
-    for layer in sorted({layer for _, layer, *_ in done}):
-        rows.append({"layer": layer, "score": geometry["layers"][layer - 1]["score"]})
-        nets[layer] = load(next(folder for _, at, folder, _ in done if at == layer), device)[0]
-        for mine, mark in (("diffusion", ""), ("regression", "regression_")):
-            last = [r["nfe"][str(NFE) if mine == "diffusion" else "1"] for kind, at, _, r in done
-                    if (kind, at) == (mine, layer)]
-            rows[-1] |= {mark + key: [r[key] for r in last] for key in ERRORS if last}
+    done, first, rows, device = {}, {}, [], torch.device("cpu")
+    for kind, layer, folder, _ in work:
+        done.setdefault((kind, layer), []).append(read_json(folder / "result.json"))
+        first.setdefault(layer, folder)
+    geometry, layers = done["geometry", 0][0], sorted(set(first) - {0})
     train, slots = data.Tokens(shards, "train", 128), range(cfg.batch_size)
     seen = (train.batch(cfg.seed, step, slots, cfg.batch_size)[:, :-1] for step in range(cfg.steps))    # as bridge.py
-    free = untrained(backbone.load(str(model), device, torch.float32), nets, seen,
+    free = untrained(backbone.load(str(model), device, torch.float32),
+                     {layer: load(first[layer], device)[0] for layer in layers}, seen,
                      data.Tokens(shards, "val", 128).windows(cfg.eval_batches))
-    rows = [{**row, "untrained": free[row["layer"]]} for row in rows]
+    for layer in layers:
+        row = {"layer": layer, "score": geometry["layers"][layer - 1]["score"], "untrained": free[layer]}
+        for kind, calls, mark in (("diffusion", NFE, ""), ("regression", 1, "regression_")):
+            last = [r["nfe"][str(calls)] for r in done.get((kind, layer), [])]
+            row |= {mark + key: [r[key] for r in last] for key in ERRORS if last}
+        rows.append(row)
     about = read_json(model / "config.json").get("dihal", {}).get("config", {})
-    out = {"layers": rows, "seeds": len(rows[0]["fvu"]), "base": geometry["base"], "best_layer": geometry["best_layer"],
-           "trained_steps": about.get("steps", MIN_STEPS), "eval_sequences": done[0][-1]["eval_sequences"],
-           "predictors": predictors(geometry, rows),
-           "correlations": correlations(geometry, rows)}
+    out = {"layers": rows, "seeds": len(rows[0]["fvu"]), "trained_steps": about.get("steps", MIN_STEPS),
+           "eval_sequences": done["diffusion", layers[0]][0]["eval_sequences"],
+           "predictors": predictors(geometry, rows), "correlations": correlations(geometry, rows)}
     return {**out, "excluded": [why for why, holds in RULES.items() if holds(out)]}
 
 
@@ -406,7 +388,7 @@ def main(argv):
         home.mkdir(parents=True, exist_ok=True)
         model, shards = make(cfg, home)
         work = list(cells(cfg, home, model, shards, name == "toy"))
-        execute([(title, command) for title, *_, command in work], cfg.jobs)
+        execute([(f"{home.name}, {folder.name}", command) for *_, folder, command in work], cfg.jobs)
         found[name] = collect(cfg, model, shards, work)
     kept = {name: b for name, b in found.items() if not b["excluded"]}
     result = {**identity, "backbones": found, "kept": list(kept), "nfe": NFE,

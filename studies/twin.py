@@ -5,14 +5,12 @@
     python -m studies.twin --load out/repr_align/w10 --judge README.md      # bits per byte, with its error: ~1 min
 
 Prints text; writes nothing. repr_align.py makes such models, core/masked.py holds the samplers and the bound.
-
-Letters: T tokens.
 """
-if not __package__:
-    import sys
-    sys.stderr.write("error: start it as: python -m studies.twin\n")
-    sys.exit(2)
+import sys
 
+if not __package__:
+    print("error: start it as: python -m studies.twin", file=sys.stderr)
+    raise SystemExit(2)
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +34,6 @@ class Config:
     block_size: int = 0         # fill left to right in blocks of so many, what is before cached (0: all at once)
     temperature: float = 0.8    # of token draws (0: argmax)
     top_p: float = 1.0          # nucleus
-    top_k: int = 0              # only so many best tokens (0: all)
     show: bool = False          # print the text after every step
     judge: str = ""             # a text file whose likelihood is bounded
     calls: int = 16             # with --judge: network calls a window
@@ -54,7 +51,7 @@ def write(cfg, model, tokenizer):
     count = cfg.middle if cfg.suffix else cfg.max_new_tokens
     if tokenizer.mask_token_id in [*before, *after]:
         raise UserError("the prompt or the suffix holds the mask token itself; leave it out")
-    ids = torch.tensor([[*before, *[model.mask_id] * count, *after]], device=model.shift.device)         # (1, T)
+    ids = torch.tensor([[*before, *[model.mask_id] * count, *after]], device=model.shift.device)         # (1, tokens)
     if ids.shape[1] > model.lm.config.max_position_embeddings:
         raise UserError(f"prompt, masks and suffix are {ids.shape[1]} tokens, more than the model's "
                         f"{model.lm.config.max_position_embeddings}; shorten one")
@@ -63,15 +60,15 @@ def write(cfg, model, tokenizer):
         text = tokenizer.decode(ids[0].masked_fill(is_mask[0], model.mask_id))
         print(repr(text.replace(tokenizer.mask_token, "_")))
     return tokenizer.decode(fill(
-        model, ids, ids == model.mask_id, cfg.sample_steps, cfg.temperature, cfg.seed, cfg.order, cfg.top_p, cfg.top_k,
-        cfg.block_size, watch if cfg.show else None)[0])
+        model, ids, ids == model.mask_id, cfg.sample_steps, cfg.temperature, cfg.seed, cfg.order, cfg.top_p,
+        block_size=cfg.block_size, watch=watch if cfg.show else None)[0])
 
 
 def judge(cfg, model, tokenizer):
     """Bits per byte of a text file (an upper bound) with its standard error, in windows of --seq_len tokens."""
     text = Path(cfg.judge).read_text(encoding="utf-8", errors="replace")
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-    ids = torch.tensor([tokenizer.eos_token_id or 0, *tokens], device=model.shift.device)                # (T,)
+    ids = torch.tensor([tokenizer.eos_token_id or 0, *tokens], device=model.shift.device)                # (tokens,)
     if len(ids) < 3 or model.mask_id in tokens:
         raise UserError(f"--judge {cfg.judge} holds fewer than two tokens, or the mask token itself; use another text")
     if not 2 <= cfg.seq_len <= model.lm.config.max_position_embeddings:

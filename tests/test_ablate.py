@@ -1,7 +1,5 @@
 """The studies' tables, from results whose answer is known."""
 import json
-import subprocess
-import sys
 
 import pytest
 from conftest import ROOT, fails
@@ -14,9 +12,9 @@ def write(folder, **result):
     (folder / "result.json").write_text(json.dumps({"eval_sequences": 512, **result}))
 
 
-def shown(cfg, added=None):
+def shown(cfg):
     """The study's section, and its verdicts as {(layer, variant, column): words}."""
-    rows, verdicts = ablate.collect(cfg, list(ablate.cells(cfg)), added or {})
+    rows, verdicts = ablate.collect(cfg, list(ablate.cells(cfg)))
     text = ablate.section({"study": cfg.study, "seeds": cfg.seeds, "seed": 0, "steps": cfg.steps, "batch_size": 8,
                            "margin": cfg.margin, "rows": rows, "verdicts": verdicts})
     return text, {(layer, name, by): words for layer, name, _, by, words in verdicts}, verdicts
@@ -41,7 +39,7 @@ def test_the_verdict_follows_the_numbers(tmp_path):
     (what, value), = ablate.headline(cfg, verdicts)
     assert value == "ahead by 0.01; not known; behind by 0.02" and "layers 1, 4, 7, 3 seeds" in what
     loose = {(layer, by): words for layer, name, _, by, words in ablate.collect(
-        ablate.Config(study="objective", out=cfg.out, margin=0.05), list(ablate.cells(cfg)), {})[1]}
+        ablate.Config(study="objective", out=cfg.out, margin=0.05), list(ablate.cells(cfg)))[1]}
     assert loose[4, "KL"].startswith("ties within 0.05")
 
 
@@ -78,26 +76,12 @@ def test_acceleration_is_read_off_the_curves(tmp_path):
     assert said[None, "w = 10", "best on the way"].startswith("ahead by 1 nats")
 
 
-def test_text_stands_beside_what_replacement_loses(tmp_path):
-    cfg = ablate.Config(study="generate", out=str(tmp_path / "generate"), seeds=1, layers="0,7")
-    texts = {}
-    for _, layer, _, folder, command in ablate.cells(cfg):
-        assert "--preset blocks --blocks 4 --layer" in " ".join(command)
-        write(folder, **bridge(0.2, ("1", "4")))
-        texts[folder] = {"text": {"matched": None if layer else 55.51, "readout_accuracy": 0.9}}
-    text, said, _ = shown(cfg, texts)
-    assert "| 0 | blocks | 55.5 | 0.900 | 0.2000 | +0.1900 |" in text and "| 7 | blocks | never in 1 of 1 |" in text
-    assert not said
-
-
 def test_refusals(capsys):
     assert "none of the layers 3" in fails(capsys, ablate.main, "--study", "objective", "--layers", "3")
     assert "variants w = 7" in fails(capsys, ablate.main, "--study", "align", "--variants", "w = 7")
     assert "needs 'w = 0' too" in fails(capsys, ablate.main, "--study", "align", "--variants", "w = 3")
     some = list(ablate.cells(ablate.Config(study="align", variants="w = 0; w = 3")))
     assert [cell.variant for cell in some] == ["w = 0", "w = 3"] * 3
-    done = subprocess.run([sys.executable, str(ROOT / "studies" / "ablate.py")], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr == "error: start it as: python -m studies.ablate\n"
 
 
 def test_a_study_grows(tmp_path, monkeypatch, capsys):

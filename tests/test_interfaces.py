@@ -1,4 +1,6 @@
 """interfaces.py: each way reads its own true target as it should, nobody sees the future, the stage runs."""
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -53,8 +55,7 @@ def test_more_draws_are_a_mean_of_probabilities(toy, monkeypatch):
     p = [torch.full((8, 33, lm.V), 1 / lm.V), torch.full((8, 33, lm.V), 3 / lm.V)]
     monkeypatch.setattr(interfaces, "position_noise", lambda s, *_: s)
     way.law = lambda net, ids, nfe, s: p[s].log()
-    found = interfaces.next_token_nll(way, None, rows, cfg)
-    assert found == pytest.approx((-torch.tensor([2 / lm.V, 1 / lm.V]).log()).tolist(), rel=1e-5)
+    assert interfaces.next_token_nll(way, None, rows, cfg) == pytest.approx(math.log(lm.V / 2), rel=1e-5)
 
 
 def test_readers_and_their_ceilings(toy):
@@ -74,7 +75,7 @@ def test_readers_and_their_ceilings(toy):
     assert interfaces.ceiling(way, rows, 4, 0) == pytest.approx(unigram, rel=1e-3)
     net = randomise(way.network(1))                                            # says nothing: unigrams are all there is
     interfaces.fit_width(way, net, rows, interfaces.Config(draws=2, nfe=1))
-    assert interfaces.next_token_nll(way, net, rows, interfaces.Config(draws=2, nfe=1))[0] < unigram + 0.1
+    assert interfaces.next_token_nll(way, net, rows, interfaces.Config(draws=2, nfe=1)) < unigram + 0.1
 
 
 def test_texts_have_noise_and_token_draws_of_their_own(toy, monkeypatch):
@@ -107,7 +108,7 @@ def test_the_study_runs(runs, tmp_path, capsys, text, monkeypatch):
     result, out = interfaces.main(argv), tmp_path / "i"
     shown = (out / "section.md").read_text()
     assert {c["kind"] for c in result["cells"]} == set(interfaces.TARGETS)
-    assert all(0 < c["nll"] <= c["nll_one_draw"] + 0.3 for c in result["cells"])
+    assert all(c["nll"] > 0 and c["seconds"] > 0 for c in result["cells"])
     assert shown == run.read_section(out) and shown.startswith("## Interfaces at equal budget\n")
     assert "| simplex |" in shown and "hidden against simplex: not known (n = 1" in shown and "(interfaces" in shown
     assert all(len(value) <= 60 for _, value in result["headline"])

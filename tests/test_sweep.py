@@ -1,7 +1,5 @@
 """sweep.py: statistics with known answers, bridges without training, who counts, the sweep on a tiny backbone."""
 import importlib
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -175,12 +173,6 @@ def test_altered_backbones(runs, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------ the study
-@pytest.mark.parametrize("name", ["sweep", "interfaces"])
-def test_started_as_a_file_it_says_how_to_start_it(name):
-    done = subprocess.run([sys.executable, str(ROOT / "studies" / f"{name}.py")], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr == f"error: start it as: python -m studies.{name}\n"
-
-
 @slow
 def test_the_sweep_runs(runs, tmp_path, monkeypatch, capsys):
     started = []
