@@ -11,7 +11,6 @@ Memory does not grow with the corpus: below 0.5 GB for a text file of any size.
 
 Letters: B sequences, T tokens a sequence.
 """
-import contextlib
 import functools
 import hashlib
 import itertools
@@ -19,11 +18,11 @@ import json
 import math
 import os
 import platform
-import queue
 import re
 import sysconfig
-import threading
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,9 +32,9 @@ from tqdm import tqdm
 
 from core import tasks as generated
 from core.backbone import EOS, load_tokenizer, tokenizer_hash
-from core.common import UserError, entry, parse, setup
+from core.common import UserError, entry, parse
 from core.draws import generator
-from core.run import atomic, beside, digest, read_json, write_json, write_section
+from core.run import atomic, beside, digest, read_json, write_json, write_text
 
 BPE_DOCUMENTS = 20_000  # enough text for a small vocabulary, and a Hub-sized corpus is not streamed twice
 
@@ -65,16 +64,16 @@ def resolve(data):
     path, _, rest = (data, "", "") if Path(data).exists() else data.partition(":")
     config, _, column = rest.partition(":")
     path = Path(path)
+    hub = {"kind": "hub", "id": str(path), "config": config or None, "column": column or None}
     if not path.exists():
         if path.suffix in TEXT or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)):
             raise UserError(f"--data {data}: no such file or folder; pass stdlib, a path or a Hub dataset id")
-        return {"kind": "hub", "id": str(path), "config": config or None, "column": column or None}
+        return hub
     if (path / "meta.json").exists():
         return {"kind": "shards", "path": str(path)}
+    if path.is_dir() and any(f.suffix in TABLES for f in path.rglob("*")):
+        return {**hub, "id": str(path.resolve())}
     files = _files(path)
-    if path.is_dir() and any(f.suffix in TABLES for f in files):
-        return {"kind": "hub", "id": str(path.resolve()), "config": config or None, "column": column or None}
-    files = [f for f in files if f.suffix in TEXT or f == path]
     if not files:
         raise UserError(f"--data {data}: no {', '.join(sorted(TEXT))} file in that folder; point --data at the text")
     size = sum(f.stat().st_size for f in files)
@@ -82,7 +81,8 @@ def resolve(data):
 
 
 def _files(path):
-    return sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+    """The text files of a folder, in a fixed order; a file that is named itself, whatever its ending."""
+    return sorted(f for f in path.rglob("*") if f.suffix in TEXT and f.is_file()) if path.is_dir() else [path]
 
 
 def documents(source):
@@ -95,10 +95,8 @@ def documents(source):
             if not skip & set(file.relative_to(root).parts):
                 yield file.read_text(encoding="utf-8", errors="replace")
     elif source["kind"] == "text":
-        root = Path(source["path"])
-        for file in _files(root):
-            if file.suffix in TEXT or file == root:
-                yield from _read(file)
+        for file in _files(Path(source["path"])):
+            yield from _read(file)
     else:
         yield from _stream(source)
 
@@ -131,24 +129,23 @@ def _chunks(text, file):
 def pieces(chunks):
     """Cut a long text, given in chunks of any size, into pieces of PIECE to 2 PIECE characters: at a blank line, a
     line's end, or anywhere. A cut depends on the next 2 PIECE characters only, so never on the chunks."""
-    text, start = "", 0
+    text = ""
     for chunk in chunks:
-        text, start = text[start:] + chunk, 0
-        while len(text) - start > 2 * PIECE:
-            lo, hi = start + PIECE, start + 2 * PIECE
-            blank = re.compile(r"\n[ \t]*\n").search(text, lo, hi)
-            cut = blank.end() if blank else text.find("\n", lo, hi) + 1 or hi
-            yield text[start:cut]
-            start = cut
-    yield text[start:]
+        text += chunk
+        while len(text) > 2 * PIECE:
+            second = text[PIECE:2 * PIECE]
+            blank = re.search(r"\n[ \t]*\n", second)
+            cut = PIECE + (blank.end() if blank else second.find("\n") + 1 or PIECE)
+            yield text[:cut]
+            text = text[cut:]
+    yield text
 
 
 def _stream(source):
     """A Hub id or a local folder of parquet, arrow or csv files, streamed: nothing is held but the current rows."""
     import datasets
     try:
-        rows = datasets.load_dataset(source["id"], source["config"], split="train", streaming=True)
-        rows = iter(rows)
+        rows = iter(datasets.load_dataset(source["id"], source["config"], split="train", streaming=True))
         row = next(rows, None)
     except Exception as error:  # the Hub raises many types; what the user needs is the one line
         reason = str(error).split("\n")[0]
@@ -188,13 +185,10 @@ def train_tokenizer(source, vocab):
 
 # ------------------------------------------------------------------------------------------------------- shards
 def tokenized(source, tokenizer):
-    """Yield (text, ids) of each document that is not empty, tokenized in groups of about a million characters."""
-    group, size = [], 0
-    for text in itertools.chain(tqdm(documents(source), desc="tokens", unit="doc", leave=False, disable=None), [None]):
-        group, size = group + [text] * bool(text), size + len(text or "")
-        if group and (text is None or size > 1_000_000):
-            yield from zip(group, tokenizer(group, add_special_tokens=False)["input_ids"])
-            group, size = [], 0
+    """Yield (text, ids) of each document that is not empty; memory holds 64 of them at a time."""
+    texts = (text for text in tqdm(documents(source), desc="tokens", unit="doc", leave=False, disable=None) if text)
+    while group := list(itertools.islice(texts, 64)):
+        yield from zip(group, tokenizer(group, add_special_tokens=False)["input_ids"])
 
 
 def write_shards(source, tokenizer, out, max_tokens=0, share=0.0):
@@ -203,10 +197,9 @@ def write_shards(source, tokenizer, out, max_tokens=0, share=0.0):
     dtype = np.uint16 if len(tokenizer) <= 2 ** 16 else np.uint32
     tokens, size, sha = {"train": 0, "val": 0}, {"train": 0, "val": 0}, {s: hashlib.sha256() for s in ("train", "val")}
     lines, own = generated.lines(tokenizer), 0
-    with contextlib.ExitStack() as stack:
-        files = {s: open(stack.enter_context(atomic(out / f"{s}.bin")), "wb") for s in ("train", "val")}
-        for file in files.values():
-            stack.enter_context(file)                                        # closed before it is renamed
+    # the files are closed before they are renamed
+    with atomic(out / "train.bin") as a, atomic(out / "val.bin") as b, open(a, "wb") as train, open(b, "wb") as val:
+        files = {"train": train, "val": val}
         for i, (text, ids) in enumerate(tokenized(source, tokenizer)):
             split = "val" if held_out(text, i == 0) else "train"
             block = [*ids, tokenizer.eos_token_id]
@@ -249,7 +242,7 @@ def make(source, tokenizer, out, vocab, max_tokens, share):
     meta = {**write_shards(source, tokenizer, out, max_tokens, share), **own}
     with atomic(out / "tokenizer.json") as temporary:
         tokenizer.backend_tokenizer.save(str(temporary))
-    write_section(out, section(meta))
+    write_text(out / "section.md", section(meta))
     write_json(out / "result.json", {**meta, "seconds": round(time.time() - start, 1), "section": digest(section(meta)),
                                      "headline": [["text", f"{sum(meta['tokens'].values()) / 1e6:.1f}M tokens"]]})
     write_json(out / "meta.json", meta)
@@ -269,10 +262,9 @@ def prepare(data, tokenizer, out, world=None, vocab=2048, max_tokens=None, tasks
     if world is not None:
         world.barrier()
     meta = read_json(out / "meta.json", "delete that folder and run again")
-    wanted = {"max_tokens": max_tokens, "source": None if ready else source}               # None: whatever it is
-    if tokenizer is not None:
-        wanted["tokenizer"] = tokenizer_hash(tokenizer)
-    elif not ready:
+    wanted = {"max_tokens": max_tokens, "source": None if ready else source,               # None: whatever it is
+              "tokenizer": tokenizer and tokenizer_hash(tokenizer)}
+    if tokenizer is None and not ready:
         wanted |= {"vocab": vocab, "tasks": tasks}
     for key, value in wanted.items():
         if value is not None and meta.get(key) != value:
@@ -318,8 +310,7 @@ class Tokens:
                             f"--seq_len {seq_len}; use a larger corpus or a shorter --seq_len")
 
     def _cut(self, starts):
-        rows = np.stack([self.ids[s:s + self.T + 1] for s in starts]).astype(np.int64)  # (B, T+1)
-        return torch.from_numpy(rows)
+        return torch.from_numpy(np.stack([self.ids[s:s + self.T + 1] for s in starts]).astype(np.int64))  # (B, T+1)
 
     def batch(self, seed, step, slots, batch_size):
         """Training rows (B, T+1) int64 for the given slots of the global batch of `batch_size` at `step`."""
@@ -348,43 +339,32 @@ class RandomTokens:
         rows = [generator(seed, "tokens", step, s).integers(self.vocab, size=self.T + 1) for s in slots]
         return torch.from_numpy(np.stack(rows))
 
-    def windows(self, count, seed=0):
-        return self.batch(seed or 0, 0, range(count), count)
+    def windows(self, count, seed):
+        return self.batch(seed, 0, range(count), count)
 
 
 def prefetch(make, keys):
     """Yield make(key) for each key, made up to three ahead in a thread, so that a loop does not wait for data. An error
-    of `make` is raised where its value would have come.
-
-    The thread looks every two milliseconds whether there is room: were it woken by the loop that takes a batch, it
-    would take the interpreter lock from it there and then, and the loop would wait for a whole draw."""
-    ready, left = queue.SimpleQueue(), threading.Event()
-
-    def work():
-        for key in keys:
-            while ready.qsize() >= 3 and not left.is_set():
-                time.sleep(2e-3)
-            if left.is_set():
-                return
-            try:
-                ready.put((make(key), None))
-            except Exception as error:  # for the loop to raise
-                ready.put((None, error))
-        ready.put(None)
-    threading.Thread(target=work, daemon=True).start()
+    of `make` is raised where its value would have come."""
+    def work(key):
+        # The thread was woken by a loop that takes a batch. Would it begin at once, it would take the interpreter lock
+        # from that loop there and then, and the loop would wait for a whole draw.
+        time.sleep(2e-3)
+        return make(key)
+    keys, pool = iter(keys), ThreadPoolExecutor(1)
+    ahead = deque(pool.submit(work, key) for key in itertools.islice(keys, 3))
     try:
-        while (item := ready.get()) is not None:
-            if item[1] is not None:
-                raise item[1]
-            yield item[0]
+        while ahead:
+            made = ahead.popleft().result()
+            ahead.extend(pool.submit(work, key) for key in itertools.islice(keys, 1))
+            yield made
     finally:
-        left.set()  # the loop may have left early: let the thread go
+        pool.shutdown(cancel_futures=True)  # the loop may have left early
 
 
 @entry
 def main(argv):
     cfg = parse(Config, argv, __doc__)
-    setup("cpu")
     source = resolve(cfg.data)
     if cfg.dry_run:
         print(f"would read {source}\nwould write train.bin, val.bin, meta.json, tokenizer.json to {cfg.out}")

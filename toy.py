@@ -34,7 +34,6 @@ class Config:
     device: str = "auto"        # auto, cpu, cuda
     steps: int = 800            # optimizer steps
     batch_size: int = 8         # sequences a step, over all processes
-    micro_batch: int = 0        # sequences a forward pass of one process (0: its whole share)
     seq_len: int = 128          # tokens a sequence
     layers: int = 8             # blocks
     width: int = 128            # hidden width D
@@ -99,10 +98,8 @@ def main(argv):
     cfg = parse(Config, argv, __doc__, PRESETS)
     if not 0 <= cfg.cooldown <= 1:
         raise UserError(f"--cooldown {cfg.cooldown} is a share of the run: it must lie in [0, 1]")
-
-    # ------------------------------------------------------------------------------------------------- setup
     world = setup(cfg.device)
-    slots, micro = split_batch(cfg.batch_size, cfg.micro_batch, world)
+    slots, _ = split_batch(cfg.batch_size, 0, world)
     if (result := finished(cfg, {})) and not cfg.dry_run:
         print(f"{cfg.out} is finished: " + summary(result))
         return result
@@ -132,12 +129,9 @@ def main(argv):
     gradients, stop, clock = GradientSum(params, world, overlap=False), StopSignal(world), Clock(state["seconds"])
     for step in range(state["step"], cfg.steps):
         # 1 gradient of the mean loss over the global batch
-        loss = 0.0
-        for some in torch.tensor(slots).split(micro):
-            ids = train.batch(cfg.seed, step, some.tolist(), cfg.batch_size).to(world.device)     # (b, T+1)
-            part = text_loss(lm, ids) * (len(ids) / cfg.batch_size)
-            part.backward()
-            loss += part.item()
+        ids = train.batch(cfg.seed, step, slots, cfg.batch_size).to(world.device)                 # (b, T+1)
+        loss = text_loss(lm, ids) * (len(ids) / cfg.batch_size)
+        loss.backward()
         gradients.finish()
         # 2 clip, step
         norm = nn.utils.clip_grad_norm_(params, 1.0).item()
@@ -150,7 +144,7 @@ def main(argv):
         # 3 report, validate, save: at the last step before the final validation, which may fail
         done = step + 1
         if done % cfg.log_every == 0 or done == cfg.steps:
-            run.progress(done, cfg.steps, clock, cfg.batch_size * cfg.seq_len, flops, loss=world.sum([loss])[0],
+            run.progress(done, cfg.steps, clock, cfg.batch_size * cfg.seq_len, flops, loss=world.sum([loss.item()])[0],
                          lr=optimizers[0].param_groups[0]["lr"], gnorm=norm)
         if done % cfg.eval_every == 0 and done < cfg.steps:
             with clock.paused():

@@ -98,8 +98,8 @@ class Backbone(nn.Module):
         attention_mask (B, T) is 1 on tokens and 0 on padding. causal=False lets every token see every other one and
         lifts sliding windows, by an explicit mask: the library's flags for this fail silently on some families."""
         from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+        past = cache.get_seq_length() if cache is not None else 0
         if positions is None:
-            past = cache.get_seq_length() if cache is not None else 0
             positions = torch.arange(past, past + h.shape[1], device=h.device)[None]      # (1, T)
         kinds = set(self.types)
         if causal:
@@ -107,16 +107,15 @@ class Backbone(nn.Module):
             masks = {k: make[k](config=self.config, inputs_embeds=h, attention_mask=attention_mask,
                                 past_key_values=cache, position_ids=positions) for k in kinds}
         else:
-            past = cache.get_seq_length() if cache is not None else 0
             mask = h.new_zeros(1, 1, h.shape[1], past + h.shape[1])                          # (1, 1, T, K), additive
             if attention_mask is not None:
                 mask = mask.masked_fill(attention_mask[:, None, None, :] == 0, torch.finfo(h.dtype).min)
             masks = dict.fromkeys(kinds, mask)
-        rotary = {k: None for k in kinds}
+        turn = getattr(self.stack, "rotary_emb", None)
         if self.family.rotary_by_type:
-            rotary = {k: self.stack.rotary_emb(h, positions, k) for k in kinds}
-        elif hasattr(self.stack, "rotary_emb"):
-            rotary = dict.fromkeys(kinds, self.stack.rotary_emb(h, positions))
+            rotary = {k: turn(h, positions, k) for k in kinds}
+        else:
+            rotary = dict.fromkeys(kinds, turn and turn(h, positions))
         return {"positions": positions, "masks": masks, "rotary": rotary, "cache": cache}
 
     def through(self, h, lo, hi, side=None):
@@ -226,19 +225,16 @@ def load(name, device, dtype, blocks=None, random_init=False):
         with quiet():
             if random_init:
                 torch.manual_seed(0)
-                model, missing = AutoModelForCausalLM.from_config(config, dtype=dtype), []
+                model, report = AutoModelForCausalLM.from_config(config, dtype=dtype), {}
             else:
                 model, report = AutoModelForCausalLM.from_pretrained(
                     name, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False,
                     output_loading_info=True)
-                missing = [*report["missing_keys"], *report["mismatched_keys"]]
-    except UserError:
-        raise
     except Exception as error:  # safetensors, OSError, RuntimeError: the library has many ways to say no
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"the weights in {name} could not be read ({type(error).__name__}: {reason}); "
                         "download or make the folder again") from None
-    if missing:
+    if missing := [*report.get("missing_keys", ()), *report.get("mismatched_keys", ())]:
         raise UserError(f"the weights in {name} lack {len(missing)} tensors, {min(map(str, missing))} among them; "
                         "download or make the folder again")
     return Backbone(model.to(device).eval().requires_grad_(False), L)
@@ -275,13 +271,9 @@ def load_tokenizer(folder):
 
 def tokenizer_hash(tokenizer):
     """16 hex digits that change when any token, merge or id does."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        text = json.dumps(sorted(tokenizer.get_vocab().items()))
-    else:
-        spec = json.loads(backend.to_str())  # padding and truncation are settings of the day, not of the vocabulary
-        text = json.dumps({**spec, "padding": None, "truncation": None}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    spec |= {"padding": None, "truncation": None}            # settings of the day, not of the vocabulary
+    return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def next_token_loss(logits, ids):

@@ -6,7 +6,6 @@
     speed                peak_flops, matmul_rate    what MFU is a fraction of
 """
 import argparse
-import contextlib
 import dataclasses
 import difflib
 import functools
@@ -86,11 +85,12 @@ def parse(Config, argv, doc="", presets=None):
     for f in fields:
         help_text = f"{comments.get(f.name, '')} [{f.default}]".replace("%", "%%")
         if f.type is bool:
-            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=help_text)
+            how = dict(action=argparse.BooleanOptionalAction)
         elif typing.get_origin(f.type) is typing.Literal:
-            parser.add_argument(f"--{f.name}", choices=typing.get_args(f.type), help=help_text)
+            how = dict(choices=typing.get_args(f.type))
         else:
-            parser.add_argument(f"--{f.name}", type=f.type, metavar=f.type.__name__.upper(), help=help_text)
+            how = dict(type=f.type, metavar=f.type.__name__.upper())
+        parser.add_argument(f"--{f.name}", help=help_text, **how)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].lstrip("-").split("=")[0]
@@ -146,10 +146,8 @@ def setup(device="auto"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("--device cuda was asked for but torch sees no GPU; use --device cpu")
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        device = torch.device(device)
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device)
     except RuntimeError:
         raise UserError(f"--device {device} is not a torch device; use auto, cpu or cuda") from None
     if device.type == "cuda":
@@ -173,13 +171,13 @@ def pick_dtype(cfg, device):
 
 def split_batch(batch_size, micro_batch, world):
     """The global batch never depends on the process count. Returns (this rank's slots, sequences per micro-batch)."""
-    per_rank = batch_size // world.size
-    micro = micro_batch or per_rank
-    if batch_size % world.size or per_rank % micro:
-        legal = [m for m in range(1, per_rank + 1) if per_rank % m == 0] if batch_size % world.size == 0 else None
-        raise UserError(f"--batch_size {batch_size} does not split over {world.size} processes"
-                        + (f" in micro-batches of {micro}: use --micro_batch from {legal}" if legal else
-                           f": use a multiple of {world.size}"))
+    per_rank, left = divmod(batch_size, world.size)
+    micro, refusal = micro_batch or per_rank, f"--batch_size {batch_size} does not split over {world.size} processes"
+    if left:
+        raise UserError(f"{refusal}: use a multiple of {world.size}")
+    if per_rank % micro:
+        legal = [m for m in range(1, per_rank + 1) if per_rank % m == 0]
+        raise UserError(f"{refusal} in micro-batches of {micro}: use --micro_batch from {legal}")
     return range(world.rank * per_rank, (world.rank + 1) * per_rank), micro
 
 
@@ -187,9 +185,9 @@ class GradientSum:
     """Sums gradients over processes: data parallelism with no wrapper, so parameter names stay clean. Losses are scaled
     beforehand, so the sum is the mean over the global batch.
 
-    With `overlap` the parameters are dealt into buckets from the last to the first, the order in which backward meets
-    them, and a full bucket leaves while backward still works on the layers before it. Without, one flat buffer leaves
-    at the end. `arm` before the last micro-batch's backward (needed to overlap), `finish` after it."""
+    With `overlap` a full bucket leaves while backward still works on the layers before it: buckets hold the parameters
+    from the last to the first. Without, one flat buffer leaves at the end. `arm` comes before the last micro-batch's
+    backward (needed to overlap), `finish` after it."""
 
     def __init__(self, params, world, overlap, bucket_bytes=25e6):
         self.world, self.armed, self.sent, self.buckets, size = world, False, [], [[]], 0
@@ -243,10 +241,8 @@ class StopSignal:
     """SIGTERM and SIGINT ask the loop to save and leave; `poll` makes all processes leave at the same step. A second
     signal, or one after the loop (`done`), acts at once."""
     def __init__(self, world):
-        self.world, self.asked, self.before = world, False, {}
-        with contextlib.suppress(ValueError):  # signals belong to the main thread: a stage called from another has none
-            for sig in (signal.SIGTERM, signal.SIGINT):
-                self.before[sig] = signal.signal(sig, self._ask)
+        self.world, self.asked = world, False
+        self.before = {sig: signal.signal(sig, self._ask) for sig in (signal.SIGTERM, signal.SIGINT)}
 
     def _ask(self, *_):
         self.asked = True

@@ -13,16 +13,6 @@ from core import masked
 from core.common import UserError
 
 
-def needed():
-    """The lm_eval package. Raises UserError when it is not installed."""
-    try:
-        import lm_eval
-        import lm_eval.models.huggingface  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"--harness needs a package ({error}); install it with: pip install 'lm-eval[hf]'") from None
-    return lm_eval
-
-
 def twin_interface(student, tokenizer, calls, steps, seed):
     """The masked twin as the harness' LM: log-likelihoods are minus the bound."""
     from lm_eval.api.model import LM
@@ -30,8 +20,7 @@ def twin_interface(student, tokenizer, calls, steps, seed):
 
     class Twin(LM):
         def ids(self, context, rest):
-            head = tokenizer(context, add_special_tokens=False)["input_ids"] if context else []
-            both = tokenizer(context + rest, add_special_tokens=False)["input_ids"]
+            head, both = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (context, context + rest))
             same = next((i for i, (x, y) in enumerate(zip(head, both, strict=False)) if x != y), len(head))
             ids = torch.tensor([tokenizer.eos_token_id or 0, *both], device=student.shift.device)
             cut = max(0, len(ids) - most)                         # a token across the border belongs to the rest
@@ -75,9 +64,12 @@ def twin_interface(student, tokenizer, calls, steps, seed):
 
 
 def known(tasks, path):
-    """The harness' TaskManager. Raises UserError for an unknown task."""
-    needed()
-    from lm_eval.tasks import TaskManager
+    """The harness' TaskManager. Raises UserError where the package or a task is not there."""
+    try:
+        import lm_eval.models.huggingface  # noqa: F401
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UserError(f"--harness needs a package ({error}); install it with: pip install 'lm-eval[hf]'") from None
     manager = TaskManager(include_path=path or None, include_defaults=not path)
     unknown = [t for t in tasks if t not in manager.all_tasks]
     if unknown:
@@ -88,13 +80,13 @@ def known(tasks, path):
 
 def evaluate_models(models, tokenizer, tasks, path, limit, calls, seed):
     """models: name -> a transformers model or a masked.Student. Returns {name: {task: {metric: value}}}."""
-    lm_eval, manager, out = needed(), known(tasks, path), {}
+    manager, out = known(tasks, path), {}
+    from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     for name, model in models.items():
         face = twin_interface(model, tokenizer, calls, 64, seed) if isinstance(model, masked.Student) else HFLM(
             pretrained=model, tokenizer=tokenizer)
-        found = lm_eval.simple_evaluate(face, tasks=list(tasks), task_manager=manager, limit=limit or None,
-                                        bootstrap_iters=0)
+        found = simple_evaluate(face, tasks=list(tasks), task_manager=manager, limit=limit or None, bootstrap_iters=0)
         out[name] = {task: {k: v for k, v in row.items() if isinstance(v, (int, float))}
                      for task, row in found["results"].items()}
     return out

@@ -6,10 +6,8 @@
 
 Letters: N texts, T tokens, V vocabulary.
 """
-import collections
 import importlib.util
 import math
-import statistics
 import time
 import weakref
 
@@ -21,7 +19,7 @@ from torch.utils._pytree import tree_flatten
 
 from core.common import UserError
 
-SHAPE = ("entropy", "diversity", "rep_4", "distinct_2", "self_bleu")  # of a text, whoever judges it
+SHAPE = ("entropy", "diversity", "rep_4")  # of a text, whoever judges it
 
 
 # --------------------------------------------------------------------------------------------------------- texts
@@ -68,26 +66,6 @@ def repetition(ids, n):
     return 1 - len(set(grams)) / len(grams)
 
 
-def self_bleu(ids, order=4):
-    """Mean BLEU (n-grams up to `order`, uniform weights, no smoothing) of each text against all the others: how alike
-    they are. ids (N, T), N >= 2."""
-    if len(ids) < 2 or ids.shape[1] < order:
-        raise UserError(f"self-BLEU needs two texts of at least {order} tokens")
-    total = np.zeros((len(ids), order))
-    for n in range(1, order + 1):
-        counts = [collections.Counter(tuple(row[i:i + n]) for i in range(len(row) - n + 1)) for row in ids.tolist()]
-        first, second = collections.Counter(), collections.Counter()           # largest and next count over texts
-        for count in counts:
-            for gram, c in count.items():
-                high, low = first[gram], second[gram]
-                first[gram], second[gram] = max(high, c), max(low, min(high, c))
-        for i, count in enumerate(counts):
-            others = (second[g] if count[g] == first[g] else first[g] for g in count)
-            total[i, n - 1] = sum(map(min, count.values(), others)) / sum(count.values())
-    with np.errstate(divide="ignore"):
-        return float(np.exp(np.log(total).mean(1)).mean())                     # equal lengths: no brevity penalty
-
-
 @torch.no_grad()
 def mauve(lm, real, ids, prefix):
     """MAUVE (Pillutla et al. 2021) between what follows the prefix in `real` and in `ids`, both (N, T); features are
@@ -108,24 +86,22 @@ def gen_ppl(nll):
 
 def measure(lm, ids, prefix, second=None):
     """All metrics of what follows the prefix in ids (N, T), at one setting: gen_ppl by the judge lm, entropy, diversity
-    = product over n = 2, 3, 4 of the share of distinct n-grams, rep_4, distinct_2 (the share of different pairs within
-    a text, mean over texts), self_bleu; second_ppl by another judge, `second` = (lm, theirs, ours) of judge_text."""
+    = product over n = 2, 3, 4 of the share of distinct n-grams, rep_4; second_ppl by another judge, `second` = (lm,
+    theirs, ours) of judge_text."""
     new = ids[:, prefix:]
     more = {"second_ppl": gen_ppl(judge_text(*second, ids, prefix))} if second else {}
     return {**more, "gen_ppl": gen_ppl(judge(lm, ids, prefix)), "entropy": entropy(new),
-            "diversity": math.prod(1 - repetition(new, n) for n in (2, 3, 4)), "rep_4": repetition(new, 4),
-            "distinct_2": 1 - statistics.mean(repetition(row[None], 2) for row in new), "self_bleu": self_bleu(new)}
+            "diversity": math.prod(1 - repetition(new, n) for n in (2, 3, 4)), "rep_4": repetition(new, 4)}
 
 
 def at_entropy(points, target, key="gen_ppl"):
     """gen-PPL at real text's entropy: the number by which methods are compared, everywhere in this project.
 
     gen-PPL is how surprised a judge, the intact model, is by what a method wrote: exp of the mean -log p(token | what
-    is before it), all tokens of all texts alike. Alone it can be bought: a text that repeats itself is cheap, so every
-    method looks good when cold. The price is seen in the entropy of a text's own token histogram (nats, mean over
-    texts), so each method is drawn at several temperatures, its frontier, and read off where that entropy equals that
-    of the real continuations (`target`): linear in (entropy, log gen-PPL) between the two points around it. None if the
-    frontier never gets there: nothing is extrapolated."""
+    is before it). Alone it can be bought: a text that repeats itself is cheap. The price is seen in the entropy of a
+    text's own token histogram, so each method is drawn at several temperatures, its frontier, and read off where that
+    entropy equals that of the real continuations (`target`): linear in (entropy, log gen-PPL) between the two points
+    around it. None if the frontier never gets there: nothing is extrapolated."""
     points = sorted((p["entropy"], math.log(p[key])) for p in points)
     for (h0, y0), (h1, y1) in zip(points, points[1:]):
         if h0 <= target <= h1:

@@ -42,10 +42,13 @@ def atomic(path):
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path, value):
-    text = json.dumps(value, indent=1, allow_nan=False)
+def write_text(path, text):
     with atomic(path) as temporary:
-        temporary.write_text(text + "\n")
+        temporary.write_text(text)
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path, remedy="delete it and run again"):
@@ -63,15 +66,22 @@ def command():
 
 def provenance(world):
     """What a number must carry to be repeated."""
-    return {"command": command(), "python": platform.python_version(),
-            "torch": torch.__version__, "transformers": version("transformers"), "device": str(world.device),
-            "threads": torch.get_num_threads(), "processes": world.size}
+    return {"command": command(), "python": platform.python_version(), "torch": torch.__version__,
+            "transformers": version("transformers"), "device": str(world.device), "threads": torch.get_num_threads(),
+            "processes": world.size}
 
 
 def beside(out, name):
     """The folder `name` beside --out, or beside its parent (out/repr_align/w10 belongs to out)."""
     near, far = Path(out).parent / name, Path(out).parent.parent / name
     return far if not near.exists() and far.exists() else near
+
+
+FREE = {"device", "compile", "eval_every", "log_every", "save_every", "micro_batch", "recompute", "overlap", "jobs",
+        "bucket_mb", "dry_run", "out", "publish", "track", "keep_state",  # none of it changes the result of a run,
+        "model", "runs",  # nor does a path: the weights it leads to are part of a run's identity,
+        "preset"}  # nor a name for values that are compared themselves
+SHOWN = {"lr": ".1e", "mfu": ".0%", "tok/s": ",.0f"}  # in a line of the log
 
 
 class Clock:
@@ -90,12 +100,6 @@ class Clock:
         self.start += time.perf_counter() - now
 
 
-FREE = {"device", "compile", "eval_every", "log_every", "save_every", "micro_batch", "recompute", "overlap", "jobs",
-        "bucket_mb", "dry_run", "out", "publish", "track", "keep_state",  # none of it changes the result of a run,
-        "model", "runs",  # nor does a path: the weights it leads to are part of a run's identity,
-        "preset"}  # nor a name for values that are compared themselves
-
-
 def measures(cfg):
     """{flag: value} of the flags that only sample, measure or report: kept in result.json, beside what they shaped."""
     return {name: getattr(cfg, name) for name in getattr(cfg, "MEASURES", ())}
@@ -111,8 +115,6 @@ def differences(cfg, identity):
     about = read_json(Path(cfg.out) / "config.json").get("dihal", {})      # Hugging Face folders share the file
     there = {**{f.name: f.default for f in dataclasses.fields(cfg)}, **about.get("config", {})}
     here = {**dataclasses.asdict(cfg), **identity}
-    if there.get("dtype") == "auto":                                       # of an older run: the device decided
-        there["dtype"] = "bf16" if "cuda" in about.get("device", "") else "fp32"
     names = sorted({*there, *here} - FREE - set(measures(cfg)))
     return {k: (there.get(k), here.get(k)) for k in names if there.get(k) != here.get(k)}
 
@@ -139,16 +141,15 @@ def grows(cfg, differ):
     if set(differ) != {"steps"} or not hasattr(cfg, "keep_state"):         # a study's steps are those of its bridges
         return False
     out, (there, here) = Path(cfg.out), differ["steps"]
-    why = None
     if here < there:
         why = f"which is more than --steps {here}"
-    elif getattr(cfg, "schedule", "wsd") != "wsd" or getattr(cfg, "cooldown", 1.0) > 0:
+    elif getattr(cfg, "schedule", "wsd") != "wsd" or cfg.cooldown > 0:
         why = "whose learning rate was to end there: only a constant one (--cooldown 0) can go on"
     elif (out / "result.json").exists() and not (out / "state.pt").exists():
         why = "which kept no state to go on from (--keep_state does)"
-    if why:
-        raise UserError(f"{out} holds a run of {there} steps, {why}; choose another --out")
-    return True
+    else:
+        return True
+    raise UserError(f"{out} holds a run of {there} steps, {why}; choose another --out")
 
 
 def claim(out):
@@ -214,19 +215,21 @@ class Run:
         """One aligned line for people, one JSON line for programs."""
         if not self.world.main:
             return
-        print(" | ".join([f"step {step:05d}/{steps:05d}", *(f"{k} {_show(k, v)}" for k, v in values.items()
-                                                            if not isinstance(v, (list, dict)))]), flush=True)
+        numbers = {k: v for k, v in values.items() if isinstance(v, (int, float))}
+        shown = (f"{k} {v:{SHOWN.get(k, '.4f' if isinstance(v, float) else '')}}" for k, v in numbers.items())
+        print(" | ".join([f"step {step:05d}/{steps:05d}", *shown]), flush=True)
+        lost = {k: None for k, v in numbers.items() if not math.isfinite(v)}        # JSON has no NaN
         with open(self.out / "log.jsonl", "a") as f:
-            finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in values.items()}
-            f.write(json.dumps({"step": step, **finite}) + "\n")
-        self.track(step, {k: v for k, v in finite.items() if isinstance(v, (int, float))})
+            f.write(json.dumps({"step": step, **values, **lost}) + "\n")
+        self.track(step, {k: v for k, v in numbers.items() if k not in lost})
 
     def progress(self, step, steps, clock, tokens, flops, **values):
         """`log` with the speed of `tokens` a step at `flops` a token: tok/s, MFU, peak memory, seconds to go."""
-        seconds, done = clock.seconds(), max(1, step)
-        speed = tokens * done / seconds
-        self.log(step, steps, **values, **{"tok/s": speed}, mfu=speed * flops / (peak_flops(self.world.device)
-                 * self.world.size), mem=memory_gib(self.world.device), eta=round((steps - step) * seconds / done))
+        seconds, device = clock.seconds(), self.world.device
+        speed = tokens * step / seconds
+        mfu = speed * flops / (peak_flops(device) * self.world.size)
+        self.log(step, steps, **values, **{"tok/s": speed}, mfu=mfu, mem=memory_gib(device),
+                 eta=round((steps - step) * seconds / step))
 
     def save(self, step, clock, modules, optimizers, **more):
         """state.pt: all that a step depends on. Data and noise are functions of the step: no generator is in it."""
@@ -256,7 +259,7 @@ class Run:
         self.say(f"resuming at step {state['step']}")
         if state["processes"] != self.world.size:
             self.say(f"on {self.world.size} processes instead of {state['processes']}: equal up to rounding")
-        if state.get("device", self.world.device.type) != self.world.device.type:
+        if state["device"] != self.world.device.type:
             self.say(f"on {self.world.device.type} instead of {state['device']}: noise drawn from here on is another")
         return state
 
@@ -270,7 +273,7 @@ class Run:
         """section.md, then result.json: the last one's presence means that everything else is there."""
         self.result = {**result, "section": digest(section), "measures": self.measures, **provenance(self.world)}
         if self.world.main:
-            write_section(self.out, section)
+            write_text(self.out / "section.md", section)
             write_json(self.out / "result.json", self.result)
             if not self.keep_state:
                 (self.out / "state.pt").unlink(missing_ok=True)
@@ -286,12 +289,6 @@ class Run:
 # ------------------------------------------------------------------------------------------------------- sections
 def digest(text):
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def write_section(folder, text):
-    """section.md: it begins with its heading and shows figures by their names in this folder."""
-    with atomic(Path(folder) / "section.md") as temporary:
-        temporary.write_text(text)
 
 
 def read_section(folder):
@@ -325,20 +322,9 @@ TRACKERS = {"": _nothing, "wandb": _wandb, "tensorboard": _tensorboard}
 
 
 def card(out, title, base, about):
-    """README.md of a saved model, as Hub users expect it: base_model (a Hub id; a local folder's name means nothing to
-    others), what it is, the command, and what is a number in `about`."""
+    """README.md of a saved model, as the Hub expects it: base_model (if a Hub id), the command, `about`'s numbers."""
     base = f"base_model: {base}\n" if base and not Path(base).exists() else ""
     form = {int: ",", float: ".4g"}
     numbers = "".join(f"- {k}: {v:{form[type(v)]}}\n" for k, v in about.items() if type(v) in form)
-    with atomic(Path(out) / "README.md") as temporary:
-        temporary.write_text(f"---\n{base}library_name: transformers\npipeline_tag: text-generation\n"
-                             f"tags: [nanodihal]\n---\n\n# {title}\n\nMade by `{command()}`.\n\n{numbers}")
-
-
-SHOWN = {"lr": ".1e", "mfu": ".0%", "tok/s": ",.0f"}
-
-
-def _show(key, value):
-    if key == "mfu" and not math.isfinite(value):
-        return "-"
-    return format(value, SHOWN.get(key, ".4f" if isinstance(value, float) else ""))
+    write_text(Path(out) / "README.md", f"---\n{base}library_name: transformers\npipeline_tag: text-generation\n"
+               f"tags: [nanodihal]\n---\n\n# {title}\n\nMade by `{command()}`.\n\n{numbers}")

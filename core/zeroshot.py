@@ -39,13 +39,12 @@ def questions(tokenizer, kind, count, seed):
             right, wrong = ("    ", "\n") if opened else ("\n", "    ")
         head = tokenizer(context, add_special_tokens=False)["input_ids"]
         first = [tokenizer(context + end + "x", add_special_tokens=False)["input_ids"] for end in (right, wrong)]
-        if all(ids[:len(head)] == head and len(ids) > len(head) for ids in first):
-            one, two = first[0][len(head)], first[1][len(head)]
-        else:  # the continuation merges with the context's last tokens: ask for the first one that differs
-            same = next((i for i, (x, y) in enumerate(zip(*first, strict=False)) if x != y), 0)
-            head, one, two = first[0][:same], first[0][same], first[1][same]
+        n = len(head)
+        if any(ids[:n] != head or len(ids) == n for ids in first):  # merged with the context: the first that differs
+            n = next((i for i, (x, y) in enumerate(zip(*first, strict=False)) if x != y), 0)
+        one, two = first[0][n], first[1][n]
         if one != two:
-            out.append(([tokenizer.eos_token_id or 0, *head], one, two))
+            out.append(([tokenizer.eos_token_id or 0, *first[0][:n]], one, two))
     return out
 
 
@@ -62,29 +61,27 @@ def next_logits(model, ids):
 def cloze(models, tokenizer, count, seed, device):
     """{model: {kind: accuracy}} over `count` questions a kind."""
     asked = {kind: questions(tokenizer, kind, count, seed) for kind in ("brackets", "imports", "indentation")}
-    out = {}
-    for name, model in models.items():
-        out[name] = {}
-        for kind, items in asked.items():
-            logits = (next_logits(model, torch.tensor([ids], device=device)) for ids, _, _ in items)
-            right = [bool(x[one] > x[two]) for x, (_, one, two) in zip(logits, items, strict=True)]
-            out[name][kind] = sum(right) / len(right)
-    return out
+
+    def right(model, ids, one, two):
+        logits = next_logits(model, torch.tensor([ids], device=device))                                       # (V,)
+        return bool(logits[one] > logits[two])
+    return {name: {kind: sum(right(model, *item) for item in items) / len(items) for kind, items in asked.items()}
+            for name, model in models.items()}
 
 
 @torch.no_grad()
 def bits_per_byte(model, rows, bytes_per_token, calls, seed):
     """(bits per byte, its standard error over estimator draws or None) of windows (N, T), first tokens given. A masked
     student's is an upper bound."""
-    count = rows.shape[0] * (rows.shape[1] - 1)
+    def bits(nats):
+        return nats / (rows.shape[0] * (rows.shape[1] - 1)) / math.log(2) / bytes_per_token
     if isinstance(model, masked.Student):
-        nats, error = masked.text_likelihood(model, list(rows), calls, seed)
-        return nats / count / math.log(2) / bytes_per_token, error / count / math.log(2) / bytes_per_token
+        return tuple(map(bits, masked.text_likelihood(model, list(rows), calls, seed)))
     nats = 0.0
     for ids in rows.split(8):
-        logits = model(ids, use_cache=False).logits[:, :-1].float()
+        logits = model(ids, use_cache=False).logits[:, :-1].float()                                     # (n, T-1, V)
         nats += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
-    return nats / count / math.log(2) / bytes_per_token, None
+    return bits(nats), None
 
 
 def windows_of(file, tokenizer, device):

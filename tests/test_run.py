@@ -82,16 +82,6 @@ def test_a_forks_new_flag_leaves_finished_runs_valid(tmp_path):
     assert run.differences(Config(str(tmp_path / "fork")), {"base": "b"}) == {"atom": (0.5, None)}
 
 
-@pytest.mark.parametrize("device, dtype", [("cpu", "fp32"), ("cuda:0", "bf16")])
-def test_an_old_runs_automatic_dtype_is_that_of_its_device(tmp_path, device, dtype):
-    make(Config(str(tmp_path / "r"), dtype="auto"))
-    about = run.read_json(tmp_path / "r" / "config.json")
-    run.write_json(tmp_path / "r" / "config.json", {"dihal": {**about["dihal"], "device": device}})
-    for name in ("fp32", "bf16"):
-        differ = run.differences(Config(str(tmp_path / "r"), dtype=name), {"base": "b"})
-        assert differ == ({} if name == dtype else {"dtype": (dtype, name)})
-
-
 def test_folders_that_are_no_run(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("precious")
