@@ -7,8 +7,7 @@
 
 Student = the AR weights with bidirectional attention on masked input; teacher = the same weights, frozen, causal, on
 the clean input. loss = CE + path * p_correct * CE + w * (1 - mean cosine over layers) on the positions whose next token
-is masked (REPR-ALIGN, arXiv 2605.06885; core/conversion.py). On the default toy the masked validation CE falls from 6.6
-to about 5.3 nats, with or without alignment. core/masked.py says what such a model can do, studies/twin.py uses it.
+is masked (REPR-ALIGN, arXiv 2605.06885; core/conversion.py). studies/twin.py uses the converted model.
 Writes an ordinary Hugging Face folder, section.md with convert.png, log.jsonl and result.json to --out.
 
 Letters: B batch, T tokens, L blocks, N held-out rows, w the weight of alignment.
@@ -23,8 +22,8 @@ import torch
 
 import data
 from core import backbone, optim, report
-from core.common import GradientSum, StopSignal, UserError, entry, parse, pick, pick_dtype, setup, split_batch
-from core.conversion import DISTANCES, POSITIONS, WEIGHTINGS, align_layers, conversion_loss, corrupt, flops_per_token
+from core.common import GradientSum, StopSignal, UserError, entry, parse, pick_dtype, setup, split_batch
+from core.conversion import POSITIONS, align_layers, conversion_loss, corrupt, flops_per_token
 from core.masked import ORDERS, Student, add_mask, fill, load_converted
 from core.run import Clock, Run, card, finished
 from core.shard import Whole, clip, is_sharded, means_to_sums, report_size, shard, whole
@@ -41,15 +40,12 @@ class Config:
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the teacher and of autocast
     random_init: bool = False   # random weights of the same shape
     align_weight: float = 10.0  # w (0: no alignment, no teacher)
-    align_layers: str = "all"   # states that are aligned: all, lower, middle, upper, or numbers of 0..L such as 0,4,8
-    align_distance: Literal[tuple(DISTANCES)] = "cosine"  # 1 - cosine, or squared error over the teacher's square
+    align_layers: str = "all"   # states that are aligned: all, or numbers of 0..L such as 0,4,8
     align_positions: Literal[tuple(POSITIONS)] = "next-masked"  # where: predictors of masked tokens, those, all
     path: float = 1.0           # weight of the p_correct * CE term (always on in the published code)
-    weighting: Literal[tuple(WEIGHTINGS)] = "mean"  # of CE: every masked token alike, or over its row's share of masks
-    freeze: str = "embed"       # parts that stay as they are: embed (and head), attention, mlp, comma-separated; none
+    freeze: Literal["embed", "none"] = "embed"  # what stays as it is: embeddings and head, or nothing
     shard: bool = False         # spread blocks of student and teacher over the processes (FSDP2; AdamW only)
-    schedule: Literal["wsd", "cosine"] = "wsd"  # of the learning rate, after the warm-up
-    cooldown: float = 0.5       # share of the run in which wsd descends to zero (0: constant, so that --steps may grow)
+    cooldown: float = 0.5       # share of the run in which lr descends to zero (0: constant, so that --steps may grow)
     train_tokens: int = 0       # use only the first so many training tokens (0: all): the low-data regime
     steps: int = 200            # optimizer steps
     batch_size: int = 16        # sequences a step, over all processes
@@ -84,20 +80,12 @@ PROMPT = "def main(args):"      # of the sample at the end
 
 
 # ---------------------------------------------------------------------------------------------------------- set-up
-def of_blocks(*endings):
-    return lambda lm: [m for block in lm.blocks for name, m in block.named_children() if name.endswith(endings)]
-
-
-PARTS = {"embed": lambda lm: [lm.model.get_input_embeddings(), lm.model.get_output_embeddings()],
-         "attention": of_blocks("attn", "attention"), "mlp": of_blocks("mlp")}
-
-
-def freeze(student, parts):
-    """Everything learns but `parts`, names of PARTS. The mask token's own vector always learns."""
+def freeze(student, what):
+    """Everything learns, but for "embed" neither embeddings nor head. The mask token's own vector always learns."""
     student.requires_grad_(True)
-    for part in parts.split(",") if parts != "none" else []:
-        for module in pick(PARTS, part, "--freeze")(student.lm):
-            module.requires_grad_(False)
+    if what == "embed":
+        student.lm.model.get_input_embeddings().requires_grad_(False)
+        student.lm.model.get_output_embeddings().requires_grad_(False)
 
 
 def load_models(cfg, model, tokenizer, world, dtype):
@@ -170,13 +158,6 @@ By order {by['order']} in {by['sample_steps']} steps:
 """
 
 
-def draw(result, path):
-    with report.figure(path) as axes:
-        axes[0, 0].plot([row[0] for row in result["curve"]], [row[1] for row in result["curve"]], "o-", markersize=3,
-                        color=report.BLUE)
-        axes[0, 0].set(title=f"CONVERT: masked CE, w = {result['w']:g}", xlabel="step", ylabel="nats a masked token")
-
-
 def publish(run, cfg, result, model, student, tokenizer):
     """Save the model; sample from it; write the section, the figure, the model card and the result."""
     student.fold()
@@ -187,7 +168,11 @@ def publish(run, cfg, result, model, student, tokenizer):
     if run.world.main:
         backbone.save_model(student.lm.model, tokenizer, run.out, **weights)
         card(run.out, "A masked diffusion language model", "" if Path(model).exists() else model, result)
-        draw(result, run.out / "convert.png")
+        with report.figure(run.out / "convert.png") as axes:
+            steps, ce, _ = zip(*result["curve"], strict=True)
+            axes[0, 0].plot(steps, ce, "o-", markersize=3, color=report.BLUE)
+            axes[0, 0].set(title=f"CONVERT: masked CE, w = {result['w']:g}", xlabel="step",
+                           ylabel="nats a masked token")
     run.world.barrier()
     run.finish(result, section(result))
 
@@ -217,7 +202,7 @@ def main(argv):
     config = backbone.read_config(model, cfg.seq_len)
     layers = align_layers(cfg.align_layers, config.num_hidden_layers)
     if cfg.dry_run:
-        return report_size(cfg, config, world, dtype)
+        return report_size(cfg, config, world, micro, dtype)
 
     tokenizer = backbone.load_tokenizer(model)
     shards, _ = data.shards_beside(cfg, tokenizer, world)
@@ -236,12 +221,10 @@ def main(argv):
     for step in range(state["step"], cfg.steps):
         if step % cfg.eval_every == 0:
             with clock.paused():
-                curve = [row for row in curve if row[0] < step]
                 curve.append([step, *validate(student, teacher, held_out, cfg, world)])
                 run.log(step, cfg.steps, val_loss=curve[-1][1])
         # 1 masks of the whole batch, text of this process: functions of (seed, step, slot)
         is_mask = corrupt(cfg.seq_len, cfg.seed, "mask", step, range(cfg.batch_size)).to(world.device)   # (B, T)
-        weights = WEIGHTINGS[cfg.weighting](is_mask).to(world.device)                                    # (B,)
         count = max(1, is_mask.sum().item())
         spots = max(1, POSITIONS[cfg.align_positions](is_mask).sum().item())
         sums = torch.zeros(2 + student.lm.L)
@@ -249,9 +232,8 @@ def main(argv):
             ids = train.batch(cfg.seed, step, some.tolist(), cfg.batch_size)[:, :-1].to(world.device)    # (b, T)
             # 2 gradient of the mean over the whole batch's masked tokens and aligned states
             with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
-                loss = conversion_loss(student, teacher, ids, is_mask[some], cfg.path, layers, cfg.align_distance,
-                                       cfg.align_positions)
-            ((loss.each * weights[some][loss.row]).sum() + cfg.align_weight * loss.apart / spots).backward()
+                loss = conversion_loss(student, teacher, ids, is_mask[some], cfg.path, layers, cfg.align_positions)
+            (loss.each.sum() / count + cfg.align_weight * loss.apart / spots).backward()
             sums += torch.cat([loss.ce[None] / count, loss.cosines / spots]).cpu()
         means_to_sums(params, world)
         gradients.finish()
@@ -260,7 +242,7 @@ def main(argv):
         if not math.isfinite(norm):
             raise UserError(f"the loss or its gradient stopped being finite at step {step}; lower --lr and run again "
                             f"({cfg.out} keeps the last good state)")
-        optim.step_all(optimizers, optim.share_at(step, cfg.steps, cfg.warmup, cfg.cooldown, cfg.schedule))
+        optim.step_all(optimizers, optim.share_at(step, cfg.steps, cfg.warmup, cfg.cooldown))
         for p in params:
             p.grad = None
         # 4 report, save (at the end too, before anything is measured), leave when asked
@@ -279,7 +261,7 @@ def main(argv):
 
     seconds, tokens = clock.seconds(), cfg.steps * cfg.batch_size * cfg.seq_len
     curve.append([cfg.steps, *validate(student, teacher, held_out, cfg, world)])
-    flags = ("align_layers", "align_distance", "align_positions", "weighting", "freeze", "schedule", "train_tokens")
+    flags = ("align_layers", "align_positions", "freeze", "train_tokens")
     publish(run, cfg, {
         "val_loss": curve[-1][1], "curve": curve, "w": cfg.align_weight, "cosine": curve[-1][2], "steps": cfg.steps,
         "batch_size": cfg.batch_size, "seq_len": cfg.seq_len, "tokens": tokens, "tokens_per_s": tokens / seconds,

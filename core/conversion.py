@@ -1,8 +1,8 @@
 """conversion.py: what REPR-ALIGN minimises: which tokens are masked, and the loss of a student beside its teacher.
 
     is_mask = corrupt(T, seed, "mask", step, slots)
-    loss = conversion_loss(student, teacher, ids, is_mask, path=1.0)        # Losses: sums over positions
-    total = (loss.each * weights[loss.row]).sum() + w * loss.apart / spots
+    loss = conversion_loss(student, teacher, ids, is_mask, path=1.0)        # Losses
+    total = loss.each.sum() / count + w * loss.apart / spots
 
 Letters: B batch, T tokens, D hidden width, L blocks, V vocabulary, r the share of masked tokens, n masked tokens.
 """
@@ -28,34 +28,22 @@ def corrupt(T, seed, purpose, step, slots, r=None):
     return is_mask
 
 
-# What a masked token's CE counts, for each row of the whole batch (B,): the same for all, or as in the ELBO, one over
-# its row's share of masks. Either way the expected total is that of a mean.
-WEIGHTINGS = {"mean": lambda is_mask: torch.full((len(is_mask),), 1 / max(1, is_mask.sum().item())),
-              "1/t": lambda is_mask: 1 / (is_mask.sum(1).clamp_min(1) * len(is_mask))}
-
-
 # ------------------------------------------------------------------------------------------------------- alignment
 # Where states are compared, (B, T-1). The loss sits on the states that predict a masked token: i where token i+1 is
 # masked, since the AR model's next-token shift is kept. Alignment looks at the same states unless told otherwise.
 POSITIONS = {"next-masked": lambda is_mask: is_mask[:, 1:],
              "masked": lambda is_mask: is_mask[:, :-1],
              "all": lambda is_mask: torch.ones_like(is_mask[:, 1:])}
-# How far our state is from the teacher's, (n,) from both (n, D) and their cosine (n,)
-DISTANCES = {"cosine": lambda ours, theirs, cosine: 1 - cosine,
-             "l2": lambda ours, theirs, cosine: (ours - theirs).square().sum(-1) / theirs.square().sum(-1)}
-THIRDS = {"all": (0, 1), "lower": (0, 1 / 3), "middle": (1 / 3, 2 / 3), "upper": (2 / 3, 1)}
 
 
 def align_layers(name, L):
     """--align_layers -> which of the states 0 (embeddings) to L (the normed final state) are aligned; the published
     loss takes all of them, each with the same weight."""
-    if name in THIRDS:
-        lo, hi = THIRDS[name]
-        found = {i for i in range(L + 1) if lo * (L + 1) <= i < hi * (L + 1)}
-    else:
-        found = {int(part) if part.isdigit() else L + 1 for part in name.split(",")}
-    if not found or max(found) > L:
-        raise UserError(f"--align_layers {name} must be {', '.join(THIRDS)} or numbers of 0..{L} such as 0,4,8")
+    if name == "all":
+        return set(range(L + 1))
+    found = {int(part) if part.isdigit() else L + 1 for part in name.split(",")}
+    if max(found) > L:
+        raise UserError(f"--align_layers {name} must be all or numbers of 0..{L} such as 0,4,8")
     return found
 
 
@@ -70,39 +58,36 @@ def teacher_states(lm, ids):
 
 # ------------------------------------------------------------------------------------------------------------ loss
 class Losses(NamedTuple):
-    """The last three are sums over positions, so that any split of a batch adds up to the same."""
+    """All but the first are sums over positions, so that any split of a batch adds up to the same."""
     each: torch.Tensor     # (n,) CE and path term of every masked token
-    row: torch.Tensor      # (n,) the row it stands in
-    apart: torch.Tensor    # () distance from the teacher, mean over the aligned layers
+    apart: torch.Tensor    # () 1 - cosine, mean over the aligned layers
     ce: torch.Tensor       # () CE in nats
-    cosines: torch.Tensor  # (L+1,) with the teacher's state of each layer; NaN where it was not computed
+    cosines: torch.Tensor  # (L+1,) with the teacher's state of each layer; NaN without a teacher
 
 
-def conversion_loss(student, teacher, ids, is_mask, path, layers=None, distance="cosine", positions="next-masked"):
+def conversion_loss(student, teacher, ids, is_mask, path, layers=None, positions="next-masked"):
     """Losses on ids (B, T), masked where is_mask (B, T). No teacher: no alignment. No layers: all.
 
-    1 student and teacher in step, distances summed layer by layer, never stacked  2 CE of token i+1 from state i, where
+    1 student and teacher in step, cosines summed layer by layer, never stacked  2 CE of token i+1 from state i, where
     token i+1 is masked  3 path term: CE again, weighted by the model's own confidence."""
-    measure = pick(DISTANCES, distance, "--align_distance")
     where = pick(POSITIONS, positions, "--align_positions")(is_mask)                   # (B, T-1)
     layers = set(range(student.lm.L + 1)) if layers is None else layers
     clean = teacher_states(teacher, ids) if teacher is not None else None
     apart = ids.new_zeros((), dtype=torch.float32)
     cosines = torch.full((student.lm.L + 1,), torch.nan, device=ids.device)
     for i, h in enumerate(student.states(ids, is_mask)):
-        if clean is not None and (i <= max(layers) or not torch.is_grad_enabled()):    # no teacher above the asked
+        if clean is not None:
             with torch.no_grad():
                 theirs = next(clean)[:, :-1][where].float()                            # (n, D)
-            ours = h[:, :-1][where].float()
-            cosine = F.cosine_similarity(ours, theirs, dim=-1)                         # (n,)
+            cosine = F.cosine_similarity(h[:, :-1][where].float(), theirs, dim=-1)     # (n,)
             cosines[i] = cosine.detach().sum()
             if i in layers:
-                apart = apart + measure(ours, theirs, cosine).sum() / len(layers)
+                apart = apart + (1 - cosine).sum() / len(layers)
     predicts = is_mask[:, 1:]                                                          # (B, T-1)
     logits = student.logits(h[:, :-1][predicts])                                       # (n, V)
     ce = F.cross_entropy(logits, ids[:, 1:][predicts], reduction="none")               # (n,)
     each = ce + path * torch.exp(-ce).detach() * ce
-    return Losses(each, predicts.nonzero()[:, 0], apart, ce.detach().sum(), cosines)
+    return Losses(each, apart, ce.detach().sum(), cosines)
 
 
 def flops_per_token(lm, T, teacher):

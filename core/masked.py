@@ -9,7 +9,6 @@ is always visible and likelihoods run over the other T-1.
 
 Letters: B batch, T tokens, D hidden width, V vocabulary, N = T-1 tokens that can be masked, k of them masked.
 """
-import functools
 import math
 from pathlib import Path
 
@@ -39,13 +38,13 @@ class Student(nn.Module):
         h = self.lm.embed(ids.masked_fill(is_mask, self.mask_id), positions)           # (B, T, D)
         return h + (is_mask[..., None] * self.shift).to(h.dtype)
 
-    def states(self, ids, is_mask, attention_mask=None, cache=None):
-        """Yields h[0], ..., h[L-1] and the normed h[L], each (B, T, D), one at a time: never stacked. attention_mask
-        (B, T) is 0 on padding. With a `cache` the tokens follow those in it, which cannot see them."""
+    def states(self, ids, is_mask, cache=None):
+        """Yields h[0], ..., h[L-1] and the normed h[L], each (B, T, D), one at a time: never stacked. With a `cache`
+        the tokens follow those in it, which cannot see them."""
         past = cache.get_seq_length() if cache is not None else 0
         positions = torch.arange(past, past + ids.shape[1], device=ids.device)[None]   # (1, T)
         yield (h := self.embed(ids, is_mask, positions))
-        side = self.lm.side(h, positions, attention_mask, cache, causal=False)
+        side = self.lm.side(h, positions, cache=cache, causal=False)
         for i in range(self.lm.L):
             h = self.lm.block(h, i, side)
             yield h if i < self.lm.L - 1 else self.lm.norm(h)
@@ -65,9 +64,8 @@ class Student(nn.Module):
 
 
 def add_mask(lm, tokenizer):
-    """Where the mask token comes from: the tokenizer's own, else a new one. Returns its id. Its embedding is a spare
-    row of the table, else the vocabulary grows by a row that starts as the mean of the others (the library would draw
-    it at random, and two arms would differ). What is learned of it is Student.shift."""
+    """The id of the mask token: the tokenizer's own, else a new one. Its embedding is a spare row of the table, else
+    a new row that starts as the mean of the others (the library would draw it at random: two arms would differ)."""
     if tokenizer.mask_token_id is None:
         tokenizer.add_special_tokens({"mask_token": MASK})
     if tokenizer.mask_token_id >= lm.V:
@@ -137,10 +135,9 @@ def fill(model, ids, is_mask, steps, temperature=0.8, seed=0, order="confidence"
          watch=None):
     """Fill the masked positions of ids (B, T) in `steps` steps. Position 0 must be visible.
 
-    Each step: 1 logits of all masked tokens  2 draw a token for each, in float64  3 reveal the most certain ones by
-    `order`, enough to be done in time. With `block_size`, positions are filled left to right in blocks of so many,
-    `steps` shared out among them; what lies before a block is cached and does not see it. `watch` is called with
-    (ids, is_mask) of the stretch being filled after every step."""
+    With `block_size`, positions are filled left to right in blocks of so many, `steps` shared out among them; what lies
+    before a block is cached and does not see it. `watch` is called with (ids, is_mask) of the stretch being filled
+    after every step."""
     pick(ORDERS, order, "--order")
     if steps < 1:
         raise UserError("--sample_steps must be at least 1")
@@ -148,42 +145,39 @@ def fill(model, ids, is_mask, steps, temperature=0.8, seed=0, order="confidence"
         raise UserError("--top_p must lie in (0, 1], --top_k and --temperature must not be negative")
     if is_mask[:, 0].any():
         raise UserError("the first token cannot be a mask: give a prompt")
-    ids, is_mask = ids.clone(), is_mask.clone()
-    stretch = functools.partial(_fill_stretch, model, temperature=temperature, order=order, top_p=top_p, top_k=top_k,
-                                watch=watch)
-    if not block_size:
-        return stretch(ids, is_mask, steps, (seed, 0))
-    where = is_mask.any(0).nonzero()[:, 0]                                             # the first and last to fill
-    if len(where) == 0:
-        return ids
-    lo, hi = int(where[0]), int(where[-1]) + 1
-    if hi < ids.shape[1]:
-        raise UserError("blocks are filled left to right and see nothing after them: leave --suffix or --block_size "
-                        "out")
-    from transformers import DynamicCache
-    starts = list(range(lo, hi, block_size))
-    cache, known = DynamicCache(), 0                                                   # no windows: they are lifted
-    for number, start in enumerate(starts):
-        before = slice(known, start - 1)
-        for _ in model.states(ids[:, before], is_mask[:, before], cache=cache) if start - 1 > known else ():
-            pass                                                                       # what is filled joins the cache
-        known, end = start - 1, min(start + block_size, hi)
-        some = steps * (number + 1) // len(starts) - steps * number // len(starts)
-        ids[:, known:end] = stretch(ids[:, known:end], is_mask[:, known:end].clone(), max(1, some), (seed, number),
-                                    cache=cache, past=known)
-        is_mask[:, known:end] = False
+    ids, is_mask, T = ids.clone(), is_mask.clone(), ids.shape[1]
+    cache, known, stretches = None, 0, [(0, T)]
+    if block_size and is_mask.any():
+        from transformers import DynamicCache
+        if not is_mask[:, -1].any():
+            raise UserError("blocks are filled left to right and see nothing after them: leave --suffix or "
+                            "--block_size out")
+        cache, first = DynamicCache(), int(is_mask.any(0).nonzero()[0])                # no windows: they are lifted
+        stretches = [(lo - 1, min(lo + block_size, T)) for lo in range(first, T, block_size)]
+    for number, (lo, hi) in enumerate(stretches):
+        if lo > known:
+            for _ in model.states(ids[:, known:lo], is_mask[:, known:lo], cache=cache):
+                pass                                                                   # what is filled joins the cache
+            known = lo
+        some = steps * (number + 1) // len(stretches) - steps * number // len(stretches)
+        ids[:, lo:hi] = fill_stretch(model, ids[:, lo:hi], is_mask[:, lo:hi], max(1, some), temperature, (seed, number),
+                                     order, top_p, top_k, watch, cache)
+        is_mask[:, lo:hi] = False
     return ids
 
 
-def _fill_stretch(model, ids, is_mask, steps, key, temperature, order, top_p, top_k, watch, cache=None, past=0):
-    """The steps of `fill` on one stretch ids (B, T), whose first token is visible."""
-    drawn, asked = is_mask.clone(), is_mask.sum(1)                                     # what may be taken back; (B,)
-    takes_back = order in TAKES_BACK
+def fill_stretch(model, ids, is_mask, steps, temperature, key, order, top_p, top_k, watch, cache):
+    """`fill` on one stretch ids (B, T), whose first token is visible.
+
+    Each step: 1 logits of all masked tokens  2 draw a token for each, in float64  3 reveal the most certain ones by
+    `order`, enough to be done in time."""
+    past = cache.get_seq_length() if cache is not None else 0
+    asked, count = is_mask, is_mask.sum(1)                                             # (B, T); (B,)
     for step in range(steps):
-        left = is_mask.sum(1)                                                          # (B,)
-        if not takes_back and not left.any():
+        judged = asked if order in TAKES_BACK else is_mask                             # (B, T): all may be taken back
+        b, i = judged.nonzero(as_tuple=True)                                           # n positions of the batch
+        if len(b) == 0:
             break
-        b, i = (drawn if takes_back else is_mask).nonzero(as_tuple=True)               # n positions of the batch
         *_, normed = model.states(ids, is_mask, cache=cache)
         backbone.trim(cache, past)
         logits = model.logits(normed[b, i - 1]).double()                               # (n, V): token i from state i-1
@@ -194,13 +188,15 @@ def _fill_stretch(model, ids, is_mask, steps, key, temperature, order, top_p, to
         score = torch.full(ids.shape, -torch.inf, dtype=torch.float64, device=ids.device)
         score[b, i] = ORDERS[order](logits, standing, u[1]).double()
         rank = score.argsort(dim=-1, descending=True, stable=True).argsort(-1)         # (B, T): 0 is the most certain
-        still = (asked * (1 - (step + 1) / steps)).floor().long()                      # masks that p2 leaves
-        keep = asked - still if takes_back else -(-left // (steps - step))             # ceil: done at the last step
+        if order in TAKES_BACK:
+            keep = count - (count * (1 - (step + 1) / steps)).floor().long()           # (B,)
+        else:
+            keep = -(-is_mask.sum(1) // (steps - step))                                # ceil: done at the last step
         chosen = rank < keep[:, None]
         fresh = ids.clone()
         fresh[b, i] = token
         ids = torch.where(chosen & is_mask, fresh, ids)
-        is_mask = (drawn if takes_back else is_mask) & ~chosen
+        is_mask = judged & ~chosen
         if watch is not None:
             watch(ids, is_mask)
     return ids
@@ -220,22 +216,18 @@ def likelihood(model, ids, calls=64, seed=0, context=1, batch=16, key=0):
     """(bound, standard error) in nats of -log p(ids[context:] | ids[:context]) for one text ids (T,).
 
     -log p <= E_k [ (N/k) sum of CE over k masked tokens ], k uniform on 1..N, the k tokens a uniform subset: the exact
-    mask-count form of the masked diffusion ELBO (Ou et al. 2024; Nie et al. 2025, equation 6), here stratified over k,
-    which removes the variance between counts."""
-    T = len(ids)
-    N = T - context
+    mask-count form of the masked diffusion ELBO (Ou et al. 2024; Nie et al. 2025, equation 6), stratified over k."""
+    N = len(ids) - context
     if N < 1 or context < 1:
         raise UserError("a text needs a visible first token and one to judge")
     if calls < 4 or calls % 2:
         raise UserError("the likelihood needs an even number of calls, at least 4")
-    counts, values = strata(N, calls, seed, "count", key), []
-    for lo in range(0, calls, batch):
-        some = counts[lo:lo + batch]
-        is_mask = torch.zeros(len(some), T, dtype=torch.bool, device=ids.device)
-        for row, (i, k) in enumerate(enumerate(some, lo)):
-            is_mask[row, torch.from_numpy(context + generator(seed, "subset", key, i).permutation(N)[:k])] = True
-        values.append(masked_ce(model, ids, is_mask) * N / torch.from_numpy(some))
-    pairs = torch.cat(values).view(-1, 2)                                              # (calls / 2, 2)
+    counts = strata(N, calls, seed, "count", key)
+    is_mask = torch.zeros(calls, len(ids), dtype=torch.bool, device=ids.device)
+    for i, k in enumerate(counts):
+        is_mask[i, torch.from_numpy(context + generator(seed, "subset", key, i).permutation(N)[:k])] = True
+    ce = torch.cat([masked_ce(model, ids, some) for some in is_mask.split(batch)])     # (calls,)
+    pairs = (ce * N / torch.from_numpy(counts)).view(-1, 2)                            # (calls / 2, 2)
     error = (pairs[:, 0] - pairs[:, 1]).square().sum().sqrt() / 2 / len(pairs)         # a pair's mean errs by |a-b|/2
     return pairs.mean().item(), error.item()
 

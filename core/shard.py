@@ -3,7 +3,7 @@
     shard([student.lm, teacher], world, dtype)          # before the optimizer is built
     thing = Whole(student, world)                       # state_dict() with whole tensors: any number of processes
     norm = clip(params, 1.0, world)                     # of all shards together
-    report_size(cfg, config, world, dtype)              # what one GPU would hold
+    report_size(cfg, config, world, micro, dtype)       # what one GPU would hold
 
 Without --shard nothing here changes a model: every function takes whole tensors as they are.
 """
@@ -73,13 +73,11 @@ def distribute(t, like):
 
 
 class Whole:
-    """A module or an optimizer whose state is saved and loaded as whole tensors, sharded or not: a run may change its
-    number of processes."""
+    """A module or an optimizer whose state is saved as whole tensors: a run may change its number of processes."""
 
     def __init__(self, thing, world):
         self.thing, self.world = thing, world
-        groups = getattr(thing, "param_groups", [])
-        self.params = [p for g in groups for p in g["params"]]
+        self.params = [p for group in getattr(thing, "param_groups", []) for p in group["params"]]
 
     def state_dict(self):
         if not self.params:  # a module, each tensor once: a Backbone holds its blocks under several names
@@ -97,9 +95,8 @@ class Whole:
         self.thing.load_state_dict({**saved, "state": state})
 
 
-def report_size(cfg, config, world, dtype):
-    """--dry_run: parameters, gigabytes on one GPU by component (with --shard over the processes, 8 if started without
-    torchrun), FLOPs a token."""
+def report_size(cfg, config, world, micro, dtype):
+    """--dry_run: parameters, gigabytes on one GPU by component (with --shard: one of 8, unless torchrun says)."""
     from transformers import AutoModelForCausalLM
     print("\n".join(f"  {k} = {v}" for k, v in vars(cfg).items()))
     with torch.device("meta"):
@@ -107,7 +104,7 @@ def report_size(cfg, config, world, dtype):
     inside = sum(p.numel() for p in lm.blocks.parameters())
     outside = sum(p.numel() for p in lm.parameters()) - inside
     ways = (world.size if world.size > 1 else 8) if cfg.shard else 1
-    tokens = (cfg.micro_batch or max(1, cfg.batch_size // world.size)) * cfg.seq_len
+    tokens = micro * cfg.seq_len
     wide = getattr(config, "intermediate_size", 4 * lm.D)
     moments = 4 if cfg.lr > 0 and not cfg.shard else 8                      # bytes: Muon keeps one, AdamW two
     gb = {"student": 4 * (inside / ways + outside), "gradients": 4 * inside / ways,
@@ -117,8 +114,8 @@ def report_size(cfg, config, world, dtype):
           "activations": tokens * lm.L * (16 * lm.D + 4 * wide) * dtype.itemsize,  # saved for backward, a rough count
           "logits": tokens / 2 * lm.V * 4 * 3}                                     # half of the tokens are masked
     total, flops = sum(gb.values()) / 1e9, flops_per_token(lm, cfg.seq_len, cfg.align_weight > 0)
-    print(f"{inside + outside:,} parameters, {inside:,} of them in {lm.L} blocks; GB on one GPU, {ways}-way shards: "
-          + ", ".join(f"{k} {v / 1e9:.2f}" for k, v in gb.items())
-          + f"; together {total:.1f}, which {'fits' if total < 80 else 'does NOT fit'} 80 GB\n"
-          f"{flops:.3e} FLOPs a token: {0.5 * 989e12 / flops:,.0f} tokens/s a GPU at 50% of 989 TFLOP/s")
+    parts = ", ".join(f"{k} {v / 1e9:.2f}" for k, v in gb.items())
+    print(f"{inside + outside:,} parameters, {inside:,} of them in {lm.L} blocks; {flops:.3e} FLOPs a token\n"
+          f"GB on one GPU, {ways}-way shards: {parts}; together {total:.1f}, which "
+          f"{'fits' if total < 80 else 'does NOT fit'} 80 GB")
     return {"gigabytes": total, "flops_per_token": flops}

@@ -148,17 +148,6 @@ def test_an_order_is_a_function_and_a_line(monkeypatch):
         fill(s, IDS, HIDE, 4, order="best")
 
 
-def test_padding_changes_nothing():
-    s, none = student(), torch.zeros(3, 16, dtype=torch.bool)
-    *_, want = s.states(IDS, none)
-    ids = torch.cat([IDS, torch.full((3, 3), 7)], 1)
-    keep = torch.cat([torch.ones(3, 16), torch.zeros(3, 3)], 1)
-    *_, got = s.states(ids, ids < 0, keep)
-    assert torch.allclose(got[:, :16], want, atol=1e-5)
-    *_, open_ = s.states(ids, ids < 0)
-    assert not torch.allclose(open_[:, :16], want, atol=1e-4)
-
-
 # ----------------------------------------------------------------------------------------------------- likelihood
 def by_orders(s, ids, context):
     """The ELBO as an average over all orders of revealing tokens one by one: a definition without mask counts."""
@@ -240,14 +229,12 @@ def test_refusals_of_the_twin(runs, capsys, tmp_path):
 
 def test_flags_of_the_arms(runs, text, tmp_path, capsys):
     argv = f"--preset tiny --model {runs}/toy --steps 3 --data {text}".split()
-    for flags in ("--align_distance l2 --align_positions all --align_layers lower",
-                  "--weighting 1/t --freeze embed,mlp --cooldown 0",
-                  "--align_positions masked --align_layers 0,4 --schedule cosine --freeze none"):
-        out = tmp_path / "arms" / flags.replace("/", "_").replace(" ", "")
+    for flags in ("--align_positions all --align_layers 1", "--align_positions masked --freeze none --cooldown 0"):
+        out = tmp_path / "arms" / flags.replace(" ", "")
         assert 0 < repr_align.main([*argv, *flags.split(), "--out", str(out)])["val_loss"] < 20
     x = [*argv, "--out", tmp_path / "x" / "y"]
     assert "numbers of 0..4" in fails(capsys, repr_align.main, *x, "--align_layers", "9")
-    assert "there are embed, attention, mlp" in fails(capsys, repr_align.main, *x, "--freeze", "head")
+    assert "invalid choice" in fails(capsys, repr_align.main, *x, "--freeze", "head")
     assert "torchrun" in fails(capsys, repr_align.main, *x, "--shard")
 
 
