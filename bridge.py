@@ -82,8 +82,7 @@ class Config:
     lr_adam: float = 2e-3       # AdamW, for everything else
     weight_decay: float = 0.01  # decoupled
     warmup: int = 20            # steps
-    schedule: Literal["wsd", "cosine"] = "wsd"  # of the learning rate, after the warm-up
-    cooldown: float = 1.0       # share of the run in which wsd descends to zero
+    cooldown: float = 1.0       # share of the run in which the learning rate descends to zero (0: constant)
     clip: float = 1.0           # gradient norm
     skip: int = 4               # first positions of a sequence (attention sinks): own loss scale, reported apart
     calibration: int = 64       # sequences for mu and sigma
@@ -113,6 +112,7 @@ PRESETS = {
            "ema": 0.9995, "lr": 0.01, "lr_adam": 3e-4, "warmup": 500, "eval_every": 2000, "save_every": 500},
 }
 
+
 # ---------------------------------------------------------------------------------------------- one micro-batch
 class Batch(NamedTuple):
     """One micro-batch of b sequences; all of it is a function of (seed, step, slot), whoever draws it."""
@@ -129,8 +129,8 @@ def draw(cfg, train, D, device, step, slots):
     t = times(cfg.times, cfg.t_mean, cfg.seed, step, slots, cfg.atom)
     noise = torch.stack([normal((cfg.seq_len, D), device, cfg.seed, "noise", step, s) for s in slots])
     seen = torch.tensor([cfg.self_condition and generator(cfg.seed, "self", step, s).random() < 0.5 for s in slots])
-    unknown = hide(cfg.visible, cfg.seq_len, cfg.seed, step, slots)
-    return Batch(*(None if x is None else x.to(device) for x in (ids, t, noise, seen, unknown)))
+    parts = ids, t, noise, seen, hide(cfg.visible, cfg.seq_len, cfg.seed, step, slots)
+    return Batch(*(None if part is None else part.to(device) for part in parts))
 
 
 def losses(lm, net, batch, layer, cfg, dtype):
@@ -346,7 +346,7 @@ def main(argv):
             raise UserError(f"the loss or its gradient stopped being finite at step {step}{where}; lower --lr and run "
                             f"again ({cfg.out} keeps the last good state)")
         # 4 step, running mean of the weights
-        optim.step_all(optimizers, optim.share_at(step, cfg.steps, cfg.warmup, cfg.cooldown, cfg.schedule))
+        optim.step_all(optimizers, optim.share_at(step, cfg.steps, cfg.warmup, cfg.cooldown))
         with torch.no_grad():
             torch._foreach_lerp_(list(mean_net.parameters()), params, 1 - min(cfg.ema, (1 + step) / (10 + step)))
         for p in params:
@@ -376,8 +376,7 @@ def main(argv):
     # ------------------------------------------------------------------------------------------------- result
     val_loss, named = validate(lm, mean_net, held_out[:NOISE_ROWS], layer, cfg, world)
     if not world.main:  # the final numbers need the whole backbone: rank 0 alone loads it
-        world.barrier()
-        return None
+        return world.barrier()
     tokens = cfg.steps * cfg.batch_size * cfg.seq_len
     mfu = tokens / seconds * flops / (peak_flops(world.device) * world.size)
     info = {"layer": layer, "objective": cfg.objective, "visible": cfg.visible, "seed": cfg.seed, "model": model,

@@ -6,7 +6,6 @@ Why not AdamW alone: on the toy, after the same 1,000 steps, Muon reaches 3.51 n
 (LOG.md). torch.optim.Muon iterates in bf16, which is about 100x slower on CPUs without AVX512-BF16; this one iterates
 in fp32 there and stacks matrices of one shape into one product.
 """
-import math
 from collections import defaultdict
 
 import torch
@@ -68,13 +67,10 @@ def build(named, lr, lr_adam, weight_decay, inside="blocks."):
     return optimizers
 
 
-def share_at(step, steps, warmup, cooldown=1.0, schedule="wsd"):
-    """The share of the peak learning rate at `step`, after a linear warm-up. wsd: constant, then a linear descent to
-    zero over the last `cooldown` share of the run; cosine: half a cosine from one to zero."""
-    ramp = min(1.0, (step + 1) / max(1, warmup))
-    if schedule == "cosine":
-        return ramp * (1 + math.cos(math.pi * step / steps)) / 2
-    return ramp * min(1.0, (steps - step) / max(1.0, cooldown * steps))
+def share_at(step, steps, warmup, cooldown=1.0):
+    """The share of the peak learning rate at `step`: a linear warm-up, constant, then a linear descent to zero over the
+    last `cooldown` share of the run."""
+    return min(1.0, (step + 1) / max(1, warmup)) * min(1.0, (steps - step) / max(1.0, cooldown * steps))
 
 
 def step_all(optimizers, share):

@@ -382,7 +382,7 @@ def test_objectives_and_predictions_train(runs, tmp_path, text):
     for flags in (["--prediction", "v", "--source", "embedding", "--times", "uniform", "--sampler", "heun"],
                   ["--prediction", "eps"], ["--self_condition", "--t_mean", "1", "--recompute", "--atom", "0.5"],
                   ["--objective", "regression", "--loops", "2"],
-                  ["--schedule", "cosine", "--cooldown", "0.5"]):
+                  ["--cooldown", "0.5"]):
         result = bridge.main(command(runs, text, tmp_path / flags[-1], "--steps", "4", *flags))
         assert result["nfe"][max(result["nfe"])]["fvu"] > 0
 
