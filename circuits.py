@@ -193,7 +193,8 @@ def section(result):
         f"{result['layers']} blocks, {result['resamples']} sets of at most {result['pairs']} pairs that all analysed "
         "models solve; mean +- sd over sets and twins' seeds. Overlap is the Jaccard index, "
         f"{chance(k, result['edges']):.3f} by chance. The last columns: share of prompts still solved without some "
-        "components.", "",
+        "components." if any(found["usable"] for found in tasks.values()) else
+        "No task is solved often enough by the AR model and a twin.", "",
         report.table(["task", "model", "overlap with AR", "chance-adjusted", "itself, other prompts", "other seed",
                       "mean block (0: embedding)", "Gini", "left without the AR model's 3 strongest",
                       "without 3 random", "without 3 matched"], circuit_rows(result)), "",
