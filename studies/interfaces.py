@@ -34,7 +34,7 @@ import data
 from core import backbone, masked, metrics, optim, report
 from core.common import UserError, entry, parse, pick, setup
 from core.denoiser import Bridge
-from core.diffusion import position_noise, sample, times, token_loss
+from core.diffusion import position_noise, regress, sample, times, token_loss
 from core.draws import generator, normal
 from core.run import Run, finished, read_json, write_json
 from core.stats import paired, plus_minus, verdict
@@ -186,8 +186,9 @@ class Way:
 
     def law(self, net, ids, nfe, noise):
         """log p of the next token after every prefix of ids (B, T), for one noise (T, d) or (B, T, d): (B, T, V)."""
-        z = sample(net, self.condition(ids), nfe, noise)
-        return self.read(z) if self.diffuses else net.output(z).log_softmax(-1)
+        if self.diffuses:
+            return self.read(sample(net, self.condition(ids), nfe, noise))
+        return net.output(regress(net, self.condition(ids))).log_softmax(-1)
 
 
 def train(way, net, rows, cfg, seed):
