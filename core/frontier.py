@@ -95,7 +95,7 @@ def table(result):
                      plus_minus([r["mauve"] for r in group], ".2f") if group[0].get("mauve") else "-"])
     return markdown(["method", "calls", "gen-PPL at real entropy", "over real text",
                      *(["the same, second judge"] if second else []), "T there", "entropy", "diversity", "rep-4",
-                     "distinct-2", "self-BLEU", "MAUVE"], rows)
+                     "MAUVE"], rows)
 
 
 def ours(result):
