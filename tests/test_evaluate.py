@@ -8,15 +8,15 @@ import torch
 from conftest import fails, tiny_model
 
 import evaluate
-from core import backbone, denoiser, masked, report, run
+from core import backbone, denoiser, masked, run, zeroshot
 
 
 # ---------------------------------------------------------------------------------------------------- evaluate.py
 def test_questions_ask_for_what_they_say(runs):
     tokenizer = backbone.load_tokenizer(runs / "toy")
     for kind in ("brackets", "imports", "indentation"):
-        asked = evaluate.questions(tokenizer, kind, 12, 0)
-        assert len(asked) == 12 and asked == evaluate.questions(tokenizer, kind, 12, 0)
+        asked = zeroshot.questions(tokenizer, kind, 12, 0)
+        assert len(asked) == 12 and asked == zeroshot.questions(tokenizer, kind, 12, 0)
         for ids, right, wrong in asked:
             text, one, two = tokenizer.decode(ids[1:]), tokenizer.decode([right]), tokenizer.decode([wrong])
             assert one != two
@@ -27,24 +27,24 @@ def test_questions_ask_for_what_they_say(runs):
                 assert one[0] == ("]" if "[" in text else ")")
             elif kind == "indentation":
                 assert (" " in one) == ("return" not in text)           # "\n    " after the head of a function
-    assert len({right for _, right, _ in evaluate.questions(tokenizer, "brackets", 12, 0)}) > 1
+    assert len({right for _, right, _ in zeroshot.questions(tokenizer, "brackets", 12, 0)}) > 1
 
 
 def test_bits_per_byte_and_choices_of_a_known_model(runs):
     lm = backbone.Backbone(tiny_model("llama"))
     rows = torch.randint(3, 64, (5, 12))
     nats = torch.nn.functional.cross_entropy(lm.model(rows).logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
-    bits, error = evaluate.bits_per_byte(lm.model, rows, 4.0, 4, 0)
+    bits, error = zeroshot.bits_per_byte(lm.model, rows, 4.0, 4, 0)
     assert bits == pytest.approx(nats.item() / np.log(2) / 4, rel=1e-5) and error is None
     twin, _ = masked.load_converted(runs / "repr_align" / "w0", torch.device("cpu"), torch.float32)
-    bits, error = evaluate.bits_per_byte(twin, rows[:2, :2], 4.0, 4, 0)         # one token to guess: exact
+    bits, error = zeroshot.bits_per_byte(twin, rows[:2, :2], 4.0, 4, 0)         # one token to guess: exact
     exact = masked.masked_ce(twin, rows[0, :2], torch.tensor([[False, True]])) + masked.masked_ce(
         twin, rows[1, :2], torch.tensor([[False, True]]))
     assert bits == pytest.approx(exact.item() / 2 / np.log(2) / 4, rel=1e-5) and error == pytest.approx(0, abs=1e-9)
     ids = rows[:1]
-    assert torch.equal(evaluate.next_logits(lm.model, ids), lm.model(ids).logits[0, -1])
+    assert torch.equal(zeroshot.next_logits(lm.model, ids), lm.model(ids).logits[0, -1])
     student, _ = masked.load_converted(runs / "repr_align" / "w0", torch.device("cpu"), torch.float32)
-    logits = evaluate.next_logits(student, ids)
+    logits = zeroshot.next_logits(student, ids)
     hidden = torch.cat([torch.zeros_like(ids, dtype=torch.bool), torch.ones(1, 1, dtype=torch.bool)], 1)
     for token in (5, 9):
         want = masked.masked_ce(student, torch.cat([ids[0], torch.tensor([token])]), hidden)
@@ -52,13 +52,25 @@ def test_bits_per_byte_and_choices_of_a_known_model(runs):
 
 
 def test_the_verdict_is_what_the_numbers_say():
-    def of(gap, rows):
-        return {"nfe": {"1": {"ce_gap": gap, "fvu": 0.1, "ce_gap_rows": rows}}, "nfe_default": 1, "layer": 2}
-    low, high = of(0.1, [0.1, 0.11, 0.09, 0.1]), of(0.3, [0.3, 0.31, 0.3, 0.29])
-    assert "is ahead of" in report.verdict({"bridge": low, "regression": high})
-    assert "is behind" in report.verdict({"bridge": high, "regression": low})
-    assert "ties with" in report.verdict({"bridge": low, "regression": of(0.1, [0.09, 0.1, 0.11, 0.1])})
-    assert "cannot be told from" in report.verdict({"bridge": of(0.1, [0.1]), "regression": of(0.2, [0.2])})
+    def of(rows):
+        return {"nfe": {"1": {"kl_rows": rows, "ce_gap_rows": rows}}, "nfe_default": 1, "layer": 2}
+    low, high = of([0.1, 0.11, 0.09, 0.1]), of([0.3, 0.31, 0.3, 0.29])
+
+    def said(bridge, regression):
+        sentence, (_, cell) = evaluate.against_regression({"bridge": bridge, "regression": regression}, 0.02)
+        return sentence, cell
+    assert said(low, high)[1].startswith("by KL ahead by 0.2 nats") and "by CE ahead" in said(low, high)[0]
+    assert said(high, low)[1].startswith("by KL behind by 0.2 nats")
+    assert "ties within 0.02 nats" in said(low, of([0.101, 0.109, 0.091, 0.1]))[1]
+    assert "not known" in said(low, of([0.3, 0.01, 0.2, 0.02]))[1] and "n = 1" in said(of([0.1]), of([0.2]))[0]
+    assert all(len(said(x, y)[1]) <= 60 for x in (low, high) for y in (low, high))
+
+
+def test_markers_are_filled_and_nothing_else_is_touched():
+    text = "a\n<!-- x -->\nold\n<!-- /x -->\nb <!-- y -->\n<!-- /y -->\n"
+    once = evaluate.fill_markers(text, {"x": "new\nlines", "y": "\\1"})
+    assert once == "a\n<!-- x -->\nnew\nlines\n<!-- /x -->\nb <!-- y -->\n\\1\n<!-- /y -->\n"
+    assert evaluate.fill_markers(once, {"x": "new\nlines", "y": "\\1"}) == once
 
 
 def test_flops_are_counted(runs):
