@@ -228,7 +228,7 @@ class Run:
         seconds, device = clock.seconds(), self.world.device
         speed = tokens * step / seconds
         mfu = speed * flops / (peak_flops(device) * self.world.size)
-        self.log(step, steps, **values, **{"tok/s": speed}, mfu=mfu, mem=memory_gib(device),
+        self.log(step, steps, **values, **{"tok/s": speed}, **({"mfu": mfu} if math.isfinite(mfu) else {}), mem=memory_gib(device),
                  eta=round((steps - step) * seconds / step))
 
     def save(self, step, clock, modules, optimizers, **more):
