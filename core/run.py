@@ -228,7 +228,8 @@ class Run:
         seconds, device = clock.seconds(), self.world.device
         speed = tokens * step / seconds
         mfu = speed * flops / (peak_flops(device) * self.world.size)
-        self.log(step, steps, **values, **{"tok/s": speed}, **({"mfu": mfu} if math.isfinite(mfu) else {}), mem=memory_gib(device),
+        known = {"mfu": mfu} if math.isfinite(mfu) else {}                      # of an unknown GPU it is not
+        self.log(step, steps, **values, **{"tok/s": speed}, **known, mem=memory_gib(device),
                  eta=round((steps - step) * seconds / step))
 
     def save(self, step, clock, modules, optimizers, **more):
