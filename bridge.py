@@ -1,9 +1,9 @@
 """bridge.py: REPLACE. Train a conditional diffusion bridge that produces h[l], so that blocks 1..l can go.
 
-    python bridge.py                                             # the toy at the layer geometry chose: ~1 min, 2 cores
+    python bridge.py --out out/mine                              # the toy at the layer geometry chose: ~1 min, 2 cores
     torchrun --nproc_per_node 2 bridge.py --layer 2 --model out/toy    # on CPU too: same weights to rounding
     torchrun --nproc_per_node 8 bridge.py --layer 6 --preset 8b --model meta-llama/Llama-3.1-8B
-    python bridge.py --preset blocks --layer 2 --blocks 4 --out out/blocks    # meets unknown tokens: for generate.py
+    python bridge.py --preset blocks --layer 2 --blocks 4 --out out/blocks2   # meets unknown tokens: for generate.py
 
 The maths is in core/diffusion.py, the network in core/denoiser.py, the numbers (FVU, KL, CE gap) in core/measure.py.
 Expected on the default toy: next-token CE within 0.01 nats of the intact model at NFE 4. There every token is known, so
@@ -232,8 +232,9 @@ def summary(result):
 def section(result):
     """This run's part of the report."""
     size = f", {result['size_ratio']:.2f}x the {result['replaced_parameters']:,} it replaces" if result["layer"] else ""
+    raw = {f"{n}, last weights": r for n, r in result["raw_nfe"].items()}    # the others: their running mean
     rows = [[n, f"{r['fvu']:.4f}", f"{r['kl']:.4f}", f"{r['ce_gap']:+.4f} +- {r['ce_gap_se']:.4f}",
-             f"{r['ce_gap_noise_sd']:.5f}", f"{r['agree']:.1%}"] for n, r in result["nfe"].items()]
+             f"{r['ce_gap_noise_sd']:.5f}", f"{r['agree']:.1%}"] for n, r in {**result["nfe"], **raw}.items()]
     return "\n".join([
         f"## REPLACE: {result['objective']} at layer {result['layer']}", "",
         f"{result['parameters']:,} parameters{size}; tokens known: {result['visible']}; {result['steps']} steps, "
@@ -387,9 +388,8 @@ def main(argv):
               "replaced_parameters": replaced, "tokens": tokens, "tokens_per_s": tokens / seconds, "seconds": seconds,
               "mfu": mfu if math.isfinite(mfu) else None, "flops_per_token": flops, "nfe": {}}
     if not cfg.random_init:  # a network of random weights has no upper blocks worth asking
-        del lm  # the prefix is in it
-        whole = backbone.load(model, world.device, dtype)
-        result |= numbers(whole, mean_net, net.requires_grad_(False), held_out, layer, cfg)
+        lm = backbone.load(model, world.device, dtype)
+        result |= numbers(lm, mean_net, net.requires_grad_(False), held_out, layer, cfg)
     run.finish(result, section(result) if result["nfe"] else "")
     print(section(result) if result["nfe"] else summary(result))
     return run.result

@@ -173,7 +173,7 @@ def cost(model, intact, student, repeats, new):
     for steps in (new // 4, new, 4 * new) if student else ():
         measure(f"masked twin, {wide} tokens in {steps} steps",
                 lambda steps=steps: masked.fill(student, text, text == student.mask_id, steps),
-                steps * T / wide * forward_flops(intact, None, 0, 0, T) / flops, steps / wide * 1.0, whole,
+                steps * T / wide * forward_flops(intact, None, 0, 0, T) / flops, steps / wide, whole,
                 [student], steps=steps, tokens=wide)
     return rows
 

@@ -2,7 +2,7 @@
 
     python generate.py                                            # out/blocks beside its rivals: ~1 min on two cores
     python generate.py --bridges out/a,out/b --twin out/m,out/n --out out/generate2    # layers and seeds; mean +- sd
-    python bridge.py --preset blocks --layer 2 --blocks 4 --out out/blocks             # makes such a bridge
+    python bridge.py --preset blocks --layer 2 --blocks 4 --out out/blocks2            # makes such a bridge
 
 Each text is a held-out prefix and what a method writes after it. Methods are compared by gen-PPL at real text's entropy
 (explained at core.metrics.at_entropy), over temperatures that go on until that entropy is reached. Where a method has

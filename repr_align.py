@@ -1,8 +1,8 @@
 """repr_align.py: CONVERT. The AR model becomes a masked diffusion LM, each layer held near the AR model's own states.
 
-    python repr_align.py                                              # w = 10 on the toy: ~1 min on 2 cores
-    python repr_align.py --align_weight 0 --out out/repr_align/w0     # the control arm: same batches, same masks
-    python repr_align.py --order p2                                   # finished: another sample of the same model
+    python repr_align.py --out out/mine/w10                           # w = 10 on the toy: ~1 min on 2 cores
+    python repr_align.py --align_weight 0 --out out/mine/w0           # the control arm: same batches, same masks
+    python repr_align.py --out out/mine/w10 --order p2                # finished: another sample of the same model
     torchrun --nproc_per_node 8 repr_align.py --preset 8b --shard --model meta-llama/Llama-3.1-8B
 
 Student = the AR weights with bidirectional attention on masked input; teacher = the same weights, frozen, causal, on

@@ -86,7 +86,7 @@ class Bridge(nn.Module):
             self.readout = nn.Linear(D, V)                                    # z -> the token itself
             nn.init.zeros_(self.readout.weight)
         for name, value in (("mu_z", torch.zeros(D)), ("mu_c", torch.zeros(C)), ("sigma_z", torch.ones(D)),
-                            ("sigma_c", torch.ones(C))):                      # set by bridge.calibrate
+                            ("sigma_c", torch.ones(C))):                      # set by `calibrate`, below
             self.register_buffer(name, value)
         for p in self.time.parameters():
             nn.init.zeros_(p)

@@ -1,5 +1,5 @@
 """diffusion.py: the maths of the bridge: path, what is known, objective, sampler. Pure functions; bridge.py trains with
-them, hybrid.py samples with them.
+them, core/hybrid_lm.py samples with them.
 
     x_t = (1-t) z + t e                               the path from the clean state z (t = 0) to noise e (t = 1)
     loss, z_hat = token_loss(net, z, c, t, noise, skip)            one training example per sequence
@@ -88,7 +88,7 @@ def open_up(unknown):
 
 # ----------------------------------------------------------------------------------------------------- objective
 def regress(net, c, positions=None, mask=None, cache=None, unknown=None):
-    """The control: the same network without noise, at t = 1. With settings["loops"] = n it is applied n times, each
+    """The control: the same network at t = 1, where x_t would be all noise, with x = 0 instead. With settings["loops"] = n it is applied n times, each
     time to its own last answer: as many calls as a bridge of NFE n makes."""
     z, t = c.new_zeros(*c.shape[:2], net.settings["D"]), torch.ones(len(c), device=c.device)
     for i in range(net.settings["loops"]):

@@ -1,4 +1,5 @@
-"""draws.py: every random number here is a function of (seed, purpose, key), never of the rank or of the past.
+"""draws.py: every random number here is a function of (seed, purpose, key), never of the rank or of the past; all but
+the weights before training and stock generate(), which torch.manual_seed(seed) makes.
 
     generator(seed, "t", step, slot).random()          # numpy, the same on any process, in any order
     normal((T, D), device, seed, "noise", step, slot)  # a tensor of standard normals
@@ -17,9 +18,9 @@ DRAWS = {  # every purpose of a draw -> who draws it, and the rest of its key; a
     "t": "core/diffusion: noise level (step, slot)", "noise": "bridge: end of the path (step, slot)",
     "self": "bridge: who sees its own first estimate (step, slot)",
     "visible": "core/diffusion: what is unknown (step, slot)",
-    "validate": "bridge, core/conversion: all of these, when validating (window)",
+    "validate": "bridge: noise, what is unknown; repr_align: masks; when validating (window), (0, window)",
     "sampler": "core/diffusion: a position's noise (position)",
-    "block": "hybrid: noise of a block of tokens (start, turn, row)", "decode": "hybrid: its tokens (start, turn, row)",
+    "block": "core/hybrid_lm: noise of a block of tokens (start, turn, row)", "decode": "core/hybrid_lm: its tokens (start, turn, row)",
     "unigram": "generate: a rival ()", "jacobi": "generate: a rival's fixed draws (row)",
     "mask": "core/conversion: which tokens are masked (step, slot)",
     "fill": "core/masked: tokens and chance order (stretch, round, row)",

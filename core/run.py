@@ -143,7 +143,7 @@ def grows(cfg, differ):
     out, (there, here) = Path(cfg.out), differ["steps"]
     if here < there:
         why = f"which is more than --steps {here}"
-    elif getattr(cfg, "schedule", "wsd") != "wsd" or cfg.cooldown > 0:
+    elif cfg.cooldown > 0:
         why = "whose learning rate was to end there: only a constant one (--cooldown 0) can go on"
     elif (out / "result.json").exists() and not (out / "state.pt").exists():
         why = "which kept no state to go on from (--keep_state does)"

@@ -3,7 +3,6 @@
     spearman(a, b), permutation_p(a, b)            # rank correlation, and how often chance does as well
     gap = paired(ours, theirs)                     # mean difference over seeds or texts, half its 95% interval, n
     verdict(gap, margin=0.005, unit="nats")        # "ahead by ...", "behind by ...", "ties within ...", "not known ..."
-    holm([p, ...])                                 # p values of several questions asked at once
 """
 import itertools
 import math
@@ -91,11 +90,3 @@ def verdict(gap, margin=0.0, unit="", what="seeds", lower_is_better=True):
     if abs(gap.mean) > gap.half:
         return f"{'ahead' if (gap.mean < 0) == lower_is_better else 'behind'} by {size} ({interval})"
     return f"not known ({interval})"
-
-
-def holm(ps):
-    """p values corrected for their number (Holm 1979): the chance of one false finding among all stays below each."""
-    order, corrected, worst = sorted(range(len(ps)), key=lambda i: ps[i]), [0.0] * len(ps), 0.0
-    for rank, i in enumerate(order):
-        corrected[i] = worst = max(worst, min(1.0, (len(ps) - rank) * ps[i]))
-    return corrected

@@ -109,10 +109,3 @@ def test_what_is_not_finite_is_not_known():
         gap = stats.paired([1.0, bad, 2.0], [1.0, bad, 1.0])
         assert gap.half == math.inf
         assert stats.verdict(gap, margin=9) == "not known (a value is not finite, 3 seeds)"
-
-
-def test_holm():
-    assert stats.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])       # 3 x .01, 2 x .03, max(.04, .06)
-    assert stats.holm([0.5, 0.9]) == pytest.approx([1, 1]) and stats.holm([0.2]) == [0.2] and stats.holm([]) == []
-    ps = np.random.default_rng(2).random((2000, 5))                                  # no effect anywhere
-    assert 0.035 < np.mean([min(stats.holm(list(p))) <= 0.05 for p in ps]) < 0.065
