@@ -44,19 +44,20 @@ done
 stage "GENERATE: train a bridge that meets unknown tokens (50 s)" \
     bridge.py --model "$MODEL" --data "$DATA" "${sized[@]}" --layer "$BLOCKS_LAYER" --visible mix --bidirectional \
     --self_condition --t_mean 0.7 --shift 3 --nfes 8 \
-    $(toy --blocks 4 --batch_size 8 --steps 400 --noise_seeds 1 --eval_batches 64) --out "$OUT/blocks"
+    $(toy --blocks 4 --batch_size 8 --steps 300 --noise_seeds 1 --eval_batches 64) --out "$OUT/blocks"
 stage "GENERATE: text drawn in hidden space beside its rivals (60 s)" \
-    generate.py --data "$DATA" --bridges "$OUT/blocks" --twin "$OUT/repr_align/w0" "${small[@]}" --out "$OUT/generate"
+    generate.py --data "$DATA" --bridges "$OUT/blocks" --twin "$OUT/repr_align/w0" "${small[@]}" \
+    $(toy --no-experts --betas 1,0) --out "$OUT/generate"
 if [ "$MODEL" = toy ]; then
     # the toy's own text poses no task that both models solve, so a smaller one learns some
     text=(--data "$DATA" --tasks 0.8) tasks="$OUT/tasks"
     stage "COMPARE: text that holds the tasks (15 s)" data.py "${text[@]}" --max_tokens 1200000 --out "$tasks/data"
     stage "COMPARE: train a small LM on it (60 s)" toy.py "${text[@]}" "${small[@]}" --vocab 2048 \
-        $(toy --layers 4 --width 64 --heads 2 --seq_len 64 --batch_size 16 --steps 1000) --out "$tasks/toy"
+        $(toy --layers 4 --width 64 --heads 2 --seq_len 64 --batch_size 16 --steps 800) --out "$tasks/toy"
     for w in 0 10; do
         stage "COMPARE: its masked twin, alignment weight $w (30 s)" \
             repr_align.py --data "$DATA" "${small[@]}" --align_weight $w \
-            $(toy --seq_len 64 --steps 400 --eval_every 200 --eval_batches 16) --out "$tasks/repr_align/w$w"
+            $(toy --seq_len 64 --steps 300 --eval_every 150 --eval_batches 16) --out "$tasks/repr_align/w$w"
     done
     stage "COMPARE: circuits before and after conversion (15 s)" circuits.py --model "$tasks/toy" \
         --twins "$tasks/repr_align/w0,$tasks/repr_align/w10" "${small[@]}" --out "$tasks/circuits"

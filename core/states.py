@@ -20,6 +20,7 @@ from core.draws import generator
 @dataclass
 class States:
     """What is kept of the hidden states of layers 1..L-1: never all of them, never on disk."""
+    mean: torch.Tensor          # (C, D)
     cov: torch.Tensor           # (C, D, D), ddof 0, of all N tokens
     pool: torch.Tensor          # (C, P, D), centred; the same P tokens at every layer
     sequence: torch.Tensor      # (P,) which sequence a pool token came from
@@ -80,7 +81,7 @@ def collect(lm, windows, skip, pool, seed, batch_size):
     mean = shift + total
     kept -= mean[:, None].to(kept.dtype)
     token = windows[:, skip:].flatten()[pick]
-    return States(second, kept, (pick // per_row).to(device), token.to(device), norm / seen, moved / seen)
+    return States(mean, second, kept, (pick // per_row).to(device), token.to(device), norm / seen, moved / seen)
 
 
 def resampled_spectra(X, sequence, weights):
