@@ -302,6 +302,7 @@ def main(argv):
               "senders": graph.senders, "receivers": graph.receivers, "resamples": cfg.resamples,
               "ig_steps": cfg.ig_steps}
     result |= {"verdicts": list(verdicts(result)), "headline": headline(result)}
+    result["findings"] = [line for line in result["verdicts"] if "not analysed" not in line]
     with atomic(run.out / "scores.safetensors") as temporary:
         save_file({"/".join(map(str, key)): value for key, value in scores.items()}, temporary)
     figure(result, run.out / "circuits.png")

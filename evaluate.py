@@ -62,7 +62,8 @@ STAGES = {  # folder under --runs, in reading order -> the command that makes it
     "repr_align/w0": "python repr_align.py --align_weight 0 --out {out}",
     "repr_align/w10": "python repr_align.py --align_weight 10 --out {out}",
     "tasks/circuits": "python circuits.py --model {runs}/tasks/toy --out {out}"}  # of a backbone of its own
-FIRST = ("geometry", "generate", "repr_align/w10", "tasks/circuits")  # whose first headline the README's table shows
+FIRST = (("geometry",), ("generate_seeds/all", "generate"), ("repr_align/w10",), ("tasks/circuits",))  # the README's
+# first table shows the first headline of each, or of what replaces it where there is more than one seed
 ARMS = {("bridge", "regression"): ("layer", "steps", "tokens", "parameters", "seed", "eval_sequences"),
         ("repr_align/w0", "repr_align/w10"): ("steps", "seed", "eval_sequences")}   # what two compared runs share,
 SAME = ("data", "skip", "calibration", "batch_size", "seq_len", "train_tokens")     # and which of their flags
@@ -337,13 +338,14 @@ def main(argv):
     run = Run(cfg, world, {})
 
     # ------------------------------------------------------------------------------------------------ the report
-    findings = [line for stage in found for line in found[stage].get("findings", [])]
-    table = [found[s]["headline"][0] for s in FIRST if found.get(s, {}).get("headline")]
+    findings = [f"**{stage}**: {line}" for stage in found for line in found[stage].get("findings", [])]
+    chosen = [next((s for s in some if s in found), None) for some in FIRST]
+    table = [found[s]["headline"][0] for s in chosen if s]
     if {"bridge", "regression"} <= set(found):
         sentence, row = against_regression(found, cfg.margin)
-        findings, table = [sentence[0].upper() + sentence[1:] + ".", *findings], [*table[:1], row, *table[1:]]
+        findings, table = [f"**bridge, regression**: {sentence}.", *findings], [*table[:1], row, *table[1:]]
     if {"repr_align/w0", "repr_align/w10"} <= set(found):
-        findings.append(report.compare_arms(found["repr_align/w0"], found["repr_align/w10"]))
+        findings.append(f"**repr_align**: {report.compare_arms(found['repr_align/w0'], found['repr_align/w10'])}")
     every = [[s, *row] for s in found for row in found[s].get("headline", [])]
     overview(found, out / "figure.png")
     about = next(iter(found.values()))

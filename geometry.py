@@ -350,6 +350,7 @@ def main(argv):
     result |= {"seconds": time.perf_counter() - start, "seconds_collect": collected - start, "headline": [[
         "layer where diffusion enters", f"{result['best_layer']} of {L - 1}, margin {result['margin']:.2f} "
         f"({result['margin_log']:.2f} by log)"]]}
+    result["findings"] = [line for line in section(result).split("\n\n") if line.startswith(("Layer ", "z of "))]
     run.finish(result, section(result))
     print(section(result) + f"\nchose layer {result['best_layer']} of {L} in {result['seconds']:.1f} s, "
           f"{result['seconds_collect']:.1f} s of it forward; see {run.out}/geometry.png")

@@ -237,7 +237,9 @@ def main(argv):
         run = Run(cfg, world, identity)
         execute([(f"{c.variant}, layer {c.layer}, seed {c.seed}", c.command) for c in work], cfg.jobs)
         rows, verdicts = collect(cfg, work)
-        return run, {"rows": rows, "verdicts": verdicts, "headline": headline(cfg, verdicts), **{
+        return run, {"rows": rows, "verdicts": verdicts, "headline": headline(cfg, verdicts), "findings": [
+            f"{cfg.study}, layer {layer}, by {by}: {name} against {rival}: {words}"
+            for layer, name, rival, by, words in verdicts], **{
             name: getattr(cfg, name) for name in ("study", "margin", "seeds", "seed", "steps", "batch_size")}}
     asked = {"cells": [cell.folder.name for cell in work], **{name: getattr(cfg, name) for name in cfg.MEASURES}}
     return settled(cfg, identity, asked, section, make)

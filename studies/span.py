@@ -251,7 +251,9 @@ def main(argv):
             run.say(f"layer {layer}, seed {seed}: measured")
         verdicts = compare(list(found.values()), cfg.margin)
         return run, {"judged": len(rows) - (len(rows) + 3) // 4, "rows": list(found.values()), "verdicts": verdicts,
-                     "headline": headline(cfg, verdicts), **{
+                     "headline": headline(cfg, verdicts), "findings": [
+                         f"{cfg.hidden} hidden tokens, layer {layer}: {ours} against {theirs}: {words}"
+                         for layer, ours, theirs, by, words, _ in verdicts if by == "used"], **{
                          name: getattr(cfg, name) for name in ("suffix", "blocks", "steps", "batch_size", "seed")}}
     return settled(cfg, identity, {k: getattr(cfg, k) for k in cfg.MEASURES}, section, make)
 

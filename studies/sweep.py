@@ -401,6 +401,7 @@ def main(argv):
         ["score and bridgeability, toy", f"rho {rho['score']['rho']:.2f}, of depth alone {rho['-layer']['rho']:.2f}"],
         [f"score minus depth, {len(a['gaps'])} backbones", "median {:+.2f} [{:+.2f}, {:+.2f}]".format(
             a["median"], *a["interval"])]][:1 + bool(pool)]
+    result["findings"] = list(findings(result))
     draw(result, run.out / "sweep.png")
     run.finish(result, section(result))
     print(section(result))
