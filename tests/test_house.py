@@ -268,7 +268,7 @@ def test_report(runs, tmp_path, capsys):
         assert (tmp_path / "e" / figure).stat().st_size > 5_000
     bridge = run.read_json(runs / "bridge" / "result.json")["nfe"]["4"]
     assert f"{bridge['ce_gap']:+.4f}" in text and f"{bridge['fvu']:.4f}" in text
-    assert result["zero_shot"]["windows"]["own.txt"] > 1 and "Mine is ahead." in result["findings"]
+    assert result["zero_shot"]["windows"]["own.txt"] > 1 and "**mine**: Mine is ahead." in result["findings"]
     assert all(row["peak_mb"] > row["weights_mb"] for row in result["cost"])
     assert set(result) >= {"sweep", "interfaces", "generation", "cost", "conversion", "circuits", "zero_shot"}
     assert "_rows" not in (tmp_path / "e" / "result.json").read_text()
