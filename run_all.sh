@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole pipeline: backbone, locate, replace, generate, convert, compare, evaluate. Offline and on a CPU by default:
-# under 10 minutes on two cores. Run it again and it resumes, or prints the finished results in seconds.
+# about 10 minutes on two cores. Run it again and it resumes, or prints the finished results in seconds.
 #
 #   bash run_all.sh
 #   PRESET=tiny bash run_all.sh                                             # every stage in a minute and a half
@@ -22,7 +22,7 @@ stage() {  # stage "what it is about to do and how long it takes" file.py flags.
 
 if [ "$MODEL" = toy ]; then  # shards and toy share the vocabulary
     stage "BACKBONE: tokenize $DATA, train the toy causal LM (3 min)" \
-        toy.py --data "$DATA" "${small[@]}" --out "$OUT/toy"
+        toy.py --data "$DATA" "${small[@]}" --eval_every 450 --out "$OUT/toy"
 else
     stage "DATA: tokenize $DATA for $MODEL" data.py --data "$DATA" --model "$MODEL" --out "$OUT/data"
 fi
@@ -37,30 +37,27 @@ stage "REPLACE, control: the same network by plain regression (25 s)" \
 stage "HYBRID: join the bridge to the upper blocks (10 s)" \
     hybrid.py --data "$DATA" --bridge "$OUT/bridge" "${small[@]}" $(toy --eval_batches 128) --out "$OUT/hybrid"
 for w in 0 10; do
-    stage "CONVERT: masked diffusion, alignment weight $w (45 s)" \
+    stage "CONVERT: masked diffusion, alignment weight $w (30 s)" \
         repr_align.py --model "$MODEL" --data "$DATA" "${sized[@]}" --align_weight $w \
-        $(toy --batch_size 8 --eval_every 50) --out "$OUT/repr_align/w$w"
+        $(toy --batch_size 8 --steps 120 --eval_every 40) --out "$OUT/repr_align/w$w"
 done
 stage "GENERATE: train a bridge that meets unknown tokens (50 s)" \
     bridge.py --model "$MODEL" --data "$DATA" "${sized[@]}" --layer "$BLOCKS_LAYER" --visible mix --bidirectional \
     --self_condition --t_mean 0.7 --shift 3 --nfes 8 \
-    $(toy --blocks 4 --batch_size 8 --steps 300 --noise_seeds 1 --eval_batches 64) --out "$OUT/blocks"
+    $(toy --blocks 4 --batch_size 8 --steps 250 --noise_seeds 1 --eval_batches 64) --out "$OUT/blocks"
 stage "GENERATE: text drawn in hidden space beside its rivals (60 s)" \
     generate.py --data "$DATA" --bridges "$OUT/blocks" --twin "$OUT/repr_align/w0" "${small[@]}" \
-    $(toy --no-experts --betas 1,0) --out "$OUT/generate"
+    $(toy --no-experts --betas 1,0 --texts 16 --tune_texts 4) --out "$OUT/generate"
 if [ "$MODEL" = toy ]; then
     # the toy's own text poses no task that both models solve, so a smaller one learns some
     text=(--data "$DATA" --tasks 0.8) tasks="$OUT/tasks"
     stage "COMPARE: text that holds the tasks (15 s)" data.py "${text[@]}" --max_tokens 1200000 --out "$tasks/data"
     stage "COMPARE: train a small LM on it (60 s)" toy.py "${text[@]}" "${small[@]}" --vocab 2048 \
-        $(toy --layers 4 --width 64 --heads 2 --seq_len 64 --batch_size 16 --steps 800) --out "$tasks/toy"
-    for w in 0 10; do
-        stage "COMPARE: its masked twin, alignment weight $w (30 s)" \
-            repr_align.py --data "$DATA" "${small[@]}" --align_weight $w \
-            $(toy --seq_len 64 --steps 300 --eval_every 150 --eval_batches 16) --out "$tasks/repr_align/w$w"
-    done
+        $(toy --layers 4 --width 64 --heads 2 --seq_len 64 --batch_size 16 --steps 1000) --out "$tasks/toy"
+    stage "COMPARE: its masked twin (40 s)" repr_align.py --data "$DATA" "${small[@]}" --align_weight 0 \
+        $(toy --seq_len 64 --steps 500 --eval_every 250 --eval_batches 16) --out "$tasks/repr_align/w0"
     stage "COMPARE: circuits before and after conversion (15 s)" circuits.py --model "$tasks/toy" \
-        --twins "$tasks/repr_align/w0,$tasks/repr_align/w10" "${small[@]}" --out "$tasks/circuits"
+        --twins "$tasks/repr_align/w0" "${small[@]}" --out "$tasks/circuits"
 else
     printf '\n=== COMPARE: circuits before and after conversion\n'   # not every architecture can be analysed
     python "$here/circuits.py" --model "$MODEL" --twins "$OUT/repr_align/w0,$OUT/repr_align/w10" \
