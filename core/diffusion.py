@@ -51,7 +51,10 @@ def times(law, mean, seed, step, slots, atom=0.0):
 
 
 def to_z(out, x, t, prediction):
-    """Network output -> estimate of z. t (B,) or a number; x_t = (1-t) z + t e and v = e - z."""
+    """Network output -> estimate of z. t (B,) or a number; x_t = (1-t) z + t e and v = e - z.
+
+    Why x, z itself, is the default: states of width D lie near few directions, and only z does so too; noise and v fill
+    all of them, and a network of about that width must spend itself on them (v and eps collapse here, see LOG.md)."""
     t = torch.as_tensor(t, device=x.device, dtype=x.dtype).reshape(-1, 1, 1)
     if prediction == "x":
         return out
