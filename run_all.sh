@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole pipeline: backbone, locate, replace, generate, convert, compare, evaluate. Offline and on a CPU by default:
-# about 10 minutes on two cores. Run it again and it resumes, or prints the finished results in seconds.
+# about 12 minutes on two cores. Run it again and it resumes, or prints the finished results in seconds.
 #
 #   bash run_all.sh
 #   PRESET=tiny bash run_all.sh                                             # every stage in a minute and a half
@@ -44,7 +44,7 @@ done
 stage "GENERATE: train a bridge that meets unknown tokens (50 s)" \
     bridge.py --model "$MODEL" --data "$DATA" "${sized[@]}" --layer "$BLOCKS_LAYER" --visible mix --bidirectional \
     --self_condition --t_mean 0.7 --shift 3 --nfes 8 \
-    $(toy --blocks 4 --batch_size 8 --steps 250 --noise_seeds 1 --eval_batches 64) --out "$OUT/blocks"
+    $(toy --blocks 4 --batch_size 8 --steps 400 --noise_seeds 1 --eval_batches 64) --out "$OUT/blocks"
 stage "GENERATE: text drawn in hidden space beside its rivals (60 s)" \
     generate.py --data "$DATA" --bridges "$OUT/blocks" --twin "$OUT/repr_align/w0" "${small[@]}" \
     $(toy --no-experts --betas 1,0 --texts 16 --tune_texts 4) --out "$OUT/generate"

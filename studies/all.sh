@@ -23,7 +23,7 @@ for seed in 1 2; do
     python repr_align.py --model "$OUT/toy" --data "$DATA" --align_weight 0 --batch_size 8 --steps 120 --eval_every 40 \
         --seed $seed --out "$OUT/generate_seeds/twin_$seed"
     python bridge.py --model "$OUT/toy" --data "$DATA" --layer 2 --visible mix --bidirectional --self_condition \
-        --t_mean 0.7 --shift 3 --nfes 8 --blocks 4 --batch_size 8 --steps 250 --noise_seeds 1 --eval_batches 64 \
+        --t_mean 0.7 --shift 3 --nfes 8 --blocks 4 --batch_size 8 --steps 400 --noise_seeds 1 --eval_batches 64 \
         --seed $seed --out "$OUT/generate_seeds/blocks_$seed"
     bridges+=",$OUT/generate_seeds/blocks_$seed" twins+=",$OUT/generate_seeds/twin_$seed"
 done
