@@ -22,7 +22,7 @@ stage() {  # stage "what it is about to do and how long it takes" file.py flags.
 
 if [ "$MODEL" = toy ]; then  # shards and toy share the vocabulary
     stage "BACKBONE: tokenize $DATA, train the toy causal LM (3 min)" \
-        toy.py --data "$DATA" "${small[@]}" --eval_every 450 --out "$OUT/toy"
+        toy.py --data "$DATA" "${small[@]}" --eval_every 500 --out "$OUT/toy"
 else
     stage "DATA: tokenize $DATA for $MODEL" data.py --data "$DATA" --model "$MODEL" --out "$OUT/data"
 fi
@@ -47,7 +47,7 @@ stage "GENERATE: train a bridge that meets unknown tokens (50 s)" \
     $(toy --blocks 4 --batch_size 8 --steps 400 --noise_seeds 1 --eval_batches 64) --out "$OUT/blocks"
 stage "GENERATE: text drawn in hidden space beside its rivals (60 s)" \
     generate.py --data "$DATA" --bridges "$OUT/blocks" --twin "$OUT/repr_align/w0" "${small[@]}" \
-    $(toy --no-experts --betas 1,0 --texts 16 --tune_texts 4) --out "$OUT/generate"
+    $(toy --no-experts --betas 1,0 --tune_texts 4) --out "$OUT/generate"
 if [ "$MODEL" = toy ]; then
     # the toy's own text poses no task that both models solve, so a smaller one learns some
     text=(--data "$DATA" --tasks 0.8) tasks="$OUT/tasks"

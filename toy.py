@@ -32,7 +32,7 @@ class Config:
     out: str = "out/toy"        # run folder; the shards are kept in `data` beside it
     seed: int = 0               # every draw is keyed by it
     device: str = "auto"        # auto, cpu, cuda
-    steps: int = 900            # optimizer steps
+    steps: int = 1000           # optimizer steps
     batch_size: int = 8         # sequences a step, over all processes
     seq_len: int = 128          # tokens a sequence
     layers: int = 8             # blocks
