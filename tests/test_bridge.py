@@ -183,7 +183,9 @@ def test_every_parameter_has_exactly_one_optimizer():
     optimizers = optim.build(model.named_parameters(), 0.02, 1e-3, 0.1)
     held = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
     assert sorted(held) == sorted(id(p) for p in model.parameters())
-    assert len(optimizers[0].param_groups[0]["params"]) == 2 * 5                  # qkv, out, up, down, mod per block
+    assert len(optimizers[0].param_groups[0]["params"]) == 2 * 4                  # qkv, out, up, down per block
+    plain = {id(p) for g in optimizers[1].param_groups if g["weight_decay"] == 0 for p in g["params"]}
+    assert plain == {id(p) for n, p in model.named_parameters() if not n.endswith("weight")}     # mod among them
     assert len(optim.build(model.named_parameters(), 0, 1e-3, 0.1)) == 1          # lr 0: AdamW for all
 
 
@@ -382,7 +384,7 @@ def test_objectives_and_predictions_train(runs, tmp_path, text):
     for flags in (["--prediction", "v", "--source", "embedding", "--times", "uniform", "--sampler", "heun"],
                   ["--prediction", "eps"], ["--self_condition", "--t_mean", "1", "--recompute", "--atom", "0.5"],
                   ["--objective", "regression", "--loops", "2"],
-                  ["--cooldown", "0.5"]):
+                  ["--cooldown", "0.25"]):
         result = bridge.main(command(runs, text, tmp_path / flags[-1], "--steps", "4", *flags))
         assert result["nfe"][max(result["nfe"])]["fvu"] > 0
 

@@ -25,7 +25,6 @@ class Config:
     lr: float = 0.1
     steps: int = 10
     cooldown: float = 0.0
-    schedule: str = "wsd"
     nfe: int = 4
     log_every: int = 1
     keep_state: bool = True
@@ -126,7 +125,6 @@ def test_a_finished_run_goes_on_to_more_steps(tmp_path):
 @pytest.mark.parametrize("first, more, state, words", [
     (dict(), dict(steps=5), True, "10 steps, which is more than --steps 5"),
     (dict(cooldown=0.5), dict(steps=20, cooldown=0.5), True, "learning rate was to end there"),
-    (dict(schedule="cosine"), dict(steps=20, schedule="cosine"), True, "learning rate was to end there"),
     (dict(), dict(steps=20), False, "kept no state"),
     (dict(), dict(steps=20, lr=0.2), True, r"another run \(lr = 0.1 there, 0.2 here, steps = 10 there, 20 here\)"),
     (dict(cooldown=0.5), dict(steps=20), True, "another run"),                     # and not: constant from here on
