@@ -7,8 +7,8 @@
 Attribution of one model and of its converted twins on the tasks of core/tasks.py. Two circuits are compared by the
 Jaccard index of their strongest edges. Floors: chance, and other tasks in the same model. Ceilings: the same model on
 other prompts, a twin of another seed. Between them stands the untrained twin: the AR weights with a mask token and
-bidirectional attention, before any step. What a twin shares with the AR model less than this one does, and only that,
-is training's doing. Writes result.json, section.md, circuits.png and scores.safetensors (every edge) to --out.
+bidirectional attention, before any step. Only where a twin shares less or more with the AR model than this one does has
+training done anything. Writes result.json, section.md, circuits.png and scores.safetensors (every edge) to --out.
 
 Edges, senders and receivers are those of core/attribution.py: `a1.3` is head 3 of block 1, `m1` its MLP, from 0 on.
 
@@ -203,17 +203,12 @@ def section(result):
 
 
 def headline(result):
-    """[[what, value], ...]: tasks analysed, and the overlap's mean over those that every kind of twin solves."""
-    k, used = str(result["k"]), [found for found in result["tasks"].values() if found["usable"]]
+    """[[what, value]]: how many tasks are analysed. Overlaps of different tasks are not averaged."""
+    used = [found for found in result["tasks"].values() if found["usable"]]
     kinds = list(dict.fromkeys(kind_of(n) for n in result["subjects"] if n not in ("AR", UNTRAINED)))
     short = {kind: kind.removeprefix("masked, ") for kind in kinds}
-    rows = [[f"tasks solved by the AR model and a twin, of {len(result['tasks'])}",
+    return [[f"tasks solved by the AR model and a twin, of {len(result['tasks'])}",
              ", ".join(f"{sum(kind in found['models'] for found in used)} ({short[kind]})" for kind in kinds[:4])]]
-    if both := [found["overlap"][k] for found in used if set(kinds) <= set(found["models"])]:
-        mean = {kind: statistics.mean(row[f"AR and {kind}"]["mean"] for row in both) for kind in [*kinds, UNTRAINED]}
-        rows.append([f"circuit shared with the AR model (Jaccard, K = {k})",
-                     ", ".join(f"{mean[n]:.2f} ({short.get(n, 'untrained')})" for n in [UNTRAINED, *kinds[:2]])])
-    return rows
 
 
 def figure(result, path):

@@ -109,9 +109,10 @@ def against_regression(found, margin):
     n = str(bridge["nfe_default"])
     words = {key: verdict(paired(bridge["nfe"][n][f"{key}_rows"], control[f"{key}_rows"]), margin, "nats", "texts")
              for key in ("kl", "ce_gap")}
+    more = bridge["nfe"][n]["kl"] - control["kl"]
     return (f"at layer {bridge['layer']} the diffusion bridge (NFE {n}) beside plain regression with the same network, "
             f"steps and data: by KL {words['kl']}; by CE {words['ce_gap']}; one training seed each"), [
-            f"diffusion against regression, layer {bridge['layer']}", f"by KL {words['kl'].split(' (')[0]}"]
+            f"diffusion against regression, layer {bridge['layer']}", f"by KL {words['kl'].split(' (')[0]}, {more:+.4f}"]
 
 
 # ---------------------------------------------------------------------------------------------------------- cost
@@ -270,7 +271,8 @@ def join(runs, found, out):
                 mine = f"{stage.replace('/', '_')}_{name}"
                 shutil.copy(runs / stage / name, out / mine)
                 text = text.replace(f"]({name})", f"]({mine})")
-            parts.append(text)
+            head, rest = text.split("\n", 1)
+            parts.append(f"{head}{'' if stage in STAGES else f' ({stage})'}\n{rest}")
         elif stage != "toy":
             parts.append(f"*{stage}: not run.* `{STAGES[stage].format(runs=runs, out=runs / stage)}`\n")
     return parts

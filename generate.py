@@ -207,8 +207,8 @@ def section(result):
              table(result), "", "![frontiers over temperature](generation.png)", "", *verdicts(result), ""]
     if tuned:
         lines += [f"Settings, chosen on {result['tune_texts']} other texts (gen-PPL at their entropy):", "",
-                  markdown(["setting", "gen-PPL", ""], [
-                      [name, matched([{"matched": m} for m in some["matched"]]), "chosen" * (name == group["chosen"])]
+                  markdown(["setting", "gen-PPL", "chosen"], [
+                      [name, matched([{"matched": m} for m in some["matched"]]), "yes" * (name == group["chosen"])]
                       for group in tuned.values() for name, some in group["settings"].items()]), ""]
     return "\n".join([*lines, *(
         f"- {r['name']}, seed {r['seed']}: {r['parameters']:,} parameters, readout included, {r['steps']} steps, "

@@ -3,7 +3,7 @@
 # about 12 minutes on two cores. Run it again and it resumes, or prints the finished results in seconds.
 #
 #   bash run_all.sh
-#   PRESET=tiny bash run_all.sh                                             # every stage in a minute and a half
+#   PRESET=tiny bash run_all.sh                                             # every stage in about two minutes
 #   DATA=notes/ OUT=out/notes bash run_all.sh                               # other text, other folder
 #   MODEL=Qwen/Qwen3-0.6B PRESET=0.6b DATA=Salesforce/wikitext:wikitext-103-raw-v1 bash run_all.sh   # a GPU, the Hub
 set -euo pipefail
@@ -12,7 +12,7 @@ OUT=${OUT:-$([ "$PRESET" = tiny ] && echo out/tiny || echo out)}
 here=$(dirname "$0")
 sized=(${PRESET:+--preset "$PRESET"}) small=()                # what scales with the model; what only knows tiny
 [ "$PRESET" = tiny ] && small=(--preset tiny)
-toy() { [ "$MODEL$PRESET" != toy ] || printf '%s\n' "$@"; }    # budgets of the default run, ten minutes in all
+toy() { [ "$MODEL$PRESET" != toy ] || printf '%s\n' "$@"; }    # budgets of the default run
 
 stage() {  # stage "what it is about to do and how long it takes" file.py flags...
     printf '\n=== %s\n' "$1"
@@ -21,7 +21,7 @@ stage() {  # stage "what it is about to do and how long it takes" file.py flags.
 }
 
 if [ "$MODEL" = toy ]; then  # shards and toy share the vocabulary
-    stage "BACKBONE: tokenize $DATA, train the toy causal LM (3 min)" \
+    stage "BACKBONE: tokenize $DATA, train the toy causal LM (3 to 4 min)" \
         toy.py --data "$DATA" "${small[@]}" --eval_every 500 --out "$OUT/toy"
 else
     stage "DATA: tokenize $DATA for $MODEL" data.py --data "$DATA" --model "$MODEL" --out "$OUT/data"
@@ -41,7 +41,7 @@ for w in 0 10; do
         repr_align.py --model "$MODEL" --data "$DATA" "${sized[@]}" --align_weight $w \
         $(toy --batch_size 8 --steps 120 --eval_every 40) --out "$OUT/repr_align/w$w"
 done
-stage "GENERATE: train a bridge that meets unknown tokens (50 s)" \
+stage "GENERATE: train a bridge that meets unknown tokens (90 s)" \
     bridge.py --model "$MODEL" --data "$DATA" "${sized[@]}" --layer "$BLOCKS_LAYER" --visible mix --bidirectional \
     --self_condition --t_mean 0.7 --shift 3 --nfes 8 \
     $(toy --blocks 4 --batch_size 8 --steps 400 --noise_seeds 1 --eval_batches 64) --out "$OUT/blocks"

@@ -4,7 +4,7 @@
     python toy.py                                                # the toy: 8 blocks of width 128, ~3 min on 2 cores
     torchrun --nproc_per_node 2 toy.py                           # the same weights up to rounding
 
-The default reaches about 1.64 bits per byte on held-out standard library. Writes a Hugging Face folder (config.json,
+The default reaches about 1.7 bits per byte on held-out standard library. Writes a Hugging Face folder (config.json,
 model.safetensors, tokenizer, README.md), log.jsonl, section.md and result.json to --out; any other causal LM takes its
 place by --model.
 

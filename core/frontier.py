@@ -124,13 +124,14 @@ def verdicts(result):
 
 
 def headline(result):
-    """Ours at its best, and the best rival: two rows of a name and gen-PPL at real text's entropy."""
-    rows, end = [], f"gen-PPL (real text {result['real']['gen_ppl']:.0f})"
+    """[[what, value]]: ours at its best beside the best rival at no more calls."""
     for name, group in reached(ours(result))[:1]:
-        rows.append([f"text at real entropy, {name}", f"{matched(group)} {end}"])
-        rows += [[f"its best rival, {other}", f"{matched(theirs)} {end}"]
-                 for other, theirs in reached(rivals(result, group[0]))[:1]]
-    return rows or [["text drawn in hidden space", "never at real text's entropy"]]
+        end = f"real text {result['real']['gen_ppl']:.0f}"
+        for other, theirs in reached(rivals(result, group[0]))[:1]:
+            end = f"rival {matched(theirs)}, {end}"
+            return [[f"gen-PPL at real entropy, {name}; best rival at no more calls, {other}", f"{matched(group)}, {end}"]]
+        return [[f"gen-PPL at real entropy, {name}", f"{matched(group)}, {end}"]]
+    return [["text drawn in hidden space", "never at real text's entropy"]]
 
 
 def figure(result, path):
