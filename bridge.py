@@ -6,9 +6,9 @@
     python bridge.py --preset blocks --layer 2 --blocks 4 --out out/blocks2   # meets unknown tokens: for generate.py
 
 The maths is in core/diffusion.py, the network in core/denoiser.py, the numbers (FVU, KL, CE gap) in core/measure.py.
-Expected on the default toy: next-token CE about 0.01 nats above the intact model's at NFE 4. There every token is known, so
-h[l] is a deterministic function of the input and plain regression (`--objective regression`) is a serious rival: train
-both and look. Writes bridge.safetensors (EMA weights), bridge.json, log.jsonl, section.md and result.json to --out.
+Expected on the default toy: next-token CE about 0.01 nats above the intact model's. There every token is known, so h[l]
+is a deterministic function of the input and plain regression (`--objective regression`) is a serious rival: train both
+and look. Writes bridge.safetensors (EMA weights), bridge.json, log.jsonl, section.md and result.json to --out.
 
 Letters: B batch, T tokens, D hidden width of the backbone, W width of the bridge, L blocks of the backbone, H heads,
 l the replaced layer, z the standardised h[l], c the standardised h[0].
@@ -232,9 +232,9 @@ def summary(result):
 def section(result):
     """This run's part of the report."""
     size = f", {result['size_ratio']:.2f}x the {result['replaced_parameters']:,} it replaces" if result["layer"] else ""
-    raw = {f"{n}, last weights, fewer texts": r for n, r in result["raw_nfe"].items()}    # the others: their running mean
+    raw = {f"{n}, last weights, {NOISE_ROWS} texts": r for n, r in result["raw_nfe"].items()}  # else: running mean
     rows = [[n, f"{r['fvu']:.4f}", f"{r['kl']:.4f}", f"{r['ce_gap']:+.4f} +- {r['ce_gap_se']:.4f}",
-             f"{r['ce_gap_noise_sd']:.5f}" if r["ce_gap_noise_sd"] else None, f"{r['agree']:.1%}"] for n, r in {**result["nfe"], **raw}.items()]
+             f"{r['ce_gap_noise_sd']:.5f}", f"{r['agree']:.1%}"] for n, r in {**result["nfe"], **raw}.items()]
     return "\n".join([
         f"## REPLACE: {result['objective']} at layer {result['layer']}", "",
         f"{result['parameters']:,} parameters{size}; tokens known: {result['visible']}; {result['steps']} steps, "

@@ -109,10 +109,11 @@ def against_regression(found, margin):
     n = str(bridge["nfe_default"])
     words = {key: verdict(paired(bridge["nfe"][n][f"{key}_rows"], control[f"{key}_rows"]), margin, "nats", "texts")
              for key in ("kl", "ce_gap")}
-    more = bridge["nfe"][n]["kl"] - control["kl"]
+    more = paired(bridge["nfe"][n]["kl_rows"], control["kl_rows"]).mean
     return (f"at layer {bridge['layer']} the diffusion bridge (NFE {n}) beside plain regression with the same network, "
             f"steps and data: by KL {words['kl']}; by CE {words['ce_gap']}; one training seed each"), [
-            f"diffusion against regression, layer {bridge['layer']}", f"by KL {words['kl'].split(' (')[0]}, {more:+.4f}"]
+            f"diffusion against regression, layer {bridge['layer']}",
+            f"by KL {words['kl'].split(' (')[0]}, {more:+.4f}"]
 
 
 # ---------------------------------------------------------------------------------------------------------- cost

@@ -128,8 +128,8 @@ def headline(result):
     for name, group in reached(ours(result))[:1]:
         end = f"real text {result['real']['gen_ppl']:.0f}"
         for other, theirs in reached(rivals(result, group[0]))[:1]:
-            end = f"rival {matched(theirs)}, {end}"
-            return [[f"gen-PPL at real entropy, {name}; best rival at no more calls, {other}", f"{matched(group)}, {end}"]]
+            return [[f"gen-PPL at real entropy, {name}; best rival at no more calls, {other}",
+                     f"{matched(group)}, rival {matched(theirs)}, {end}"]]
         return [[f"gen-PPL at real entropy, {name}", f"{matched(group)}, {end}"]]
     return [["text drawn in hidden space", "never at real text's entropy"]]
 
