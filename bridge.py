@@ -43,7 +43,7 @@ from core.diffusion import SAMPLERS, TIMES, hide, readout_loss, times, token_los
 from core.draws import generator, normal
 from core.measure import NOISE_ROWS, measure, report_size, train_flops
 from core.report import table
-from core.run import TRACKERS, Clock, Run, finished, measures, read_json
+from core.run import TRACKERS, Clock, Run, finished, measures, read_json, write_json
 
 
 @dataclass
@@ -262,7 +262,7 @@ def measure_again(cfg, result, model, world, dtype, identity):
     run = Run(cfg, world, identity)
     lm = backbone.load(model, world.device, dtype)
     result |= numbers(lm, net, None, held_out, result["layer"], cfg)
-    denoiser.save(net, run.out, {**info, **{k: result[k] for k in ("nfe_default", "sampler", "shift")}})
+    write_json(run.out / "bridge.json", {**info, **{k: result[k] for k in ("nfe_default", "sampler", "shift")}})
     run.finish(result, section(result))
     return run.result
 

@@ -464,7 +464,6 @@ def test_the_stage_runs_and_refuses(runs, tmp_path, capsys, monkeypatch):
     assert "| every two tasks | AR |" in section and "| opening | untrained twin |" in section
     assert "2 sets of prompts x 1 training seed" in section and "![" in section
     assert all(len(value) <= 60 for _, value in result["headline"]) and "(w = 10)" in result["headline"][0][1]
-    assert f"({circuits.UNTRAINED.split()[0]})" in result["headline"][1][1]
     stored = json.loads(json.dumps(result))                                     # of a fork with a task we do not know
     stored["tasks"] = {"chess": stored["tasks"]["missing"]}
     stored["tasks"]["chess"]["models"].pop("masked, w = 10")

@@ -315,9 +315,7 @@ def test_two_arms_compared():
     w10 = dict(w=10, val_loss=4.8, curve=[[0, 7.0, 0.5], [10, 5.2, 0.6], [20, 4.8, 0.7]], steps=20, seconds=30)
     text = report.compare_arms(w0, w10)
     assert "not known (n = 1, lower by 0.2 nats)" in text and "w = 10" in text and "3.00x" in text
-    assert "after 15 of 20 steps, 22 s against 10 s" in text
-    late = {**w10, "val_loss": 5.1, "curve": [[0, 7.0, 0.5], [20, 5.1, 0.7]]}
-    assert "never reaches" in (text := report.compare_arms(w0, late)) and "higher by 0.1 nats" in text
+    assert "higher by 0.1 nats" in report.compare_arms(w0, {**w10, "val_loss": 5.1})
 
 
 def test_refusals(capsys, tmp_path):
