@@ -1,0 +1,173 @@
+"""GENERATE: metrics with known answers, and runs of generate.py."""
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import fails, tiny_model
+from test_generate import IDS, PRIOR, random_hybrid
+
+import bridge
+import generate
+import hybrid
+from core import backbone, masked, metrics
+from core.common import UserError
+
+# ------------------------------------------------------------------------------------------------------ metrics
+def test_metrics_have_known_answers():
+    ids = torch.tensor([[1, 2, 3, 4], [1, 1, 1, 1]])
+    assert metrics.entropy(ids) == pytest.approx(torch.tensor(4.0).log().item() / 2)
+    assert metrics.repetition(ids, 2) == pytest.approx(1 - 4 / 6)              # 12 23 34 11, twice again 11
+    assert metrics.repetition(ids[:1], 4) == 0
+    with pytest.raises(UserError, match="5-grams"):
+        metrics.repetition(ids, 5)
+    lm = backbone.Backbone(tiny_model("llama"))
+    own = metrics.measure(lm, IDS, 6)
+    assert own["gen_ppl"] == pytest.approx(metrics.judge(lm, IDS, 6).mean().exp().item())
+
+    class Letters:                                                              # one character a token, both ways
+        eos_token_id = 0
+
+        def decode(self, ids):
+            return "".join(chr(97 + i) for i in ids)
+
+        def __call__(self, text, add_special_tokens=False):
+            return {"input_ids": [ord(c) - 97 for c in text]}
+    nll = metrics.judge(lm, IDS, 6)
+    theirs = metrics.judge_text(lm, Letters(), Letters(), IDS, 6)
+    assert torch.allclose(torch.stack(theirs), nll, atol=1e-5)
+    assert metrics.gen_ppl(theirs) == pytest.approx(own["gen_ppl"])
+    want = torch.nn.functional.cross_entropy(lm.model(IDS).logits[:, 5:-1].flatten(0, 1), IDS[:, 6:].flatten())
+    assert nll.shape == (2, 8) and nll.mean().item() == pytest.approx(want.item(), rel=1e-5)
+    points = [{"entropy": 3.0, "gen_ppl": 10.0}, {"entropy": 4.0, "gen_ppl": 1000.0}]
+    assert metrics.at_entropy(points, 3.5) == pytest.approx(100)
+    assert metrics.at_entropy(points, 4.0) == pytest.approx(1000) and metrics.at_entropy(points, 4.05) is None
+
+
+def test_mauve_tells_texts_apart():
+    pytest.importorskip("mauve", reason="pip install mauve-text")
+    lm = backbone.Backbone(tiny_model("llama"))
+    gen = torch.Generator().manual_seed(0)
+    one, two, other = (torch.randint(lo, hi, (40, 12), generator=gen) for lo, hi in ((3, 64), (3, 64), (3, 9)))
+    assert metrics.mauve(lm, one, two, 4) > metrics.mauve(lm, one, other, 4) + 0.1
+
+
+# ------------------------------------------------------------------------------------------------------ the runs
+@pytest.fixture(scope="module")
+def causal(runs, text):
+    """A bridge of mixed training at layer 0, causal among unknown tokens, beside the pipeline's bidirectional one."""
+    bridge.main(["--preset", "tiny", "--model", f"{runs}/toy", "--data", str(text), "--visible", "mix", "--blocks", "2",
+                 "--layer", "0", "--out", f"{runs}/blocks0"])
+    return runs / "blocks0"
+
+
+def test_the_stage_runs(runs, causal, text, tmp_path, capsys, monkeypatch):
+    result = json.loads((runs / "blocks" / "result.json").read_text())
+    assert 0 < result["readout_accuracy"] < 1 and set(result["nfe"]) == {"1", "2", "4", "8"}
+    argv = ["--preset", "tiny", "--bridges", f"{runs}/blocks,{causal}", "--data", str(text), "--texts", "3",
+            "--twin", f"{runs}/repr_align/w10,{runs}/repr_align/w0", "--betas", "1,0", "--out", str(tmp_path / "g")]
+    found = generate.main(argv)
+    twins = {f"masked twin, {order} order" for order in masked.ORDERS}
+    names = [r["name"] for r in found["rows"]]
+    assert names[:4] == ["unigrams", "AR, intact model", "Jacobi, intact model, equal calls",
+                         "Jacobi, intact model, equal block passes"]
+    assert names[4] == names[5] in twins and [n.split(", ")[0] for n in names[6:]] == ["blocks at layer 2",
+                                                                                       "blocks at layer 0"]
+    assert all(p["gen_ppl"] > 1 and 0 < p["entropy"] < 2.5 for r in found["rows"] for p in r["frontier"])
+    assert {r["calls"] for r in found["rows"] if "layer" in r} == {4}              # 2, and 1 + 1 to refine
+    # 4 calls of the bridge's blocks and, twice, 4 - 2 retained ones; for Jacobi over all 4 blocks
+    passes = {r["layer"]: r["passes"] for r in found["rows"] if "layer" in r}
+    assert passes[2] == 4 * 2 + 2 * 2 and passes[0] == 4 * 2 + 2 * 4 and found["rows"][3]["calls"] == 12 / 4
+    settings = found["tuned"]["masked twin"]["settings"]
+    assert set(settings) == twins and all(len(s["matched"]) == 2 for s in settings.values())
+    assert set(found["tuned"]["blocks at layer 2"]["settings"]) == {
+        f"blocks at layer 2, {s}" for s in ("alpha 1, beta 1", "alpha 1, beta 0", "upper alone", "readout alone")}
+    for group in found["tuned"].values():
+        assert group["chosen"] in group["settings"] and group["chosen"] in names
+    assert (tmp_path / "g" / "generation.png").stat().st_size > 5000
+    assert len((tmp_path / "g" / "samples.jsonl").read_text().splitlines()) == 8 * 3
+    section = (tmp_path / "g" / "section.md").read_text()
+    assert section.startswith("## GENERATE\n") and section == generate.section(found) and "chosen" in section
+    capsys.readouterr()
+    monkeypatch.setitem(generate.METHODS, "nothing", None)                     # a new method leaves finished runs valid
+    assert generate.main(argv) == found and "real text" in capsys.readouterr().out
+
+
+def test_a_second_judge_and_a_new_method(runs, text, tmp_path, capsys, monkeypatch):
+    """It stands beside the first one, in rows of a method added by one entry; nothing is chosen without other texts."""
+    def copy(cx):
+        yield "prompt again", {"calls": 0}, lambda prompts, t: torch.cat([prompts, prompts[:, :cx.cfg.new]], 1)
+    monkeypatch.setitem(generate.METHODS, "copy", copy)
+    found = generate.main(["--preset", "tiny", "--bridges", f"{runs}/blocks", "--data", str(text), "--twin", "",
+                           "--methods", "copy,blocks", "--tune_texts", "0", "--second_judge", f"{runs}/repr_align/w0",
+                           "--out", str(tmp_path / "j")])
+    assert [r["name"] for r in found["rows"]] == ["prompt again", *(f"blocks at layer 2, {s}" for s in (
+        "alpha 1, beta 1", "upper alone", "readout alone"))] and found["tuned"] == {}
+    assert found["real"]["second_ppl"] != found["real"]["gen_ppl"] and "second judge" in generate.section(found)
+    assert all({"second_ppl", "gen_ppl"} <= set(p) for r in found["rows"] for p in r["frontier"])
+    message = fails(capsys, generate.main, "--methods", "copy,magic")
+    assert "magic" in message and "there are unigram, ar, jacobi, twin, blocks, copy" in message
+    shutil.copytree(runs / "toy", tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
+    argv = ["--preset", "tiny", "--bridges", runs / "blocks", "--twin", "", "--data", text, "--out", tmp_path / "k"]
+    assert "tokenizer" in fails(capsys, generate.main, *argv, "--second_judge", tmp_path / "mute")
+    assert not (tmp_path / "k").exists()
+
+
+def test_what_is_tuned_on_is_not_reported(runs, text, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(generate, "METHODS", {"spy": lambda cx: iter([
+        (f"spy {i}", {"group": "spy"}, lambda prompts, t, i=i: seen.append((i, prompts)) or torch.cat(
+            [prompts, prompts[:, :12].flip(1)], 1)) for i in range(2)])})
+    found = generate.main(["--preset", "tiny", "--bridges", f"{runs}/blocks", "--data", str(text), "--twin", "",
+                           "--out", str(tmp_path / "s")])
+    tuning, reported = ({tuple(row) for _, p in seen if len(p) == n for row in p.tolist()} for n in (2, 4))
+    assert len(tuning) == 2 and len(reported) == 4 and not tuning & reported
+    assert [r["name"] for r in found["rows"]] == ["spy 0"]                     # no setting ever there: the first
+
+
+def test_the_command_line_writes_blocks(runs, capsys):
+    argv = ["--bridge", f"{runs}/blocks", "--prompt", "import os", "--block_size", "8", "--max_new_tokens", "12",
+            "--nfe", "3"]
+    hybrid.main(argv)
+    plain = capsys.readouterr().out
+    assert plain.startswith("import os") and len(plain) > 12
+    hybrid.main([*argv, "--show"])
+    assert len(capsys.readouterr().out.splitlines()) >= 7                       # a line a call, and the text
+    hybrid.main([*argv, "--suffix", "return x"])
+    assert capsys.readouterr().out.rstrip().endswith("return x")
+
+
+def test_bad_input(runs, causal, text, tmp_path, capsys):
+    ask = ["--bridge", f"{runs}/blocks", "--prompt", "import os"]
+    assert "must fit" in fails(capsys, hybrid.main, *ask, "--block_size", "8", "--max_new_tokens", "99999")
+    assert "alpha" in fails(capsys, hybrid.main, *ask, "--block_size", "8", "--alpha", "-1")
+    assert "--nfe" in fails(capsys, hybrid.main, *ask, "--block_size", "8", "--nfe", "-1")
+    full = ["--bridge", f"{runs}/bridge", "--prompt", "import os"]
+    assert "never met an unknown token" in fails(capsys, hybrid.main, *full, "--block_size", "8")
+    forward = ["--bridge", str(causal), "--prompt", "import os", "--block_size", "8", "--suffix", "x"]
+    assert "--bidirectional" in fails(capsys, hybrid.main, *forward)
+    train = ["--preset", "tiny", "--model", f"{runs}/toy", "--data", str(text), "--out", str(tmp_path / "x")]
+    assert "would let the replaced layer see" in fails(capsys, bridge.main, *train, "--layer", "2", "--bidirectional")
+    assert "must lie in 0..4" in fails(capsys, bridge.main, *train, "--layer", "5", "--visible", "mix")
+    sample = ["--bridges", f"{runs}/bridge", "--data", str(text), "--out", str(tmp_path / "y"), "--twin", ""]
+    assert "never met an unknown token" in fails(capsys, generate.main, *sample)
+    assert not (tmp_path / "y").exists()                                          # refused before anything is written
+    assert "--texts" in fails(capsys, generate.main, "--texts", "1")
+    for flag, value in (("--temperatures", "warm"), ("--temperatures", "0"), ("--betas", "-1"), ("--tune_texts", "1"),
+                        ("--tune_texts", "99"), ("--prefix", "1")):
+        assert flag in fails(capsys, generate.main, flag, value)
+    many = ["--bridges", runs / "blocks", "--data", text, "--out", tmp_path / "y", "--twin", "", "--texts", "99999"]
+    assert "fewer than twice --texts" in fails(capsys, generate.main, *many) and not (tmp_path / "y").exists()
+    alone = shutil.copytree(runs / "blocks", tmp_path / "alone" / "in" / "blocks")   # no shards beside this bridge
+    ask[1], block = str(alone), ["--block_size", "8", "--max_new_tokens", "8", "--nfe", "2"]
+    assert "--beta 0" in fails(capsys, hybrid.main, *ask, *block)
+    assert hybrid.main([*ask, *block, "--beta", "0"]).startswith("import os")
+    assert "--block_size" in fails(capsys, hybrid.main, "--bridge", runs / "blocks", "--show", "--prompt", "x")
+    heun = random_hybrid(sampler="heun")
+    with pytest.raises(UserError, match="Heun"):
+        heun.generate_blocks(IDS, 4, prior=PRIOR)
+    model = random_hybrid()
+    for name, value in (("block_size", 0), ("max_new_tokens", 0), ("refinements", -1), ("beta", -0.5), ("back", 1.0),
+                        ("temperature", -1), ("top_p", 0.0), ("expert", "neither")):
+        with pytest.raises(UserError, match=name):
+            model.generate_blocks(IDS, **{"prior": PRIOR, name: value})
