@@ -62,8 +62,9 @@ STAGES = {  # folder under --runs, in reading order -> the command that makes it
     "repr_align/w0": "python repr_align.py --align_weight 0 --out {out}",
     "repr_align/w10": "python repr_align.py --align_weight 10 --out {out}",
     "tasks/circuits": "python circuits.py --model {runs}/tasks/toy --out {out}"}  # of a backbone of its own
-FIRST = (("geometry",), ("generate_seeds/all", "generate"), ("repr_align/w10",), ("tasks/circuits",))  # the README's
-# first table shows the first headline of each, or of what replaces it where there is more than one seed
+# the README's first table shows the first headline of each, or of what replaces it where there is more than one seed
+FIRST = (("geometry",), ("generate_seeds/equal", "generate_seeds/all", "generate"), ("repr_align/w10",),
+         ("tasks/circuits",))
 ARMS = {("bridge", "regression"): ("layer", "steps", "tokens", "parameters", "seed", "eval_sequences"),
         ("repr_align/w0", "repr_align/w10"): ("steps", "seed", "eval_sequences")}   # what two compared runs share,
 SAME = ("data", "skip", "calibration", "batch_size", "seq_len", "train_tokens")     # and which of their flags

@@ -18,16 +18,18 @@ study() {  # study "what it asks and how long it takes" name flags...
 }
 
 printf '\n=== GENERATE and its twin with three training seeds (10 min)\n'
-bridges="$OUT/blocks" twins="$OUT/repr_align/w0"
-for seed in 1 2; do
-    python repr_align.py --model "$OUT/toy" --data "$DATA" --align_weight 0 --batch_size 8 --steps 120 --eval_every 40 \
-        --seed $seed --out "$OUT/generate_seeds/twin_$seed"
+bridges="$OUT/blocks" twins=""   # both at 400 steps of 8 x 128 tokens; the default run's twin has had 120 only
+for seed in 0 1 2; do
+    python repr_align.py --model "$OUT/toy" --data "$DATA" --align_weight 0 --batch_size 8 --steps 400 --eval_every 100 \
+        --seed $seed --out "$OUT/generate_seeds/twin400_$seed"
+    twins+="${twins:+,}$OUT/generate_seeds/twin400_$seed"
+    [ $seed = 0 ] && continue
     python bridge.py --model "$OUT/toy" --data "$DATA" --layer 2 --visible mix --bidirectional --self_condition \
         --t_mean 0.7 --shift 3 --nfes 8 --blocks 4 --batch_size 8 --steps 400 --noise_seeds 1 --eval_batches 64 \
         --seed $seed --out "$OUT/generate_seeds/blocks_$seed"
-    bridges+=",$OUT/generate_seeds/blocks_$seed" twins+=",$OUT/generate_seeds/twin_$seed"
+    bridges+=",$OUT/generate_seeds/blocks_$seed"
 done
-python generate.py --data "$DATA" --bridges "$bridges" --twin "$twins" --out "$OUT/generate_seeds/all"
+python generate.py --data "$DATA" --bridges "$bridges" --twin "$twins" --out "$OUT/generate_seeds/equal"
 study "Where can diffusion win? Tokens that are hidden (8 min)" span --out "$OUT/span"
 study "The score against depth, and diffusion against regression, at every layer (45 min)" \
     sweep --pool --steps 200 --eval_batches 256 --out "$OUT/sweep"

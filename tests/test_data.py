@@ -186,7 +186,8 @@ def test_bad_bytes_late_in_a_large_file_leave_nothing(tmp_path, capsys):
 def test_memory_does_not_grow_with_a_text_file(tmp_path):
     """60 MB in one file: 10 MB are enough to read it, and reading it whole, as before, would break that bound."""
     file = tmp_path / "large.txt"
-    file.write_bytes(("the same line of some ninety bytes, again and again, é included " * 5 + "\n").encode() * 182_000)
+    file.write_bytes((
+        "the same line of some ninety bytes, again and again, é included " * 5 + "\n").encode() * 182_000)
     assert file.stat().st_size > 59e6
 
     def peak(texts):
