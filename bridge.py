@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 import data
-from core import backbone, denoiser, optim
+from core import backbone, cache, denoiser, optim
 from core.common import (
     GradientSum,
     StopSignal,
@@ -48,7 +48,7 @@ from core.run import TRACKERS, Clock, Run, finished, measures, read_json, write_
 
 @dataclass
 class Config:
-    preset: Literal["tiny", "toy", "blocks", "0.6b", "8b"] = "toy"  # for tests, a minute, generation, one GPU, eight
+    preset: Literal["auto", "tiny", "toy", "blocks", "135m", "0.6b", "8b"] = "auto"  # auto: by the model's size
     model: str = "toy"          # toy (the folder beside --out), a folder or a Hub id
     data: str = "stdlib"        # see data.py
     out: str = ""               # run folder [out/bridge, or out/bridge_lN when --layer N is given]
@@ -56,6 +56,7 @@ class Config:
     seed: int = 0               # every draw is keyed by it
     device: str = "auto"        # auto, cpu, cuda
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the frozen backbone and of autocast
+    cache_states: str = ""      # folder to keep h[l] of the training text in, for other runs of this seed (empty: none)
     compile: bool = False       # torch.compile the bridge block by block
     random_init: bool = False   # a backbone of this shape with random weights: for throughput without a download
     visible: Literal["full", "prefix", "span", "mix"] = "full"  # which tokens are known; mix: some of each
@@ -67,6 +68,7 @@ class Config:
     t_mean: float = 0.0         # mean of logit t; above 0 trains more near t = 1, where sampling starts
     atom: float = 0.0           # share of training sequences at t = 1 exactly
     loops: int = 1              # with --objective regression: apply the network so many times, to its own last answer
+    head_start: Literal["none", "ridge"] = "none"  # ridge: the network adds to the best linear map from c
     self_condition: bool = False  # feed the last estimate of z back in (half of the time in training)
     width: int = 0              # W (0: D)
     blocks: int = 0             # of the bridge (0: as many as it replaces)
@@ -106,6 +108,8 @@ PRESETS = {
              "save_every": 10, "log_every": 10, "warmup": 5},
     "blocks": {"visible": "mix", "bidirectional": True, "self_condition": True, "t_mean": 0.7, "shift": 3.0,
                "batch_size": 8, "steps": 800, "noise_seeds": 1},
+    "135m": {"batch_size": 8, "calibration": 256, "head_start": "ridge", "nfes": "1,4", "noise_seeds": 1,
+             "eval_batches": 128},                                           # minutes on two cores
     "0.6b": {"steps": 5000, "batch_size": 32, "seq_len": 1024, "calibration": 64, "compile": True, "ema": 0.999,
              "lr": 0.01, "lr_adam": 6e-4, "warmup": 200, "eval_every": 1000, "save_every": 500},
     "8b": {"steps": 20000, "batch_size": 256, "micro_batch": 8, "seq_len": 1024, "calibration": 64, "compile": True,
@@ -121,15 +125,17 @@ class Batch(NamedTuple):
     noise: torch.Tensor         # (b, T, D)
     seen: torch.Tensor          # (b,) bool: shown the network's own first estimate
     unknown: torch.Tensor       # (b, T) bool, or None: every token is known
+    state: torch.Tensor         # (b, T, D) h[l] from --cache_states, or None: the prefix makes it
 
 
-def draw(cfg, train, D, device, step, slots):
-    """The Batch of these slots at `step`."""
+def draw(cfg, train, states, D, device, step, slots):
+    """The Batch of these slots at `step`; `states` are those of core/cache.py, or None."""
     ids = train.batch(cfg.seed, step, slots, cfg.batch_size)[:, :-1]
     t = times(cfg.times, cfg.t_mean, cfg.seed, step, slots, cfg.atom)
     noise = torch.stack([normal((cfg.seq_len, D), device, cfg.seed, "noise", step, s) for s in slots])
     seen = torch.tensor([cfg.self_condition and generator(cfg.seed, "self", step, s).random() < 0.5 for s in slots])
-    parts = ids, t, noise, seen, hide(cfg.visible, cfg.seq_len, cfg.seed, step, slots)
+    kept = states and states.rows([step * cfg.batch_size + s for s in slots])
+    parts = ids, t, noise, seen, hide(cfg.visible, cfg.seq_len, cfg.seed, step, slots), kept
     return Batch(*(None if part is None else part.to(device) for part in parts))
 
 
@@ -137,7 +143,7 @@ def losses(lm, net, batch, layer, cfg, dtype):
     """(the loss summed over the batch's sequences, error of each sequence (b,)).
 
     1 the two ends of the path, from the frozen prefix  2 the bridge's error  3 the readout's, beside it."""
-    z, c = targets(lm, net, batch.ids, layer)                                          # (b, T, D) each
+    z, c = targets(lm, net, batch.ids, layer, batch.state)                             # (b, T, D) each
     with torch.autocast(z.device.type, dtype, enabled=dtype != torch.float32):
         error, z_hat = token_loss(net, z, c, batch.t, batch.noise, cfg.skip, batch.seen, batch.unknown)
         each = error.mean(1)                                                           # (b,)
@@ -189,6 +195,10 @@ def check(cfg):
     if cfg.bidirectional and cfg.visible == "full":
         raise UserError("--bidirectional would let the replaced layer see the future; it needs --visible prefix, span "
                         "or mix")
+    if cfg.cache_states and cfg.random_init:
+        raise UserError("--cache_states keeps the states of a real text: not with --random_init")
+    if cfg.head_start == "ridge" and cfg.prediction != "x":
+        raise UserError("--head_start ridge is a first guess of z: it needs --prediction x")
     if cfg.loops > 1 and cfg.objective != "regression":
         raise UserError("--loops goes with --objective regression: diffusion's calls are --nfe")
 
@@ -205,7 +215,7 @@ def build(cfg, shape, layer):
         raise UserError(f"--width {W} does not split into {H} heads; use a multiple of {each}")
     torch.manual_seed(cfg.seed)
     return Bridge(shape.hidden_size, W, blocks, H, cfg.objective, cfg.prediction, cfg.source, cfg.self_condition,
-                  cfg.visible, cfg.bidirectional, shape.vocab_size, loops=cfg.loops)
+                  cfg.visible, cfg.bidirectional, shape.vocab_size, loops=cfg.loops, head_start=cfg.head_start)
 
 
 def texts(cfg, model, vocab, world):
@@ -217,6 +227,16 @@ def texts(cfg, model, vocab, world):
     shards, _ = data.shards_beside(cfg, tokenizer, world)
     held_out = data.Tokens(shards, "val", cfg.seq_len).windows(cfg.eval_batches)
     return tokenizer, data.Tokens(shards, "train", cfg.seq_len), held_out.to(world.device)
+
+
+def keep_states(cfg, lm, train, layers, identity, world):
+    """--cache_states: what core/cache.py keeps of `layers`, written where it is missing; None without the flag."""
+    if not cfg.cache_states:
+        return None
+    if world.main:
+        cache.write(cfg.cache_states, lm, train, layers, cfg, identity["base"])
+    world.barrier()
+    return cache.States(cfg.cache_states, layers[-1])
 
 
 # ----------------------------------------------------------------------------------------------------- the report
@@ -269,7 +289,7 @@ def measure_again(cfg, result, model, world, dtype, identity):
 
 @entry
 def main(argv):
-    cfg = parse(Config, argv, __doc__, PRESETS)
+    cfg = parse(Config, argv, __doc__, PRESETS, lambda cfg: backbone.preset_of(cfg.model, cfg.out))
     cfg.out = cfg.out or ("out/bridge" if cfg.layer in ("auto", "all") else f"out/bridge_l{cfg.layer}")
     check(cfg)
 
@@ -287,6 +307,9 @@ def main(argv):
         return result
     shape = backbone.read_config(model, cfg.seq_len)
     if cfg.layer == "all":  # one run a layer, each in its own folder: a rerun resumes where it stopped
+        if cfg.cache_states:
+            lm = backbone.load(model, world.device, dtype)
+            keep_states(cfg, lm, texts(cfg, model, lm.V, world)[1], range(1, lm.L + 1), identity, world)
         return [main.__wrapped__([*argv, f"--layer={n}", f"--model={model}", f"--out={cfg.out}_l{n}"])
                 for n in range(1, shape.num_hidden_layers + 1)]
     with torch.device("meta" if cfg.dry_run else "cpu"):
@@ -298,6 +321,7 @@ def main(argv):
     net, net.recompute = net.to(world.device), cfg.recompute
     lm = backbone.load(model, world.device, dtype, blocks=layer, random_init=cfg.random_init)     # only the prefix
     tokenizer, train, held_out = texts(cfg, model, lm.V, world)
+    states = keep_states(cfg, lm, train, [layer], identity, world)
     calibrate(lm, net, train.windows(cfg.calibration, cfg.seed)[:, :-1].to(world.device), layer, cfg.skip)
     run = Run(cfg, world, identity)
     mean_net = copy.deepcopy(net).requires_grad_(False)                                           # EMA
@@ -320,7 +344,7 @@ def main(argv):
     stop, clock, waited = StopSignal(world), Clock(state["seconds"]), 0.0
     bins = torch.zeros(8, 2, dtype=torch.float64)                           # loss sum and count by noise level
     parts = [some.tolist() for some in torch.tensor(slots).split(micro)]    # this process's micro-batches
-    ready = data.prefetch(lambda key: draw(cfg, train, lm.D, world.device, *key),
+    ready = data.prefetch(lambda key: draw(cfg, train, states, lm.D, world.device, *key),
                           ((step, some) for step in range(state["step"], cfg.steps) for some in parts))
 
     for step in range(state["step"], cfg.steps):

@@ -31,16 +31,16 @@ from core.overlap import by_depth, chance, components, gini, other_tasks, overla
 from core.run import Run, atomic, finished, read_json
 from core.run import beside as beside_out
 from core.stats import paired, plus_minus, verdict
-from core.tasks import TASKS, Pair, Pieces, examples
+from core.tasks import MIXED, TASKS, Pair, Pieces, examples
 
 
 @dataclass
 class Config:
-    preset: Literal["tiny", "toy"] = "toy"  # tiny: a second, to see that it runs
+    preset: Literal["auto", "tiny", "toy", "135m"] = "auto"  # auto: by the model's size
     model: str = "toy"          # the AR model: toy (the folder beside --out), a folder or a Hub id
     twins: str = ""             # folders of converted models, comma-separated (empty: all in repr_align beside --model)
     out: str = "out/circuits"   # run folder
-    task: str = "all"           # all, or one or more of core/tasks.py, comma-separated
+    task: str = "all"           # one or more of core/tasks.py, comma-separated (all: those that the toy is trained on)
     seed: int = 0               # of the prompts
     device: str = "auto"        # auto, cpu, cuda
     pairs: int = 64             # pairs of prompts per task, of those that all models solve
@@ -52,7 +52,9 @@ class Config:
     dry_run: bool = False       # print the graph's size, then leave
 
 
-PRESETS = {"tiny": {"pairs": 4, "resamples": 2, "ig_steps": 2}}
+PRESETS = {"tiny": {"pairs": 4, "resamples": 2, "ig_steps": 2},
+           "135m": {"task": "induction,names,infill,opening", "pairs": 16, "resamples": 2, "ig_steps": 3,
+                    "micro_batch": 8}}
 SWEEP = (10, 30, 100, 300)
 MARGIN = 0.05   # of the Jaccard index: two circuits that differ by less in what they share are taken as equal
 UNTRAINED = "untrained twin"
@@ -258,8 +260,8 @@ def load_subjects(model, twins, base, device):
 
 @entry
 def main(argv):
-    cfg = parse(Config, argv, __doc__, PRESETS)
-    names = list(TASKS) if "all" in cfg.task.split(",") else cfg.task.split(",")
+    cfg = parse(Config, argv, __doc__, PRESETS, lambda cfg: backbone.preset_of(cfg.model, cfg.out))
+    names = list(MIXED) if "all" in cfg.task.split(",") else cfg.task.split(",")
     for name in names:
         pick(TASKS, name, "--task")
     world = setup(cfg.device)

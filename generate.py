@@ -35,7 +35,7 @@ from core.run import Run, atomic, finished, read_json
 
 @dataclass
 class Config:
-    preset: Literal["tiny", "toy"] = "toy"  # for tests, the default
+    preset: Literal["auto", "tiny", "toy", "135m"] = "auto"  # auto: by the backbone's size
     bridges: str = "out/blocks"  # folders of bridges trained with --visible prefix, span or mix, comma-separated
     twin: str = "out/repr_align/w0"  # folders of masked twins, one a seed, comma-separated (empty: leave it out)
     methods: str = "all"        # which to draw with, comma-separated (all: every one; they are listed above)
@@ -63,7 +63,8 @@ class Config:
 
 
 PRESETS = {"tiny": {"texts": 4, "tune_texts": 2, "prefix": 16, "new": 12, "block_size": 12, "nfe": 2, "refinements": 1,
-                    "betas": "1"}}
+                    "betas": "1"},
+           "135m": {"texts": 8, "tune_texts": 4, "betas": "1,0.75", "experts": False}}
 
 
 class Context(NamedTuple):
@@ -255,7 +256,8 @@ def check(cfg):
 
 @entry
 def main(argv):
-    cfg = parse(Config, argv, f"{__doc__}\nMethods: {', '.join(METHODS)}.", PRESETS)
+    cfg = parse(Config, argv, f"{__doc__}\nMethods: {', '.join(METHODS)}.", PRESETS,
+                lambda cfg: backbone.preset_of(cfg.bridges.split(",")[0], cfg.out))
     world, bridges = setup(cfg.device), check(cfg)
     dtype = pick_dtype(cfg, world.device)
     if cfg.dry_run:

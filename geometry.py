@@ -70,7 +70,7 @@ PROXIES = {"curvature": (1, curvature), "stiffness": (1, stiffness), "effective_
 
 @dataclass
 class Config:
-    preset: Literal["tiny", "toy", "0.6b", "8b"] = "toy"  # tiny: tests; toy: seconds; 0.6b, 8b: one GPU
+    preset: Literal["auto", "tiny", "toy", "135m", "0.6b", "8b"] = "auto"  # auto: by the model's size
     model: str = "toy"          # toy (the folder beside --out), a folder or a Hub id
     data: str = "stdlib"        # see data.py; held-out text is scored
     out: str = "out/geometry"   # run folder
@@ -307,7 +307,7 @@ def check(cfg, model, L):
 
 @entry
 def main(argv):
-    cfg = parse(Config, argv, __doc__, PRESETS)
+    cfg = parse(Config, argv, __doc__, PRESETS, lambda cfg: backbone.preset_of(cfg.model, cfg.out))
     world = setup(cfg.device)
     torch.set_float32_matmul_precision("highest")  # TF32 would scramble the distances of near neighbours
     dtype = pick_dtype(cfg, world.device)

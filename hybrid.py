@@ -33,7 +33,7 @@ if __name__ != "__main__":  # as a program it looks whether its run is finished 
 
 @dataclass
 class Config:
-    preset: Literal["tiny", "toy"] = "toy"  # for tests, the default
+    preset: Literal["auto", "tiny", "toy", "135m"] = "auto"  # auto: by the base's size
     bridge: str = "out/bridge"  # folder of a trained bridge
     out: str = "out/hybrid"     # folder to save the hybrid to
     model: str = ""             # the base model, when it is no longer where the bridge was trained
@@ -63,7 +63,7 @@ class Config:
                 "top_p", "show", "compare")
 
 
-PRESETS = {"tiny": {"seq_len": 32, "eval_batches": 4}}
+PRESETS = {"tiny": {"seq_len": 32, "eval_batches": 4}, "135m": {"eval_batches": 128}}
 PROMPT = "def main(args):"      # of the sample that is shown after saving
 
 
@@ -175,7 +175,7 @@ def continue_prompt(cfg, world, dtype):
 
 @entry
 def main(argv):
-    cfg = parse(Config, argv, __doc__, PRESETS)
+    cfg = parse(Config, argv, __doc__, PRESETS, lambda cfg: backbone.preset_of(cfg.model or cfg.bridge, cfg.out))
     world = setup(cfg.device)
     dtype = pick_dtype(cfg, world.device)
     if cfg.temperature < 0:

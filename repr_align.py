@@ -31,7 +31,7 @@ from core.shard import Whole, clip, is_sharded, means_to_sums, report_size, shar
 
 @dataclass
 class Config:
-    preset: Literal["tiny", "toy", "0.6b", "8b"] = "toy"  # for tests, a minute, one GPU, eight
+    preset: Literal["auto", "tiny", "toy", "135m", "0.6b", "8b"] = "auto"  # auto: by the model's size
     model: str = "toy"          # toy (the folder beside --out), a folder or a Hub id
     data: str = "stdlib"        # see data.py
     out: str = "out/repr_align/w10"  # run folder
@@ -71,6 +71,8 @@ class Config:
 PRESETS = {
     "tiny": {"steps": 20, "batch_size": 4, "seq_len": 32, "eval_batches": 4, "eval_every": 10, "log_every": 10,
              "save_every": 10, "warmup": 5},
+    "135m": {"steps": 60, "batch_size": 8, "lr": 0.0, "lr_adam": 3e-4, "eval_batches": 16, "eval_every": 20,
+             "log_every": 10},                                               # four seconds a step on two cores
     "0.6b": {"steps": 5000, "batch_size": 32, "micro_batch": 4, "seq_len": 1024, "lr": 0.0, "lr_adam": 3e-4,
              "warmup": 200, "eval_every": 500, "save_every": 500},
     "8b": {"steps": 20000, "batch_size": 96, "micro_batch": 1, "seq_len": 4096, "lr": 0.0, "lr_adam": 3e-4,
@@ -188,7 +190,7 @@ def show_finished(cfg, result, world, dtype):
 
 @entry
 def main(argv):
-    cfg = parse(Config, argv, __doc__, PRESETS)
+    cfg = parse(Config, argv, __doc__, PRESETS, lambda cfg: backbone.preset_of(cfg.model, cfg.out))
     if cfg.align_weight < 0 or cfg.path < 0:
         raise UserError("--align_weight and --path must not be negative")
     if cfg.seq_len < 3:

@@ -15,6 +15,7 @@ Letters: B batch, T tokens, D hidden width, L blocks, V vocabulary.
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from core.common import UserError
-from core.run import beside
+from core.run import beside, read_json
 
 EOS = "<|endoftext|>"  # of a tokenizer that we train ourselves
 
@@ -309,3 +310,26 @@ def flops_per_token(model, T):
     A tied embedding counts once, as the head."""
     n = sum(p.numel() for p in model.parameters())
     return 6 * n + 6 * model.config.num_hidden_layers * attention_width(model.config) * T
+
+
+SIZES = {"toy": 3e7, "135m": 4e8, "0.6b": 3e9, "8b": math.inf}  # preset -> below how many parameters it is meant
+
+
+def preset_of(model, out):
+    """What `--preset auto` stands for: the first of SIZES that the model (or a bridge's base) fits in, by the shapes in
+    its files or, where they are not here, by its config. A model that cannot be opened is a toy: the stage itself then
+    says what is wrong."""
+    try:
+        if (Path(model) / "bridge.json").exists():
+            model = read_json(Path(model) / "bridge.json")["model"]
+        folder, count = Path(resolve(model, out)), 0
+        for file in folder.glob("*.safetensors"):
+            with open(file, "rb") as f:                                        # its header: 8 bytes of length, JSON
+                shapes = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+            count += sum(math.prod(about.get("shape", [0])) for about in shapes.values())
+        if not count:
+            config = read_config(str(model))
+            count = 12 * config.num_hidden_layers * config.hidden_size ** 2 + config.vocab_size * config.hidden_size
+    except (UserError, ValueError, KeyError):
+        return "toy"
+    return next(name for name, most in SIZES.items() if count < most)

@@ -71,8 +71,9 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def parse(Config, argv, doc="", presets=None):
-    """Fill the dataclass `Config` from `argv`: field default < preset < flag.
+def parse(Config, argv, doc="", presets=None, size=None):
+    """Fill the dataclass `Config` from `argv`: field default < preset < flag. `size` says which preset `auto` stands
+    for, given the Config without one.
 
     Types are int, float, str, bool (--flag / --no-flag) and Literal (a choice). Raises UserError naming the nearest
     flag for one it does not know."""
@@ -96,8 +97,9 @@ def parse(Config, argv, doc="", presets=None):
         name = unknown[0].lstrip("-").split("=")[0]
         near = difflib.get_close_matches(name, [f.name for f in fields], n=1, cutoff=0.5)
         raise UserError(f"unknown argument {unknown[0]}; " + (f"did you mean --{near[0]}?" if near else "see --help"))
-    preset = (presets or {}).get(getattr(given, "preset", getattr(Config, "preset", None)), {})
-    cfg = Config(**{**preset, **vars(given)})
+    if getattr(given, "preset", getattr(Config, "preset", None)) == "auto":
+        given.preset = size(Config(**vars(given)))
+    cfg = Config(**{**(presets or {}).get(getattr(given, "preset", None), {}), **vars(given)})
     for f in fields:
         value = getattr(cfg, f.name)
         least = 0 if "(0:" in comments.get(f.name, "") else min(f.default, 1) if f.type is int else None

@@ -68,12 +68,13 @@ class Bridge(nn.Module):
     FREQUENCIES = 16
 
     def __init__(self, D, W, blocks, H, objective="diffusion", prediction="x", source="noise", self_condition=False,
-                 visible="full", bidirectional=False, V=0, C=0, loops=1):
+                 visible="full", bidirectional=False, V=0, C=0, loops=1, head_start="none"):
         super().__init__()
         C = C or D
         self.settings = {"D": D, "W": W, "blocks": blocks, "H": H, "objective": objective, "prediction": prediction,
                          "source": source, "self_condition": self_condition, "visible": visible,
-                         "bidirectional": bidirectional, "V": V, "C": C, "loops": loops}
+                         "bidirectional": bidirectional, "V": V, "C": C, "loops": loops,
+                         "head_start": head_start}
         self.recompute = False                                                # activation checkpointing of the blocks
         self.generates = visible != "full"                                    # it has met unknown tokens
         # [x_t, c] side by side, then the last z and whether the token is unknown, where there are such
@@ -88,6 +89,10 @@ class Bridge(nn.Module):
         for name, value in (("mu_z", torch.zeros(D)), ("mu_c", torch.zeros(C)), ("sigma_z", torch.ones(D)),
                             ("sigma_c", torch.ones(C))):                      # set by `calibrate`, below
             self.register_buffer(name, value)
+        if head_start == "ridge":                                             # z = A c + what the network adds to it
+            self.register_buffer("ridge", torch.zeros(D, C))                  # A, set by `calibrate` in closed form
+            nn.init.zeros_(self.leave.weight)
+            nn.init.zeros_(self.leave.bias)
         for p in self.time.parameters():
             nn.init.zeros_(p)
 
@@ -118,7 +123,11 @@ class Bridge(nn.Module):
                 h = checkpoint(block, h, modulation, positions, mask, use_reentrant=False)
             else:
                 h = block(h, modulation, positions, mask, cache, layer + i)
-        return self.leave(F.rms_norm(h, h.shape[-1:])).float()                         # (B, T, D)
+        out = self.leave(F.rms_norm(h, h.shape[-1:])).float()                          # (B, T, D)
+        if self.settings["head_start"] == "ridge":
+            known = c if unknown is None else c.masked_fill(unknown[..., None], 0.0)
+            out = out + known.float() @ self.ridge.T
+        return out
 
     def standard_c(self, h0):
         return (h0.float() - self.mu_c) / self.sigma_c
@@ -131,6 +140,9 @@ class Bridge(nn.Module):
         return z * self.sigma_z + self.mu_z
 
 
+RIDGE = 0.01  # of the mean eigenvalue of c's second moments, added to all of them
+
+
 # ------------------------------------------------------------------------------------------- target, condition
 def produce(lm, h0, layer, side=None):
     """What the bridge learns to make, from h[0] (B, T, D): h[layer] (B, T, D), the residual stream after block `layer`.
@@ -139,10 +151,11 @@ def produce(lm, h0, layer, side=None):
 
 
 @torch.no_grad()
-def targets(lm, net, ids, layer):
-    """ids (B, T) -> (z, c), both (B, T, D): the pair the bridge learns from, by one pass through the frozen prefix."""
+def targets(lm, net, ids, layer, state=None):
+    """ids (B, T) -> (z, c), both (B, T, D): the pair the bridge learns from, by one pass through the frozen prefix, or
+    from h[layer] (B, T, D) where it is known."""
     h0 = lm.embed(ids)
-    return net.standard_z(produce(lm, h0, layer)), net.standard_c(h0)
+    return net.standard_z(produce(lm, h0, layer) if state is None else state), net.standard_c(h0)
 
 
 class Moments:
@@ -174,6 +187,13 @@ def calibrate(lm, net, rows, layer, skip):
         c.add(h0[:, skip:])
     for buffer, value in zip((net.mu_z, net.sigma_z, net.mu_c, net.sigma_c), (*z.mean_and_sd(), *c.mean_and_sd())):
         buffer.copy_(value)
+    if net.settings["head_start"] == "ridge":
+        cc, cz = 0.0, 0.0
+        for ids in rows.split(8):
+            z, c = (part[:, skip:].flatten(0, 1).double() for part in targets(lm, net, ids, layer))     # (n, D) each
+            cc, cz = cc + c.T @ c, cz + c.T @ z
+        cc.diagonal().add_(RIDGE * cc.diagonal().mean())
+        net.ridge.copy_(torch.linalg.solve(cc, cz).T)
 
 
 # ------------------------------------------------------------------------------------------------------- its files

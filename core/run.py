@@ -78,7 +78,8 @@ def beside(out, name):
 
 
 FREE = {"device", "compile", "eval_every", "log_every", "save_every", "micro_batch", "recompute", "overlap", "jobs",
-        "bucket_mb", "dry_run", "out", "publish", "track", "keep_state",  # none of it changes the result of a run,
+        "bucket_mb", "cache_states", "dry_run", "out", "publish", "track",
+        "keep_state",  # none of it changes the result of a run,
         "model", "runs",  # nor does a path: the weights it leads to are part of a run's identity,
         "preset"}  # nor a name for values that are compared themselves
 SHOWN = {"lr": ".1e", "mfu": ".0%", "tok/s": ",.0f"}  # in a line of the log

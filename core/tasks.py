@@ -15,6 +15,10 @@ a toy), and two have their answer in the middle, where what stands before it say
     infill      w1 w2 w3 _ = w1 w2 w3 w4 -> w4                middle     the word at its place in the copy
     opening     ( w1 _ w2 { w3 } ] ) -> [                     middle     the type that is closed
 
+and one is posed in English, for models that have read some; no training line is made of it:
+
+    names       When A and B went to the store, B gave a drink to -> A      the name that has not come back yet
+
 The corrupted prompt differs in one token, which changes the answer; both have the same length. In the middle tasks it
 stands to the right of the answer. A masked model reads such a line as it is; an AR model sees no right side, so it is
 given the same tokens in the order in which AR models are taught to fill gaps (suffix, prefix, middle: Bavarian et al.
@@ -138,9 +142,29 @@ def opening(pieces, gen, size):
     return Pair(left + closed, left + changed(closed, place, other[1]), target[0], other[0], gap)
 
 
+NAMES = ("Mary John James Sarah David Paul Mark Anna Tom Jack Peter Robert Michael Alice Emma Henry George Simon Kate "
+         "Lucy Adam Daniel Laura Maria Martin Steven Thomas William Charles Richard").split()
+
+
+def names(pieces, gen, size):
+    """Indirect object identification (Wang et al. 2022)."""
+    known = pieces.tokenizer([f" {name}" for name in NAMES], add_special_tokens=False)["input_ids"]
+    known = [ids[0] for ids in known if len(ids) == 1]
+    if len(known) < LEAST:
+        raise UserError(f"this tokenizer writes {len(known)} of {len(NAMES)} English names as one token; the task names "
+                        f"needs {LEAST}")
+    a, b = (int(i) for i in gen.choice(known, 2, replace=False))
+    place, thing = gen.choice(["store", "park", "school", "office"]), gen.choice(["drink", "book", "ring", "letter"])
+    when, went, gave = pieces.tokenizer(["When", f" went to the {place},", f" gave a {thing} to"],
+                                        add_special_tokens=False)["input_ids"]
+    prompt = [*when, a, *pieces.tokenizer(" and", add_special_tokens=False)["input_ids"], b, *went, b, *gave]
+    return Pair(prompt, changed(prompt, len(prompt) - len(gave) - 1, a), a, b, len(prompt))
+
+
 # name -> (group, function of (pieces, gen, size) that returns a Pair). A new task is a function and a line here.
-TASKS = {"induction": ("prefix", induction), "brackets": ("prefix", brackets), "missing": ("global", missing),
+MIXED = {"induction": ("prefix", induction), "brackets": ("prefix", brackets), "missing": ("global", missing),
          "countdown": ("global", countdown), "infill": ("middle", infill), "opening": ("middle", opening)}
+TASKS = {**MIXED, "names": ("prefix", names)}    # English is not mixed into a training text: too few lines
 
 
 def examples(name, pieces, count, seed):
@@ -155,7 +179,7 @@ def lines(tokenizer):
     """Endless training lines as token ids (without EOS): the tasks in turn, of varying size."""
     pieces, gen = Pieces(tokenizer), generator(0, "task lines")
     while True:
-        for _, make in TASKS.values():
+        for _, make in MIXED.values():
             pair = make(pieces, gen, int(gen.integers(4, 9)))
             left, right = pair.clean[:pair.place], pair.clean[pair.place:]
             first = bool(right) and gen.random() < 0.5                           # in the order of an AR model

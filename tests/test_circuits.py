@@ -294,7 +294,7 @@ def solve(name, pieces, left, right):
 def test_pairs_differ_in_one_token_and_have_the_answer_they_claim(runs):
     tokenizer = backbone.load_tokenizer(runs / "toy")
     pieces = tasks.Pieces(tokenizer)
-    for name, (group, _) in tasks.TASKS.items():
+    for name, (group, _) in tasks.MIXED.items():
         for p in tasks.examples(name, pieces, 20, seed=3):
             assert len(p.clean) == len(p.corrupted) and p.answer != p.wrong and p.clean[0] == tokenizer.eos_token_id
             changed = [i for i, (a, b) in enumerate(zip(p.clean, p.corrupted, strict=True)) if a != b]
@@ -306,7 +306,7 @@ def test_pairs_differ_in_one_token_and_have_the_answer_they_claim(runs):
 
 def test_prompts_are_many_and_the_left_side_of_a_middle_task_says_nothing(runs):
     pieces = tasks.Pieces(backbone.load_tokenizer(runs / "toy"))
-    for name, (group, _) in tasks.TASKS.items():
+    for name, (group, _) in tasks.MIXED.items():
         assert len({(p.place, *p.clean) for p in tasks.examples(name, pieces, 2000, seed=0)}) >= 500, name
         if group == "middle":
             for p in tasks.examples(name, pieces, 50, seed=4):
@@ -337,7 +337,7 @@ def test_training_lines_hold_middle_tasks_in_both_orders(runs):
     tokenizer = backbone.load_tokenizer(runs / "toy")
     [equals], stream, orders = tasks.Pieces(tokenizer).signs("="), tasks.lines(tokenizer), set()
     for _ in range(20):
-        group = {name: next(stream).tolist() for name in tasks.TASKS}
+        group = {name: next(stream).tolist() for name in tasks.MIXED}
         line = group["infill"]
         orders.add("right first" if line[0] == equals else "as it is")
         cut = len(line) // 2
