@@ -3,7 +3,7 @@
     python evaluate.py                                   # reads out/, writes out/evaluate/report.md: half a minute
     python evaluate.py --text notes.txt --out out/evaluate_notes      # another text beside the held-out one
     python evaluate.py --harness lambada_openai --limit 100 --out out/evaluate_lm    # needs pip install "lm-eval[hf]"
-    python evaluate.py --publish                         # also copies figures and numbers to results/ and the README
+    python evaluate.py --publish toy                     # also copies them to results/toy/ and fills the README
 
 Every run wrote a section.md of its own; here they are joined in reading order, with whatever else lies under --runs.
 Two findings need two runs: diffusion beside its regression control, the aligned twin beside the unaligned one. Measured
@@ -47,7 +47,7 @@ class Config:
     limit: int = 0              # examples a task (0: all)
     margin: float = 0.005       # nats of CE or KL within which two models are called equal
     seed: int = 0               # of the questions and the twins' masks
-    publish: bool = False       # copy figures and numbers to results/ and write the README's tables
+    publish: str = ""           # copy figures and numbers to results/NAME, a column of the README (empty: do not)
     dry_run: bool = False       # print what would be read, then leave
     MEASURES = ("preset", "text", "texts", "calls", "cloze", "dtype", "repeats", "new", "harness", "harness_path",
                 "limit", "margin", "seed")  # the report is made anew whenever it is asked for
@@ -62,9 +62,10 @@ STAGES = {  # folder under --runs, in reading order -> the command that makes it
     "repr_align/w0": "python repr_align.py --align_weight 0 --out {out}",
     "repr_align/w10": "python repr_align.py --align_weight 10 --out {out}",
     "tasks/circuits": "python circuits.py --model {runs}/tasks/toy --out {out}"}  # of a backbone of its own
-# the README's first table shows the first headline of each, or of what replaces it where there is more than one seed
-FIRST = (("geometry",), ("generate_seeds/equal", "generate_seeds/all", "generate"), ("repr_align/w10",),
-         ("tasks/circuits",))
+# the README's first table: the first headline of the first run of each that is there (several seeds before one)
+FIRST = {"LOCATE": ("geometry",), "REPLACE": ("bridge",),
+         "GENERATE": ("generate_seeds/equal", "generate_seeds/all", "generate"), "CONVERT": ("repr_align/w10",),
+         "COMPARE": ("tasks/circuits",)}
 ARMS = {("bridge", "regression"): ("layer", "steps", "tokens", "parameters", "seed", "eval_sequences"),
         ("repr_align/w0", "repr_align/w10"): ("steps", "seed", "eval_sequences")}   # what two compared runs share,
 SAME = ("data", "skip", "calibration", "batch_size", "seq_len", "train_tokens")     # and which of their flags
@@ -104,7 +105,7 @@ def read_runs(runs, out):
 
 
 def against_regression(found, margin):
-    """One sentence on diffusion against its control, text by text, and the same as a README row; by KL (what the
+    """One sentence on diffusion against its control, text by text, and the same for the README; by KL (what the
     hybrid's law lost, on all tokens) and by CE (what one text's next token showed). One training seed each."""
     bridge, control = found["bridge"], found["regression"]["nfe"]["1"]
     n = str(bridge["nfe_default"])
@@ -112,9 +113,8 @@ def against_regression(found, margin):
              for key in ("kl", "ce_gap")}
     more = paired(bridge["nfe"][n]["kl_rows"], control["kl_rows"]).mean
     return (f"at layer {bridge['layer']} the diffusion bridge (NFE {n}) beside plain regression with the same network, "
-            f"steps and data: by KL {words['kl']}; by CE {words['ce_gap']}; one training seed each"), [
-            f"diffusion against regression, layer {bridge['layer']}",
-            f"by KL {words['kl'].split(' (')[0]}, {more:+.4f}"]
+            f"steps and data: by KL {words['kl']}; by CE {words['ce_gap']}; one training seed each",
+            f"diffusion against regression, layer {bridge['layer']}: by KL {words['kl'].split(' (')[0]}, {more:+.4f}")
 
 
 # ---------------------------------------------------------------------------------------------------------- cost
@@ -289,8 +289,11 @@ def fill_markers(text, blocks):
     return text
 
 
-def readme_blocks(result, root):
-    """What --publish writes into the README: the first table, the findings, files with their lines, lines by folder."""
+def readme_blocks(root):
+    """What --publish writes into the README: the first table and the findings of every results/NAME, files with their
+    lines, lines by folder."""
+    found = {f.parent.name: read_json(f) for f in sorted(root.glob("results/*/result.json"))}
+    found = {**{"toy": found.get("toy")}, **found} if "toy" in found else found      # the default comes first
     def lines(folder):
         return sum(len(f.read_text().splitlines()) for f in (root / folder).glob("*.py"))
     reading = []
@@ -298,20 +301,22 @@ def readme_blocks(result, root):
         text = (root / f"{stage}.py").read_text()
         idea = text.split(": ", 1)[1].split("\n")[0]
         reading.append([f"`{stage}.py`", len(text.splitlines()), idea])
-    return {"results": report.table(["what", "default toy, seed 0"], result["table"]),
-            "findings": "\n".join(f"- {line}" for line in result["findings"]),
+    return {"results": report.table(["stage", *found], [
+                [stage, *(of["table"].get(stage) for of in found.values())] for stage in FIRST]),
+            "findings": "\n\n".join(f"On {name}:\n\n" + "\n".join(f"- {line}" for line in of["findings"])
+                                    for name, of in found.items()),
             "reading": report.table(["stage", "lines", "the one idea"], reading),
             "sizes": f"{lines('.'):,} lines in the nine stages, {lines('core'):,} in `core/` (what they share), "
                      f"{lines('studies'):,} in `studies/` (questions asked with them), {lines('tests'):,} in `tests/`."}
 
 
-def publish(run, result):
-    """Copy the report's numbers and figures to results/ and write the README's tables."""
+def publish(run, name):
+    """Copy the report's numbers and figures to results/NAME and write the README's tables."""
     root = Path(__file__).resolve().parent
-    (root / "results").mkdir(exist_ok=True)
+    (root / "results" / name).mkdir(exist_ok=True, parents=True)
     for file in [*run.out.glob("*.png"), run.out / "report.md", run.out / "result.json"]:
-        shutil.copy(file, root / "results" / file.name)
-    text = fill_markers((root / "README.md").read_text(), readme_blocks(result, root))
+        shutil.copy(file, root / "results" / name / file.name)
+    text = fill_markers((root / "README.md").read_text(), readme_blocks(root))
     with atomic(root / "README.md") as temporary:
         temporary.write_text(text)
 
@@ -343,11 +348,11 @@ def main(argv):
 
     # ------------------------------------------------------------------------------------------------ the report
     findings = [f"**{stage}**: {line}" for stage in found for line in found[stage].get("findings", [])]
-    chosen = [next((s for s in some if s in found), None) for some in FIRST]
-    table = [found[s]["headline"][0] for s in chosen if s]
+    table = {stage: ": ".join(found[s]["headline"][0])
+             for stage, some in FIRST.items() for s in [next((s for s in some if s in found), None)] if s}
     if {"bridge", "regression"} <= set(found):
-        sentence, row = against_regression(found, cfg.margin)
-        findings, table = [f"**bridge, regression**: {sentence}.", *findings], [*table[:1], row, *table[1:]]
+        sentence, table["REPLACE"] = against_regression(found, cfg.margin)
+        findings = [f"**bridge, regression**: {sentence}.", *findings]
     if {"repr_align/w0", "repr_align/w10"} <= set(found):
         findings.append(f"**repr_align**: {report.compare_arms(found['repr_align/w0'], found['repr_align/w10'])}")
     every = [[s, *row] for s in found for row in found[s].get("headline", [])]
@@ -371,7 +376,7 @@ def main(argv):
         "conversion": {s: found[s]["curve"] for s in found if s.startswith("repr_align/")}, **own, "asked": asked,
         "table": table, "findings": findings, "headlines": every})
     if cfg.publish:
-        publish(run, run.result)
+        publish(run, cfg.publish)
     width = max(len(what) for _, what, _ in every)
     print("\n".join(f"{what:{width}}  {value}" for _, what, value in every) + "\n\n" + "\n".join(findings)
           + f"\n\nThe report is {out}/report.md")

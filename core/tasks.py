@@ -164,7 +164,7 @@ def names(pieces, gen, size):
 # name -> (group, function of (pieces, gen, size) that returns a Pair). A new task is a function and a line here.
 MIXED = {"induction": ("prefix", induction), "brackets": ("prefix", brackets), "missing": ("global", missing),
          "countdown": ("global", countdown), "infill": ("middle", infill), "opening": ("middle", opening)}
-TASKS = {**MIXED, "names": ("prefix", names)}    # English is not mixed into a training text: too few lines
+TASKS = {**MIXED, "names": ("prefix", names)}  # English is mixed into no training text
 
 
 def examples(name, pieces, count, seed):
