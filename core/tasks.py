@@ -151,8 +151,8 @@ def names(pieces, gen, size):
     known = pieces.tokenizer([f" {name}" for name in NAMES], add_special_tokens=False)["input_ids"]
     known = [ids[0] for ids in known if len(ids) == 1]
     if len(known) < LEAST:
-        raise UserError(f"this tokenizer writes {len(known)} of {len(NAMES)} English names as one token; the task names "
-                        f"needs {LEAST}")
+        raise UserError(f"this tokenizer writes {len(known)} of {len(NAMES)} English names as one token, and the "
+                        f"task needs {LEAST}")
     a, b = (int(i) for i in gen.choice(known, 2, replace=False))
     place, thing = gen.choice(["store", "park", "school", "office"]), gen.choice(["drink", "book", "ring", "letter"])
     when, went, gave = pieces.tokenizer(["When", f" went to the {place},", f" gave a {thing} to"],
@@ -164,7 +164,7 @@ def names(pieces, gen, size):
 # name -> (group, function of (pieces, gen, size) that returns a Pair). A new task is a function and a line here.
 MIXED = {"induction": ("prefix", induction), "brackets": ("prefix", brackets), "missing": ("global", missing),
          "countdown": ("global", countdown), "infill": ("middle", infill), "opening": ("middle", opening)}
-TASKS = {**MIXED, "names": ("prefix", names)}  # English is mixed into no training text
+TASKS = {**MIXED, "names": ("prefix", names)}    # English: mixed into no training text
 
 
 def examples(name, pieces, count, seed):

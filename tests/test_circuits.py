@@ -4,6 +4,7 @@
 import contextlib
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -343,6 +344,23 @@ def test_training_lines_hold_middle_tasks_in_both_orders(runs):
         cut = len(line) // 2
         assert line[:cut] == line[cut + 1:] if line[0] != equals else line[1:1 + cut] == line[1 + cut:]
     assert orders == {"right first", "as it is"}
+
+
+def test_names_asks_for_the_one_who_has_not_come_back(runs, tmp_path):
+    english = "When went to the store park school office , gave a drink book ring letter and"
+    (tmp_path / "x.txt").write_text(f"{english} {' '.join(tasks.NAMES)}\n\n" * 2000)
+    tokenizer = data.train_tokenizer(data.resolve(str(tmp_path / "x.txt")), 600)
+    pieces = SimpleNamespace(tokenizer=tokenizer, eos=tokenizer.eos_token_id)
+    drawn = tasks.examples("names", pieces, 600, seed=0)
+    assert len({tuple(p.clean) for p in drawn}) >= 500
+    for p in drawn[:20]:
+        [changed] = [i for i, (a, b) in enumerate(zip(p.clean, p.corrupted, strict=True)) if a != b]
+        assert p.clean.count(p.answer) == 1 and p.clean.count(p.wrong) == 2 and p.place == len(p.clean)
+        assert p.corrupted.count(p.answer) == 2 and p.clean[changed] == p.wrong
+        a, b = tokenizer.decode(p.answer), tokenizer.decode(p.wrong)
+        assert tokenizer.decode(p.clean[1:]).startswith(f"When{a} and{b} went to the ")
+    with pytest.raises(UserError, match="English names"):                     # the toy's tokenizer knows none
+        tasks.examples("names", tasks.Pieces(backbone.load_tokenizer(runs / "toy")), 1, seed=0)
 
 
 def test_a_tokenizer_without_words_cannot_pose_the_tasks(runs):

@@ -57,8 +57,9 @@ def test_the_verdict_is_what_the_numbers_say():
     low, high = of([0.1, 0.11, 0.09, 0.1]), of([0.3, 0.31, 0.3, 0.29])
 
     def said(bridge, regression):
-        sentence, (_, cell) = evaluate.against_regression({"bridge": bridge, "regression": regression}, 0.02)
-        return sentence, cell
+        sentence, cell = evaluate.against_regression({"bridge": bridge, "regression": regression}, 0.02)
+        assert cell.startswith("diffusion against regression, layer 2: ")
+        return sentence, cell.split(": ")[1]
     assert said(low, high)[1].startswith("by KL ahead by 0.2 nats") and "by CE ahead" in said(low, high)[0]
     assert said(high, low)[1].startswith("by KL behind by 0.2 nats")
     assert "ties within 0.02 nats" in said(low, of([0.101, 0.109, 0.091, 0.1]))[1]
