@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # The whole pipeline: backbone, locate, replace, generate, convert, compare, evaluate. Offline and on a CPU by default:
-# about 12 minutes on two cores. Run it again and it resumes, or prints the finished results in seconds.
+# about 12 minutes on two cores; a real model of 135M parameters takes about an hour. Run it again and it resumes, or
+# prints the finished results in seconds. Budgets follow the model's size (--preset auto); the times shown are the toy's.
 #
 #   bash run_all.sh
 #   PRESET=tiny bash run_all.sh                                             # every stage in about two minutes
 #   DATA=notes/ OUT=out/notes bash run_all.sh                               # other text, other folder
-#   MODEL=Qwen/Qwen3-0.6B PRESET=0.6b DATA=Salesforce/wikitext:wikitext-103-raw-v1 bash run_all.sh   # a GPU, the Hub
+#   MODEL=HuggingFaceTB/SmolLM2-135M DATA=notes/ OUT=out/smollm2 bash run_all.sh    # a folder or a Hub id, on a CPU
+#   MODEL=Qwen/Qwen3-0.6B DATA=Salesforce/wikitext:wikitext-103-raw-v1 OUT=out/qwen3 bash run_all.sh       # one GPU
 set -euo pipefail
 MODEL=${MODEL:-toy} DATA=${DATA:-stdlib} LAYER=${LAYER:-auto} BLOCKS_LAYER=${BLOCKS_LAYER:-2} PRESET=${PRESET:-}
 OUT=${OUT:-$([ "$PRESET" = tiny ] && echo out/tiny || echo out)}
@@ -15,7 +17,7 @@ sized=(${PRESET:+--preset "$PRESET"}) small=()                # what scales with
 toy() { [ "$MODEL$PRESET" != toy ] || printf '%s\n' "$@"; }    # budgets of the default run
 
 stage() {  # stage "what it is about to do and how long it takes" file.py flags...
-    printf '\n=== %s\n' "$1"
+    [ "$MODEL" = toy ] && printf '\n=== %s\n' "$1" || printf '\n=== %s\n' "${1% (*}"
     shift
     python "$here/$1" "${@:2}" || { printf '\nrun_all.sh stopped: %s failed\n' "$*" >&2; exit 1; }
 }

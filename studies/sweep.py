@@ -1,6 +1,6 @@
 """sweep.py: does the score of geometry.py foretell which layer a bridge can replace? And better than depth does?
 
-    python -m studies.sweep --pool                        # the toy, 3 seeds, and seven more backbones: ~50 min, 2 cores
+    python -m studies.sweep --pool                        # the toy, 3 seeds, and three more backbones: ~35 min, 2 cores
     python -m studies.sweep --seeds 1 --steps 100 --eval_batches 16 --out out/sweep_quick     # a quick look: ~3 min
     python -m studies.sweep --blocks 0 --seeds 1 --layers 1,3,5,7 --out out/sweep_matched    # as deep as the replaced
 
@@ -18,7 +18,6 @@ if not __package__:
     raise SystemExit(2)
 import itertools
 import math
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -32,7 +31,7 @@ from core import backbone, report
 from core.common import UserError, entry, parse, setup
 from core.denoiser import load
 from core.draws import generator
-from core.run import Run, finished, read_json, write_json
+from core.run import Run, finished, read_json
 from core.stats import paired, permutation_p, plus_minus, spearman, verdict
 from studies.ablate import ROOT, execute, stage
 
@@ -71,26 +70,6 @@ def trained(flags, text=None):
     return make
 
 
-def altered(change):
-    """A copy of --model whose blocks are change(its own, drawn anew, seed), lists of state dicts."""
-    def make(cfg, home):
-        out, shards = home / "toy", Path(cfg.model).parent / "data"
-        if (out / "result.json").exists():
-            return out, shards
-        lm, fresh = (backbone.load(cfg.model, torch.device("cpu"), torch.float32, random_init=new) for new in (0, 1))
-        own, new = ([{k: v.clone() for k, v in b.state_dict().items()} for b in m.blocks] for m in (lm, fresh))
-        for block, state in zip(lm.blocks, change(own, new, cfg.seed), strict=True):
-            block.load_state_dict(state)
-        about = read_json(Path(cfg.model) / "config.json")["dihal"]
-        about["config"]["steps"] = 0                     # no training left these blocks where they are now
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "config.json", {"dihal": about})
-        backbone.save_model(lm.model, backbone.load_tokenizer(cfg.model), out)
-        shutil.copy(Path(cfg.model) / "result.json", out / "result.json")
-        return out, shards
-    return make
-
-
 def manual(folder):
     """The folder with Python's own manual, in English, one text file a topic: it lies in every installation."""
     from pydoc_data.topics import topics
@@ -102,13 +81,8 @@ def manual(folder):
 
 POOL = {  # name -> function of (cfg, its own folder) that gives the folders of the model and of its shards
     "deep (12 x 96)": trained("--layers 12 --width 96 --heads 3 --steps 500"),
-    "young (100 steps)": trained("--steps 100"),
     "tasks": trained("--tasks 0.6 --steps 500"),
     "prose (manual)": trained("--steps 500", manual),
-    "shuffled": altered(lambda own, new, seed: [own[i] for i in generator(seed, "shuffle").permutation(len(own))]),
-    "untrained": altered(lambda own, new, seed: new),
-    "middle untrained": altered(lambda own, new, seed: [
-        (new if len(own) // 3 <= i < len(own) - len(own) // 3 else own)[i] for i in range(len(own))]),
 }
 
 

@@ -154,24 +154,6 @@ def test_untrained_errors_are_those_of_a_bridge(runs, monkeypatch):
     assert mine == pytest.approx({key: theirs[key] for key in sweep.ERRORS}, rel=1e-4)
 
 
-def test_altered_backbones(runs, tmp_path):
-    whole = backbone.load(runs / "toy", torch.device("cpu"), torch.float32)
-    for how in ("shuffled", "untrained", "middle untrained"):
-        folder, shards = sweep.POOL[how](sweep.Config(model=str(runs / "toy"), seed=1), tmp_path / how)
-        assert (folder, shards) == (tmp_path / how / "toy", runs / "data")
-        other = backbone.load(folder, torch.device("cpu"), torch.float32)
-        same = [[torch.equal(a.mlp.down_proj.weight, b.mlp.down_proj.weight) for b in whole.blocks]
-                for a in other.blocks]
-        if how == "shuffled":
-            assert sorted(map(tuple, same)) == sorted(tuple(i == j for j in range(4)) for i in range(4))
-            assert not all(same[i][i] for i in range(4))
-        else:
-            assert [any(row) for row in same] == ([False] * 4 if how == "untrained" else [True, False, False, True])
-        assert torch.equal(whole.model.get_input_embeddings().weight, other.model.get_input_embeddings().weight)
-        assert backbone.identity(folder) != backbone.identity(runs / "toy")
-        assert run.read_json(folder / "config.json")["dihal"]["config"]["steps"] == 0
-
-
 # ------------------------------------------------------------------------------------------------------ the study
 @slow
 def test_the_sweep_runs(runs, tmp_path, monkeypatch, capsys):
@@ -183,7 +165,7 @@ def test_the_sweep_runs(runs, tmp_path, monkeypatch, capsys):
             started.append(script)
             importlib.import_module(Path(script).stem).main([*argv, "--preset", "tiny"])
     monkeypatch.setattr(sweep, "execute", in_process)
-    monkeypatch.setattr(sweep, "POOL", {"shuffled": sweep.POOL["shuffled"]})
+    monkeypatch.setattr(sweep, "POOL", {"again": lambda cfg, home: (runs / "toy", runs / "data")})
     out = tmp_path / "s"
     argv = ["--model", f"{runs}/toy", "--out", str(out), "--seeds", "2", "--steps", "3", "--blocks", "1", "--pool",
             "--batch_size", "4", "--eval_batches", "4"]
@@ -193,11 +175,11 @@ def test_the_sweep_runs(runs, tmp_path, monkeypatch, capsys):
     assert set(toy["correlations"]) >= {"score", "-layer", "score, curvature only"}
     assert result["kept"] == [] and all(len(b["excluded"]) >= 1 for b in result["backbones"].values())
     assert text.startswith("## Does the score foretell bridgeability?\n") and text == run.read_section(out)
-    assert "| -layer |" in text and "![" in text and "**shuffled**: left out, not as 300" in text
+    assert "| -layer |" in text and "![" in text and "**again**: left out, not as 300" in text
     assert all(len(value) <= 60 for _, value in result["headline"]) and len(result["headline"]) == 2
     assert (out / "sweep.png").stat().st_size > 5000
     fewer = {**result, "backbones": {"toy": toy}}                              # an older result, a newer POOL
-    assert "shuffled" not in sweep.section(fewer)
+    assert "**again**" not in sweep.section(fewer)
     count = len(started)
     assert sweep.main(argv)["backbones"] == result["backbones"] and len(started) == count      # nothing is started
     monkeypatch.setattr(sweep, "POOL", {**sweep.POOL, "untrained": lambda cfg, home: (runs / "toy", runs / "data")})
