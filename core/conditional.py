@@ -74,7 +74,7 @@ def fit(lm, layers, calibration, train, wanted, probe_steps, skip=4, seed=0):
             nn.init.zeros_(at.net.leave.weight)                                      # the probe begins as the ridge
             nn.init.zeros_(at.net.leave.bias)
         solve(lm, known, train, wanted, skip)
-    teach(lm, known, train[:probe_steps * BATCH].split(BATCH), skip)
+    teach(lm, known, train.split(BATCH)[:probe_steps], skip)
     return known
 
 
