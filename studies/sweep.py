@@ -6,8 +6,10 @@
 
 Every layer of a backbone gets the same network, batches and steps; each run is an ordinary one of bridge.py under
 --out, so an interrupted sweep goes on where it stopped. Beside them stand bridges that need no training, fitted on the
-very windows that the bridges saw, predictors that need no geometry, and all variants of the score. Which backbones
-count is decided by RULES, not by hand. Writes sweep.png, section.md and result.json to --out.
+very windows that the bridges saw, predictors that need no geometry, all variants of the score, and what is left of a
+layer once h[0] is known. From the logs of the runs: how much worse is the layer that each way of choosing takes, and
+what does choosing cost? Which backbones count is decided by RULES, not by hand. Writes sweep.png, regret.png,
+section.md and result.json to --out.
 
 Letters: B batch, T tokens, D hidden width, V vocabulary, L blocks, C layers swept, R resamples.
 """
