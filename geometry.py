@@ -26,6 +26,7 @@ from tqdm import tqdm
 import data
 from core import backbone, report
 from core.common import UserError, entry, parse, pick_dtype, setup
+from core.conditional import GUESSES, errors, fit
 from core.draws import generator
 from core.run import Run, finished, read_section
 from core.states import collect, eigenvalues, local_spread, neighbours, resampled_spectra
@@ -94,10 +95,13 @@ class Config:
     rank: Literal["entropy", "participation"] = "entropy"  # exp(entropy of spectrum), or (sum e)^2 / sum e^2
     score_by: Literal[("all", *PROXIES)] = "all"  # all: the signed sum; or one proxy alone
     resamples: int = 200        # R: bootstrap replicates of sequences and anchors
+    exact_resamples: bool = False  # an eigendecomposition for each, not first-order perturbation of the spectrum
+    conditional: int = 0        # training sequences for what is left of h[l] once h[0] is known (0: not measured)
     dry_run: bool = False       # print memory and cost, then leave
 
 
 PRESETS = {"tiny": dict(tokens=512, seq_len=32, batch_size=4, pool=256, anchors=64, k=8, resamples=20),
+           "135m": dict(pool=8192, anchors=512, resamples=100),
            "0.6b": dict(tokens=32768, seq_len=1024, batch_size=8, pool=4096, resamples=100),
            "8b": dict(tokens=32768, seq_len=1024, batch_size=4, pool=2048, resamples=50)}
 
@@ -155,12 +159,18 @@ def cost(shape, cfg, itemsize):
     ffn, S = getattr(shape, "intermediate_size", None) or 4 * D, -(-cfg.tokens // cfg.seq_len)
     kept = (L - 1) * (4 * D * D + 8 * D + itemsize * P * D)
     forward = T * (5 * D + 3 * ffn) * itemsize + 12 * T * D                 # residual, attention, MLP; fp32 copies of h
-    spectra = 4 * D * D * (S + 2 * cfg.resamples) if D <= P else 4 * (2 * P * P + 2 * P * D)
+    spectra = 4 * (3 * P * min(D, P) + P * D) if not cfg.exact_resamples else (
+        4 * D * D * (S + 2 * cfg.resamples) if D <= P else 4 * (2 * P * P + 2 * P * D))
     analysis = 4 * (2 * P * D + A * (2 * P + D) + 3 * 64 * cfg.k * D) + A * P + max(spectra, 12 * D * D)
     return kept + max(forward, analysis), 2 * L * (4 * D * D + 3 * D * ffn)
 
 
 # -------------------------------------------------------------------------------------------------------- analysis
+def held_out(cfg, shards):
+    """Whole sequences (S, T + 1) that hold cfg.tokens states."""
+    return data.Tokens(shards, "val", cfg.seq_len).windows(-(-cfg.tokens // (cfg.seq_len - cfg.skip)), cfg.seed)
+
+
 def measure(states, c, anchors, places):
     """place -> [spectrum (D,), spreads (A,), distances (A, k), share of neighbours with the anchor's token], candidate
     c. What costs most is done once: a space's distances for all its places, their sorting for the largest k."""
@@ -179,6 +189,46 @@ def measure(states, c, anchors, places):
     return found
 
 
+def score_all(states, cfg, table):
+    """(name -> score (C,) of each Config of `table`; what the proxies of its first one look at, (C, ...) each)."""
+    C, P, _ = states.pool.shape
+    anchors = torch.from_numpy(generator(cfg.seed, "anchors").choice(P, cfg.anchors, replace=False))
+    places = {name: (v.normalize == "dim", v.k, v.thin, v.same_token) for name, v in table.items()}  # to measure anew
+    found = [measure(states, c, anchors.to(states.pool.device), set(places.values()))
+             for c in tqdm(range(C), desc="layers", leave=False, disable=None)]
+    found = {p: [torch.stack(part) for part in zip(*(layer[p] for layer in found))] for p in found[0]}      # (C, ...)
+    rows = {name: score(proxies(*found[places[name]][:3], v), v) for name, v in table.items()}              # (C,)
+    return rows, found[places[next(iter(table))]]
+
+
+def residual(lm, known, windows, cfg):
+    """name -> (C,): the published proxies of what a ridge leaves of the states (core/conditional.py), in the units that
+    a bridge diffuses. Raw: how much is left counts, not only its shape."""
+    def left(c, h, h0, ids):
+        at = known[c + 1]
+        return at.z(h) - GUESSES["ridge"](at, at.c(h0), ids)                 # (B, T, D)
+    states, raw = collect(lm, windows, cfg.skip, cfg.pool, cfg.seed, cfg.batch_size, left), replace(
+        cfg, normalize="raw")
+    return score_all(states, cfg, {"score of the residual": cfg, "score of the residual, raw": raw, **{
+        f"{name} of the residual": replace(raw, score_by=name) for name in PROXIES}})[0]
+
+
+def conditional(lm, rows, shards, cfg):
+    """name -> (C,): how well a bridge that needs no training does with h[0], and the score of what a ridge leaves."""
+    text = data.Tokens(shards, "train", cfg.seq_len)
+    known = fit(lm, range(1, lm.L), text.windows(64, cfg.seed)[:, :-1], text.windows(cfg.conditional)[:, :-1],
+                rows, min(60, cfg.conditional // 8), cfg.skip, cfg.seed)
+    table = errors(lm, known, rows, skip=cfg.skip)
+    return {**{f"-FVU, {guess}": torch.tensor([-table[layer][guess]["fvu"] for layer in known]) for guess in GUESSES},
+            **residual(lm, known, rows[:, :-1], cfg)}
+
+
+def rivals(found, point):
+    """name -> (C,) as rows of the result: what each would choose, and whether it agrees with the score."""
+    return [{"name": name, "best_layer": int(row.argmax()) + 1, "values": row.tolist(),
+             "spearman_with_score": spearman(row, point)} for name, row in found.items()]
+
+
 def resample(states, e, spread, distance, cfg):
     """Proxies (R, C, K) of bootstrap replicates: sequences for the spectrum, anchors for the neighbours, with the pool
     fixed (drawing neighbours with replacement would shrink distances). e (C, D), spread (C, A), distance (C, A, k)."""
@@ -188,7 +238,7 @@ def resample(states, e, spread, distance, cfg):
     replicas = []
     for c in tqdm(range(len(e)), desc="resamples", leave=False, disable=None):
         X, _ = states.space(c, cfg.normalize == "dim")
-        spectra = resampled_spectra(X, states.sequence, weights).cpu()                                      # (R, D)
+        spectra = resampled_spectra(X, states.sequence, weights, cfg.exact_resamples).cpu()                 # (R, D)
         replicas.append(proxies(spectra, spread[c][again], distance[c][again], cfg))                        # (R, K)
     return torch.stack(replicas, 1)
 
@@ -202,16 +252,8 @@ def interval(point, replicas):
 
 def analyse(states, cfg):
     """States -> the dict that becomes result.json."""
-    C, P, _ = states.pool.shape
-    anchors = torch.from_numpy(generator(cfg.seed, "anchors").choice(P, cfg.anchors, replace=False))
-    table = variants(cfg)
-    places = {name: (v.normalize == "dim", v.k, v.thin, v.same_token) for name, v in table.items()}  # to measure anew
-    found = [measure(states, c, anchors.to(states.pool.device), set(places.values()))
-             for c in tqdm(range(C), desc="layers", leave=False, disable=None)]
-    found = {p: [torch.stack(part) for part in zip(*(layer[p] for layer in found))] for p in found[0]}      # (C, ...)
-    rows = {name: score(proxies(*found[places[name]][:3], v), v) for name, v in table.items()}              # (C,)
-
-    *here, shared = found[places["default"]]
+    C, table = len(states.pool), variants(cfg)
+    rows, (*here, shared) = score_all(states, cfg, table)
     x, replicas = proxies(*here, cfg), resample(states, *here, cfg)          # (C, K), (R, C, K)
     point, scores = rows["default"], score(replicas, cfg)                    # (C,), (R, C)
     best, others = int(point.argmax()), [c for c in range(C) if c != int(point.argmax())]
@@ -226,8 +268,8 @@ def analyse(states, cfg):
         columns[name], columns[f"{name}_interval"] = column.tolist(), band.tolist()
     for name, row in (("rank", point), ("rank_log", by_log)):
         columns[name] = (1 + (-row).argsort().argsort()).tolist()
-    trivial = {"-layer": -np.arange(1.0, C + 1), "-log mean norm": -states.norm.log().numpy(),
-               "-|h[l]-h[0]|": -states.moved.numpy()}
+    trivial = {"-layer": -torch.arange(1.0, C + 1), "-log mean norm": -states.norm.log(),
+               "-|h[l]-h[0]|": -states.moved}
     return {
         "layers": [dict(zip(columns, row)) for row in zip(*columns.values(), strict=True)],
         "best_layer": best + 1, "margin": float(point[best] - point[others].max()),
@@ -237,8 +279,7 @@ def analyse(states, cfg):
                        "limit": (C - 1) ** 0.5},
         "variants": [{"name": name, "best_layer": int(row.argmax()) + 1, "scores": row.tolist(),
                       "spearman_with_default": spearman(row, point)} for name, row in rows.items()],
-        "trivial": [{"name": name, "best_layer": int(row.argmax()) + 1, "values": row.tolist(),
-                     "spearman_with_score": spearman(row, point)} for name, row in trivial.items()],
+        "trivial": rivals(trivial, point),
         "signs": {name: sign for name, (sign, _) in PROXIES.items()},
         "proxy_correlation": torch.corrcoef(x.T).nan_to_num().tolist(),
         "replicates": scores.tolist(), "flags": asdict(cfg)}
@@ -255,8 +296,9 @@ def section(result):
                f"{r['chosen']:.0%}", f"{r['same_token']:.0%}"] for r in result["layers"]]
     pairs = [f"{a} and {b} {result['proxy_correlation'][i][j]:.2f}" for i, a in enumerate(names)
              for j, b in enumerate(names) if i < j]
-    rivals = [(v["name"], v["best_layer"], v["spearman_with_default"]) for v in result["variants"]]
-    rivals += [(f"trivial: {t['name']}", t["best_layer"], t["spearman_with_score"]) for t in result["trivial"]]
+    chooses = [(v["name"], v["best_layer"], v["spearman_with_default"]) for v in result["variants"]]
+    chooses += [(f"{kind}: {t['name']}", t["best_layer"], t["spearman_with_score"])
+                for kind in ("trivial", "conditional") for t in result.get(kind, ())]
     return "\n\n".join([
         "## LOCATE",
         f"{result['tokens']} states a layer from {result['sequences']} held-out sequences of {flags['seq_len']} tokens "
@@ -273,7 +315,7 @@ def section(result):
         f"Correlation over layers: {', '.join(pairs)}.",
         f"{agree} of {len(result['variants'])} variants choose layer {best}.",
         report.table(["what chooses", "layer", "Spearman with the score"], [
-            [name.replace("|", "\\|"), layer, f"{rho:.2f}"] for name, layer, rho in rivals]),
+            [name.replace("|", "\\|"), layer, f"{rho:.2f}"] for name, layer, rho in chooses]),
         "![proxies and score over depth](geometry.png)"]) + "\n"
 
 
@@ -319,20 +361,19 @@ def main(argv):
 
     # 1. Flags that cannot work are refused, and --dry_run leaves, before anything is loaded or written.
     shape = backbone.read_config(model, cfg.seq_len)
-    L = shape.num_hidden_layers
+    L, sequences = shape.num_hidden_layers, -(-cfg.tokens // (cfg.seq_len - cfg.skip))
     check(cfg, model, L)
-    needed = -(-cfg.tokens // (cfg.seq_len - cfg.skip))
     if cfg.dry_run:
         memory, flops = cost(shape, cfg, dtype.itemsize)
-        print(f"{model}: {L} blocks of width {shape.hidden_size}; {needed} sequences of {cfg.seq_len} tokens\n"
+        print(f"{model}: {L} blocks of width {shape.hidden_size}; {sequences} sequences of {cfg.seq_len} tokens\n"
               f"memory beside the weights {memory / 1e9:.2f} GB, {flops:.2e} FLOPs a token")
         return memory / 1e9
 
     # 2. Held-out text, whole sequences
     lm = backbone.load(model, world.device, dtype, random_init=cfg.random_init)
     shards, _ = data.shards_beside(cfg, backbone.load_tokenizer(model), world)
-    windows = data.Tokens(shards, "val", cfg.seq_len).windows(needed, cfg.seed)[:, :-1]                     # (S, T)
-    tokens = len(windows) * (cfg.seq_len - cfg.skip)
+    rows = held_out(cfg, shards).to(world.device)                                                       # (S, T + 1)
+    tokens = len(rows) * (cfg.seq_len - cfg.skip)
     if tokens < 4 * cfg.k * cfg.thin:
         raise UserError(f"held-out text gives only {tokens} tokens, fewer than 4 --k --thin = {4 * cfg.k * cfg.thin}; "
                         "use more text")
@@ -343,10 +384,13 @@ def main(argv):
 
     # 3. One forward pass for all layers; then layer by layer
     start = time.perf_counter()
-    states = collect(lm, windows, cfg.skip, cfg.pool, cfg.seed, cfg.batch_size)
+    states = collect(lm, rows[:, :-1], cfg.skip, cfg.pool, cfg.seed, cfg.batch_size)
     collected = time.perf_counter()
-    result = {**analyse(states, cfg), "tokens": tokens, "sequences": len(windows), "model": model, **identity}
+    result = {**analyse(states, cfg), "tokens": tokens, "sequences": len(rows), "model": model, **identity}
     plot(result, run.out / "geometry.png")
+    if cfg.conditional:
+        point = torch.tensor([row["score"] for row in result["layers"]])
+        result["conditional"] = rivals(conditional(lm, rows, shards, cfg), point)
     result |= {"seconds": time.perf_counter() - start, "seconds_collect": collected - start, "headline": [[
         "layer where diffusion enters", f"{result['best_layer']} of {L - 1}, margin {result['margin']:.2f} "
         f"({result['margin_log']:.2f} by log)"]]}

@@ -40,8 +40,9 @@ class States:
 
 
 @torch.no_grad()
-def collect(lm, windows, skip, pool, seed, batch_size):
-    """One forward pass for all layers at once. windows (S, T) int64 -> States.
+def collect(lm, windows, skip, pool, seed, batch_size, view=None):
+    """One forward pass for all layers at once. windows (S, T) int64 -> States, of view(c, h[c+1], h[0], ids) instead of
+    h[c+1] where a `view` is given.
 
     Second moments are taken about the first batch's mean: a state's mean can be large beside its spread."""
     C, D, per_row = lm.L - 1, lm.D, windows.shape[1] - skip
@@ -52,7 +53,8 @@ def collect(lm, windows, skip, pool, seed, batch_size):
     kept = torch.empty(C, pool, D, dtype=next(lm.parameters()).dtype, device=device)
     norm, moved, seen, filled = torch.zeros(C), torch.zeros(C), 0, 0
     for ids in tqdm(windows.split(batch_size), desc="hidden states", unit="batch", leave=False, disable=None):
-        h0 = h = lm.embed(ids.to(device))                                    # (B, T, D)
+        ids = ids.to(device)
+        h0 = h = lm.embed(ids)                                               # (B, T, D)
         side = lm.side(h)
         n = len(ids) * per_row
         here = pick[(pick >= seen) & (pick < seen + n)] - seen               # pool members in this batch
@@ -60,7 +62,8 @@ def collect(lm, windows, skip, pool, seed, batch_size):
             h = lm.block(h, c, side)                                         # (B, T, D) = h[c+1]
             # The first positions are attention sinks: a few states of huge norm, which would by themselves be the first
             # eigenvalue of the covariance and the scale of the layer.
-            X = h[:, skip:].flatten(0, 1)                                    # (B (T - skip), D)
+            seen_as = h if view is None else view(c, h, h0, ids)
+            X = seen_as[:, skip:].flatten(0, 1)                              # (B (T - skip), D)
             kept[c, filled:filled + len(here)] = X[here]
             X = X.float()
             norm[c] += X.norm(dim=-1).sum().cpu()
@@ -84,24 +87,33 @@ def collect(lm, windows, skip, pool, seed, batch_size):
     return States(mean, second, kept, (pick // per_row).to(device), token.to(device), norm / seen, moved / seen)
 
 
-def resampled_spectra(X, sequence, weights):
+def resampled_spectra(X, sequence, weights, exact=False):
     """Spectra (R, D) of the pool X (P, D) when whole sequences are drawn with replacement: weights (R, S) counts.
 
-    Tokens of one sequence are dependent, so sequences are the units. With D <= P the per-sequence moments are summed
-    under the weights; otherwise the P x P Gram matrix of the weighted rows, which has the same nonzero eigenvalues."""
+    Tokens of one sequence are dependent, so sequences are the units. One eigendecomposition serves all replicates: the
+    eigenvalue i of a replicate's covariance S_r is u_i^T S_r u_i to first order in S_r - S, the variance of the states
+    along the pool's own eigenvector u_i, and so a weighted sum of what each sequence adds to it. `exact`: one
+    decomposition a replicate; with D > P that of the P x P Gram matrix, which has the same nonzero eigenvalues."""
     (P, D), (R, S) = X.shape, weights.shape
-    member = torch.nn.functional.one_hot(sequence, S).to(X)                  # (P, S)
-    count = weights @ member.sum(0)                                          # (R,)
-    mean = weights @ (member.T @ X) / count[:, None]                         # (R, D)
+    count = weights @ torch.bincount(sequence, minlength=S).to(X)                            # (R,)
+
+    def mean(Y):                                                             # (P, n) -> its mean in each replicate
+        return weights @ Y.new_zeros(S, Y.shape[1]).index_add_(0, sequence, Y) / count[:, None]              # (R, n)
+    if not exact:
+        e, U = torch.linalg.eigh(X @ X.T if D > P else X.T @ X)
+        Y = U * e.clamp_min(0).sqrt() if D > P else X @ U                    # (P, min(D, P)) along the eigenvectors
+        spectra = (mean(Y.square()) - mean(Y).square()).clamp_min(0).sort(descending=True).values
+        return torch.nn.functional.pad(spectra, (0, D - spectra.shape[1]))
+    middle = mean(X)                                                         # (R, D)
     if D > P:
         spectra = X.new_zeros(R, D)
         for r in range(R):
-            rows = weights[r, sequence].sqrt()[:, None] * (X - mean[r])      # (P, D)
+            rows = weights[r, sequence].sqrt()[:, None] * (X - middle[r])    # (P, D)
             spectra[r, :P] = eigenvalues(rows @ rows.T / count[r])
         return spectra
     moments = torch.stack([X[sequence == s].T @ X[sequence == s] for s in range(S)])       # (S, D, D)
     cov = (weights @ moments.flatten(1)).view(R, D, D) / count[:, None, None]
-    return eigenvalues(cov - mean[:, :, None] * mean[:, None, :])            # (R, D)
+    return eigenvalues(cov - middle[:, :, None] * middle[:, None, :])        # (R, D)
 
 
 def eigenvalues(S):

@@ -6,8 +6,10 @@
 
 Every layer of a backbone gets the same network, batches and steps; each run is an ordinary one of bridge.py under
 --out, so an interrupted sweep goes on where it stopped. Beside them stand bridges that need no training, fitted on the
-very windows that the bridges saw, predictors that need no geometry, and all variants of the score. Which backbones
-count is decided by RULES, not by hand. Writes sweep.png, section.md and result.json to --out.
+very windows that the bridges saw, predictors that need no geometry, all variants of the score, and what is left of a
+layer once h[0] is known. From the logs of the runs: how much worse is the layer that each way of choosing takes, and
+what does choosing cost? Which backbones count is decided by RULES, not by hand. Writes sweep.png, regret.png,
+section.md and result.json to --out.
 
 Letters: B batch, T tokens, D hidden width, V vocabulary, L blocks, C layers swept, R resamples.
 """
@@ -17,19 +19,20 @@ if not __package__:
     print("error: start it as: python -m studies.sweep", file=sys.stderr)
     raise SystemExit(2)
 import itertools
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 import data
+import geometry as locate
 from core import backbone, report
 from core.common import UserError, entry, parse, setup
-from core.denoiser import load
+from core.conditional import errors, fit
 from core.draws import generator
 from core.run import Run, finished, read_json
 from core.stats import paired, permutation_p, plus_minus, spearman, verdict
@@ -54,6 +57,7 @@ class Config:
 
 
 NFE, SKIP = 8, 4                     # calls of a bridge; first positions left out: attention sinks, as in bridge.py
+PROBE_STEPS, DECODED = 60, ("token mean",)                 # of the one-block probe; guesses whose KL is measured too
 ERRORS = {"fvu": "FVU", "kl": "KL", "ce_gap": "CE gap"}    # of a bridge: bridgeability is their absence
 COLUMNS = {**ERRORS, **{f"regression_{key}": f"regression: {name}" for key, name in ERRORS.items()}}
 MIN_STEPS, TIE, MARGIN = 300, 0.02, 0.1                    # see RULES; a difference in rho within MARGIN is a tie
@@ -101,80 +105,17 @@ def cells(cfg, home, model, shards, toy=True):
             f"{cfg.batch_size} --eval_batches {cfg.eval_batches} --noise_seeds 1 --nfe {NFE} --nfes {NFE}"))
 
 
-# ------------------------------------------------------------------------------------------------ without training
-UNTRAINED = {  # name -> guess of z (B, T, D) from what `fit` found at the layer, c (B, T, D) and ids (B, T)
-    "identity": lambda at, c, ids: (at.net.mu_c + at.net.sigma_c * c - at.net.mu_z) / at.net.sigma_z,    # h[0] itself
-    "ridge": lambda at, c, ids: (with_one(c) @ at.weights).float(),
-    "token mean": lambda at, c, ids: at.mean[ids],
-}
-DECODED = ("token mean",)  # read through the retained blocks as well: KL and CE gap
-
-
-def with_one(c):
-    return torch.cat([c, torch.ones_like(c[..., :1])], -1).double()                  # (..., D + 1)
-
-
-def pairs(lm, nets, ids):
-    """(layer, z, c, side) for every layer of nets {layer: bridge}, in the bridges' own units, by one forward pass."""
-    h0 = h = lm.embed(ids)
-    side, at = lm.side(h0), 0
-    for layer, net in sorted(nets.items()):
-        h, at = lm.through(h, at, layer, side), layer
-        yield layer, net.standard_z(h), net.standard_c(h0), side
-
-
-@torch.no_grad()
-def fit(lm, nets, batches):
-    """layer -> its bridge, ridge regression from h[0], and the mean state of each token, from batches of ids (B, T) and
-    positions >= SKIP. Only sums are kept: memory does not grow with the text."""
-    sums = {layer: torch.zeros(lm.D + 1, 2 * lm.D + 1, dtype=torch.float64) for layer in nets}
-    total, count = {layer: torch.zeros(lm.V, lm.D) for layer in nets}, torch.zeros(lm.V, 1)
-    for ids in batches:
-        some = ids[:, SKIP:].flatten()                                               # (n,)
-        count += torch.bincount(some, minlength=lm.V)[:, None]
-        for layer, z, c, _ in pairs(lm, nets, ids):
-            z, one = z[:, SKIP:].flatten(0, 1), with_one(c[:, SKIP:]).flatten(0, 1)  # (n, D), (n, D + 1)
-            sums[layer] += one.T @ torch.cat([one, z], 1)
-            total[layer].index_add_(0, some, z)
-    found = {}
-    for layer, net in nets.items():
-        gram, cross = sums[layer].split([lm.D + 1, lm.D], 1)
-        weights = torch.linalg.solve(gram + 1e-3 * gram.diagonal().mean() * torch.eye(lm.D + 1), cross)
-        middle = (cross[-1] / gram[-1, -1]).float()                                  # a pseudo-count at the mean state
-        found[layer] = SimpleNamespace(net=net, weights=weights, mean=(total[layer] + middle) / (count + 1))
-    return found
-
-
-@torch.no_grad()
-def untrained(lm, nets, batches, held_out):
-    """layer -> name -> {fvu, and of DECODED kl, ce_gap} on held-out ids (N, T + 1), as core/measure.py has them. True
-    states of the first positions are given: a table of tokens knows no attention sinks, and its text would pay."""
-    found, sums = fit(lm, nets, batches), torch.zeros(max(nets) + 1, len(UNTRAINED), 4, dtype=torch.float64)
-    for ids in held_out.split(8):
-        known, right = ids[:, :-1], ids[:, 1:, None]
-        intact = lm.head(lm.through(lm.embed(known), 0, lm.L)).log_softmax(-1)       # (B, T, V)
-        for layer, z, c, side in pairs(lm, nets, known):
-            for i, (name, guess) in enumerate(UNTRAINED.items()):
-                z_hat = torch.cat([z[:, :SKIP], guess(found[layer], c, known)[:, SKIP:]], 1)
-                each = [z ** 2, (z_hat - z) ** 2]
-                if name in DECODED:
-                    logp = lm.head(lm.through(nets[layer].hidden(z_hat), layer, lm.L, side)).log_softmax(-1)
-                    each += [intact.exp() * (intact - logp), (intact - logp).gather(-1, right)]
-                sums[layer, i, :len(each)] += torch.stack([e[:, SKIP:].sum() for e in each]).double()
-    sums[..., 1] /= sums[..., 0].clamp_min(1e-12)
-    sums[..., 2:] /= held_out[:, 1 + SKIP:].numel()
-    return {layer: {name: dict(zip(ERRORS, sums[layer, i, 1:4 if name in DECODED else 2].tolist()))
-                    for i, name in enumerate(UNTRAINED)} for layer in nets}
-
-
 # ----------------------------------------------------------------------------------------------------- statistics
 def predictors(geometry, rows):
-    """name -> its value at each layer of rows, (C,): the score, its variants and the trivial ones of geometry.py."""
+    """name -> its value at each layer of rows, (C,): the score, its variants, the trivial ones of geometry.py; and of
+    what is left of h[l] once h[0] is known: errors of guesses that need no bridge, score of the ridge's residual."""
     at = {"score": [float(row["score"]) for row in rows]}
     for name, values in [*((t["name"], t["values"]) for t in geometry["trivial"]), *(
             (f"score, {v['name']}", v["scores"]) for v in geometry["variants"] if v["name"] != "default")]:
         at[name] = [values[row["layer"] - 1] for row in rows]
-    return at
+    return {**at, **{f"-FVU, {guess}": [-row["untrained"][guess]["fvu"] for row in rows]
+                     for guess in rows[0]["untrained"]}, **{
+        name: [row["residual"][name] for row in rows] for name in rows[0].get("residual", ())}}
 
 
 def correlations(geometry, rows, seed=0):
@@ -215,15 +156,24 @@ def corrected(found, draws=20000, seed=0):
     return {name: {"rho": float(r), "p": float(q)} for name, r, q in zip(names, rho, p, strict=True)}
 
 
+def disagreements(b, name, error):
+    """Pairs of layers that `name` and depth order differently, and how many of them `name` orders as minus the bridges'
+    `error` does."""
+    value, goal, depth = b["predictors"][name], negative(error, b), b["predictors"]["-layer"]
+    apart = [(value[i] - value[j]) * (goal[i] - goal[j]) > 0 for i, j in itertools.combinations(range(len(goal)), 2)
+             if (value[i] - value[j]) * (depth[i] - depth[j]) < 0]
+    return {"pairs": len(apart), "right": sum(apart)}
+
+
 def negative(error, b):
     """Minus the bridges' mean error at each layer of a backbone: high is good."""
     return [-mean(row[error]) for row in b["layers"]]
 
 
-def against_depth(found, error, seed=0):
-    """rho(score) - rho(depth) over the backbones `found`."""
-    ours, theirs = ([spearman(b["predictors"][name], negative(error, b)) for b in found.values()]
-                    for name in ("score", "-layer"))
+def against_depth(found, error, name="score", seed=0):
+    """rho(name) - rho(depth) over the backbones `found`."""
+    ours, theirs = ([spearman(b["predictors"][n], negative(error, b)) for b in found.values()]
+                    for n in (name, "-layer"))
     gaps = np.array(ours) - theirs
     again = gaps[generator(seed, "resampled backbones").integers(0, len(gaps), (10000, len(gaps)))]
     return {"rho": mean(ours), "depth": mean(theirs), "gaps": dict(zip(found, gaps.tolist(), strict=True)),
@@ -243,6 +193,68 @@ RULES = {  # why a backbone says nothing about LOCATE -> test of its entry in th
         mean(row["fvu"]) < row["untrained"]["token mean"]["fvu"] for row in b["layers"]) < 0.5,
     f"FVU is {TIE:.0%} apart at fewer than half of its layers": lambda b: values_apart(b) < len(b["layers"]) / 2,
 }
+
+
+# --------------------------------------------------------------------------------------------- what LOCATE is worth
+WORTH = {  # what makes a layer the best -> function of (loss, layer), low is good
+    "KL": lambda loss, layer: loss,
+    "KL per replaced block": lambda loss, layer: loss / layer,                 # replacing more is worth more
+}
+CHOOSERS = {"score": "score", "conditional (ridge)": "-FVU, ridge", "depth": "-layer"}       # name -> predictor
+
+
+def losses_at(log):
+    """step -> mean training loss over the window that ends there, from the lines of a bridge's log.jsonl. Texts, noise
+    levels and noises are the same at every layer, and the texts are new to it: as good as validation, and free."""
+    return {row["step"]: float(np.dot(row["loss_by_t"], row["count_by_t"]) / max(1, sum(row["count_by_t"])))
+            for row in map(json.loads, log) if "loss_by_t" in row}
+
+
+def halving(curves, start, first, worth):
+    """Successive halving -> (chosen layer, steps spent). curves: layer -> {step: loss}, of equal steps. The layers
+    `start` train `first` steps, the better half goes on to the next logged step at least twice as far, and so on; the
+    last one trains to the end."""
+    steps, alive, at, spent = sorted(curves[start[0]]), list(start), first, 0
+    while len(alive) > 1:
+        rank = sorted(alive, key=lambda layer: worth(curves[layer][at], layer))
+        alive = rank[:1 if at == steps[-1] else len(rank) // 2]
+        spent += at * (len(rank) - len(alive))
+        at = next((step for step in steps if step >= 2 * at), steps[-1])
+    return alive[0], spent + steps[-1]
+
+
+def regrets(curves, kl, choosers, worth):
+    """strategy -> [[spent, regret]], cheapest first. curves: layer -> {step: loss}; kl: layer -> KL of its bridge;
+    choosers: name -> {layer: value, high is good}.
+
+    Regret: what the chosen layer's bridge, fully trained, is worse than the best layer's. Spent: steps of all bridges,
+    in units of one bridge's training, the chosen one's own included: to choose without training costs 1."""
+    layers, steps = sorted(kl), sorted(next(iter(curves.values())))
+    final = {layer: worth(kl[layer], layer) for layer in layers}
+    best, starts = min(final.values()), {"halving": layers}
+    out = {"random layer": [[1.0, mean(final.values()) - best]]}
+    for name, values in choosers.items():
+        order = sorted(layers, key=values.get, reverse=True)
+        out[name], starts[f"{name}'s half, halving"] = [[1.0, final[order[0]] - best]], order[:-(-len(order) // 2)]
+    for name, start in starts.items():
+        found = [halving(curves, start, first, worth) for first in steps]
+        out[name] = sorted([spent / steps[-1], final[layer] - best] for layer, spent in found)
+    return {**out, "all layers": [[float(len(layers)), 0.0]]}
+
+
+def worth_of_locate(rows, predictors, logs):
+    """criterion -> strategy -> [[spent, mean regret, its sd]] over training seeds. logs: (layer, seed) -> lines."""
+    choosers = {name: dict(zip([r["layer"] for r in rows], predictors[p], strict=True))
+                for name, p in CHOOSERS.items() if p in predictors}
+    curves, found = {key: losses_at(log) for key, log in logs.items()}, {}
+    shared = set.intersection(*map(set, curves.values()))                      # older runs may have logged less often
+    for name, worth in WORTH.items():
+        by_seed = [regrets({r["layer"]: {step: curves[r["layer"], seed][step] for step in shared} for r in rows},
+                           {r["layer"]: r["kl"][seed] for r in rows}, choosers, worth)
+                   for seed in range(len(rows[0]["kl"]))]
+        found[name] = {strategy: np.concatenate([np.mean(of, 0), np.std(of, 0)[:, 1:]], 1).tolist()
+                       for strategy in by_seed[0] for of in [np.array([b[strategy] for b in by_seed])]}
+    return found
 
 
 # --------------------------------------------------------------------------------------------------------- report
@@ -289,14 +301,48 @@ def section(result):
                     f"{c['p']:.4f}", "{1:+.2f} [{0:+.2f}, {2:+.2f}]".format(*c["score_minus"]), f"{a['rho']:.2f}",
                     f"{a['p']:.4f}"]
                    for name, a in result["corrected"].items() for c in [toy["correlations"][name]]])]
+    some = [(name, key, of) for name, b in found.items() for key, of in b.get("disagreements", {}).items()]
+    lines += ["", "Where a predictor and depth order two layers differently, how often the predictor is right (depth "
+              "is, otherwise).", "", report.table(
+                  ["backbone", "predictor", "pairs", *(f"right by {name}" for name in ERRORS.values())],
+                  [[name, key.replace("|", "\\|"), of["fvu"]["pairs"], *(of[e]["right"] for e in ERRORS)]
+                   for name, key, of in some])] if some else []
     if len(found) > 1:
-        lines += ["", "rho of the score minus rho of depth: by backbone, median with bootstrap interval, verdict on "
+        gaps = [("score", over, error, a) for error, some in result["against_depth"].items()
+                for over, a in some.items()]
+        gaps += [(name, "kept" if result["kept"] else "all", error, a)
+                 for name, some in result.get("conditional_against_depth", {}).items() for error, a in some.items()]
+        lines += ["", "rho of a predictor minus rho of depth: by backbone, median with bootstrap interval, verdict on "
                   "the mean.", "", report.table(
-                      ["error", "over", *found, "median", "95%", "the score"],
-                      [[ERRORS[error], over, *(f"{a['gaps'][n]:+.2f}" if n in a["gaps"] else None for n in found),
+                      ["predictor", "error", "over", *found, "median", "95%", "against depth"],
+                      [[name, ERRORS[error], over, *(f"{a['gaps'][n]:+.2f}" if n in a["gaps"] else None for n in found),
                         f"{a['median']:+.2f}", "[{:+.2f}, {:+.2f}]".format(*a["interval"]), a["verdict"]]
-                       for error, some in result["against_depth"].items() for over, a in some.items()])]
-    return "\n".join([*lines, ""])
+                       for name, over, error, a in gaps])]
+    return "\n".join([*lines, *section_of_worth(found), ""])
+
+
+def section_of_worth(found):
+    """Regret against training spent, both ends of each strategy's curve."""
+    some = {name: b["regret"] for name, b in found.items() if "regret" in b}
+    rows = [[name, criterion, strategy, *(f"{spent:.2f}: {regret:.4f} +- {sd:.4f}" for spent, regret, sd in (
+        points[0], points[-1]))] for name, of in some.items() for criterion, strategies in of.items()
+        for strategy, points in strategies.items()]
+    return ["", "What LOCATE is worth. Spent: steps of all bridges over those of one, the chosen one's own included; "
+            "regret: nats of KL above the best layer's bridge, mean +- sd over training seeds. Halving goes by "
+            "training loss; a half is a chooser's better half of the layers.", "", report.table(
+                ["backbone", "by", "strategy", "least spent: regret", "most spent: regret"], rows), "",
+            "![regret against training spent](regret.png)"] if rows else []
+
+
+def draw_worth(found, path):
+    """Regret against training spent: a column a backbone, a row a criterion."""
+    criteria = list(next(iter(found.values()))["regret"])
+    with report.figure(path, len(criteria), len(found), 4.2, 3.3) as axes:
+        for column, (name, b) in zip(axes.T, found.items(), strict=True):
+            for ax, criterion in zip(column, criteria, strict=True):
+                for strategy, points in b["regret"][criterion].items():
+                    ax.plot([p[0] for p in points], [p[1] for p in points], "o-", markersize=4, label=strategy)
+                ax.set(title=name, xlabel="training spent, in bridges", ylabel=f"regret, {criterion} (nats)")
 
 
 def draw(result, path):
@@ -319,18 +365,23 @@ def draw(result, path):
 # ----------------------------------------------------------------------------------------------------------- main
 def collect(cfg, model, shards, work):
     """The entry of one backbone in the result, from its finished runs and the bridges that need no training."""
-    done, first, rows, device = {}, {}, [], torch.device("cpu")
+    done, logs, rows = {}, {}, []
     for kind, layer, folder, _ in work:
         done.setdefault((kind, layer), []).append(read_json(folder / "result.json"))
-        first.setdefault(layer, folder)
-    geometry, layers = done["geometry", 0][0], sorted(set(first) - {0})
-    train, slots = data.Tokens(shards, "train", 128), range(cfg.batch_size)
-    seen = (train.batch(cfg.seed, step, slots, cfg.batch_size)[:, :-1] for step in range(cfg.steps))    # as bridge.py
-    free = untrained(backbone.load(str(model), device, torch.float32),
-                     {layer: load(first[layer], device)[0] for layer in layers}, seen,
-                     data.Tokens(shards, "val", 128).windows(cfg.eval_batches))
+        if kind == "diffusion":
+            logs[layer, len(done[kind, layer]) - 1] = (folder / "log.jsonl").read_text().splitlines()
+    geometry, layers = done["geometry", 0][0], sorted({layer for _, layer in done} - {0})
+    train, slots, held_out = data.Tokens(shards, "train", 128), range(cfg.batch_size), data.Tokens(
+        shards, "val", 128).windows(cfg.eval_batches)
+    seen = torch.cat([train.batch(cfg.seed, step, slots, cfg.batch_size)[:, :-1] for step in range(cfg.steps)])
+    lm, flags = backbone.load(str(model), torch.device("cpu"), torch.float32), locate.Config(**geometry["flags"])
+    texts = locate.held_out(flags, shards)[:, :-1]
+    known = fit(lm, range(1, lm.L), train.windows(64, cfg.seed)[:, :-1], seen, held_out, PROBE_STEPS, SKIP, cfg.seed)
+    left = locate.residual(lm, known, texts, flags)
+    free = errors(lm, {layer: known[layer] for layer in layers}, held_out, DECODED, SKIP)
     for layer in layers:
-        row = {"layer": layer, "score": geometry["layers"][layer - 1]["score"], "untrained": free[layer]}
+        row = {"layer": layer, "score": geometry["layers"][layer - 1]["score"], "untrained": free[layer],
+               "residual": {name: float(values[layer - 1]) for name, values in left.items()}}
         for kind, calls, mark in (("diffusion", NFE, ""), ("regression", 1, "regression_")):
             last = [r["nfe"][str(calls)] for r in done.get((kind, layer), [])]
             row |= {mark + key: [r[key] for r in last] for key in ERRORS if last}
@@ -339,6 +390,9 @@ def collect(cfg, model, shards, work):
     out = {"layers": rows, "seeds": len(rows[0]["fvu"]), "trained_steps": about.get("steps", MIN_STEPS),
            "eval_sequences": done["diffusion", layers[0]][0]["eval_sequences"],
            "predictors": predictors(geometry, rows), "correlations": correlations(geometry, rows)}
+    out["regret"] = worth_of_locate(rows, out["predictors"], logs)
+    out["disagreements"] = {name: {error: disagreements(out, name, error) for error in ERRORS} for name in out[
+        "predictors"] if name == "score" or name.startswith("-FVU")}
     return {**out, "excluded": [why for why, holds in RULES.items() if holds(out)]}
 
 
@@ -369,7 +423,9 @@ def main(argv):
               **{k: getattr(cfg, k) for k in ("steps", "blocks", "batch_size", "seed")},
               "corrected": corrected(list((kept or found).values())), "against_depth": {
                   error: {title: against_depth(some, error) for title, some in (("all", found), ("kept", kept)) if some}
-                  for error in ERRORS}}
+                  for error in ERRORS}, "conditional_against_depth": {
+                  name: {error: against_depth(kept or found, error, name) for error in ERRORS}
+                  for name in found["toy"]["disagreements"] if name != "score"}}
     rho, a = found["toy"]["correlations"], list(result["against_depth"]["fvu"].values())[-1]
     result["headline"] = [
         ["score and bridgeability, toy", f"rho {rho['score']['rho']:.2f}, of depth alone {rho['-layer']['rho']:.2f}"],
@@ -377,6 +433,7 @@ def main(argv):
             a["median"], *a["interval"])]][:1 + bool(pool)]
     result["findings"] = list(findings(result))
     draw(result, run.out / "sweep.png")
+    draw_worth(found, run.out / "regret.png")
     run.finish(result, section(result))
     print(section(result))
     return run.result

@@ -214,15 +214,33 @@ def test_a_proxy_is_a_function_and_a_line(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("D", [6, 200])
-def test_resampled_spectra(D):
+def test_exact_resamples(D):
     """Weights of one give the plain spectrum, a weight of two the sequence written twice. D > P goes by Gram matrix."""
     X = gaussian(np.linspace(2, 0.1, D), n=120) + 3.0
     sequence = torch.arange(120) // 30
     weights = torch.tensor([[1.0, 1, 1, 1], [2, 0, 1, 1]])
-    got = geometry.resampled_spectra(X, sequence, weights)
+    got = geometry.resampled_spectra(X, sequence, weights, exact=True)
     twice = torch.cat([X[:30], X[:30], X[60:]])
     for row, want in zip(got, (spectrum(X), spectrum(twice))):
         assert torch.allclose(row, want, atol=2e-3 * want[0].item())
+
+
+@pytest.mark.parametrize("D, P", [(24, 2000), (120, 100)])
+def test_first_order_resamples(D, P):
+    """The plain spectrum from weights of one; over replicates the spread and the order of the exact ones, centred on
+    the point. Also where D > P."""
+    X = gaussian(1 / np.arange(1, D + 1), n=P)
+    X, sequence = X - X.mean(0), torch.arange(P) * 50 // P
+    assert torch.allclose(geometry.resampled_spectra(X, sequence, torch.ones(1, 50))[0], spectrum(X), atol=1e-3)
+    weights = torch.from_numpy(np.random.default_rng(3).multinomial(50, np.ones(50) / 50, 100)).float()
+    fast, exact = (geometry.resampled_spectra(X, sequence, weights, how) for how in (False, True))
+    assert torch.allclose(fast.sum(1), exact.sum(1), rtol=1e-3) and (fast[:, :-1] >= fast[:, 1:]).all()
+    one = torch.ones(1, 8)
+    ranks, other, point = (geometry.proxies(e, one, one[..., None], geometry.Config())[..., 2].log()
+                           for e in (fast, exact, spectrum(X)[None]))
+    assert 0.8 < (ranks.std() / other.std()).item() < 1.2
+    assert np.corrcoef(ranks, other)[0, 1] > 0.9
+    assert abs(ranks.mean() - point) < 0.3 * other.std()
 
 
 def test_collect_gives_exact_moments():

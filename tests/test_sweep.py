@@ -1,7 +1,7 @@
 """sweep.py: statistics with known answers, bridges without training, who counts, the sweep on a tiny backbone."""
 import importlib
+import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, fails, slow
 
 import data
-from core import backbone, denoiser, measure, run, stats
+from core import backbone, run, stats
 from studies import sweep
 
 
@@ -109,49 +109,58 @@ def test_the_manual_is_a_corpus(tmp_path):
     assert 1 < sum(held) < len(held) / 3 and sum(map(len, documents)) > 300_000
 
 
-def test_bridges_without_training_have_the_error_they_must(runs, monkeypatch):
-    monkeypatch.setattr(sweep, "DECODED", ("identity", "token mean"))
-    lm = backbone.load(runs / "toy", torch.device("cpu"), torch.float32)
-    nets = {layer: denoiser.load(runs / "bridge", torch.device("cpu"))[0] for layer in (0, 3)}
-    held_out = data.Tokens(runs / "data", "val", 33).windows(6)
-    with torch.no_grad():
-        for net in nets.values():
-            net.mu_z.copy_(net.mu_c)
-            net.sigma_z.copy_(net.sigma_c)
-    found = sweep.untrained(lm, nets, held_out[:, :-1].split(4), held_out)     # layer 0: z = c, given the token
-    exact = found[0]["identity"]
-    assert list(exact.values()) == pytest.approx([0, 0, 0], abs=1e-6) and found[0]["ridge"]["fvu"] < 0.02
-    assert 0 < found[0]["token mean"]["fvu"] < 0.5                             # shrunk by one pseudo-count
-    assert found[0]["token mean"]["kl"] > 1e-4 and set(found[0]["ridge"]) == {"fvu"}
-    assert found[3]["ridge"]["fvu"] < found[3]["identity"]["fvu"]
-    more = sweep.fit(lm, nets, [held_out[:, :-1]] * 50)[0]                     # often enough, and nothing is shrunk
-    known = held_out[:1, sweep.SKIP:-1]
-    assert torch.allclose(more.mean[known], nets[0].standard_c(lm.embed(known)), atol=0.1)
-    some, whole = (sweep.fit(lm, nets, held_out[:, :-1].split(n))[3] for n in (1, 6))     # sums, however they are cut
-    assert torch.allclose(some.mean, whole.mean, atol=1e-5) and torch.allclose(some.weights, whole.weights, atol=1e-5)
+def test_where_score_and_depth_disagree():
+    fvu = [0.3, 0.1, 0.2, 0.4]                                                 # depth would say 1 < 2 < 3 < 4
+    right = backbone_of([2., 4., 3., 1.], fvu)
+    assert sweep.disagreements(right, "score", "fvu") == {"pairs": 2, "right": 2}     # (1, 2) and (1, 3)
+    wrong = backbone_of([4., 3., 1., 2.], fvu)
+    assert sweep.disagreements(wrong, "score", "kl") == {"pairs": 1, "right": 0}      # (3, 4)
+    assert sweep.disagreements(wrong, "-layer", "kl") == {"pairs": 0, "right": 0}
+    found = sweep.against_depth({"a": right, "b": right}, "kl", "-layer")
+    assert found["gaps"] == {"a": 0, "b": 0} and found["depth"] == pytest.approx(0.4)
 
 
-def test_untrained_errors_are_those_of_a_bridge(runs, monkeypatch):
-    monkeypatch.setattr(sweep, "DECODED", ("identity",))
-    class Identity(torch.nn.Module):
-        """h[0] as the regression bridge that it is."""
+CURVES = {1: {10: 5., 20: 3., 40: 1.}, 2: {10: 3., 20: 2., 40: 2.}, 3: {10: 4., 20: 4., 40: 4.},
+          4: {10: 2., 20: 5., 40: 5.}}
 
-        def __init__(self, net):
-            super().__init__()
-            self.settings = {**net.settings, "objective": "regression"}
-            self.net, self.standard_z, self.standard_c, self.hidden = net, net.standard_z, net.standard_c, net.hidden
 
-        def forward(self, x, c, t, *_, **__):
-            guess = sweep.UNTRAINED["identity"](self, c, None)
-            return torch.cat([self.z[:, :sweep.SKIP], guess[:, sweep.SKIP:]], 1)          # true first positions
-    lm = backbone.load(runs / "toy", torch.device("cpu"), torch.float32)
-    net, info = denoiser.load(runs / "bridge", torch.device("cpu"))
-    rows, stand_in = data.Tokens(runs / "data", "val", 33).windows(6), Identity(net)
-    stand_in.z = net.standard_z(lm.through(lm.embed(rows[:, :-1]), 0, info["layer"]))
-    how = SimpleNamespace(skip=sweep.SKIP, noise_seeds=1, sampler="euler", shift=1.0)
-    theirs = measure.measure(lm, stand_in, rows, info["layer"], (1,), how)[0]["1"]
-    mine = sweep.untrained(lm, {info["layer"]: net}, [rows[:, :-1]], rows)[info["layer"]]["identity"]
-    assert mine == pytest.approx({key: theirs[key] for key in sweep.ERRORS}, rel=1e-4)
+def test_halving_by_hand():
+    kl = sweep.WORTH["KL"]
+    # after 10: 4 and 2 stay (1 and 3 cost 10 each); after 20: 2 (4 cost 20); 2 trains to the end
+    assert sweep.halving(CURVES, [1, 2, 3, 4], 10, kl) == (2, 10 + 10 + 20 + 40)
+    assert sweep.halving(CURVES, [1, 2, 3, 4], 20, kl) == (1, 20 + 20 + 40 + 40)      # the better end is seen
+    assert sweep.halving(CURVES, [1, 2, 3, 4], 40, kl) == (1, 4 * 40)                 # all of them, whole
+    assert sweep.halving(CURVES, [3], 10, kl) == (3, 40)
+    assert sweep.halving(CURVES, [1, 2, 3], 10, kl) == (2, 10 + 10 + 40)
+    assert sweep.halving(CURVES, [1, 4], 40, sweep.WORTH["KL per replaced block"]) == (1, 80)
+    assert sweep.halving(CURVES, [2, 3], 20, sweep.WORTH["KL per replaced block"]) == (2, 60)     # 1 against 4 / 3
+
+
+def test_regret_by_hand():
+    kl, choosers = {1: .1, 2: .2, 3: .4, 4: .5}, {"depth": {1: 4, 2: 3, 3: 2, 4: 1}, "bad": {1: 1, 2: 2, 3: 3, 4: 4}}
+    found = sweep.regrets(CURVES, kl, choosers, sweep.WORTH["KL"])
+    assert found["random layer"] == [[1, pytest.approx(.2)]] and found["all layers"] == [[4, 0]]
+    assert found["depth"] == [[1, 0]] and found["bad"] == [[1, pytest.approx(.4)]]
+    assert found["halving"] == [[2, pytest.approx(.1)], [3, 0], [4, 0]]
+    assert found["bad's half, halving"] == [[1.25, pytest.approx(.4)], [1.5, pytest.approx(.3)], [2, pytest.approx(.3)]]
+    assert found["depth's half, halving"] == [[1.25, pytest.approx(.1)], [1.5, pytest.approx(.1)], [2, 0]]
+    per_block = sweep.regrets(CURVES, kl, choosers, sweep.WORTH["KL per replaced block"])   # .1 .1 .133 .125
+    assert per_block["bad"] == [[1, pytest.approx(.025)]] and per_block["depth"] == [[1, 0]]
+
+
+def test_worth_of_locate_from_logs():
+    """Two seeds whose best layers differ; losses of a window are weighted by their counts, validation is skipped."""
+    def log(*losses):
+        return [*(json.dumps({"step": 10 * 2 ** i, "loss": 9, "loss_by_t": [loss, 7.0], "count_by_t": [4, 0]})
+                  for i, loss in enumerate(losses)), '{"step": 20, "val_loss": 0.5}']
+    assert sweep.losses_at(['{"step": 5, "loss_by_t": [1.0, 4.0], "count_by_t": [2, 1]}']) == {5: 2.0}
+    assert sweep.losses_at(log(3., 2.)) == {10: 3., 20: 2.}
+    rows = [{"layer": 2, "kl": [.1, .3]}, {"layer": 5, "kl": [.2, .2]}]
+    logs = {(2, 0): log(1, 1), (5, 0): log(2, 2, 2), (2, 1): log(1, 3), (5, 1): log(2, 2)}
+    found = sweep.worth_of_locate(rows, {"score": [1., 2.], "-layer": [-2, -5]}, logs)["KL"]
+    assert found["score"] == [[1, pytest.approx(.05), pytest.approx(.05)]]
+    assert found["depth"] == [[1, pytest.approx(.05), pytest.approx(.05)]] and "conditional (ridge)" not in found
+    assert found["halving"] == [[1.5, pytest.approx(.05), pytest.approx(.05)], [2, 0, 0]]
 
 
 # ------------------------------------------------------------------------------------------------------ the study
@@ -172,12 +181,16 @@ def test_the_sweep_runs(runs, tmp_path, monkeypatch, capsys):
     result = sweep.main(argv)
     toy, text = result["backbones"]["toy"], (out / "section.md").read_text()
     assert [r["layer"] for r in toy["layers"]] == [1, 2, 3] and all(len(r["fvu"]) == 2 for r in toy["layers"])
-    assert set(toy["correlations"]) >= {"score", "-layer", "score, curvature only"}
+    assert set(toy["correlations"]) >= {"score", "-layer", "score, curvature only", "-FVU, ridge", "-FVU, token mean",
+                                        "-FVU, one-block probe", "score of the residual", "curvature of the residual"}
+    assert toy["predictors"]["-FVU, ridge"] == [-r["untrained"]["ridge"]["fvu"] for r in toy["layers"]]
+    assert "-FVU, ridge" in result["conditional_against_depth"] and "| -FVU, ridge | KL |" in text
     assert result["kept"] == [] and all(len(b["excluded"]) >= 1 for b in result["backbones"].values())
     assert text.startswith("## Does the score foretell bridgeability?\n") and text == run.read_section(out)
     assert "| -layer |" in text and "![" in text and "**again**: left out, not as 300" in text
     assert all(len(value) <= 60 for _, value in result["headline"]) and len(result["headline"]) == 2
-    assert (out / "sweep.png").stat().st_size > 5000
+    assert (out / "sweep.png").stat().st_size > 5000 and (out / "regret.png").stat().st_size > 5000
+    assert toy["regret"]["KL"]["all layers"] == [[3, 0, 0]] and "| toy | KL | halving |" in text
     fewer = {**result, "backbones": {"toy": toy}}                              # an older result, a newer POOL
     assert "**again**" not in sweep.section(fewer)
     count = len(started)

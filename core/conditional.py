@@ -1,0 +1,146 @@
+"""conditional.py: what is left of h[l] once h[0] is known, for all layers by the same forward passes.
+
+    known = fit(lm, layers, calibration, train, wanted=held_out, probe_steps=60)    # rows of ids (N, T) each
+    table = errors(lm, known, held_out)              # layer -> guess -> fvu, and of `decoded` guesses kl and ce_gap
+    z, c = known[l].z(hl), known[l].c(h0)            # the units that a bridge diffuses
+    left = z - GUESSES["ridge"](known[l], c, ids)    # (B, T, D)
+
+The published score looks at h[l] alone, but a bridge is given h[0]: a layer is easy for it where h[0] says nearly all.
+A guess is a bridge that needs no training, or seconds of it; a new one is a function and a line of GUESSES.
+
+Letters: B batch, T tokens, D hidden width, V vocabulary, C layers looked at, n tokens of a batch.
+"""
+import torch
+from torch import nn
+
+from core import optim
+from core.denoiser import Bridge, Moments
+
+WIDTH, BATCH, SHARE = 128, 8, 1e-3      # of a probe; rows a pass; ridge, as a share of the mean eigenvalue
+GUESSES = {  # name -> guess of z (B, T, D) from what `fit` knows of the layer, c (B, T, D) and ids (B, T)
+    "identity": lambda at, c, ids: (at.net.mu_c + at.net.sigma_c * c - at.net.mu_z) / at.net.sigma_z,    # h[0] itself
+    "ridge": lambda at, c, ids: with_one(c) @ at.weights,
+    "token mean": lambda at, c, ids: at.mean[at.place[ids]],
+    "one-block probe": lambda at, c, ids: GUESSES["ridge"](at, c, ids) + at.probe(c),
+}
+
+
+class Known:
+    """What is known of a layer: `net`, a bridge of one narrow block whose buffers are the units of z and c, and which
+    learns what the ridge leaves; `weights` of the ridge; `mean` state of each token, its row given by `place`."""
+
+    def __init__(self, net):
+        self.net, self.z, self.c = net, net.standard_z, net.standard_c
+
+    def probe(self, c):
+        return self.net(torch.zeros_like(c), c, torch.ones(len(c), device=c.device))
+
+
+def with_one(c):
+    return torch.cat([c, torch.ones_like(c[..., :1])], -1)                           # (..., D + 1)
+
+
+def states(lm, layers, ids):
+    """(layer, h[layer], h[0], side) for each of the layers, by one forward pass."""
+    h0 = h = lm.embed(ids)
+    side, at = lm.side(h0), 0
+    for layer in sorted(layers):
+        h, at = lm.through(h, at, layer, side), layer
+        yield layer, h, h0, side
+
+
+def pairs(lm, known, ids):
+    """(layer, z, c, side) for each layer of `known`, in its units."""
+    for layer, h, h0, side in states(lm, known, ids):
+        yield layer, known[layer].z(h), known[layer].c(h0), side
+
+
+def fit(lm, layers, calibration, train, wanted, probe_steps, skip=4, seed=0):
+    """layer -> Known, from positions >= skip of rows (N, T): units from `calibration`; ridge, the means of the tokens
+    `wanted` and the probes from `train`. Only sums are kept: memory does not grow with the text."""
+    torch.manual_seed(seed)
+    device = lm.norm.weight.device
+    width = min(WIDTH, 32 * -(-lm.D // 32))
+    known = {layer: Known(Bridge(lm.D, width, 1, width // 32, "regression").to(device)) for layer in layers}
+    with torch.no_grad():
+        moments = {layer: Moments() for layer in (0, *layers)}
+        for ids in calibration.split(BATCH):
+            for layer, h, *_ in states(lm, moments, ids):
+                moments[layer].add(h[:, skip:])
+        for layer, at in known.items():
+            for name, value in zip(("mu_z", "sigma_z", "mu_c", "sigma_c"), (
+                    *moments[layer].mean_and_sd(), *moments[0].mean_and_sd()), strict=True):
+                getattr(at.net, name).copy_(value)
+            nn.init.zeros_(at.net.leave.weight)                                      # the probe begins as the ridge
+            nn.init.zeros_(at.net.leave.bias)
+        solve(lm, known, train, wanted, skip)
+    teach(lm, known, train.split(BATCH)[:probe_steps], skip)
+    return known
+
+
+def solve(lm, known, train, wanted, skip):
+    """Set weights, mean and place of each Known. The Gram matrix of c is the same for all layers."""
+    D, device = lm.D, lm.norm.weight.device
+    ids = wanted.unique()
+    place = torch.zeros(lm.V, dtype=torch.long, device=device)                       # row 0: all other tokens
+    place[ids] = torch.arange(1, 1 + len(ids), device=device)
+    gram = torch.zeros(D + 1, D + 1, dtype=torch.float64, device=device)
+    cross = {layer: torch.zeros(D + 1, D, dtype=torch.float64, device=device) for layer in known}
+    total, count = {layer: torch.zeros(1 + len(ids), D, device=device) for layer in known}, 0
+    for rows in train.split(BATCH):
+        some, one = place[rows[:, skip:].flatten()], None                            # (n,)
+        count = count + torch.bincount(some, minlength=1 + len(ids))[:, None]
+        for layer, z, c, _ in pairs(lm, known, rows):
+            if one is None:
+                one = with_one(c[:, skip:]).flatten(0, 1)                            # (n, D + 1)
+                gram += one.T @ one
+            z = z[:, skip:].flatten(0, 1)                                            # (n, D)
+            cross[layer] += one.T @ z
+            total[layer].index_add_(0, some, z)
+    ridge = gram + SHARE * gram.diagonal().mean() * torch.eye(D + 1, dtype=torch.float64, device=device)
+    for layer, at in known.items():
+        at.weights, at.place = torch.linalg.solve(ridge, cross[layer]).float(), place
+        middle = (cross[layer][-1] / gram[-1, -1]).float()                           # a pseudo-count at the mean state
+        at.mean = (total[layer] + middle) / (count + 1)
+
+
+def teach(lm, known, batches, skip):
+    """Train all probes side by side on what the ridge leaves, one step a batch."""
+    named = [(f"{layer} {name}", p) for layer, at in known.items() for name, p in at.net.named_parameters()]
+    optimizers = optim.build(named, lr=0.02, lr_adam=2e-3, weight_decay=0.01)
+    for step, ids in enumerate(batches):
+        for layer, z, c, _ in pairs(lm, known, ids):
+            at = known[layer]
+            left = z - GUESSES["ridge"](at, c, ids)
+            (at.probe(c) - left)[:, skip:].square().mean().backward()
+        optim.step_all(optimizers, optim.share_at(step, len(batches), warmup=5))
+        for _, p in named:
+            p.grad = None
+    for _, p in named:
+        p.requires_grad_(False)
+
+
+@torch.no_grad()
+def errors(lm, known, held_out, decoded=(), skip=4):
+    """layer -> guess -> {fvu, and of the `decoded` guesses kl, ce_gap} on held-out rows (N, T + 1), as core/measure.py
+    has them. True states of the first positions are given: a table of tokens knows no attention sinks, and its text
+    would pay."""
+    sums = {layer: torch.zeros(len(GUESSES), 4, dtype=torch.float64) for layer in known}
+    for ids in held_out.split(BATCH):
+        rows, right = ids[:, :-1], ids[:, 1:, None]
+        h0 = lm.embed(rows)
+        intact = lm.head(lm.through(h0, 0, lm.L)).float().log_softmax(-1) if decoded else None          # (B, T, V)
+        for layer, z, c, side in pairs(lm, known, rows):
+            for i, (name, guess) in enumerate(GUESSES.items()):
+                z_hat = torch.cat([z[:, :skip], guess(known[layer], c, rows)[:, skip:]], 1)
+                each = [z ** 2, (z_hat - z) ** 2]
+                if name in decoded:
+                    upper = lm.through(known[layer].net.hidden(z_hat).to(h0.dtype), layer, lm.L, side)
+                    logp = lm.head(upper).float().log_softmax(-1)
+                    each += [intact.exp() * (intact - logp), (intact - logp).gather(-1, right)]
+                sums[layer][i, :len(each)] += torch.stack([e[:, skip:].sum() for e in each]).double().cpu()
+    for of in sums.values():
+        of[:, 1] /= of[:, 0].clamp_min(1e-12)
+        of[:, 2:] /= held_out[:, 1 + skip:].numel()
+    return {layer: {name: dict(zip(("fvu", "kl", "ce_gap"), of[i, 1:4 if name in decoded else 2].tolist()))
+                    for i, name in enumerate(GUESSES)} for layer, of in sums.items()}

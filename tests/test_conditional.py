@@ -1,0 +1,123 @@
+"""conditional.py: guesses with the error they must have, as measure.py has it, and cut into batches however."""
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import fails, tiny_model
+
+import geometry
+from core import backbone, conditional, denoiser, measure
+from core.conditional import GUESSES
+from core.run import read_section
+
+SKIP = 4
+
+
+@pytest.fixture(scope="module")
+def toy():
+    """(lm, training rows (200, 32), held-out rows (6, 33))"""
+    lm = backbone.Backbone(tiny_model("llama", initializer_range=0.1).requires_grad_(False))
+    rows = torch.randint(3, 64, (206, 33), generator=torch.Generator().manual_seed(0))
+    return lm, rows[6:, :-1], rows[:6]
+
+
+def known_of(lm, train, wanted, layers=(0, 3), probe_steps=1):
+    return conditional.fit(lm, layers, train[:16], train, wanted, probe_steps, SKIP)
+
+
+def test_guesses_have_the_error_they_must(toy):
+    """Layer 0 is the condition itself: identity, ridge and, but for one pseudo-count, the token's mean all know it."""
+    lm, train, held_out = toy
+    known = known_of(lm, held_out[:, :-1], held_out)
+    found = conditional.errors(lm, known, held_out, ("identity", "token mean"), SKIP)
+    assert list(found[0]["identity"].values()) == pytest.approx([0, 0, 0], abs=1e-6) and found[0]["ridge"]["fvu"] < 0.02
+    assert 0 < found[0]["token mean"]["fvu"] < 0.5                             # shrunk by one pseudo-count
+    assert found[0]["token mean"]["kl"] > 1e-4 and set(found[0]["ridge"]) == {"fvu"}
+    assert found[3]["ridge"]["fvu"] < found[3]["identity"]["fvu"]
+    more = known_of(lm, held_out[:, :-1].repeat(50, 1), held_out, (0,), 0)[0]  # often enough, and nothing is shrunk
+    rows = held_out[:1, SKIP:-1]
+    assert torch.allclose(GUESSES["token mean"](more, None, rows), more.c(lm.embed(rows)), atol=0.1)
+
+
+def test_the_ridge_is_that_of_the_normal_equations(toy):
+    """In float64 and at once, at a layer in the middle; the gram of c serves every layer."""
+    lm, train, held_out = toy
+    known = known_of(lm, train, held_out, (1, 3))
+    h0 = lm.embed(train)
+    for layer, at in known.items():
+        z = at.z(lm.through(h0, 0, layer))[:, SKIP:].flatten(0, 1).double()
+        one = conditional.with_one(at.c(h0))[:, SKIP:].flatten(0, 1).double()
+        gram = one.T @ one
+        want = torch.linalg.solve(gram + conditional.SHARE * gram.diagonal().mean() * torch.eye(len(gram)), one.T @ z)
+        assert torch.allclose(at.weights.double(), want, atol=1e-3)
+        token = int(held_out[0, 9])
+        mine = (train[:, SKIP:] == token).flatten()
+        mean = (z[mine].sum(0) + z.mean(0)) / (mine.sum() + 1)
+        assert torch.allclose(at.mean[at.place[token]].double(), mean, atol=1e-4)
+
+
+def test_the_probe_begins_as_the_ridge_and_learns(toy):
+    lm, train, held_out = toy
+    none, some = (conditional.errors(lm, known_of(lm, train, held_out, (1,), steps), held_out, skip=SKIP)[1]
+                  for steps in (0, 25))
+    assert none["one-block probe"]["fvu"] == pytest.approx(none["ridge"]["fvu"], rel=1e-5)
+    assert some["ridge"]["fvu"] == pytest.approx(none["ridge"]["fvu"], rel=1e-5)
+    assert some["one-block probe"]["fvu"] < 0.98 * some["ridge"]["fvu"]
+
+
+def test_errors_are_those_of_a_bridge(toy, monkeypatch):
+    """A regression bridge that answers as a guess does has that guess's numbers in measure.py."""
+    class Answer(torch.nn.Module):
+        def __init__(self, at):
+            super().__init__()
+            self.settings = {**at.net.settings, "objective": "regression"}
+            self.at, self.standard_z, self.standard_c, self.hidden = at, at.z, at.c, at.net.hidden
+
+        def forward(self, x, c, t, *_, **__):
+            return torch.cat([self.true[:, :SKIP], GUESSES["ridge"](self.at, c, None)[:, SKIP:]], 1)
+    lm, train, held_out = toy
+    at = known_of(lm, train, held_out)[3]
+    answer = Answer(at)
+    answer.true = at.z(lm.through(lm.embed(held_out[:, :-1]), 0, 3))
+    how = SimpleNamespace(skip=SKIP, noise_seeds=1, sampler="euler", shift=1.0)
+    theirs = measure.measure(lm, answer, held_out, 3, (1,), how)[0]["1"]
+    mine = conditional.errors(lm, {3: at}, held_out, ("ridge",), SKIP)[3]["ridge"]
+    assert mine == pytest.approx({key: theirs[key] for key in mine}, rel=1e-4) and len(mine) == 3
+
+
+def test_units_are_those_of_a_bridge(toy):
+    lm, train, held_out = toy
+    at, net = known_of(lm, train, held_out)[3], denoiser.Bridge(lm.D, 32, 1, 1)
+    denoiser.calibrate(lm, net, train[:16], 3, SKIP)
+    for name in ("mu_z", "sigma_z", "mu_c", "sigma_c"):
+        assert torch.equal(getattr(at.net, name), getattr(net, name))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_the_residual_is_what_the_ridge_leaves(family):
+    """Published proxies see h[l] less the ridge: where the ridge knows all, at layer 1 of a model whose first block
+    adds nothing, hardly anything is left, and that layer has the stiffest residual."""
+    model = tiny_model(family)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if (".h.0." in name or ".layers.0." in name) and (
+                    "c_proj" in name or name.endswith(("o_proj.weight", "down_proj.weight"))):
+                p.zero_()
+    lm = backbone.Backbone(model.requires_grad_(False))
+    rows = torch.randint(3, 64, (40, 21), generator=torch.Generator().manual_seed(1))
+    cfg = geometry.Config(tokens=600, seq_len=20, pool=400, anchors=50, k=6, batch_size=8)
+    known = conditional.fit(lm, range(1, lm.L), rows[:8, :-1], rows[:, :-1], rows, 0, cfg.skip)
+    found = geometry.residual(lm, known, rows[:, :-1], cfg)
+    assert int(found["stiffness of the residual"].argmax()) == int(found["curvature of the residual"].argmax()) == 0
+    assert set(found) == {"score of the residual", "score of the residual, raw", *(
+        f"{name} of the residual" for name in geometry.PROXIES)}
+
+
+def test_geometry_reports_it(runs, tmp_path, text, capsys):
+    argv = [*f"--preset tiny --model {runs}/toy --out {tmp_path}/g --conditional 40 --data".split(), str(text)]
+    result = geometry.main(argv)
+    named = {row["name"]: row for row in result["conditional"]}
+    assert set(named) >= {"-FVU, ridge", "-FVU, token mean", "-FVU, one-block probe", "score of the residual"}
+    assert -1 < named["-FVU, ridge"]["values"][0] < 0 and named["-FVU, ridge"]["best_layer"] == 1
+    assert "| conditional: -FVU, ridge | 1 |" in read_section(tmp_path / "g")
+    assert "--conditional must be at least 0" in fails(capsys, geometry.main, *argv[:-4], "--conditional", "-1")
