@@ -73,10 +73,10 @@ class Cell(NamedTuple):
     command: list
 
 
-def stage(name, model, text, folder, flags):
+def stage(name, model, text, folder, flags, *more):
     """The command of a stage on a model and its text."""
     return [sys.executable, str(ROOT / f"{name}.py"), "--model", str(model), "--data", str(text), *flags.split(),
-            "--out", str(folder)]
+            *more, "--out", str(folder)]
 
 
 def cells(cfg):

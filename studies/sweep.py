@@ -24,13 +24,14 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 import data
 import geometry as locate
-from core import backbone, report
+from core import backbone, cache, report
 from core.common import UserError, entry, parse, setup
 from core.conditional import errors, fit
 from core.draws import generator
@@ -41,12 +42,13 @@ from studies.ablate import ROOT, execute, stage
 
 @dataclass
 class Config:
-    model: str = "out/toy"      # a finished backbone of toy.py, with its shards in `data` beside it
-    data: str = "stdlib"        # text of the backbones that --pool trains
+    model: str = "out/toy"      # a backbone, any model folder; its shards are in `data` beside it, or --data
+    data: str = "stdlib"        # a folder of shards of --model; or the text of the backbones that --pool trains
     out: str = "out/sweep"      # folder of the runs and the report
     pool: bool = False          # also on the backbones of POOL, made under --out
     layers: str = ""            # only these, such as 1,4,7 (empty: 1 to L - 1)
     seeds: int = 3              # training seeds on the model (one on the others)
+    cache_states: bool = False  # keep the prefix states of all layers under --out: one pass a seed, not one a bridge
     blocks: int = 2             # of every bridge (0: as many as it replaces)
     steps: int = 300            # of each bridge
     batch_size: int = 8         # sequences a step
@@ -90,19 +92,31 @@ POOL = {  # name -> function of (cfg, its own folder) that gives the folders of 
 }
 
 
-def cells(cfg, home, model, shards, toy=True):
+def cells(cfg, home, model, shards, main=True):
     """Every run on one backbone: (kind, layer, folder, command); geometry's layer is 0."""
     L = read_json(model / "config.json")["num_hidden_layers"]
     wanted = sorted({int(i) for i in cfg.layers.split(",")}) if cfg.layers else list(range(1, L))
     if not set(wanted) <= set(range(1, L)):
         raise UserError(f"--layers {cfg.layers}: this backbone has layers 1 to {L - 1} to choose from")
     yield "geometry", 0, home / "geometry", stage("geometry", model, shards, home / "geometry", "")
-    seeds, kinds = range(cfg.seed, cfg.seed + (cfg.seeds if toy else 1)), ("diffusion", "regression")[:1 + toy]
+    seeds, kinds = range(cfg.seed, cfg.seed + (cfg.seeds if main else 1)), ("diffusion", "regression")[:1 + main]
     for seed, layer, kind in itertools.product(seeds, wanted, kinds):
         folder = home / f"{kind}_layer{layer}_seed{seed}"
         yield kind, layer, folder, stage("bridge", model, shards, folder, (
             f"--layer {layer} --seed {seed} --objective {kind} --blocks {cfg.blocks} --steps {cfg.steps} --batch_size "
-            f"{cfg.batch_size} --eval_batches {cfg.eval_batches} --noise_seeds 1 --nfe {NFE} --nfes {NFE}"))
+            f"{cfg.batch_size} --eval_batches {cfg.eval_batches} --noise_seeds 1 --nfe {NFE} --nfes {NFE}"),
+            *["--cache_states", str(home / f"states{seed}")] * cfg.cache_states)
+
+
+def keep_states(cfg, home, model, shards, work):
+    """--cache_states: one pass a seed through the whole backbone, for all bridges of `work` that are not finished."""
+    left = [(layer, folder) for _, layer, folder, _ in work if layer and not (folder / "result.json").exists()]
+    layers = sorted({layer for layer, _ in left})
+    for seed in sorted({int(folder.name.split("seed")[-1]) for _, folder in left}) if cfg.cache_states else ():
+        lm = backbone.load(str(model), torch.device("cpu"), torch.float32, blocks=layers[-1])
+        how = SimpleNamespace(seed=seed, steps=cfg.steps, batch_size=cfg.batch_size, seq_len=128)
+        cache.write(home / f"states{seed}", lm, data.Tokens(shards, "train", 128), layers, how,
+                    backbone.identity(str(model)))
 
 
 # ----------------------------------------------------------------------------------------------------- statistics
@@ -260,30 +274,31 @@ def worth_of_locate(rows, predictors, logs):
 # --------------------------------------------------------------------------------------------------------- report
 def findings(result):
     """What the numbers say, a line each."""
-    toy, every = result["backbones"]["toy"], result["corrected"]
-    score, depth = (toy["correlations"][n] for n in ("score", "-layer"))
+    first, every = next(iter(result["backbones"])), result["corrected"]
+    own = result["backbones"][first]
+    score, depth = (own["correlations"][n] for n in ("score", "-layer"))
     gap = verdict(paired(score["by_seed"], depth["by_seed"]), MARGIN, "rho", "seeds", lower_is_better=False)
-    yield (f"On the toy rho is {score['rho']:.2f} for the score (one-sided p = {score['p']:.4f}), {depth['rho']:.2f} "
+    yield (f"On {first} rho is {score['rho']:.2f} for the score (one-sided p = {score['p']:.4f}), {depth['rho']:.2f} "
            f"for depth alone; the score against depth: {gap}.")
     good = [n for n, of in every.items() if of["p"] < 0.05]
     yield (f"{len(good)} of {len(every)} predictors order the layers better than chance, corrected for their "
            f"number; depth alone {'does' if '-layer' in good else 'does not'}.")
     for error, name in ERRORS.items():
-        words = [verdict(paired(r[error], [r["untrained"]["token mean"][error]] * toy["seeds"])).split(" ")[0]
-                 for r in toy["layers"]]
-        yield (f"On the toy a bridge's {name} against that of a table of token means with equal data: " + ", ".join(
+        words = [verdict(paired(r[error], [r["untrained"]["token mean"][error]] * own["seeds"])).split(" ")[0]
+                 for r in own["layers"]]
+        yield (f"On {first} a bridge's {name} against that of a table of token means with equal data: " + ", ".join(
             f"{w.replace('not', 'not known')} at {words.count(w)}" for w in dict.fromkeys(words))
                + f" of {len(words)} layers.")
 
 
 def section(result):
     """The section of the report: a pure function of result.json."""
-    found, toy = result["backbones"], result["backbones"]["toy"]
+    found, first = result["backbones"], next(iter(result["backbones"]))
     title = "## Does the score foretell bridgeability?" + ("" if result["blocks"] else " As deep as what is replaced")
-    lines = [title, "", f"Training seeds: {toy['seeds']} on the toy from {result['seed']} on, one elsewhere; "
+    lines = [title, "", f"Training seeds: {found[first]['seeds']} on {first} from {result['seed']} on, one elsewhere; "
              f"{result['steps']} steps of {result['batch_size']} sequences, {result['blocks'] or 'as many'} blocks, "
-             f"{toy['eval_sequences']} held-out sequences, NFE {result['nfe']}. rho: Spearman's with minus FVU over "
-             f"layers; ties: within {MARGIN:g}.", "", *(f"- {line}" for line in findings(result)), "",
+             f"{found[first]['eval_sequences']} held-out sequences, NFE {result['nfe']}. rho: Spearman's with minus "
+             f"FVU over layers; ties: within {MARGIN:g}.", "", *(f"- {line}" for line in findings(result)), "",
              "![the score against what the bridges reach](sweep.png)"]
     for name, b in found.items():
         why = f": left out, {'; '.join(b['excluded'])}" if b["excluded"] else ""
@@ -293,14 +308,14 @@ def section(result):
             ["layer", "score", *(COLUMNS[key] for key in trained), *(f"{n}: {ERRORS[key]}" for n, key in free)],
             [[r["layer"], f"{r['score']:+.2f}", *(plus_minus(r[key], ".4f") for key in trained),
               *(f"{r['untrained'][n][key]:.4f}" for n, key in free)] for r in b["layers"]])]
-    lines += ["", "On the toy: rho, its 95% interval, one-sided p, and the score's rho minus it, resampled together. "
+    lines += ["", f"On {first}: rho, its 95% interval, one-sided p, and the score's rho minus it, resampled together. "
               f"Over {', '.join(result['kept']) or 'all backbones'}: mean rho, and p of the maximum over all "
               "predictors when layers are permuted.", "", report.table(
-                  ["predictor", "rho, toy", "95%", "p", "score minus it", "mean rho", "corrected p"],
+                  ["predictor", f"rho, {first}", "95%", "p", "score minus it", "mean rho", "corrected p"],
                   [[name.replace("|", "\\|"), f"{c['rho']:.2f}", "[{:.2f}, {:.2f}]".format(*c["interval"]),
                     f"{c['p']:.4f}", "{1:+.2f} [{0:+.2f}, {2:+.2f}]".format(*c["score_minus"]), f"{a['rho']:.2f}",
                     f"{a['p']:.4f}"]
-                   for name, a in result["corrected"].items() for c in [toy["correlations"][name]]])]
+                   for name, a in result["corrected"].items() for c in [found[first]["correlations"][name]]])]
     some = [(name, key, of) for name, b in found.items() for key, of in b.get("disagreements", {}).items()]
     lines += ["", "Where a predictor and depth order two layers differently, how often the predictor is right (depth "
               "is, otherwise).", "", report.table(
@@ -401,21 +416,23 @@ def main(argv):
     cfg = parse(Config, argv, f"{__doc__}\nBackbones of --pool: {', '.join(POOL)}")
     if not all(i.isdigit() for i in (cfg.layers or "1").split(",")):
         raise UserError("--layers must be numbers such as 1,4,7")
-    read_json(Path(cfg.model) / "result.json", f"make it with: python toy.py --out {cfg.model}")
-    own, out = (Path(cfg.model), Path(cfg.model).parent / "data"), Path(cfg.out)
+    read_json(Path(cfg.model) / "config.json", f"make it with: python toy.py --out {cfg.model}")
+    near = Path(cfg.data) if (Path(cfg.data) / "meta.json").exists() else Path(cfg.model).parent / "data"
+    own, out, first = (Path(cfg.model), near), Path(cfg.out), Path(cfg.model).resolve().name
     if cfg.dry_run:
-        print("\n".join(" ".join(command) for *_, command in cells(cfg, out / "toy", *own)))
+        print("\n".join(" ".join(command) for *_, command in cells(cfg, out / first, *own)))
         return None
     identity, pool = {"base": backbone.identity(cfg.model)}, POOL if cfg.pool else {}
     if (result := finished(cfg, identity)) and set(pool) <= set(result["backbones"]):    # else: POOL has a new one
         print(section(result))
         return result
     run, found = Run(cfg, setup("cpu"), identity), {}
-    for name, make in {"toy": lambda cfg, home: own, **pool}.items():
+    for name, make in {first: lambda cfg, home: own, **pool}.items():
         home = out / name.split(" (")[0].replace(" ", "_")
         home.mkdir(parents=True, exist_ok=True)
         model, shards = make(cfg, home)
-        work = list(cells(cfg, home, model, shards, name == "toy"))
+        work = list(cells(cfg, home, model, shards, name == first))
+        keep_states(cfg, home, model, shards, work)
         execute([(f"{home.name}, {folder.name}", command) for *_, folder, command in work], cfg.jobs)
         found[name] = collect(cfg, model, shards, work)
     kept = {name: b for name, b in found.items() if not b["excluded"]}
@@ -425,10 +442,11 @@ def main(argv):
                   error: {title: against_depth(some, error) for title, some in (("all", found), ("kept", kept)) if some}
                   for error in ERRORS}, "conditional_against_depth": {
                   name: {error: against_depth(kept or found, error, name) for error in ERRORS}
-                  for name in found["toy"]["disagreements"] if name != "score"}}
-    rho, a = found["toy"]["correlations"], list(result["against_depth"]["fvu"].values())[-1]
+                  for name in found[first]["disagreements"] if name != "score"}}
+    rho, a = found[first]["correlations"], list(result["against_depth"]["fvu"].values())[-1]
     result["headline"] = [
-        ["score and bridgeability, toy", f"rho {rho['score']['rho']:.2f}, of depth alone {rho['-layer']['rho']:.2f}"],
+        [f"score and bridgeability, {first}",
+         f"rho {rho['score']['rho']:.2f}, of depth alone {rho['-layer']['rho']:.2f}"],
         [f"score minus depth, {len(a['gaps'])} backbones", "median {:+.2f} [{:+.2f}, {:+.2f}]".format(
             a["median"], *a["interval"])]][:1 + bool(pool)]
     result["findings"] = list(findings(result))

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT, fails, slow
 
 import data
-from core import backbone, run, stats
+from core import run, stats
 from studies import sweep
 
 
@@ -196,7 +195,7 @@ def test_the_sweep_runs(runs, tmp_path, monkeypatch, capsys):
     count = len(started)
     assert sweep.main(argv)["backbones"] == result["backbones"] and len(started) == count      # nothing is started
     monkeypatch.setattr(sweep, "POOL", {**sweep.POOL, "untrained": lambda cfg, home: (runs / "toy", runs / "data")})
-    assert set(sweep.main(argv)["backbones"]) == {"toy", "shuffled", "untrained"}          # a new entry: only it is run
+    assert set(sweep.main(argv)["backbones"]) == {"toy", "again", "untrained"}          # a new entry: only it is run
     assert "numbers" in fails(capsys, sweep.main, *argv[:2], "--out", tmp_path / "t", "--layers", "1,,3")
     assert "1 to 3" in fails(capsys, sweep.main, *argv[:2], "--out", tmp_path / "t", "--layers", "9")
     assert "toy.py" in fails(capsys, sweep.main, "--model", tmp_path / "none", "--out", tmp_path / "t")
