@@ -59,6 +59,7 @@ FAMILIES = {  # name -> (config class, what it adds); those of MAIN go through e
     "glm4": ("Glm4Config", HEADS),
     "nemotron": ("NemotronConfig", GROUPED),
 }
+CAUSAL_ONLY = ["bloom", "gpt_neo"]  # no mask makes their attention bidirectional
 MAIN = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt2", "gpt_neox", "olmo2"]
 
 
