@@ -16,8 +16,13 @@ from typing import NamedTuple
 
 import torch
 
-from core.backbone import FAMILIES
 from core.common import UserError
+
+# model_type -> norm, attention, its output matrix and second norm in a block, where what a head or an MLP puts out
+# joins the residual stream as it is: no norm or factor after it, and attention before the MLP. A test says so.
+PRE_NORM = ("input_layernorm", "self_attn", "o_proj", "post_attention_layernorm")
+ADDS_UP = {**dict.fromkeys(("llama", "qwen2", "qwen3", "mistral", "gemma", "olmo", "smollm3", "starcoder2"), PRE_NORM),
+           "gpt2": ("ln_1", "attn", "c_proj", "ln_2")}
 
 
 # ------------------------------------------------------------------------------------------------------ the graph
@@ -38,18 +43,17 @@ class Subject:
     Several subjects of one `kind` differ in their training seed."""
 
     def __init__(self, lm, student=None, name="AR", kind="AR"):
-        if not lm.family.adds_up:
-            able = ", ".join(name for name, family in FAMILIES.items() if family.adds_up)
-            raise UserError(f"the heads of a {lm.config.model_type} model do not simply add up in its residual stream "
-                            f"(output norms or parallel blocks); circuits are supported for {able}")
+        if lm.config.model_type not in ADDS_UP:
+            raise UserError(f"the heads of a {lm.config.model_type} model are not known to simply add up in its "
+                            f"residual stream (output norms? parallel blocks?); circuits are for {', '.join(ADDS_UP)}")
         self.lm, self.student, self.name, self.kind = lm, student, name, kind
         self.H = lm.config.num_attention_heads
         self.K = getattr(lm.config, "num_key_value_heads", None) or self.H
-        norm1, attention, out, norm2 = lm.family.adds_up
+        norm1, attention, out, norm2 = ADDS_UP[lm.config.model_type]
         self.norm1, self.attention, self.norm2, self.mlp = (
             [getattr(block, part) for block in lm.blocks] for part in (norm1, attention, norm2, "mlp"))
         self.out = [getattr(a, out) for a in self.attention]
-        self.joint = lm.family.joint                                         # one matrix for q, k, v, stored (in, out)
+        self.joint = hasattr(self.attention[0], "c_attn")                    # one matrix for q, k, v, stored (in, out)
         self.inputs = ("c_attn",) if self.joint else ("q_proj", "k_proj", "v_proj")
 
     def graph(self):

@@ -8,18 +8,18 @@
 Which hidden state h[l] is: the residual stream after block l, l = 1..L, before the final norm, also at l = L, where the
 library's hidden_states[-1] is after it; h[0] is the output of the embedding (with GPT-2's learned positions).
 Why neither code nor pickles from the Hub are ever run: to open either is to run what a stranger wrote. All weights are
-safetensors, all architectures the library's own (trust_remote_code=False), and what FAMILIES lacks is refused.
+safetensors, all architectures the library's own (trust_remote_code=False), and what fails `check` is refused.
 
 Letters: B batch, T tokens, D hidden width, L blocks, V vocabulary.
 """
 import contextlib
 import hashlib
+import inspect
 import json
 import math
 import os
 import shutil
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,92 +32,119 @@ EOS = "<|endoftext|>"  # of a tokenizer that we train ourselves
 
 
 # ------------------------------------------------------------------------------------------------ cut at a layer
-class Family(NamedTuple):
-    """Where the parts of an architecture are. To add one:
-
-    1 an entry in FAMILIES under the `model_type` of its config.json
-    2 its random tiny config in tests/conftest.py, with a window below the tests' length if it has one: every test of
-      families then runs on it (prefix + suffix, padding, bidirectional, hybrid, conversion), bit for bit
-    3 `adds_up`, for circuits.py, only where a head's output joins the residual stream as it is
-    4 what `Backbone` does not know yet (a scaled embedding outside the module, a block that returns more, another
-      mask) makes those tests fail: add a field here, not a question about model_type there"""
-    stack: str                        # of the model: the decoder stack
-    blocks: str                       # of the stack: its ModuleList of blocks
-    norm: str                         # of the stack: the final norm
-    adds_up: tuple = ()               # in a block: norm, attention, its output matrix, second norm
-    joint: bool = False               # one matrix for q, k and v, stored (in, out)
-    positions: str = ""               # of the stack: a learned position embedding, added to h[0]
-    cache: str = "past_key_values"    # what a block calls its cache
-    rotary_by_type: bool = False      # sliding and full layers turn at different speeds
+def blocks_of(model):
+    """(name of the module that runs the blocks, name of its list of blocks), found by structure: that module takes
+    `inputs_embeds` and holds a ModuleList of num_hidden_layers. Raises UserError where there is none."""
+    count = getattr(model.config, "num_hidden_layers", None)
+    for name, module in model.named_modules():
+        if "inputs_embeds" in inspect.signature(module.forward).parameters:
+            for key, child in module.named_children():
+                if isinstance(child, nn.ModuleList) and len(child) == count:
+                    return name, key
+    raise cannot(model.config, "no part of it takes inputs_embeds and runs one list of blocks")
 
 
-LLAMA = Family("model", "layers", "norm", ("input_layernorm", "self_attn", "o_proj", "post_attention_layernorm"))
-FAMILIES = {  # model_type -> Family. Others are refused, never silently wrong.
-    **dict.fromkeys(("llama", "qwen2", "qwen3", "mistral"), LLAMA),
-    **dict.fromkeys(("gemma2", "olmo2"), LLAMA._replace(adds_up=())),        # these norm a sublayer's output
-    "gemma3_text": LLAMA._replace(adds_up=(), rotary_by_type=True),
-    "gpt2": Family("transformer", "h", "ln_f", ("ln_1", "attn", "c_proj", "ln_2"), joint=True, positions="wpe"),
-    "gpt_neox": Family("gpt_neox", "layers", "final_layer_norm", cache="layer_past"),   # attention beside the MLP
-}
+def cannot(config, reason, what="be cut at a layer"):
+    return UserError(f"a model of type {config.model_type!r} cannot {what}: {reason}")
 
 
-def family_of(config):
-    """The Family of a config. Raises UserError for an architecture that cannot be cut."""
-    if config.model_type not in FAMILIES:
-        raise UserError(f"a model of type {config.model_type!r} cannot be cut at a layer; "
-                        f"supported are {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[config.model_type]
+class Stub:
+    """Stands where a block stands while the model's own forward runs: notes what it is handed, returns the state. Some
+    forwards ask a block for its name of the mask it wants."""
+
+    def __init__(self, block, seen, wraps):
+        vars(self).update({k: v for k, v in vars(block).items() if isinstance(v, str)}, seen=seen, wraps=wraps)
+
+    def __call__(self, h, *args, **kwargs):
+        self.seen.append((h, args, kwargs))
+        return (h,) if self.wraps else h
+
+
+class Given(tuple):
+    """What a decoder stack returns, whatever the library's class for it is: a last hidden state and nothing else."""
+
+    def __getattr__(self, name):
+        return self[0] if name == "last_hidden_state" else None
 
 
 class Backbone(nn.Module):
-    """A causal LM as embed -> blocks 1..L -> head; with `L` given only a prefix of the L blocks is in `model`."""
+    """A causal LM as embed -> blocks 1..L -> head; with `L` given only a prefix of the L blocks is in `model`.
+
+    Nothing here knows an architecture. What a block needs beside h (masks, rotary tables, ALiBi, the cache) is what the
+    model's own forward hands it: for one call stubs take the blocks' places and note it. What runs after the blocks is
+    its own forward too. `check` compares the two ways."""
 
     def __init__(self, model, L=None):
         super().__init__()
         self.model, self.config = model, model.config
-        self.family = family = family_of(self.config)
-        self.stack = getattr(model, family.stack)
-        self.blocks, self.norm = getattr(self.stack, family.blocks), getattr(self.stack, family.norm)
-        self.blocks_name = f"{family.stack}.{family.blocks}."    # as in the names of their parameters
+        name, self.key = blocks_of(model)
+        self.stack = model.get_submodule(name)
+        self.blocks = getattr(self.stack, self.key)
+        self.blocks_name = f"{name}.{self.key}."                 # as in the names of their parameters
         self.L = L or len(self.blocks)                   # of the whole model, also when only a prefix is loaded
         self.D, self.V = self.config.hidden_size, self.config.vocab_size
-        types = getattr(self.config, "layer_types", None)
-        window = getattr(self.config, "sliding_window", None) if self.config.model_type == "mistral" else None
-        self.types = types or ["sliding_attention" if window else "full_attention"] * len(self.blocks)
+        self.seen = []
+        if next(model.parameters()).device.type != "meta":       # else only its sizes are wanted
+            self._look()
+
+    @torch.no_grad()
+    def _look(self):
+        """What only a run tells: the final norm, whether blocks return tuples, whether embedding or head are plain."""
+        def note(name):
+            return lambda _, args, out: seen.append((name, args, out))
+        seen, training, ids = [], self.model.training, tokens(self)
+        parts = {**dict(self.stack.named_children()), "first": self.blocks[0], "last": self.blocks[-1]}
+        hooks = [part.register_forward_hook(note(name)) for name, part in parts.items() if part is not self.blocks]
+        self.stack.eval()(input_ids=ids, use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        self.model.train(training)
+        names = [name for name, *_ in seen]
+        after = names[names.index("last") + 1:]
+        if len(after) != 1:
+            raise cannot(self.config, f"{len(after)} modules, not one final norm, run between its blocks and its head")
+        self.norm = getattr(self.stack, after[0])
+        _, (h, *_), out = seen[names.index("first")]
+        self.plain_embedding = torch.equal(self.model.get_input_embeddings()(ids), h)
+        self.stubs = [Stub(block, self.seen, isinstance(out, tuple)) for block in self.blocks]
+        self.last, self.run = after[0], inspect.unwrap(type(self.stack).forward)    # its decorators cost as much again
+        self.plain_head = False
+        self.plain_head = torch.equal(self.model.get_output_embeddings()(h), self.unnormed_head(h))
+
+    def _handed(self, **inputs):
+        """[(h, args, kwargs) of every block]: what the stack's own forward would hand it, if blocks changed nothing."""
+        parts = self.stack._modules
+        parts[self.key], parts[self.last] = self.stubs, lambda h: h
+        try:
+            self.run(self.stack, **{"use_cache": False, **inputs})
+            return list(self.seen)
+        finally:
+            parts[self.key], parts[self.last] = self.blocks, self.norm
+            self.seen.clear()
 
     def embed(self, ids, positions=None):
-        """ids (B, T) int64 -> h[0] (B, T, D). GPT-2 adds its learned positions here."""
-        h = self.model.get_input_embeddings()(ids)                                    # (B, T, D)
-        if self.family.positions:
-            positions = torch.arange(ids.shape[1], device=ids.device)[None] if positions is None else positions
-            h = h + getattr(self.stack, self.family.positions)(positions)
-        return h
+        """ids (B, T) int64 -> h[0] (B, T, D), as the first block gets it: with learned positions, norm or scale."""
+        if self.plain_embedding:
+            return self.model.get_input_embeddings()(ids)
+        return self._handed(input_ids=ids, position_ids=positions)[0][0]
 
+    @torch.no_grad()
     def side(self, h, positions=None, attention_mask=None, cache=None, causal=True):
-        """What every block needs beside h: positions (B, T), one mask and one rotary table per attention type.
+        """What every block needs beside h (B, T, D), of which only the shape counts: [(args, kwargs)].
 
-        attention_mask (B, T) is 1 on tokens and 0 on padding. causal=False lets every token see every other one and
-        lifts sliding windows, by an explicit mask: the library's flags for this fail silently on some families."""
-        from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+        attention_mask (B, T) is 1 on tokens and 0 on padding; (B, 1, T, K) is added to the scores as it is.
+        causal=False lets every token see every other one and lifts sliding windows, by such a mask: the library's flags
+        for this fail silently on some families."""
         past = cache.get_seq_length() if cache is not None else 0
         if positions is None:
             positions = torch.arange(past, past + h.shape[1], device=h.device)[None]      # (1, T)
-        kinds = set(self.types)
-        if causal:
-            make = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-            masks = {k: make[k](config=self.config, inputs_embeds=h, attention_mask=attention_mask,
-                                past_key_values=cache, position_ids=positions) for k in kinds}
-        else:
+        if not causal:
             mask = h.new_zeros(1, 1, h.shape[1], past + h.shape[1])                          # (1, 1, T, K), additive
             if attention_mask is not None:
                 mask = mask.masked_fill(attention_mask[:, None, None, :] == 0, torch.finfo(h.dtype).min)
-            masks = dict.fromkeys(kinds, mask)
-        turn = getattr(self.stack, "rotary_emb", None)
-        if self.family.rotary_by_type:
-            rotary = {k: turn(h, positions, k) for k in kinds}
-        else:
-            rotary = dict.fromkeys(kinds, turn and turn(h, positions))
-        return {"positions": positions, "masks": masks, "rotary": rotary, "cache": cache}
+            attention_mask = mask
+        return [call[1:] for call in self._handed(inputs_embeds=h, position_ids=positions, past_key_values=cache,
+                                                  attention_mask=attention_mask, use_cache=cache is not None)]
 
     def through(self, h, lo, hi, side=None):
         """h[lo] -> h[hi] (B, T, D): blocks lo+1..hi. `side` is shared between calls on the same tokens."""
@@ -128,23 +155,83 @@ class Backbone(nn.Module):
 
     def block(self, h, i, side):
         """h[i] -> h[i+1]."""
-        kind, cache = self.types[i], side["cache"]
-        extra = {self.family.cache: cache}
-        if side["rotary"][kind] is not None:
-            extra["position_embeddings"] = side["rotary"][kind]
-        h = self.blocks[i](h, attention_mask=side["masks"][kind], position_ids=side["positions"],
-                           use_cache=cache is not None, **extra)
+        args, kwargs = side[i]
+        h = self.blocks[i](h, *args, **kwargs)
         return h[0] if isinstance(h, tuple) else h
 
     def head(self, h):
-        """h[L] (B, T, D) -> logits (B, T, V): final norm, LM head and, for Gemma-2, its soft cap."""
+        """h[L] (B, T, D) -> logits (B, T, V): final norm, then `unnormed_head`."""
         return self.unnormed_head(self.norm(h))
 
     def unnormed_head(self, normed):
-        """What follows the final norm. normed (..., D) -> logits (..., V)."""
-        logits = self.model.get_output_embeddings()(normed)                           # (..., V)
-        cap = getattr(self.config, "final_logit_softcapping", None)
-        return torch.tanh(logits / cap) * cap if cap is not None else logits
+        """What follows the final norm: the LM head, scales and soft caps. normed (..., D) -> logits (..., V)."""
+        if self.plain_head:
+            return self.model.get_output_embeddings()(normed)
+        self.stack.forward = lambda *_, **__: Given([normed.reshape(1, -1, self.D)])
+        try:
+            return self.model(inputs_embeds=normed).logits.unflatten(1, normed.shape[:-1])[0]
+        finally:
+            del self.stack.forward
+
+
+def tokens(lm):
+    """16 random tokens (1, 16), always the same: they take nothing from the global generator."""
+    g = torch.Generator().manual_seed(0)
+    return torch.randint(lm.V, (1, 16), generator=g).to(next(lm.model.parameters()).device)
+
+
+def refuse(lm, tests, **what):
+    """Raise UserError with the reason of the first of the tests {reason: function} that is not true, or fails."""
+    for reason, test in tests.items():
+        try:
+            with torch.no_grad():
+                true, why = test(), ""
+        except Exception as error:
+            true, why = False, f" ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+        if not true:
+            raise cannot(lm.config, reason + why, **what)
+
+
+def check(lm):
+    """Raise UserError, with the reason, unless on 16 random tokens the cut model is the model, bit for bit; a changed
+    token changes no logit before it; and a cache, cut back once, gives what the whole text gives."""
+    from transformers import DynamicCache
+    ids, n = tokens(lm), len(lm.blocks)
+    other = torch.cat([ids[:, :12], (ids[:, 12:] + 1) % lm.V], 1)
+
+    def logits(ids, lo=0, hi=16, cache=None):
+        positions = torch.arange(lo, hi, device=ids.device)[None]
+        h = lm.embed(ids[:, lo:hi], positions)
+        side = lm.side(h, positions, cache=cache)
+        return lm.head(lm.through(lm.through(h, 0, n // 2, side), n // 2, n, side))
+
+    def near(a, b):  # not equal: experts see other tokens beside a token, and a GPU may add in another order
+        return (a - b).abs().max() < max(1e-4, 16 * torch.finfo(a.dtype).eps) * b.abs().max().clamp_min(1)
+
+    def cached():
+        cache = DynamicCache()
+        logits(ids, 0, 12, cache)
+        logits(other, 12, 16, cache)
+        trim(cache, 12)
+        return near(logits(ids, 12, 16, cache), logits(ids)[:, 12:])
+    same = torch.equal if ids.device.type == "cpu" else near
+    refuse(lm, {"its blocks, run one by one, do not give its own logits":
+                lambda: same(logits(ids), lm.model(ids, use_cache=False).logits),
+                "a later token changes what it says of earlier ones":
+                lambda: near(logits(other)[:, :12], logits(ids)[:, :12]),
+                "its cache does not give what the whole text gives": cached})
+
+
+def check_wide(lm):
+    """Raise UserError unless, with causal=False, a changed token changes every state before it."""
+    ids = tokens(lm)
+    other = torch.cat([ids[:, :-1], (ids[:, -1:] + 1) % lm.V], 1)
+
+    def last(ids):
+        h = lm.embed(ids)
+        return lm.through(h, 0, len(lm.blocks), lm.side(h, causal=False))
+    refuse(lm, {"its attention stays causal under a mask that shows everything":
+                lambda: (last(ids) != last(other)).any(-1).all()}, what="be made bidirectional")
 
 
 def trim(cache, length):
@@ -198,14 +285,20 @@ def made_of(out, folders):
 
 def read_config(name, seq_len=0):
     """The transformers config of a folder or Hub id; raises UserError for what is no causal LM, or too short a one."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
     if Path(name).exists() and not (Path(name) / "config.json").exists():
         raise UserError(f"{name} is no model folder: it has no config.json")
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
         raise no_model(name, error) from None
-    family_of(config)
+    try:
+        with quiet(), torch.device("meta"):
+            blocks_of(AutoModelForCausalLM.from_config(config))
+    except ValueError:
+        raise cannot(config, "it is no causal LM") from None
+    if not getattr(config, "max_position_embeddings", None):              # ALiBi has no last position
+        config.max_position_embeddings = getattr(config, "max_seq_len", 2 ** 20)
     if seq_len > config.max_position_embeddings:
         raise UserError(f"--seq_len {seq_len} is longer than the {config.max_position_embeddings} positions of {name}")
     return config
@@ -219,9 +312,10 @@ def load(name, device, dtype, blocks=None, random_init=False):
     config = read_config(name)
     L = config.num_hidden_layers
     if blocks is not None and blocks < L:
+        for key, value in vars(config).items():                                # layer_types, no_rope_layers, ...
+            if "layer" in key and isinstance(value, list) and len(value) == L:
+                setattr(config, key, value[:blocks])
         config.num_hidden_layers = blocks
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:blocks]
     try:
         with quiet():
             if random_init:
@@ -238,7 +332,9 @@ def load(name, device, dtype, blocks=None, random_init=False):
     if missing := [*report.get("missing_keys", ()), *report.get("mismatched_keys", ())]:
         raise UserError(f"the weights in {name} lack {len(missing)} tensors, {min(map(str, missing))} among them; "
                         "download or make the folder again")
-    return Backbone(model.to(device).eval().requires_grad_(False), L)
+    lm = Backbone(model.to(device).eval().requires_grad_(False), L)
+    check(lm)
+    return lm
 
 
 @contextlib.contextmanager

@@ -40,6 +40,9 @@ EXPERTS = {"both": product, "upper": lambda upper, read, *_: upper, "readout": l
 
 
 # ------------------------------------------------------------------------------------------------- the model
+LAYER_NUMBERS = "layer_idx", "layer_id"  # what the library calls a module's place in the cache
+
+
 class HybridConfig(PretrainedConfig):
     """What a hybrid is made of: the bridge's shape, the layer, how states are sampled, and the base model with the hash
     of its weights."""
@@ -89,9 +92,12 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         calls = nfe if self.net.settings["objective"] == "diffusion" else self.net.settings["loops"]
         first = calls * self.net.settings["blocks"]
         for i in range(self.config.layer, self.lm.L):
-            for module in self.lm.blocks[i].modules():
-                if hasattr(module, "layer_idx"):
-                    module.layer_idx = first + i - self.config.layer
+            numbered = [(m, name) for m in self.lm.blocks[i].modules() for name in LAYER_NUMBERS if hasattr(m, name)]
+            if not numbered:
+                raise UserError(f"a {self.lm.config.model_type} model cannot be the base of a hybrid: its blocks do not "
+                                "say which layer of a cache is theirs")
+            for module, name in numbered:
+                setattr(module, name, first + i - self.config.layer)
         self.config.nfe, self.config.num_hidden_layers = nfe, first + self.lm.L - self.config.layer
 
     def noise_at(self, positions):

@@ -31,6 +31,7 @@ class Student(nn.Module):
 
     def __init__(self, lm, mask_id):
         super().__init__()
+        backbone.check_wide(lm)
         self.lm, self.mask_id = lm, mask_id
         self.shift = nn.Parameter(torch.zeros(lm.D, device=lm.norm.weight.device))
 

@@ -17,24 +17,50 @@ torch.set_num_threads(1)
 
 slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="seconds each: run by .ci/run, which sets SLOW=1")
 
-WINDOW = dict(sliding_window=8, initializer_range=0.3)
 SHAPE = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-             max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-FAMILIES = {  # name -> (config class, what it adds); every windowed family has both layer types on each side of a cut
-    "llama": ("LlamaConfig", dict(num_key_value_heads=2, initializer_range=0.3)),
-    "qwen2": ("Qwen2Config", dict(num_key_value_heads=2, use_sliding_window=True, max_window_layers=0,
-                                  layer_types=["full_attention", "sliding_attention"] * 2, **WINDOW)),
-    "qwen3": ("Qwen3Config", dict(num_key_value_heads=2, head_dim=8, use_sliding_window=True, max_window_layers=0,
-                                  layer_types=["sliding_attention", "full_attention"] * 2, **WINDOW)),
-    "mistral": ("MistralConfig", dict(num_key_value_heads=2, head_dim=8, **WINDOW)),
-    "gemma2": ("Gemma2Config", dict(num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8,
-                                    layer_types=["sliding_attention", "full_attention"] * 2, **WINDOW)),
-    "gemma3": ("Gemma3TextConfig", dict(num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8,
-                                        layer_types=["sliding_attention", "full_attention"] * 2, **WINDOW)),
-    "gpt2": ("GPT2Config", dict(initializer_range=0.3)),
-    "gpt_neox": ("GPTNeoXConfig", dict(initializer_range=0.3)),
-    "olmo2": ("Olmo2Config", dict(num_key_value_heads=2, initializer_range=0.3)),
+             max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.3)
+GROUPED, HEADS = dict(num_key_value_heads=2), dict(num_key_value_heads=2, head_dim=8)
+ALTERNATING = dict(sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 2)  # on each side of a cut
+EXPERTS = dict(**GROUPED, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+FAMILIES = {  # name -> (config class, what it adds); those of MAIN go through every stage, the others are cut
+    "llama": ("LlamaConfig", GROUPED),
+    "qwen2": ("Qwen2Config", dict(**GROUPED, use_sliding_window=True, max_window_layers=0, sliding_window=8,
+                                  layer_types=["full_attention", "sliding_attention"] * 2)),
+    "qwen3": ("Qwen3Config", dict(**HEADS, use_sliding_window=True, max_window_layers=0, **ALTERNATING)),
+    "mistral": ("MistralConfig", dict(**HEADS, sliding_window=8)),
+    "gemma2": ("Gemma2Config", dict(**HEADS, query_pre_attn_scalar=8, **ALTERNATING)),
+    "gemma3": ("Gemma3TextConfig", dict(**HEADS, query_pre_attn_scalar=8, **ALTERNATING)),
+    "gpt2": ("GPT2Config", {}),
+    "gpt_neox": ("GPTNeoXConfig", {}),
+    "olmo2": ("Olmo2Config", GROUPED),
+    "smollm3": ("SmolLM3Config", dict(**GROUPED, no_rope_layers=[1, 0, 1, 0], use_sliding_window=True, **ALTERNATING)),
+    "phi": ("PhiConfig", GROUPED),
+    "phi3": ("Phi3Config", dict(**GROUPED, sliding_window=8)),
+    "gemma": ("GemmaConfig", HEADS),
+    "granite": ("GraniteConfig", dict(**GROUPED, embedding_multiplier=3.0, logits_scaling=4.0, residual_multiplier=0.5)),
+    "cohere": ("CohereConfig", dict(**GROUPED, logit_scale=0.5)),
+    "cohere2": ("Cohere2Config", dict(**GROUPED, logit_scale=0.5, **ALTERNATING)),
+    "olmo": ("OlmoConfig", GROUPED),
+    "olmo3": ("Olmo3Config", dict(**GROUPED, **ALTERNATING)),
+    "olmoe": ("OlmoeConfig", dict(**GROUPED, num_experts=4, num_experts_per_tok=2)),
+    "starcoder2": ("Starcoder2Config", dict(**GROUPED, sliding_window=8)),
+    "stablelm": ("StableLmConfig", dict(**GROUPED, use_parallel_residual=True)),
+    "falcon": ("FalconConfig", dict(multi_query=True)),
+    "opt": ("OPTConfig", dict(word_embed_proj_dim=32, ffn_dim=48)),
+    "gpt_neo": ("GPTNeoConfig", dict(attention_types=[[["global", "local"], 2]], window_size=8)),
+    "gptj": ("GPTJConfig", dict(rotary_dim=8)),
+    "gpt_bigcode": ("GPTBigCodeConfig", {}),
+    "bloom": ("BloomConfig", {}),
+    "mpt": ("MptConfig", dict(max_seq_len=64)),
+    "mixtral": ("MixtralConfig", dict(**GROUPED, num_local_experts=4, num_experts_per_tok=2, sliding_window=8)),
+    "qwen2_moe": ("Qwen2MoeConfig", dict(**EXPERTS, shared_expert_intermediate_size=24)),
+    "qwen3_moe": ("Qwen3MoeConfig", dict(**EXPERTS, head_dim=8)),
+    "gpt_oss": ("GptOssConfig", dict(**HEADS, num_local_experts=4, num_experts_per_tok=2, **ALTERNATING)),
+    "glm4": ("Glm4Config", HEADS),
+    "nemotron": ("NemotronConfig", GROUPED),
 }
+CAUSAL_ONLY = ["bloom", "gpt_neo"]  # no mask makes their attention bidirectional
+MAIN = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt2", "gpt_neox", "olmo2"]
 
 
 def tiny_model(family, seed=0, **changes):

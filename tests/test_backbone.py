@@ -4,10 +4,11 @@ import shutil
 
 import pytest
 import torch
-from conftest import FAMILIES, fails, tiny_model
+from conftest import CAUSAL_ONLY, FAMILIES, fails, tiny_model
 
 import geometry
 from core import backbone
+from core.common import UserError
 
 IDS = torch.randint(3, 64, (2, 28), generator=torch.Generator().manual_seed(0))
 
@@ -18,9 +19,8 @@ def test_prefix_and_suffix_equal_the_model(family):
     model = tiny_model(family)
     lm = backbone.Backbone(model)
     want = model(IDS).logits
-    if family not in ("llama", "gpt2", "gpt_neox", "olmo2"):  # the window must matter, or this test shows nothing
-        wide = tiny_model(family, sliding_window=64)
-        assert not torch.equal(wide(IDS).logits, want)
+    for window in {"sliding_window", "window_size"} & set(FAMILIES[family][1]):          # or this test shows nothing
+        assert not torch.equal(tiny_model(family, **{window: 64})(IDS).logits, want)
     h0 = lm.embed(IDS)
     for cut in range(lm.L + 1):
         hl = lm.through(h0, 0, cut)
@@ -56,7 +56,8 @@ def test_left_padding_changes_nothing(family):
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_bidirectional_lets_the_future_change_the_past(family):
-    """Before conversion a future token changes no past logit; after it, it changes all, beyond any window."""
+    """Before conversion a future token changes no past logit; after it, it changes all, beyond any window, and the
+    logits are those of the whole model under the same mask. Where that cannot be, it is refused by name."""
     lm = backbone.Backbone(tiny_model(family))
     other = IDS.clone()
     other[:, -1] = (other[:, -1] + 1) % 60 + 3
@@ -65,11 +66,17 @@ def test_bidirectional_lets_the_future_change_the_past(family):
         h = lm.embed(ids)
         return lm.head(lm.through(h, 0, lm.L, lm.side(h, causal=causal)))
     assert torch.equal(logits(IDS, True)[:, :-1], logits(other, True)[:, :-1])
+    if family in CAUSAL_ONLY:
+        with pytest.raises(UserError, match=f"{family}' cannot be made bidirectional"):
+            backbone.check_wide(lm)
+        return
+    want = lm.model(IDS, attention_mask=torch.zeros(1, 1, 28, 28), position_ids=torch.arange(28)[None]).logits
+    assert torch.equal(logits(IDS, False), want)
     changed = (logits(IDS, False) - logits(other, False)).abs().amax(-1)      # (B, T)
     assert (changed > 1e-5).all()
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "smollm3", "gpt_neo", "gpt_oss", "mpt"])
 @torch.no_grad()
 def test_loading_a_prefix(tmp_path, family):
     model = tiny_model(family)
