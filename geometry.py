@@ -217,7 +217,7 @@ def conditional(lm, rows, shards, cfg):
     """name -> (C,): how well a bridge that needs no training does with h[0], and the score of what a ridge leaves."""
     text = data.Tokens(shards, "train", cfg.seq_len)
     known = fit(lm, range(1, lm.L), text.windows(64, cfg.seed)[:, :-1], text.windows(cfg.conditional)[:, :-1],
-                rows, min(60, cfg.conditional // 8), cfg.skip, cfg.seed)
+                rows, min(40, cfg.conditional // 8), cfg.skip, cfg.seed)
     table = errors(lm, known, rows, skip=cfg.skip)
     return {**{f"-FVU, {guess}": torch.tensor([-table[layer][guess]["fvu"] for layer in known]) for guess in GUESSES},
             **residual(lm, known, rows[:, :-1], cfg)}

@@ -1,6 +1,6 @@
 """conditional.py: what is left of h[l] once h[0] is known, for all layers by the same forward passes.
 
-    known = fit(lm, layers, calibration, train, wanted=held_out, probe_steps=60)    # rows of ids (N, T) each
+    known = fit(lm, layers, calibration, train, wanted=held_out, probe_steps=40)    # rows of ids (N, T) each
     table = errors(lm, known, held_out)              # layer -> guess -> fvu, and of `decoded` guesses kl and ce_gap
     z, c = known[l].z(hl), known[l].c(h0)            # the units that a bridge diffuses
     left = z - GUESSES["ridge"](known[l], c, ids)    # (B, T, D)
@@ -16,7 +16,7 @@ from torch import nn
 from core import optim
 from core.denoiser import Bridge, Moments
 
-WIDTH, BATCH, SHARE = 128, 8, 1e-3      # of a probe; rows a pass; ridge, as a share of the mean eigenvalue
+WIDTH, BATCH, SHARE = 64, 8, 1e-3      # of a probe; rows a pass; ridge, as a share of the mean eigenvalue
 GUESSES = {  # name -> guess of z (B, T, D) from what `fit` knows of the layer, c (B, T, D) and ids (B, T)
     "identity": lambda at, c, ids: (at.net.mu_c + at.net.sigma_c * c - at.net.mu_z) / at.net.sigma_z,    # h[0] itself
     "ridge": lambda at, c, ids: with_one(c) @ at.weights,

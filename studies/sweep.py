@@ -59,7 +59,7 @@ class Config:
 
 
 NFE, SKIP = 8, 4                     # calls of a bridge; first positions left out: attention sinks, as in bridge.py
-PROBE_STEPS, DECODED = 60, ("token mean",)                 # of the one-block probe; guesses whose KL is measured too
+PROBE_STEPS, DECODED = 40, ("token mean",)                 # of the one-block probe; guesses whose KL is measured too
 ERRORS = {"fvu": "FVU", "kl": "KL", "ce_gap": "CE gap"}    # of a bridge: bridgeability is their absence
 COLUMNS = {**ERRORS, **{f"regression_{key}": f"regression: {name}" for key, name in ERRORS.items()}}
 MIN_STEPS, TIE, MARGIN = 300, 0.02, 0.1                    # see RULES; a difference in rho within MARGIN is a tie
