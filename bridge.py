@@ -108,7 +108,7 @@ PRESETS = {
              "save_every": 10, "log_every": 10, "warmup": 5},
     "blocks": {"visible": "mix", "bidirectional": True, "self_condition": True, "t_mean": 0.7, "shift": 3.0,
                "batch_size": 8, "steps": 800, "noise_seeds": 1},
-    "135m": {"batch_size": 8, "calibration": 256, "head_start": "ridge", "nfes": "1,4", "noise_seeds": 1,
+    "135m": {"steps": 300, "batch_size": 8, "calibration": 256, "head_start": "ridge", "nfes": "1,4", "noise_seeds": 1,
              "eval_batches": 128},                                           # minutes on two cores
     "0.6b": {"steps": 5000, "batch_size": 32, "seq_len": 1024, "calibration": 64, "compile": True, "ema": 0.999,
              "lr": 0.01, "lr_adam": 6e-4, "warmup": 200, "eval_every": 1000, "save_every": 500},
