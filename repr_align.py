@@ -71,7 +71,7 @@ class Config:
 PRESETS = {
     "tiny": {"steps": 20, "batch_size": 4, "seq_len": 32, "eval_batches": 4, "eval_every": 10, "log_every": 10,
              "save_every": 10, "warmup": 5},
-    "135m": {"steps": 60, "batch_size": 8, "lr": 0.0, "lr_adam": 3e-4, "eval_batches": 16, "eval_every": 20,
+    "135m": {"steps": 40, "batch_size": 8, "lr": 0.0, "lr_adam": 3e-4, "eval_batches": 16, "eval_every": 20,
              "log_every": 10},                                               # four seconds a step on two cores
     "0.6b": {"steps": 5000, "batch_size": 32, "micro_batch": 4, "seq_len": 1024, "lr": 0.0, "lr_adam": 3e-4,
              "warmup": 200, "eval_every": 500, "save_every": 500},
