@@ -361,10 +361,10 @@ def main(argv):
 
     # 1. Flags that cannot work are refused, and --dry_run leaves, before anything is loaded or written.
     shape = backbone.read_config(model, cfg.seq_len)
-    L, sequences = shape.num_hidden_layers, -(-cfg.tokens // (cfg.seq_len - cfg.skip))
+    L = shape.num_hidden_layers
     check(cfg, model, L)
     if cfg.dry_run:
-        memory, flops = cost(shape, cfg, dtype.itemsize)
+        (memory, flops), sequences = cost(shape, cfg, dtype.itemsize), -(-cfg.tokens // (cfg.seq_len - cfg.skip))
         print(f"{model}: {L} blocks of width {shape.hidden_size}; {sequences} sequences of {cfg.seq_len} tokens\n"
               f"memory beside the weights {memory / 1e9:.2f} GB, {flops:.2e} FLOPs a token")
         return memory / 1e9
