@@ -142,7 +142,7 @@ def twin(cx):
     from core import masked
     cfg, steps = cx.cfg, min(cost(cx.cfg, cx.bridges[0][1], cx.lm.L)[0], cx.cfg.new)
     for folder in split(cfg.twin):
-        student, _ = masked.load_converted(folder, cx.lm.norm.weight.device, cx.lm.norm.weight.dtype)
+        student, _ = masked.load_converted(folder, cx.lm.model.device, cx.lm.model.dtype)
         result = read_json(Path(folder) / "result.json")
         about = {"group": "masked twin", "calls": steps, "seed": result["seed"], "train_seconds": result["seconds"]}
         for order in masked.ORDERS:
@@ -155,7 +155,7 @@ def twin(cx):
 def blocks(cx):
     """Bridges: so many tokens at once in hidden space, decoded by the product of two experts, or by one."""
     import hybrid
-    cfg, where = cx.cfg, cx.lm.norm.weight
+    cfg, where = cx.cfg, cx.lm.model
     settings = [(f"alpha {a:g}, beta {b:g}", dict(alpha=a, beta=b)) for a, b in itertools.product(
         numbers(cfg.alphas), numbers(cfg.betas))]
     settings += [(f"{e} alone", dict(expert=e)) for e in ("upper", "readout") if cfg.experts]

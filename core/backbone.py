@@ -48,18 +48,6 @@ def cannot(config, reason, what="be cut at a layer"):
     return UserError(f"a model of type {config.model_type!r} cannot {what}: {reason}")
 
 
-class Stub:
-    """Stands where a block stands while the model's own forward runs: notes what it is handed, returns the state. Some
-    forwards ask a block for its name of the mask it wants."""
-
-    def __init__(self, block, seen, wraps):
-        vars(self).update({k: v for k, v in vars(block).items() if isinstance(v, str)}, seen=seen, wraps=wraps)
-
-    def __call__(self, h, *args, **kwargs):
-        self.seen.append((h, args, kwargs))
-        return (h,) if self.wraps else h
-
-
 class Given(tuple):
     """What a decoder stack returns, whatever the library's class for it is: a last hidden state and nothing else."""
 
@@ -71,8 +59,8 @@ class Backbone(nn.Module):
     """A causal LM as embed -> blocks 1..L -> head; with `L` given only a prefix of the L blocks is in `model`.
 
     Nothing here knows an architecture. What a block needs beside h (masks, rotary tables, ALiBi, the cache) is what the
-    model's own forward hands it: for one call stubs take the blocks' places and note it. What runs after the blocks is
-    its own forward too. `check` compares the two ways."""
+    model's own forward hands it: for one call stand-ins take the blocks' places and note it. What runs after the blocks
+    is its own forward too, unless a look-up or a product is seen to give the same bits. `check` compares the two."""
 
     def __init__(self, model, L=None):
         super().__init__()
@@ -84,49 +72,50 @@ class Backbone(nn.Module):
         self.L = L or len(self.blocks)                   # of the whole model, also when only a prefix is loaded
         self.D, self.V = self.config.hidden_size, self.config.vocab_size
         self.seen = []
-        if next(model.parameters()).device.type != "meta":       # else only its sizes are wanted
-            self._look()
+        if next(model.parameters()).device.type != "meta":       # there only sizes are wanted
+            refuse(self, {"no single final norm follows its blocks": self._look})
 
-    @torch.no_grad()
     def _look(self):
-        """What only a run tells: the final norm, whether blocks return tuples, whether embedding or head are plain."""
-        def note(name):
-            return lambda _, args, out: seen.append((name, args, out))
+        """What only a run tells: the final norm, whether blocks return tuples, whether embedding or head are plain.
+        False where what follows the blocks is not one module."""
         seen, training, ids = [], self.model.training, tokens(self)
         parts = {**dict(self.stack.named_children()), "first": self.blocks[0], "last": self.blocks[-1]}
-        hooks = [part.register_forward_hook(note(name)) for name, part in parts.items() if part is not self.blocks]
+        hooks = [part.register_forward_hook(lambda _, args, out, name=name: seen.append((name, args, out)))
+                 for name, part in parts.items()]
         self.stack.eval()(input_ids=ids, use_cache=False)
+        self.model.train(training)
         for hook in hooks:
             hook.remove()
-        self.model.train(training)
         names = [name for name, *_ in seen]
-        after = names[names.index("last") + 1:]
-        if len(after) != 1:
-            raise cannot(self.config, f"{len(after)} modules, not one final norm, run between its blocks and its head")
-        self.norm = getattr(self.stack, after[0])
-        _, (h, *_), out = seen[names.index("first")]
+        after, (_, (h, *_), out) = names[names.index("last") + 1:], seen[names.index("first")]
+        self.last, self.norm, self.tuples = after[0], parts[after[0]], isinstance(out, tuple)
+        self.own = inspect.unwrap(type(self.stack).forward)          # its decorators would take as long again
         self.plain_embedding = torch.equal(self.model.get_input_embeddings()(ids), h)
-        self.stubs = [Stub(block, self.seen, isinstance(out, tuple)) for block in self.blocks]
-        self.last, self.run = after[0], inspect.unwrap(type(self.stack).forward)    # its decorators cost as much again
         self.plain_head = False
         self.plain_head = torch.equal(self.model.get_output_embeddings()(h), self.unnormed_head(h))
+        return len(after) == 1
+
+    def _stand_in(self, h, *args, **kwargs):
+        self.seen.append((h, args, kwargs))
+        return (h,) if self.tuples else h
 
     def _handed(self, **inputs):
         """[(h, args, kwargs) of every block]: what the stack's own forward would hand it, if blocks changed nothing."""
         parts = self.stack._modules
-        parts[self.key], parts[self.last] = self.stubs, lambda h: h
+        parts[self.key], parts[self.last] = [self._stand_in] * len(self.blocks), lambda h: h
         try:
-            self.run(self.stack, **{"use_cache": False, **inputs})
+            self.own(self.stack, **{"use_cache": False, **inputs})
             return list(self.seen)
         finally:
             parts[self.key], parts[self.last] = self.blocks, self.norm
             self.seen.clear()
 
-    def embed(self, ids, positions=None):
-        """ids (B, T) int64 -> h[0] (B, T, D), as the first block gets it: with learned positions, norm or scale."""
-        if self.plain_embedding:
-            return self.model.get_input_embeddings()(ids)
-        return self._handed(input_ids=ids, position_ids=positions)[0][0]
+    def embed(self, ids, positions=None, shift=0):
+        """ids (B, T) int64 -> h[0] (B, T, D), as the first block gets it: with learned positions, a norm or a scale.
+        `shift` (B, T, D) is added to what the table gives."""
+        h = self.model.get_input_embeddings()(ids)                                    # (B, T, D)
+        h = h + shift.to(h.dtype) if torch.is_tensor(shift) else h
+        return h if self.plain_embedding else self._handed(inputs_embeds=h, position_ids=positions)[0][0]
 
     @torch.no_grad()
     def side(self, h, positions=None, attention_mask=None, cache=None, causal=True):
@@ -223,13 +212,12 @@ def check(lm):
 
 
 def check_wide(lm):
-    """Raise UserError unless, with causal=False, a changed token changes every state before it."""
-    ids = tokens(lm)
-    other = torch.cat([ids[:, :-1], (ids[:, -1:] + 1) % lm.V], 1)
-
+    """Raise UserError unless, with causal=False, a changed last token changes every state before it."""
     def last(ids):
         h = lm.embed(ids)
         return lm.through(h, 0, len(lm.blocks), lm.side(h, causal=False))
+    ids = tokens(lm)
+    other = torch.cat([ids[:, :-1], (ids[:, -1:] + 1) % lm.V], 1)
     refuse(lm, {"its attention stays causal under a mask that shows everything":
                 lambda: (last(ids) != last(other)).any(-1).all()}, what="be made bidirectional")
 

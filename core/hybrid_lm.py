@@ -94,8 +94,8 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         for i in range(self.config.layer, self.lm.L):
             numbered = [(m, name) for m in self.lm.blocks[i].modules() for name in LAYER_NUMBERS if hasattr(m, name)]
             if not numbered:
-                raise UserError(f"a {self.lm.config.model_type} model cannot be the base of a hybrid: its blocks do not "
-                                "say which layer of a cache is theirs")
+                raise backbone.cannot(self.lm.config, "its blocks do not say which layer of a cache is theirs",
+                                      "be the base of a hybrid")
             for module, name in numbered:
                 setattr(module, name, first + i - self.config.layer)
         self.config.nfe, self.config.num_hidden_layers = nfe, first + self.lm.L - self.config.layer
@@ -255,7 +255,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _decode(self, z, positions, cache, last, how, key):
         """Tokens (B, T) of z (B, T, D). Draws are float64; the draw is keyed by row."""
-        h = self.net.hidden(z).to(self.lm.norm.weight.dtype)
+        h = self.net.hidden(z).to(self.lm.model.dtype)
         side = self.lm.side(h, positions, None, cache)
         upper = self.lm.head(self.lm.through(h, self.config.layer, self.lm.L, side))                       # (B, T, V)
         upper = torch.cat([upper[:, :1] if last is None else last, upper[:, :-1]], 1)  # token i is foretold at i-1

@@ -33,11 +33,10 @@ class Student(nn.Module):
         super().__init__()
         backbone.check_wide(lm)
         self.lm, self.mask_id = lm, mask_id
-        self.shift = nn.Parameter(torch.zeros(lm.D, device=lm.norm.weight.device))
+        self.shift = nn.Parameter(torch.zeros(lm.D, device=lm.model.device))
 
     def embed(self, ids, is_mask, positions=None):
-        h = self.lm.embed(ids.masked_fill(is_mask, self.mask_id), positions)           # (B, T, D)
-        return h + (is_mask[..., None] * self.shift).to(h.dtype)
+        return self.lm.embed(ids.masked_fill(is_mask, self.mask_id), positions, is_mask[..., None] * self.shift)
 
     def states(self, ids, is_mask, cache=None):
         """Yields h[0], ..., h[L-1] and the normed h[L], each (B, T, D), one at a time: never stacked. With a `cache`

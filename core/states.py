@@ -46,7 +46,7 @@ def collect(lm, windows, skip, pool, seed, batch_size, view=None):
 
     Second moments are taken about the first batch's mean: a state's mean can be large beside its spread."""
     C, D, per_row = lm.L - 1, lm.D, windows.shape[1] - skip
-    device = lm.norm.weight.device
+    device = lm.model.device
     pick = torch.from_numpy(np.sort(generator(seed, "pool").choice(len(windows) * per_row, pool, replace=False)))
     shift, total = torch.zeros(C, D, device=device), torch.zeros(C, D, device=device)
     second = torch.zeros(C, D, D, device=device)

@@ -99,7 +99,7 @@ def states(net, info, lm, ids, unknown, cfg, first):
 @torch.no_grad()
 def decode(net, lm, layer, z, gap):
     """z (S, B, T, D) -> logits (S, B, n, V) of the tokens in the slice `gap`, by the retained blocks and the head."""
-    h = net.hidden(z).flatten(0, 1).to(lm.norm.weight.dtype)                           # (S B, T, D)
+    h = net.hidden(z).flatten(0, 1).to(lm.model.dtype)                           # (S B, T, D)
     return lm.head(lm.through(h, layer, lm.L)[:, gap.start - 1:gap.stop - 1]).unflatten(0, z.shape[:2])
 
 

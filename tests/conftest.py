@@ -20,9 +20,9 @@ slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="seconds each: run 
 SHAPE = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
              max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.3)
 GROUPED, HEADS = dict(num_key_value_heads=2), dict(num_key_value_heads=2, head_dim=8)
-ALTERNATING = dict(sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 2)  # on each side of a cut
+ALTERNATING = dict(sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 2)
 EXPERTS = dict(**GROUPED, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
-FAMILIES = {  # name -> (config class, what it adds); those of MAIN go through every stage, the others are cut
+FAMILIES = {  # name -> (config class, what it adds); every windowed family has both layer types on each side of a cut
     "llama": ("LlamaConfig", GROUPED),
     "qwen2": ("Qwen2Config", dict(**GROUPED, use_sliding_window=True, max_window_layers=0, sliding_window=8,
                                   layer_types=["full_attention", "sliding_attention"] * 2)),
@@ -37,7 +37,7 @@ FAMILIES = {  # name -> (config class, what it adds); those of MAIN go through e
     "phi": ("PhiConfig", GROUPED),
     "phi3": ("Phi3Config", dict(**GROUPED, sliding_window=8)),
     "gemma": ("GemmaConfig", HEADS),
-    "granite": ("GraniteConfig", dict(**GROUPED, embedding_multiplier=3.0, logits_scaling=4.0, residual_multiplier=0.5)),
+    "granite": ("GraniteConfig", dict(**GROUPED, embedding_multiplier=3.0, residual_multiplier=0.5, logits_scaling=4)),
     "cohere": ("CohereConfig", dict(**GROUPED, logit_scale=0.5)),
     "cohere2": ("Cohere2Config", dict(**GROUPED, logit_scale=0.5, **ALTERNATING)),
     "olmo": ("OlmoConfig", GROUPED),
@@ -60,7 +60,9 @@ FAMILIES = {  # name -> (config class, what it adds); those of MAIN go through e
     "nemotron": ("NemotronConfig", GROUPED),
 }
 CAUSAL_ONLY = ["bloom", "gpt_neo"]  # no mask makes their attention bidirectional
-MAIN = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt2", "gpt_neox", "olmo2"]
+FEW = ["qwen3", "gemma3", "gpt2", "falcon", "mixtral"]  # windows; soft caps; learned positions; tuples; experts
+MOST = [pytest.param(f, marks=[] if f in FEW else slow) for f in FAMILIES]              # for tests that are not cheap
+CONVERTIBLE = [p for p in MOST if p.values[0] not in CAUSAL_ONLY]
 
 
 def tiny_model(family, seed=0, **changes):

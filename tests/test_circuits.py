@@ -15,12 +15,11 @@ from torch import nn
 import circuits
 import data
 from core import attribution, backbone, masked, overlap, tasks
-from core.attribution import Subject, attribute, metric, record, without, written
+from core.attribution import ADDS_UP, Subject, attribute, metric, record, without, written
 from core.common import UserError
 from core.draws import generator
 from core.run import read_section
 
-SUPPORTED = ("llama", "qwen2", "qwen3", "mistral", "gpt2")
 
 
 def subject_of(family, seed=0, **changes):
@@ -94,7 +93,7 @@ def every_edge(graph):
 
 
 # -------------------------------------------------------------------------------------------------- attribution
-@pytest.mark.parametrize("family", SUPPORTED)
+@pytest.mark.parametrize("family", ADDS_UP)
 def test_the_edges_that_leave_the_embedding_add_up_to_the_difference(family):
     subject, batch = subject_of(family), batch_of()
     want = difference(subject, batch)
@@ -123,11 +122,11 @@ def linear(family):
             else:
                 a.q_proj.weight.zero_()
                 a.k_proj.weight.zero_()
-    norm1, _, _, norm2 = subject.lm.family.adds_up
+    norm1, _, _, norm2 = ADDS_UP[family]
     for block in subject.lm.blocks:
         setattr(block, norm1, Same())
         setattr(block, norm2, Same())
-    setattr(subject.lm.stack, subject.lm.family.norm, Same())
+    setattr(subject.lm.stack, subject.lm.last, Same())
     return Subject(backbone.Backbone(subject.lm.model))
 
 

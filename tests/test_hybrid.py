@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from conftest import FAMILIES, fails, randomise, tiny_model
+from conftest import MOST, fails, randomise, tiny_model
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import hybrid
@@ -117,7 +117,7 @@ def cached_logits(model, ids, first, mask=None):
     return torch.cat(out, 1)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MOST)
 @torch.no_grad()
 def test_cached_logits_equal_recomputed_ones(family):
     """Past the window of 8, one token at a time, left-padded or not; and a cache one position off must fail."""
@@ -156,7 +156,7 @@ def leaks(model):
     return not torch.equal(before[:, :15], after[:, :15])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MOST)
 @torch.no_grad()
 def test_the_future_never_changes_the_past_in_any_family(family):
     assert not leaks(random_hybrid(family))
@@ -198,7 +198,7 @@ def test_a_shifted_position_is_noticed():
     assert not torch.allclose(shifted, want, atol=1e-3)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MOST)
 @torch.no_grad()
 def test_families_by_the_public_interface(family, tmp_path):
     """A base folder and a bridge folder -> from_bridge -> save_pretrained -> AutoModelForCausalLM: the same logits."""

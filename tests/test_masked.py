@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, ROOT, fails, tiny_model
+from conftest import CONVERTIBLE, ROOT, fails, tiny_model
 from transformers import DynamicCache
 
 import repr_align
@@ -102,7 +102,7 @@ def test_one_joint_float32_draw_is_biased_and_two_draws_are_not():
     assert left == [54, 45, 36, 27, 18, 9, 0]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONVERTIBLE)
 @torch.no_grad()
 def test_a_cached_prefix_equals_block_causal_attention(family):
     s, none = student(family), torch.zeros(3, 16, dtype=torch.bool)
@@ -113,14 +113,12 @@ def test_a_cached_prefix_equals_block_causal_attention(family):
         pass
     *_, got = s.states(IDS[:, 10:], hide[:, 10:], cache=cache)
     h = s.embed(IDS, hide)
-    side = s.lm.side(h, causal=False)
     wall = torch.zeros(1, 1, 16, 16)
     wall[..., :10, 10:] = torch.finfo(torch.float32).min
-    side["masks"] = dict.fromkeys(side["masks"], wall)
-    want = s.lm.norm(s.lm.through(h, 0, s.lm.L, side))
+    want = s.lm.norm(s.lm.through(h, 0, s.lm.L, s.lm.side(h, attention_mask=wall)))
     assert torch.allclose(got, want[:, 10:], atol=1e-4)
-    side["masks"] = dict.fromkeys(side["masks"], torch.zeros(1, 1, 16, 16))      # the broken twin: no wall
-    assert not torch.allclose(got, s.lm.norm(s.lm.through(h, 0, s.lm.L, side))[:, 10:], atol=1e-3)
+    want = s.lm.norm(s.lm.through(h, 0, s.lm.L, s.lm.side(h, attention_mask=0 * wall)))       # the broken twin: no wall
+    assert not torch.allclose(got, want[:, 10:], atol=1e-3)
 
 
 def test_blocks_fill_from_left_to_right():

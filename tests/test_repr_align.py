@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FAMILIES, fails, tiny_model
+from conftest import CONVERTIBLE, fails, tiny_model
 
 import repr_align
 from core import backbone, conversion, report, run
@@ -142,7 +142,7 @@ def test_filling_in_bf16():
     assert (fill(s, IDS, masks(), 3, 1.0, seed=0) != s.mask_id).all()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONVERTIBLE)
 def test_every_family_converts(family, runs, tmp_path, text):
     """Three steps of a whole conversion, saved and loaded again; the loaded model still sees the future."""
     tiny_model(family, vocab_size=512, bos_token_id=0, eos_token_id=0).save_pretrained(tmp_path / "base")
@@ -195,7 +195,7 @@ def test_the_folder_opens_as_an_ordinary_model(runs):
 
 
 def test_folding_the_mask_row_changes_nothing():
-    for family in ("qwen3", "gemma3"):
+    for family in ("qwen3", "gemma3", "gpt2", "granite"):
         s, is_mask = student(family=family), masks()
         with torch.no_grad():
             s.shift.normal_()
