@@ -105,7 +105,7 @@ class Backbone(nn.Module):
         if causal:
             make = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
             masks = {k: make[k](config=self.config, inputs_embeds=h, attention_mask=attention_mask,
-                                past_key_values=cache, position_ids=positions) for k in kinds}
+                                past_key_values=cache, position_ids=None) for k in kinds}  # nothing is packed
         else:
             mask = h.new_zeros(1, 1, h.shape[1], past + h.shape[1])                          # (1, 1, T, K), additive
             if attention_mask is not None:

@@ -165,7 +165,7 @@ def refuse_unshared(out, patience=20):
     if main:
         (out / name[0]).unlink()
     if not all(everyone):
-        raise UserError(f"process {everyone.index(False)} does not see the files of process 0 in {out}; on several "
+        raise UserError(f"process {everyone.index(False)} does not see what process 0 writes in {out}; on several "
                         "nodes --out must be on a disk that all of them share")
 
 

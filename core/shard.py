@@ -32,7 +32,7 @@ def shard(models, world, dtype):
             continue
         for block in lm.blocks:
             fully_shard(block, **how)
-            block.set_gradient_divide_factor(1.0)                            # sums, no means: losses are scaled for that
+            block.set_gradient_divide_factor(1.0)                            # a sum: losses are scaled for that
             block.set_force_sum_reduction_for_comms(True)
         for block, following in zip(lm.blocks, lm.blocks[1:]):
             block.set_modules_to_forward_prefetch([following])               # while this one computes
@@ -51,10 +51,9 @@ def clip(params, limit, world):
     if not any(map(is_sharded, params)):
         return nn.utils.clip_grad_norm_(params, limit).item()
     mine = [p.grad.to_local() if is_sharded(p) else p.grad for p in params]
-    zero = mine[0].new_zeros((), dtype=torch.float64)
-    squares = [sum((torch.linalg.vector_norm(g, dtype=torch.float64).square()
-                    for p, g in zip(params, mine, strict=True) if is_sharded(p) == there), zero) for there in (True, False)]
-    shares, rest = torch.stack(squares).tolist()                             # one look at the device
+    squares = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in mine]).tolist()
+    shares = sum(square for p, square in zip(params, squares, strict=True) if is_sharded(p))
+    rest = sum(square for p, square in zip(params, squares, strict=True) if not is_sharded(p))
     norm = math.sqrt(world.sum([shares])[0] + rest)
     torch._foreach_mul_(mine, min(1.0, limit / (norm + 1e-6)))
     return norm
