@@ -98,5 +98,8 @@ def conversion_loss(student, teacher, ids, is_mask, path, layers=None, positions
 
 
 def flops_per_token(lm, T, teacher):
-    """Of training the student, and of the teacher's forward pass where there is one."""
-    return backbone.flops_per_token(lm.model, T) * (4 / 3 if teacher else 1)
+    """Of training the student, whose attention looks both ways and whose head sees the masked half of the tokens, and
+    of the teacher's blocks, causal and forward only."""
+    blocks = sum(p.numel() for p in lm.blocks.parameters())
+    attention = lm.L * backbone.attention_width(lm.config) * T
+    return 6 * blocks + 12 * attention + 2 * lm.V * lm.D + (2 * blocks + 2 * attention if teacher else 0)

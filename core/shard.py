@@ -116,7 +116,8 @@ def report_size(cfg, config, world, micro, dtype):
     gb = {"student": 4 * (inside / ways + outside), "gradients": 4 * inside / ways,
           "optimizer": moments * inside / ways,
           "teacher": dtype.itemsize * (inside / ways + outside) * (cfg.align_weight > 0),
-          "gathered block": dtype.itemsize * 2 * inside / lm.L * (ways > 1),
+          "gathered blocks": dtype.itemsize * 2 * inside / lm.L * (ways > 1),
+          "copies for autocast": dtype.itemsize * inside * (ways == 1 and dtype != torch.float32),
           "activations": tokens * lm.L * (16 * lm.D + 4 * wide) * dtype.itemsize,  # saved for backward, a rough count
           "logits": tokens / 2 * lm.V * 4 * 3}                                     # half of the tokens are masked
     total, flops = sum(gb.values()) / 1e9, flops_per_token(lm, cfg.seq_len, cfg.align_weight > 0)
@@ -124,4 +125,4 @@ def report_size(cfg, config, world, micro, dtype):
     print(f"{inside + outside:,} parameters, {inside:,} of them in {lm.L} blocks; {flops:.3e} FLOPs a token\n"
           f"GB on one GPU, {ways}-way shards: {parts}; together {total:.1f}, which "
           f"{'fits' if total < 80 else 'does NOT fit'} 80 GB")
-    return {"gigabytes": total, "flops_per_token": flops}
+    return {"gigabytes": total, "peaks": {"train": total}, "flops_per_token": flops}

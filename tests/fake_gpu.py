@@ -128,7 +128,8 @@ class FakeGPU(TorchDispatchMode):
     def count(self, func, args, kwargs, out):
         name = func._overloadpacket.__name__
         if func._overloadpacket in flop_registry:
-            share = 0.5 if name in CAUSAL and args[CAUSAL[name]] else 1          # the registry counts every key
+            # The registry counts every key, and a product of attention that its backward takes a second time.
+            share = (0.5 if name in CAUSAL and args[CAUSAL[name]] else 1) * (0.8 if "attention_backward" in name else 1)
             self.flops[self.phase] += share * flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
         if func.namespace == "c10d":
             self.collectives.append(f"{name} {sum(x.numel() for x in tree_leaves(args) if torch.is_tensor(x))}")
@@ -177,7 +178,9 @@ class FakeGPU(TorchDispatchMode):
         to_cpu = kwargs.get("device") is not None and kwargs["device"].type == "cpu"
         if func is aten._to_copy.default and on_gpu(args[0]) and to_cpu:
             self.wait("copy to the CPU")
-            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+            shape = args[0].shape if args[0].numel() < 2 ** 20 else ()           # a whole model takes no memory
+            zeros = torch.zeros(shape, dtype=kwargs.get("dtype") or args[0].dtype)
+            return zeros.expand(args[0].shape)
         if func is aten.copy_.default and not on_gpu(args[0]):
             self.wait("copy to the CPU")
             return args[0].zero_()
@@ -270,7 +273,7 @@ def eight_gpus(gpu, rank):
         torch._C: dict(_cuda_getDevice=lambda: 0, _cuda_setDevice=lambda d: None, _cuda_exchangeDevice=lambda d: 0,
                        _cuda_maybeExchangeDevice=lambda d: 0, _cuda_getCurrentRawStream=lambda d: 0),
         torch: dict(Stream=Stream, Event=Stream, save=lambda state, file: Path(file).touch()),
-        torch.Tensor: dict(record_stream=lambda *_: None),
+        torch.accelerator: dict(current_stream=Stream), torch.Tensor: dict(record_stream=lambda *_: None),
         F: dict(scaled_dot_product_attention=attention(F.scaled_dot_product_attention)),
         torch.nn.Module: dict(compile=compiled, to=lambda module, *where, **how: module if any(
             map(on_gpu, module.parameters())) else to(module, *where, **how)),
@@ -310,8 +313,9 @@ def made_on_gpu(function):
     return made
 
 
-def train(stage, argv, rank, patches):
-    """Run stage.main(argv) as process `rank` of eight. Returns what was noted, and what --dry_run foretells."""
+def train(stage, argv, rank, tokens, patches):
+    """Run stage.main(argv) as process `rank` of eight, `tokens` a step each. Returns what was noted (flops and waits of
+    the last step), and what --dry_run foretells."""
     import data
     from core import backbone, optim, run
     gpu, marks, step_all = FakeGPU(), [], optim.step_all
@@ -320,7 +324,7 @@ def train(stage, argv, rank, patches):
         with gpu.during("optimizer"):
             step_all(*args)
         gpu.step += 1
-        marks.append((len(gpu.waits), gpu.flops["train"], len(gpu.collectives)))
+        marks.append((len(gpu.waits), gpu.flops["train"]))
 
     with eight_gpus(gpu, rank) as stack, tempfile.TemporaryDirectory() as out:
         argv = [*argv, "--random_init", "--eval_batches", "8", "--eval_every", "100", "--log_every", "100"]
@@ -339,15 +343,15 @@ def train(stage, argv, rank, patches):
                 stage.main.__wrapped__([*argv, "--out", f"{out}/run"])
     return {"foretold": foretold, "peaks": {k: n / 1e9 for k, n in gpu.peaks.items()}, "graphs": gpu.graphs,
             "flops": marks[-1][1] - marks[-2][1], "waits": gpu.waits[marks[-2][0]:marks[-1][0]],
-            "collectives": gpu.collectives, "in a step": marks[-1][2] - marks[-2][2]}
+            "tokens": tokens, "collectives": gpu.collectives}
 
 
 def bridge_run(folder, rank, *flags):
     import bridge
     from core import denoiser
-    argv = ["--preset", "8b", "--model", folder, "--steps", "3", "--batch_size", "128", "--calibration", "8", *flags]
-    return train(bridge, argv, rank, {(bridge, "build"): made_on_gpu(bridge.build),
-                                      (denoiser, "save"): lambda *_: None})
+    argv = ["--preset", "8b", "--model", folder, "--batch_size", "128", "--calibration", "8", *flags]
+    return train(bridge, argv, rank, 16 * 1024, {(bridge, "build"): made_on_gpu(bridge.build),
+                                                 (denoiser, "save"): lambda *_: None})
 
 
 def convert_run(folder, rank, *flags):
@@ -362,20 +366,30 @@ def convert_run(folder, rank, *flags):
         def windows(self, count):
             return super().windows(count, 0)
     argv = ["--preset", "8b", "--model", folder, "--steps", "2", "--batch_size", "16", *flags]
-    return train(repr_align, argv, rank, {
+    return train(repr_align, argv, rank, 2 * 4096, {
         (backbone, "load_tokenizer"): lambda name: types.SimpleNamespace(mask_token_id=128255),
         (data, "shards_beside"): lambda *_: (None, None), (data, "Tokens"): Text,
         (repr_align, "publish"): lambda run, *_: setattr(run, "result", None),
         (repr_align, "summary"): lambda result: ""})
 
 
+def shallow(folder):
+    """The same shape with two blocks, beside it."""
+    config = json.loads((Path(folder) / "config.json").read_text())
+    other = Path(f"{folder}_shallow")
+    other.mkdir(exist_ok=True)
+    (other / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    return str(other)
+
+
 SCENES = {
-    "bridge 6": lambda folder: bridge_run(folder, 0, "--layer", "6"),
-    "bridge 6, rank 7": lambda folder: bridge_run(folder, 7, "--layer", "6"),
-    "bridge 16, mix": lambda folder: bridge_run(folder, 0, "--layer", "16", "--visible", "mix"),
+    "bridge 6": lambda folder: bridge_run(folder, 0, "--layer", "6", "--steps", "3"),
+    "bridge 6, rank 7": lambda folder: bridge_run(folder, 7, "--layer", "6", "--steps", "3", "--batch_size", "64"),
+    "bridge 16, mix": lambda folder: bridge_run(folder, 0, "--layer", "16", "--visible", "mix", "--steps", "2"),
     "convert": lambda folder: convert_run(folder, 0),
     "convert, sharded": lambda folder: convert_run(folder, 0, "--shard"),
-    "convert, sharded, rank 7": lambda folder: convert_run(folder, 7, "--shard"),
+    "shallow, sharded": lambda folder: convert_run(shallow(folder), 0, "--shard"),
+    "shallow, sharded, rank 7": lambda folder: convert_run(shallow(folder), 7, "--shard"),
 }
 
 if __name__ == "__main__":
