@@ -51,7 +51,7 @@ def clip(params, limit, world):
     if not any(map(is_sharded, params)):
         return nn.utils.clip_grad_norm_(params, limit).item()
     mine = [p.grad.to_local() if is_sharded(p) else p.grad for p in params]
-    squares = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in mine]).tolist()
+    squares = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in mine]).cpu().tolist()
     shares = sum(square for p, square in zip(params, squares, strict=True) if is_sharded(p))
     rest = sum(square for p, square in zip(params, squares, strict=True) if not is_sharded(p))
     norm = math.sqrt(world.sum([shares])[0] + rest)

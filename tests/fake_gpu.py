@@ -212,6 +212,9 @@ class Stream:
     def query(self):
         return True
 
+    def is_capturing(self):
+        return False
+
 
 def attention(real):
     """F.scaled_dot_product_attention, which a CPU build would take apart on a fake tensor: flash, or with a mask the
