@@ -327,7 +327,7 @@ def main(argv):
     mean_net = copy.deepcopy(net).requires_grad_(False)                                           # EMA
     params = list(net.parameters())
     own = [p for name, p in net.named_parameters() if not name.startswith("readout")]  # the readout learns beside it
-    optimizers = optim.build(net.named_parameters(), cfg.lr, cfg.lr_adam, cfg.weight_decay)
+    optimizers = optim.build(net.named_parameters(), cfg.lr, cfg.lr_adam, cfg.weight_decay, world=world)
     state = run.resume([net, mean_net], optimizers)
     if cfg.compile:
         for block in net.blocks:
@@ -348,7 +348,7 @@ def main(argv):
                           ((step, some) for step in range(state["step"], cfg.steps) for some in parts))
 
     for step in range(state["step"], cfg.steps):
-        loss, bad = 0.0, []
+        found = []
         for some in parts:
             # 1 a batch that a thread has drawn meanwhile
             waiting = time.perf_counter()
@@ -359,15 +359,14 @@ def main(argv):
             if some is parts[-1]:
                 gradients.arm()
             (total / cfg.batch_size).backward()
-            each = each.double().cpu()
-            bad += [slot for slot, fine in zip(some, torch.isfinite(each).tolist()) if not fine]
-            bins.index_add_(0, (batch.t.cpu() * 8).long().clamp(max=7), torch.stack([each, torch.ones_like(each)], 1))
-            loss += each.sum().item() / cfg.batch_size
+            found.append(torch.stack([batch.t, each]).double())             # stays on the device: nothing waits
         # 3 sum over processes, clip
         gradients.finish()
         norm = nn.utils.clip_grad_norm_(own, cfg.clip).item()
+        t, each = torch.cat(found, 1).cpu()                                 # (slots,) each
+        bins.index_add_(0, (t * 8).long().clamp(max=7), torch.stack([each, torch.ones_like(each)], 1))
         if not math.isfinite(norm):  # on every process alike, before anything is changed
-            where = f", slot {bad[0]}" if bad else ""
+            where = next((f", slot {s}" for s, fine in zip(slots, torch.isfinite(each)) if not fine), "")
             raise UserError(f"the loss or its gradient stopped being finite at step {step}{where}; lower --lr and run "
                             f"again ({cfg.out} keeps the last good state)")
         # 4 step, running mean of the weights
@@ -379,7 +378,7 @@ def main(argv):
         # 5 report, validate, save, leave when asked
         done = step + 1
         if done % cfg.log_every == 0 or done == cfg.steps:
-            total, *by_t = world.sum([loss, *bins.flatten().tolist()])
+            total, *by_t = world.sum([each.sum().item() / cfg.batch_size, *bins.flatten().tolist()])
             by_t = torch.tensor(by_t).view(8, 2)
             run.progress(done, cfg.steps, clock, cfg.batch_size * cfg.seq_len, flops, loss=total,
                          lr=optimizers[0].param_groups[0]["lr"], gnorm=norm,

@@ -26,7 +26,7 @@ from core.common import GradientSum, StopSignal, UserError, entry, parse, pick_d
 from core.conversion import POSITIONS, align_layers, conversion_loss, corrupt, flops_per_token
 from core.masked import ORDERS, Student, add_mask, fill, load_converted
 from core.run import Clock, Run, card, finished
-from core.shard import Whole, clip, is_sharded, means_to_sums, report_size, shard, whole
+from core.shard import Whole, clip, is_sharded, report_size, shard, whole
 
 
 @dataclass
@@ -102,13 +102,13 @@ def load_models(cfg, model, tokenizer, world, dtype):
     return student, teacher
 
 
-def build_optimizers(cfg, student):
+def build_optimizers(cfg, student, world):
     """(what learns, its optimizers): shards and whole tensors apart, since no step may mix the two."""
     named = [(n, p) for n, p in student.named_parameters() if p.requires_grad]
     groups = [[(n, p) for n, p in named if is_sharded(p) == there] for there in (True, False)]
     lr = 0.0 if cfg.shard else cfg.lr
     return [p for _, p in named], [o for group in groups if group for o in optim.build(
-        group, lr, cfg.lr_adam, cfg.weight_decay, inside=student.lm.blocks_name)]
+        group, lr, cfg.lr_adam, cfg.weight_decay, inside=student.lm.blocks_name, world=world)]
 
 
 @torch.no_grad()
@@ -117,7 +117,7 @@ def validate(student, teacher, rows, cfg, world):
     totals = torch.zeros(3, dtype=torch.float64)
     for i in range(world.rank, -(-len(rows) // world.size) * world.size, world.size):  # as many passes on every rank:
         counts, i = i < len(rows), min(i, len(rows) - 1)                               # with --shard each is collective
-        is_mask = corrupt(rows.shape[1], cfg.seed, "validate", 0, [i], r=(i + 0.5) / len(rows)).to(world.device)
+        is_mask = corrupt(rows.shape[1], cfg.seed, "validate", 0, [i], r=(i + 0.5) / len(rows))
         loss = conversion_loss(student, teacher, rows[i:i + 1].to(world.device), is_mask, 0.0)
         totals += counts * torch.tensor([loss.ce.item(), is_mask.sum().item(), loss.cosines.mean().item()])
     ce, count, cosine = world.sum(totals.tolist())
@@ -211,7 +211,7 @@ def main(argv):
     train = data.Tokens(shards, "train", cfg.seq_len, cfg.train_tokens)
     held_out = data.Tokens(shards, "val", cfg.seq_len).windows(cfg.eval_batches)[:, :-1]             # (N, T)
     student, teacher = load_models(cfg, model, tokenizer, world, dtype)
-    params, optimizers = build_optimizers(cfg, student)
+    params, optimizers = build_optimizers(cfg, student, world)
     run = Run(cfg, world, identity)
     things = [Whole(student, world)], [Whole(o, world) for o in optimizers]
     state = run.resume(*things)
@@ -226,18 +226,17 @@ def main(argv):
                 curve.append([step, *validate(student, teacher, held_out, cfg, world)])
                 run.log(step, cfg.steps, val_loss=curve[-1][1])
         # 1 masks of the whole batch, text of this process: functions of (seed, step, slot)
-        is_mask = corrupt(cfg.seq_len, cfg.seed, "mask", step, range(cfg.batch_size)).to(world.device)   # (B, T)
+        is_mask = corrupt(cfg.seq_len, cfg.seed, "mask", step, range(cfg.batch_size))                   # (B, T)
         count = max(1, is_mask.sum().item())
         spots = max(1, POSITIONS[cfg.align_positions](is_mask).sum().item())
-        sums = torch.zeros(2 + student.lm.L)
+        sums = torch.zeros(2 + student.lm.L, device=world.device)
         for some in torch.tensor(slots).split(micro):
             ids = train.batch(cfg.seed, step, some.tolist(), cfg.batch_size)[:, :-1].to(world.device)    # (b, T)
             # 2 gradient of the mean over the whole batch's masked tokens and aligned states
             with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
                 loss = conversion_loss(student, teacher, ids, is_mask[some], cfg.path, layers, cfg.align_positions)
             (loss.each.sum() / count + cfg.align_weight * loss.apart / spots).backward()
-            sums += torch.cat([loss.ce[None] / count, loss.cosines / spots]).cpu()
-        means_to_sums(params, world)
+            sums += torch.cat([loss.ce[None] / count, loss.cosines / spots])
         gradients.finish()
         # 3 clip, step
         norm = clip(params, 1.0, world)

@@ -65,31 +65,41 @@ class Losses(NamedTuple):
     cosines: torch.Tensor  # (L+1,) with the teacher's state of each layer; NaN without a teacher
 
 
+def flat(where, device):
+    """where (B, T-1) bool -> the places of what is true (n,) in the flattened batch, on `device`: found where `where`
+    lies, so that with masks on the CPU no GPU is waited for."""
+    return where.flatten().nonzero()[:, 0].to(device)
+
+
 def conversion_loss(student, teacher, ids, is_mask, path, layers=None, positions="next-masked"):
-    """Losses on ids (B, T), masked where is_mask (B, T). No teacher: no alignment. No layers: all.
+    """Losses on ids (B, T), masked where is_mask (B, T; best on the CPU). No teacher: no alignment. No layers: all.
 
     1 student and teacher in step, cosines summed layer by layer, never stacked  2 CE of token i+1 from state i, where
     token i+1 is masked  3 path term: CE again, weighted by the model's own confidence."""
-    where = pick(POSITIONS, positions, "--align_positions")(is_mask)                   # (B, T-1)
+    spots = flat(pick(POSITIONS, positions, "--align_positions")(is_mask), ids.device)     # (n,)
+    predicts = flat(is_mask[:, 1:], ids.device)                                        # (n,)
     layers = set(range(student.lm.L + 1)) if layers is None else layers
     clean = teacher_states(teacher, ids) if teacher is not None else None
     apart = ids.new_zeros((), dtype=torch.float32)
     cosines = torch.full((student.lm.L + 1,), torch.nan, device=ids.device)
-    for i, h in enumerate(student.states(ids, is_mask)):
+    for i, h in enumerate(student.states(ids, is_mask.to(ids.device))):
+        h = h[:, :-1].flatten(0, 1)                                                    # (B (T-1), D)
         if clean is not None:
             with torch.no_grad():
-                theirs = next(clean)[:, :-1][where].float()                            # (n, D)
-            cosine = F.cosine_similarity(h[:, :-1][where].float(), theirs, dim=-1)     # (n,)
+                theirs = next(clean)[:, :-1].flatten(0, 1).index_select(0, spots).float()  # (n, D)
+            cosine = F.cosine_similarity(h.index_select(0, spots).float(), theirs, dim=-1)   # (n,)
             cosines[i] = cosine.detach().sum()
             if i in layers:
                 apart = apart + (1 - cosine).sum() / len(layers)
-    predicts = is_mask[:, 1:]                                                          # (B, T-1)
-    logits = student.logits(h[:, :-1][predicts])                                       # (n, V)
-    ce = F.cross_entropy(logits, ids[:, 1:][predicts], reduction="none")               # (n,)
+    logits = student.logits(h.index_select(0, predicts))                               # (n, V)
+    ce = F.cross_entropy(logits, ids[:, 1:].flatten().index_select(0, predicts), reduction="none")     # (n,)
     each = ce + path * torch.exp(-ce).detach() * ce
     return Losses(each, apart, ce.detach().sum(), cosines)
 
 
 def flops_per_token(lm, T, teacher):
-    """Of training the student, and of the teacher's forward pass where there is one."""
-    return backbone.flops_per_token(lm.model, T) * (4 / 3 if teacher else 1)
+    """Of training the student, whose attention looks both ways and whose head sees the masked half of the tokens, and
+    of the teacher's blocks, causal and forward only."""
+    blocks = sum(p.numel() for p in lm.blocks.parameters())
+    attention = lm.L * backbone.attention_width(lm.config) * T
+    return 6 * blocks + 12 * attention + 2 * lm.V * lm.D + (2 * blocks + 2 * attention if teacher else 0)

@@ -82,36 +82,40 @@ def train_flops(net, replaced, layer, T):
 
 
 def report_size(cfg, net, shape, layer, world, micro, dtype):
-    """--dry_run: parameters by group, bytes by component on one GPU, FLOPs, and the speed at 50% MFU on an H100.
-
-    Activations: bytes saved for backward per token, counted with saved-tensor hooks (about 100 W a block, with bf16
-    autocast or without it; 4 W with --recompute), plus the states themselves and one MLP of the prefix."""
+    """--dry_run: parameters by group, GB on one GPU by component and at the peak of each phase, FLOPs, and the speed at
+    50% MFU on an H100. The bytes per width, token and block that wait for backward are those of a trace at 8B shape
+    (tests/fake_gpu.py): 52 compiled, 76 not, 100 in fp32; with --recompute 4, and one block at a time in full."""
     from transformers import AutoModelForCausalLM
     print("\n".join(f"  {k} = {v}" for k, v in dataclasses.asdict(cfg).items()))
     with torch.device("meta"):
         lm = backbone.Backbone(AutoModelForCausalLM.from_config(shape))
     count = {name: sum(p.numel() for p in module.parameters()) for name, module in net.named_children()}
     size, replaced = sum(count.values()), sum(p.numel() for b in lm.blocks[:layer] for p in b.parameters())
+    whole = sum(p.numel() for p in lm.parameters())
     upper = sum(p.numel() for b in lm.blocks[layer:] for p in b.parameters())
     flops, tokens = train_flops(net, replaced, layer, cfg.seq_len), micro * cfg.seq_len
-    matrices = sum(p.numel() for p in net.blocks.parameters() if p.ndim == 2) if cfg.lr > 0 else 0
-    W, D = net.settings["W"], net.settings["D"]
-    saved = (4 if cfg.recompute else 100) * W * net.settings["blocks"] + (100 * W if cfg.recompute else 0)
-    wide = getattr(shape, "intermediate_size", None) or 4 * D
-    gigabytes = {
-        "frozen prefix": dtype.itemsize * (sum(p.numel() for p in lm.parameters()) - upper), "weights": 4 * size,
-        "gradients": 4 * size * (2 if world.size > 1 or cfg.preset == "8b" else 1),  # and the buffer that travels
-        "optimizer": 4 * matrices + 8 * (size - matrices),
-        "EMA": 4 * size, "activations": tokens * (saved + 36 * D + 3 * wide * dtype.itemsize)}
-    measuring = {  # the final numbers, on rank 0: the whole backbone and logits, no gradients and no activations
-        "backbone": dtype.itemsize * sum(p.numel() for p in lm.parameters()), "logits": 5 * 4 * max(
-            LOGITS, cfg.seq_len * shape.vocab_size), **{k: gigabytes[k] for k in ("weights", "optimizer", "EMA")}}
-    total, after = sum(gigabytes.values()) / 1e9, sum(measuring.values()) / 1e9
+    matrices = [p.numel() for p in net.blocks.parameters() if p.ndim == 2 and cfg.lr > 0]
+    W, D, blocks = (net.settings[k] for k in ("W", "D", "blocks"))
+    ways = world.size if world.size > 1 else 8 if cfg.preset == "8b" else 1
+    each = 100 if dtype == torch.float32 else 52 if cfg.compile else 76
+    saved = W * (4 * blocks + each if cfg.recompute else each * blocks) + 18 * D
+    saved += 8 * net.settings["V"] * net.generates                                  # the readout's logits
+    held = {"frozen prefix": dtype.itemsize * (whole - upper), "weights": 4 * size, "EMA": 4 * size,
+            "optimizer": 4 * sum(matrices) + 8 * (size - sum(matrices))}
+    gigabytes = {**held, "gradients": 4 * size,   # as activations go, the buckets that travel come
+                 "activations": max(tokens * saved, 4 * size * (ways > 1))}
+    muon = 10 * max(matrices, default=0) * -(-blocks // ways) + dtype.itemsize * sum(matrices) / ways
+    del held["frozen prefix"]
+    peaks = {"train": sum(gigabytes.values()), "optimizer": sum(gigabytes.values()) - gigabytes["activations"] + muon,
+             "final numbers": sum(held.values()) + dtype.itemsize * whole  # rank 0: the whole backbone, five logits
+             + 5 * 4 * max(LOGITS, cfg.seq_len * shape.vocab_size)}
+    peaks = {phase: n / 1e9 for phase, n in peaks.items()}
+    most = max(peaks.values())
     print(f"bridge at layer {layer} of {shape.num_hidden_layers}: {size:,} parameters, {size / max(1, replaced):.2f}x "
           "the blocks it replaces: " + ", ".join(f"{name} {n:,}" for name, n in count.items()))
     print(f"GB on one GPU at {micro} sequences a pass: "
-          + ", ".join(f"{name} {n / 1e9:.2f}" for name, n in gigabytes.items())
-          + f"; together {total:.1f}, and {after:.1f} for the final numbers, which "
-          f"{'fits' if max(total, after) < 80 else 'does NOT fit'} 80 GB")
+          + ", ".join(f"{name} {n / 1e9:.2f}" for name, n in gigabytes.items()) + "; at most "
+          + ", ".join(f"{name} {n:.1f}" for name, n in peaks.items())
+          + f", which {'fits' if most < 80 else 'does NOT fit'} 80 GB")
     print(f"{flops:.3e} FLOPs a token: {0.5 * 989e12 / flops:,.0f} tokens/s a GPU at 50% of 989 TFLOP/s")
-    return {"parameters": size, "gigabytes": total, "flops_per_token": flops}
+    return {"parameters": size, "gigabytes": most, "peaks": peaks, "flops_per_token": flops}

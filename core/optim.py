@@ -4,54 +4,94 @@
 
 Why not AdamW alone: on the toy, after the same 1,000 steps, Muon reaches 3.51 nats a token where AdamW reaches 4.19
 (LOG.md). torch.optim.Muon iterates in bf16, which is about 100x slower on CPUs without AVX512-BF16; this one iterates
-in fp32 there and stacks matrices of one shape into one product.
+in fp32 there, stacks matrices of one shape into one product, and shares the matrices out over the processes.
 """
 from collections import defaultdict
 
 import torch
+import torch.distributed as dist
+
+
+def digits(G):
+    """The dtype in which G is orthogonalized."""
+    return torch.float32 if G.device.type == "cpu" else torch.bfloat16
 
 
 def orthogonalize(G, steps=5):
     """G (n, r, c) -> the nearest semi-orthogonal matrices, roughly: every singular value ends in about [0.7, 1.2].
 
-    Newton-Schulz with the quintic of Jordan et al. 2024 (Muon): X <- a X + (b A + c A^2) X with A = X X^T."""
+    Newton-Schulz with the quintic of Jordan et al. 2024 (Muon): X <- P X with P = a + b A + c A^2 and A = X X^T. In
+    fp32 a wide X is multiplied once, by the product of all P: every A is a polynomial of the first, so they commute,
+    and A <- P A P needs r x r products only. bf16 has too few digits for that."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    X = G if G.device.type == "cpu" else G.bfloat16()
+    X = G.to(digits(G))
     tall = X.shape[1] > X.shape[2]
     X = X.mT if tall else X                                                  # wide: the small side is multiplied
     X = X / (torch.linalg.matrix_norm(X, keepdim=True) + 1e-7)
-    for _ in range(steps):
-        A = X @ X.mT                                                         # (n, r, r)
-        X = a * X + (b * A + c * A @ A) @ X
-    return (X.mT if tall else X).to(G.dtype)
+    if X.dtype == torch.float32 and 3 * X.shape[1] < 2 * X.shape[2]:        # where that is cheaper
+        A, product = X @ X.mT, None                                          # (n, r, r)
+        for last in range(steps)[::-1]:
+            P = torch.baddbmm(A, A, A, beta=b, alpha=c)
+            P.diagonal(dim1=1, dim2=2).add_(a)
+            product = P if product is None else P @ product
+            A = P @ A @ P if last else None
+        X = product @ X
+    else:
+        for _ in range(steps):
+            A = X @ X.mT                                                     # (n, r, r)
+            X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    return (X.mT if tall else X).contiguous()
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalized: each update has about the same spectral norm whatever the gradient's scale."""
+    """Nesterov momentum, orthogonalized: each update has about the same spectral norm whatever the gradient's scale.
 
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
+    Every process holds all weights and momenta, but orthogonalizes only its part of the matrices and sends it round."""
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, world=None):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.rank, self.size = (world.rank, world.size) if world else (0, 1)
+
+    def parts(self, params):
+        """[(rank, matrices of one shape)]: each shape in as many parts as there are processes, or matrices; the
+        costliest first, each to the process that has least to do."""
+        shapes, load, parts = defaultdict(list), [0] * self.size, []
+        for p in params:
+            shapes[p.shape].append(p)
+        for some in shapes.values():
+            ways = min(len(some), self.size)
+            parts += [(len(some[i::ways]) * some[0].numel() * min(some[0].shape), some[i::ways]) for i in range(ways)]
+        for cost, part in sorted(parts, key=lambda pair: -pair[0]):
+            rank = load.index(min(load))
+            load[rank] += cost
+            yield rank, part
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            shapes = defaultdict(list)
             for p in group["params"]:
-                shapes[p.shape].append(p)
-            for (rows, columns), params in shapes.items():
-                for p in params:
-                    m = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                    m.lerp_(p.grad, 1 - group["momentum"])
-                ahead = [p.grad.lerp(self.state[p]["momentum"], group["momentum"]) for p in params]
-                updates = orthogonalize(torch.stack(ahead)) * max(1, rows / columns) ** 0.5
-                for p, update in zip(params, updates, strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                self.state[p]["momentum"].lerp_(p.grad, 1 - group["momentum"])
+            parts, mine = list(self.parts(group["params"])), {}
+            for i, (rank, part) in enumerate(parts):
+                if rank == self.rank:
+                    mine[i] = orthogonalize(torch.stack(                                       # (n, r, c)
+                        [p.grad.lerp(self.state[p]["momentum"], group["momentum"]) for p in part]))
+            for i, (rank, part) in enumerate(parts):
+                (rows, columns), like = part[0].shape, part[0]
+                updates = mine.pop(i) if i in mine else like.new_empty(len(part), rows, columns, dtype=digits(like))
+                if self.size > 1:
+                    dist.broadcast(updates, rank)
+                scale = group["lr"] * max(1, rows / columns) ** 0.5
+                for p, update in zip(part, updates, strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-scale)
 
 
-def build(named, lr, lr_adam, weight_decay, inside="blocks."):
+def build(named, lr, lr_adam, weight_decay, inside="blocks.", world=None):
     """[Muon, AdamW] over named parameters: the weight matrices whose name contains `inside` go to Muon, all others to
     AdamW, without decay on what is no weight matrix (norms, biases, vectors such as a block's modulation). Every
-    trainable parameter is in exactly one; lr = 0 gives all to AdamW."""
+    trainable parameter is in exactly one; lr = 0 gives all to AdamW. The processes of `world` share Muon's work."""
     named = [(n, p) for n, p in named if p.requires_grad]
     weight = {n: p.ndim == 2 and n.endswith("weight") for n, p in named}
     matrix = {n: lr > 0 and inside in n and weight[n] for n, p in named}
@@ -60,7 +100,7 @@ def build(named, lr, lr_adam, weight_decay, inside="blocks."):
             {"params": [p for n, p in rest if not weight[n]], "weight_decay": 0.0}]
     optimizers = [torch.optim.AdamW([g for g in adam if g["params"]], lr=lr_adam, betas=(0.9, 0.95), fused=True)]
     if matrices:
-        optimizers.insert(0, Muon(matrices, lr, weight_decay=weight_decay))
+        optimizers.insert(0, Muon(matrices, lr, weight_decay=weight_decay, world=world))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

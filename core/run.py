@@ -20,10 +20,13 @@ import os
 import platform
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch.utils._pytree import tree_map_only
 
 from core.common import UserError, memory_gib, peak_flops, pick
 
@@ -126,7 +129,18 @@ def _words(differ):
 
 def finished(cfg, identity, quiet=False):
     """The result of a finished run of exactly this config, or None: a stage can leave before it loads anything. Says so
-    where that run was measured by other flags than these, unless `quiet`."""
+    where that run was measured by other flags than these, unless `quiet`. Of several processes the first one looks."""
+    if not dist.is_initialized():
+        return look(cfg, identity, quiet)
+    found = [look(cfg, identity, quiet) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found, 0)
+    if found[0] is None and not getattr(cfg, "dry_run", False):
+        refuse_unshared(Path(cfg.out))
+    return found[0]
+
+
+def look(cfg, identity, quiet):
+    """What this process finds in cfg.out: see `finished`."""
     if differences(cfg, identity) != {} or not (Path(cfg.out) / "result.json").exists():
         return None
     result = read_json(Path(cfg.out) / "result.json")
@@ -134,6 +148,26 @@ def finished(cfg, identity, quiet=False):
     if not quiet and (otherwise := {k: (there[k], here[k]) for k in there if k in here and there[k] != here[k]}):
         print(f"{cfg.out} was measured otherwise ({_words(otherwise)}): its numbers are shown")
     return result
+
+
+def refuse_unshared(out, patience=20):
+    """Raise UserError on every process where one does not see, within `patience` seconds, what the first one writes
+    into `out`: on several nodes it would neither resume from the same state nor find the weights at the end."""
+    name, main = [f".seen{time.time_ns()}.tmp"], dist.get_rank() == 0
+    if main:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / name[0]).touch()
+    dist.broadcast_object_list(name, 0)
+    deadline = time.monotonic() + patience
+    while not (seen := (out / name[0]).exists()) and time.monotonic() < deadline:      # network disks take a moment
+        time.sleep(0.5)
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, seen)
+    if main:
+        (out / name[0]).unlink()
+    if not all(everyone):
+        raise UserError(f"process {everyone.index(False)} does not see what process 0 writes in {out}; on several "
+                        "nodes --out must be on a disk that all of them share")
 
 
 def grows(cfg, differ):
@@ -193,7 +227,7 @@ class Run:
     `identity` is anything beside the config that must not change under a run, e.g. the hash of the base's weights."""
 
     def __init__(self, cfg, world, identity):
-        self.out, self.world, self.result = Path(cfg.out), world, None
+        self.out, self.world, self.result, self.saving = Path(cfg.out), world, None, None
         self.keep_state, self.measures = getattr(cfg, "keep_state", False), measures(cfg)
         if world.main:
             start = pick(TRACKERS, name := getattr(cfg, "track", ""), "--track")
@@ -234,26 +268,37 @@ class Run:
                  eta=round((steps - step) * seconds / step))
 
     def save(self, step, clock, modules, optimizers, **more):
-        """state.pt: all that a step depends on. Data and noise are functions of the step: no generator is in it."""
+        """state.pt: all that a step depends on. Data and noise are functions of the step: no generator is in it. Copied
+        to the CPU here and written by a thread: training waits for the copy only, or for the save before this one."""
+        self.saved()
         state = {"step": step, "processes": self.world.size, "seconds": clock.seconds(), **more,
                  "device": self.world.device.type, "modules": [m.state_dict() for m in modules],
                  "optimizers": [o.state_dict() for o in optimizers]}
         if self.world.main:
-            with atomic(self.out / "state.pt") as temporary:
-                try:
-                    torch.save(state, temporary)
-                except RuntimeError as error:  # torch's own writer does not say OSError when the disk is full
-                    reason = str(error).splitlines()[0]
-                    raise UserError(f"{self.out}/state.pt could not be written ({reason}); free some space and run "
-                                    "again: the last good state is kept") from None
-        self.world.barrier()
+            on_cpu = self.world.device.type == "cpu"                              # from a GPU it is a copy anyway
+            state = tree_map_only(torch.Tensor, lambda t: t.detach().to("cpu", copy=on_cpu), state)
+            self.saving = ThreadPoolExecutor(1, "saving").submit(self.write, state)
+
+    def write(self, state):
+        with atomic(self.out / "state.pt") as temporary:
+            try:
+                torch.save(state, temporary)
+            except RuntimeError as error:  # torch's own writer does not say OSError when the disk is full
+                reason = str(error).splitlines()[0]
+                raise UserError(f"{self.out}/state.pt could not be written ({reason}); free some space and run again: "
+                                "the last good state is kept") from None
+
+    def saved(self):
+        """Wait until state.pt is written; an error of that thread is raised here."""
+        if self.saving:
+            self.saving = self.saving.result()
 
     def resume(self, modules, optimizers):
         """Load state.pt, if there is one, into the modules and optimizers. Returns the state: step, seconds, ..."""
         if not (self.out / "state.pt").exists():
             return {"step": 0, "seconds": 0.0}
-        try:  # on the CPU first, since the model may fill the GPU; never unpickles code
-            state = torch.load(self.out / "state.pt", map_location="cpu", weights_only=True)
+        try:  # on the CPU, as the model may fill the GPU; mapped, so that processes share pages; never unpickles code
+            state = torch.load(self.out / "state.pt", map_location="cpu", weights_only=True, mmap=True)
         except Exception:
             raise UserError(f"{self.out}/state.pt is damaged; delete it to start this run again") from None
         for thing, saved in zip([*modules, *optimizers], [*state["modules"], *state["optimizers"]], strict=True):
@@ -267,12 +312,15 @@ class Run:
 
     def leave(self, step):
         """After a save that a signal asked for."""
+        self.saved()
+        self.world.barrier()                           # the first process to leave makes torchrun end the others
         self.say(f"stopped at step {step}; the same command resumes")
         self.unlock()
         raise SystemExit(143)
 
     def finish(self, result, section=""):
         """section.md, then result.json: the last one's presence means that everything else is there."""
+        self.saved()
         self.result = {**result, "section": digest(section), "measures": self.measures, **provenance(self.world)}
         if self.world.main:
             write_text(self.out / "section.md", section)
@@ -283,6 +331,7 @@ class Run:
         self.world.barrier()
 
     def unlock(self):
+        self.saved()
         if self.world.main:
             self.untrack()
             self.lock.close()

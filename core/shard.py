@@ -24,21 +24,26 @@ def shard(models, world, dtype):
     if world.size == 1:
         raise UserError("--shard spreads weights over processes; start it with torchrun --nproc_per_node 2 or more")
     mesh = init_device_mesh(world.device.type, (world.size,))
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype != torch.float32 else None
+    how = {"mesh": mesh, "reshard_after_forward": True}                      # a block's weights go when it has run
+    if dtype != torch.float32:
+        how["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for lm in models:
-        for block in lm.blocks if lm is not None else []:
-            fully_shard(block, mesh=mesh, **({"mp_policy": policy} if policy else {}))
+        if lm is None:
+            continue
+        for block in lm.blocks:
+            fully_shard(block, **how)
+            block.set_gradient_divide_factor(1.0)                            # a sum: losses are scaled for that
+            block.set_force_sum_reduction_for_comms(True)
+        for block, following in zip(lm.blocks, lm.blocks[1:]):
+            block.set_modules_to_forward_prefetch([following])               # while this one computes
+        # One root that holds no weights, so that blocks share streams and fetch each other ahead in backward, too. Its
+        # forward is never called (we run the blocks ourselves): without this line each block would become a root.
+        outside = {p for p in lm.stack.parameters() if not is_sharded(p)}
+        fully_shard(lm.stack, ignored_params=outside, **how)._get_fsdp_state()._lazy_init()
 
 
 def is_sharded(tensor):
     return hasattr(tensor, "full_tensor")
-
-
-def means_to_sums(params, world):
-    """fully_shard leaves the mean of the processes' gradients, but losses are scaled for their sum."""
-    for p in params:
-        if is_sharded(p) and p.grad is not None:
-            p.grad *= world.size
 
 
 def clip(params, limit, world):
@@ -46,8 +51,9 @@ def clip(params, limit, world):
     if not any(map(is_sharded, params)):
         return nn.utils.clip_grad_norm_(params, limit).item()
     mine = [p.grad.to_local() if is_sharded(p) else p.grad for p in params]
-    shares = sum(g.double().square().sum().item() for p, g in zip(params, mine, strict=True) if is_sharded(p))
-    rest = sum(g.double().square().sum().item() for p, g in zip(params, mine, strict=True) if not is_sharded(p))
+    squares = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in mine]).cpu().tolist()
+    shares = sum(square for p, square in zip(params, squares, strict=True) if is_sharded(p))
+    rest = sum(square for p, square in zip(params, squares, strict=True) if not is_sharded(p))
     norm = math.sqrt(world.sum([shares])[0] + rest)
     torch._foreach_mul_(mine, min(1.0, limit / (norm + 1e-6)))
     return norm
@@ -110,7 +116,8 @@ def report_size(cfg, config, world, micro, dtype):
     gb = {"student": 4 * (inside / ways + outside), "gradients": 4 * inside / ways,
           "optimizer": moments * inside / ways,
           "teacher": dtype.itemsize * (inside / ways + outside) * (cfg.align_weight > 0),
-          "gathered block": dtype.itemsize * 2 * inside / lm.L * (ways > 1),
+          "gathered blocks": dtype.itemsize * 2 * inside / lm.L * (ways > 1),
+          "copies for autocast": dtype.itemsize * inside * (ways == 1 and dtype != torch.float32),
           "activations": tokens * lm.L * (16 * lm.D + 4 * wide) * dtype.itemsize,  # saved for backward, a rough count
           "logits": tokens / 2 * lm.V * 4 * 3}                                     # half of the tokens are masked
     total, flops = sum(gb.values()) / 1e9, flops_per_token(lm, cfg.seq_len, cfg.align_weight > 0)
@@ -118,4 +125,4 @@ def report_size(cfg, config, world, micro, dtype):
     print(f"{inside + outside:,} parameters, {inside:,} of them in {lm.L} blocks; {flops:.3e} FLOPs a token\n"
           f"GB on one GPU, {ways}-way shards: {parts}; together {total:.1f}, which "
           f"{'fits' if total < 80 else 'does NOT fit'} 80 GB")
-    return {"gigabytes": total, "flops_per_token": flops}
+    return {"gigabytes": total, "peaks": {"train": total}, "flops_per_token": flops}

@@ -1,0 +1,406 @@
+"""fake_gpu.py: run the stages' own CUDA code without a GPU. CPU tensors are real; CUDA tensors have a shape, no data.
+
+    python tests/fake_gpu.py FOLDER          # FOLDER/config.json: a model's shape. One line of JSON on stdout
+
+How: 1 a few lines of C++ tell torch that there are eight CUDA devices, before torch is imported  2 a dispatch mode
+hands every operation on CUDA tensors to torch's FakeTensorMode, which refuses to mix devices or dtypes as CUDA would,
+and notes storages (memory), FLOPs, collectives, and what makes the host wait (.item(), copies to the CPU, nonzero)
+3 Python's view of CUDA is patched where it would reach the driver; NCCL becomes a group of eight that talks to nobody.
+"""
+import collections
+import contextlib
+import ctypes
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import types
+import weakref
+from pathlib import Path
+from unittest import mock
+
+HOOKS = r"""
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+struct NoDraws : at::CPUGeneratorImpl {
+  explicit NoDraws(c10::DeviceIndex i) : CPUGeneratorImpl(0) { device_ = c10::Device(c10::kCUDA, i); }
+};
+struct EightGuards : c10::impl::NoOpDeviceGuardImpl<c10::kCUDA> {
+  c10::DeviceIndex deviceCount() const noexcept override { return 8; }
+  c10::Stream getStream(c10::Device d) const noexcept override {
+    return c10::Stream(c10::Stream::DEFAULT, c10::Device(c10::kCUDA, std::max<int>(0, d.index())));
+  }
+};
+struct EightHooks : at::CUDAHooksInterface {
+  explicit EightHooks(at::CUDAHooksArgs) {}
+  void init() const override {}
+  bool isBuilt() const override { return true; }
+  bool hasCUDA() const override { return true; }
+  bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
+  c10::DeviceIndex deviceCount() const override { return 8; }
+  at::Generator getNewGenerator(c10::DeviceIndex i) const override {
+    return at::make_generator<NoDraws>(std::max<int>(0, i));
+  }
+};
+namespace at { C10_REGISTER_CLASS(CUDAHooksRegistry, CUDAHooks, ::EightHooks) }
+C10_REGISTER_GUARD_IMPL(CUDA, EightGuards)
+"""
+
+
+def load_hooks():
+    """Compile HOOKS (2 to 3 s) and load them: torch must not have been imported yet."""
+    assert "torch" not in sys.modules
+    torch_folder = Path(importlib.util.find_spec("torch").origin).parent
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "hooks.cpp").write_text(HOOKS)
+        subprocess.run(["g++", "-std=c++20", "-fPIC", "-shared", "hooks.cpp", "-o", "hooks.so",
+                        f"-I{torch_folder}/include", f"-L{torch_folder}/lib", "-ltorch_cpu", "-lc10",
+                        f"-Wl,-rpath,{torch_folder}/lib"], cwd=folder, check=True)
+        ctypes.CDLL(f"{folder}/hooks.so", mode=ctypes.RTLD_GLOBAL)
+
+
+if __name__ == "__main__":
+    load_hooks()
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch._subclasses import fake_tensor  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
+from torch.utils.flop_counter import flop_registry  # noqa: E402
+
+aten = torch.ops.aten
+# Which argument of an attention kernel says that it is causal.
+CAUSAL = {"_scaled_dot_product_flash_attention": 4, "_scaled_dot_product_flash_attention_backward": 11}
+
+
+def on_gpu(x):
+    return isinstance(x, fake_tensor.FakeTensor)
+
+
+class FakeGPU(TorchDispatchMode):
+    """Notes, by phase (`phase`): peak bytes, FLOPs; in order: collectives, and where the host waited."""
+
+    def __init__(self):
+        super().__init__()
+        self.fake = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
+        self.phase, self.bytes, self.sizes = "set-up", 0, {}
+        self.peaks, self.flops = collections.Counter(), collections.Counter()
+        self.waits, self.collectives, self.graphs = [], [], []
+
+    def __enter__(self):
+        torch._C._set_only_lift_cpu_tensors(True)      # torch.tensor(..., device="cuda") comes here as a CPU tensor
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        torch._C._set_only_lift_cpu_tensors(False)
+        return super().__exit__(*error)
+
+    @classmethod
+    def is_infra_mode(cls):
+        return True                                    # compiled code and autograd run under it as under none
+
+    # ------------------------------------------------------------------------------------------------ what is noted
+    def hold(self, storage, size):
+        """`storage` takes `size` bytes from now on, until it is gone or takes another size."""
+        key, size = storage._cdata, -(-size // 512) * 512
+        if key not in self.sizes:
+            weakref.finalize(storage, self.free, key)
+        self.bytes += size - self.sizes.get(key, 0)
+        self.sizes[key] = size
+        self.peaks[self.phase] = max(self.peaks[self.phase], self.bytes)
+
+    def free(self, key):
+        self.bytes -= self.sizes.pop(key, 0)
+
+    def wait(self, what):
+        frame, tests = sys._getframe(2), str(Path(__file__).parent)
+        while frame and (not (file := frame.f_code.co_filename).startswith(os.path.dirname(tests))
+                         or file.startswith(tests)):
+            frame = frame.f_back
+        self.waits.append(f"{what} at {os.path.basename(file)}:{frame.f_lineno}" if frame else what)
+
+    def count(self, func, args, kwargs, out):
+        name = func._overloadpacket.__name__
+        if func._overloadpacket in flop_registry:
+            # The registry counts every key, and a product of attention that its backward takes a second time.
+            share = (0.5 if name in CAUSAL and args[CAUSAL[name]] else 1) * (0.8 if "attention_backward" in name else 1)
+            self.flops[self.phase] += share * flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
+        if func.namespace == "c10d":
+            self.collectives.append(f"{name} {sum(x.numel() for x in tree_leaves(args) if torch.is_tensor(x))}")
+
+    @contextlib.contextmanager
+    def during(self, phase):
+        before, self.phase = self.phase, phase
+        self.peaks[phase] = max(self.peaks[phase], self.bytes)
+        yield
+        self.phase = before
+
+    def timed(self, function, phase):
+        def within(*args, **kwargs):
+            with self.during(phase):
+                return function(*args, **kwargs)
+        return within
+
+    # ------------------------------------------------------------------------------------------------ what is done
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if any(t.__name__ == "DTensor" for t in types):
+            return NotImplemented                      # it will call its own shards
+        leaves = tree_leaves((args, kwargs))
+        if not any(on_gpu(x) or isinstance(x, torch.device) and x.type == "cuda" for x in leaves):
+            return func(*args, **kwargs)
+        if (answer := self.host_waits(func, args, kwargs)) is not NotImplemented:
+            return answer
+        if func is aten.copy_.default and not on_gpu(args[1]):                   # from the CPU
+            return args[0]
+        if func is aten._to_copy.default and not on_gpu(args[0]):
+            func, args, kwargs = aten.empty.memory_format, (args[0].shape,), {
+                "dtype": kwargs.get("dtype") or args[0].dtype, "device": kwargs["device"]}
+        with self.fake:
+            out = func(*args, **kwargs)
+        for x in tree_leaves(out):
+            if on_gpu(x) and x.untyped_storage()._cdata not in self.sizes:
+                self.hold(x.untyped_storage(), x.untyped_storage().nbytes())
+        self.count(func, args, kwargs, out)
+        return out
+
+    def host_waits(self, func, args, kwargs):
+        """The answer (zeros) to an operation whose result the host must see; NotImplemented for all others."""
+        if func is aten._local_scalar_dense.default:
+            self.wait("item")
+            return torch.zeros((), dtype=args[0].dtype).item()
+        to_cpu = kwargs.get("device") is not None and kwargs["device"].type == "cpu"
+        if func is aten._to_copy.default and on_gpu(args[0]) and to_cpu:
+            self.wait("copy to the CPU")
+            shape = args[0].shape if args[0].numel() < 2 ** 20 else ()           # a whole model takes no memory
+            zeros = torch.zeros(shape, dtype=kwargs.get("dtype") or args[0].dtype)
+            return zeros.expand(args[0].shape)
+        if func is aten.copy_.default and not on_gpu(args[0]):
+            self.wait("copy to the CPU")
+            return args[0].zero_()
+        picks = args[1] if func is aten.index.Tensor else ()
+        picks = [x for x in picks if torch.is_tensor(x) and x.dtype == torch.bool]
+        if func is aten.nonzero.default or picks:
+            self.wait("nonzero")
+            with self.fake:                                                      # as if half of them were true
+                if not picks:
+                    return args[0].new_empty((args[0].numel() // 2, args[0].ndim), dtype=torch.int64)
+                rest = args[0].shape[picks[0].ndim:]
+                return args[0].new_empty((picks[0].numel() // 2, *rest))
+        return NotImplemented
+
+
+# ------------------------------------------------------------------------------------------- Python's view of CUDA
+class Stream:
+    """A CUDA stream or event: nothing happens, so nothing has to be waited for."""
+    device, device_index, device_type, stream_id, cuda_stream = torch.device("cuda:0"), 0, 1, 0, 0
+
+    def __init__(self, *_, **__):
+        pass
+
+    def nothing(self, *_, **__):
+        return self
+
+    wait_stream = wait_event = record_event = synchronize = record = wait = __enter__ = __exit__ = nothing
+
+    def query(self):
+        return True
+
+    def is_capturing(self):
+        return False
+
+
+def attention(real):
+    """F.scaled_dot_product_attention, which a CPU build would take apart on a fake tensor: flash, or with a mask the
+    memory-efficient kernel, as an H100 would."""
+    def sdpa(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        if q.device.type != "cuda":
+            return real(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        if torch.is_autocast_enabled("cuda"):
+            q, k, v = (x.to(torch.bfloat16) for x in (q, k, v))
+        if enable_gqa:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        if attn_mask is None and q.dtype == torch.bfloat16:
+            return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, False, scale=scale)[0]
+        if attn_mask is not None:
+            attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).expand(*q.shape[:3], k.shape[2])
+        return aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, q.requires_grad, 0.0, is_causal,
+                                                            scale=scale)[0]
+    return sdpa
+
+
+@contextlib.contextmanager
+def eight_gpus(gpu, rank):
+    """This process is `rank` of eight, each with an H100, one of which is `gpu`."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    import transformers.masking_utils
+    from core import common, run
+    honest_total = common.World.sum
+    join, free, alloc, to = (dist.init_process_group, _fsdp_param.free_storage, _fsdp_param.alloc_storage,
+                             torch.nn.Module.to)
+    about = types.SimpleNamespace(name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132,
+                                  total_memory=80 * 2 ** 30)
+
+    def objects(what):
+        return lambda objects, *_, **__: gpu.collectives.append(what)
+
+    def backend(graph, inputs):                        # one for all blocks: they share what is compiled
+        gpu.graphs.append(gpu.step)
+        return torch._dynamo.lookup_backend("aot_eager_decomp_partition")(graph, inputs)
+
+    def compiled(module, **how):
+        module._compiled_call_impl = torch.compile(module._call_impl, backend=backend, **how)
+
+    def total(world, values):                          # as if the others had nothing to add
+        honest_total(world, values)
+        return list(values)
+
+    patches = {
+        torch.cuda: dict(is_available=lambda: True, is_initialized=lambda: True, _lazy_init=lambda: None,
+                         device_count=lambda: 8, current_device=lambda: 0, set_device=lambda d: None,
+                         synchronize=lambda d=None: None, get_device_name=lambda d=None: about.name,
+                         get_device_capability=lambda d=None: (9, 0), get_device_properties=lambda d=None: about,
+                         max_memory_allocated=lambda d=None: gpu.peaks[gpu.phase],
+                         is_bf16_supported=lambda *_, **__: True,
+                         is_current_stream_capturing=lambda: False, get_rng_state=lambda *_: torch.get_rng_state(),
+                         set_rng_state=lambda *_: None, Stream=Stream, Event=Stream, current_stream=Stream,
+                         stream=lambda s: contextlib.nullcontext(), _exchange_device=lambda d: 0,
+                         _maybe_exchange_device=lambda d: 0),
+        torch._C: dict(_cuda_getDevice=lambda: 0, _cuda_setDevice=lambda d: None, _cuda_exchangeDevice=lambda d: 0,
+                       _cuda_maybeExchangeDevice=lambda d: 0, _cuda_getCurrentRawStream=lambda d: 0),
+        torch: dict(Stream=Stream, Event=Stream, save=lambda state, file: Path(file).touch()),
+        torch.accelerator: dict(current_stream=Stream), torch.Tensor: dict(record_stream=lambda *_: None),
+        F: dict(scaled_dot_product_attention=attention(F.scaled_dot_product_attention)),
+        torch.nn.Module: dict(compile=compiled, to=lambda module, *where, **how: module if any(
+            map(on_gpu, module.parameters())) else to(module, *where, **how)),
+        dist: dict(init_process_group=lambda backend, **_: join("fake", store=FakeStore(), rank=rank, world_size=8),
+                   broadcast_object_list=objects("broadcast_object_list"),
+                   all_gather_object=objects("all_gather_object")),
+        fake_tensor: dict(init_gpu_context=lambda device: None),
+        _fsdp_param: dict(
+            free_storage=lambda t: (free(t), gpu.hold(t.untyped_storage(), 0)),
+            alloc_storage=lambda t: (alloc(t), gpu.hold(t.untyped_storage(), t.numel() * t.itemsize))),
+        transformers.masking_utils: dict(is_tracing=lambda t=None: False),
+        transformers.PreTrainedModel: dict(init_weights=lambda self: self.tie_weights()),      # seconds, for no data
+        common: dict(stay_together=lambda: None), common.World: dict(sum=total),
+        run: dict(refuse_unshared=lambda out: None)}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ, RANK=str(rank), WORLD_SIZE="8", LOCAL_RANK="0"))
+        for thing, names in patches.items():
+            for name, value in names.items():
+                stack.enter_context(mock.patch.object(thing, name, value, create=True))
+        gpu.step = 0
+        torch._dynamo.reset()
+        yield stack
+        dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------------------------ what is run
+def phases(gpu, stack, module, **names):
+    """Functions of `module` that are phases of their own: name = phase."""
+    for name, phase in names.items():
+        stack.enter_context(mock.patch.object(module, name, gpu.timed(getattr(module, name), phase)))
+
+
+def made_on_gpu(function):
+    def made(*args, **kwargs):
+        with torch.device("cuda"):
+            return function(*args, **kwargs)
+    return made
+
+
+def train(stage, argv, rank, tokens, patches):
+    """Run stage.main(argv) as process `rank` of eight, `tokens` a step each. Returns what was noted (flops and waits of
+    the last step), and what --dry_run foretells."""
+    import data
+    from core import backbone, optim, run
+    gpu, marks, step_all = FakeGPU(), [], optim.step_all
+
+    def stepped(*args):
+        with gpu.during("optimizer"):
+            step_all(*args)
+        gpu.step += 1
+        marks.append((len(gpu.waits), gpu.flops["train"]))
+
+    with eight_gpus(gpu, rank) as stack, tempfile.TemporaryDirectory() as out:
+        argv = [*argv, "--random_init", "--eval_batches", "8", "--eval_every", "100", "--log_every", "100"]
+        with contextlib.redirect_stdout(sys.stderr):
+            foretold = stage.main.__wrapped__([*argv, "--dry_run", "--out", f"{out}/run"])
+            patches = {**patches, (optim, "step_all"): stepped, (backbone, "load"): made_on_gpu(backbone.load),
+                       (data, "prefetch"): lambda make, keys: map(make, keys)}
+            for (module, name), value in patches.items():
+                stack.enter_context(mock.patch.object(module, name, value))
+            phases(gpu, stack, run.Run, save="save")
+            phases(gpu, stack, stage, validate="validate")
+            if hasattr(stage, "check_replicas"):
+                phases(gpu, stack, stage, check_replicas="save")
+            with gpu:
+                gpu.phase = "train"
+                stage.main.__wrapped__([*argv, "--out", f"{out}/run"])
+    return {"foretold": foretold, "peaks": {k: n / 1e9 for k, n in gpu.peaks.items()}, "graphs": gpu.graphs,
+            "flops": marks[-1][1] - marks[-2][1], "waits": gpu.waits[marks[-2][0]:marks[-1][0]],
+            "tokens": tokens, "collectives": gpu.collectives}
+
+
+def bridge_run(folder, rank, *flags):
+    import bridge
+    from core import denoiser
+    argv = ["--preset", "8b", "--model", folder, "--batch_size", "128", "--calibration", "8", *flags]
+    return train(bridge, argv, rank, 16 * 1024, {(bridge, "build"): made_on_gpu(bridge.build),
+                                                 (denoiser, "save"): lambda *_: None})
+
+
+def convert_run(folder, rank, *flags):
+    import data
+    import repr_align
+    from core import backbone
+
+    class Text(data.RandomTokens):
+        def __init__(self, shards, split, T, *_):
+            super().__init__(128000, T)
+
+        def windows(self, count):
+            return super().windows(count, 0)
+    argv = ["--preset", "8b", "--model", folder, "--steps", "2", "--batch_size", "16", *flags]
+    return train(repr_align, argv, rank, 2 * 4096, {
+        (backbone, "load_tokenizer"): lambda name: types.SimpleNamespace(mask_token_id=128255),
+        (data, "shards_beside"): lambda *_: (None, None), (data, "Tokens"): Text,
+        (repr_align, "publish"): lambda run, *_: setattr(run, "result", None),
+        (repr_align, "summary"): lambda result: ""})
+
+
+def shallow(folder):
+    """The same shape with two blocks, beside it."""
+    config = json.loads((Path(folder) / "config.json").read_text())
+    other = Path(f"{folder}_shallow")
+    other.mkdir(exist_ok=True)
+    (other / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    return str(other)
+
+
+SCENES = {
+    "bridge 6": lambda folder: bridge_run(folder, 0, "--layer", "6", "--steps", "3"),
+    "bridge 6, rank 7": lambda folder: bridge_run(folder, 7, "--layer", "6", "--steps", "3", "--batch_size", "64"),
+    "bridge 16, mix": lambda folder: bridge_run(folder, 0, "--layer", "16", "--visible", "mix", "--steps", "2"),
+    "convert": lambda folder: convert_run(folder, 0),
+    "convert, sharded": lambda folder: convert_run(folder, 0, "--shard"),
+    "shallow, sharded": lambda folder: convert_run(shallow(folder), 0, "--shard"),
+    "shallow, sharded, rank 7": lambda folder: convert_run(shallow(folder), 7, "--shard"),
+}
+
+if __name__ == "__main__":
+    import time
+    torch.set_num_threads(1)
+    found = {}
+    for name in sys.argv[2:] or SCENES:
+        start = time.process_time()
+        found[name] = SCENES[name](sys.argv[1])
+        found[name]["seconds"] = time.process_time() - start
+    print(json.dumps(found))
