@@ -92,17 +92,23 @@ class Backbone(nn.Module):
             h = h + getattr(self.stack, self.family.positions)(positions)
         return h
 
-    def side(self, h, positions=None, attention_mask=None, cache=None, causal=True):
+    def side(self, h, positions=None, attention_mask=None, cache=None, causal=True, see=None):
         """What every block needs beside h: positions (B, T), one mask and one rotary table per attention type.
 
         attention_mask (B, T) is 1 on tokens and 0 on padding. causal=False lets every token see every other one and
-        lifts sliding windows, by an explicit mask: the library's flags for this fail silently on some families."""
+        lifts sliding windows, by an explicit mask: the library's flags for this fail silently on some families. `see`
+        (1 | B, 1, T, K) bool says who sees whom; windows stay, by the positions, which may come twice."""
         from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
         past = cache.get_seq_length() if cache is not None else 0
         if positions is None:
             positions = torch.arange(past, past + h.shape[1], device=h.device)[None]      # (1, T)
         kinds = set(self.types)
-        if causal:
+        if see is not None:
+            keys = torch.cat([torch.arange(past, device=h.device), positions[0]])             # (K,)
+            near = (positions[..., None] - keys).abs() < (getattr(self.config, "sliding_window", None) or 1)
+            masks = {k: h.new_zeros(see.shape).masked_fill(  # additive
+                ~(see & near[:, None] if k == "sliding_attention" else see), torch.finfo(h.dtype).min) for k in kinds}
+        elif causal:
             make = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
             masks = {k: make[k](config=self.config, inputs_embeds=h, attention_mask=attention_mask,
                                 past_key_values=cache, position_ids=positions) for k in kinds}
