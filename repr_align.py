@@ -103,21 +103,20 @@ def freeze(student, what):
 
 def check(cfg):
     """Refuse what can be seen from the flags alone."""
-    if min(cfg.align_weight, cfg.path, cfg.late, cfg.distill, cfg.ar_weight) < 0:
-        raise UserError("--align_weight, --path, --late, --distill and --ar_weight must not be negative")
-    if cfg.seq_len < 3:
-        raise UserError("--seq_len must be at least 3: the first token is never masked")
-    if cfg.attention != "block" and (cfg.context != "noisy" or cfg.late):
-        raise UserError(f"--context {cfg.context} and --late are of blocks, and bidirectional attention has none: add "
-                        "--attention block")
-    if cfg.attention == "block" and cfg.seq_len % cfg.block_size:
-        raise UserError(f"--block_size {cfg.block_size} must divide --seq_len {cfg.seq_len}")
-    if cfg.ar_weight and cfg.context != "causal":
-        raise UserError("--ar_weight is of a clean copy that is read as the AR model did: add --context causal")
-    if cfg.align_until > cfg.steps:
-        raise UserError(f"--align_until {cfg.align_until} lies beyond --steps {cfg.steps}")
-    if cfg.align_schedule != "constant" and not cfg.align_until:
-        raise UserError(f"--align_schedule {cfg.align_schedule} needs an end: add --align_until")
+    blocks = cfg.attention == "block"
+    for wrong, why in (
+        (min(cfg.align_weight, cfg.path, cfg.late, cfg.distill, cfg.ar_weight) < 0,
+         "--align_weight, --path, --late, --distill and --ar_weight must not be negative"),
+        (cfg.seq_len < 3, "--seq_len must be at least 3: the first token is never masked"),
+        (not blocks and (cfg.context != "noisy" or cfg.late),
+         f"--context {cfg.context} and --late {cfg.late:g} are of blocks: add --attention block"),
+        (blocks and cfg.seq_len % cfg.block_size, f"--block_size {cfg.block_size} must divide --seq_len {cfg.seq_len}"),
+        (cfg.ar_weight and cfg.context != "causal", "--ar_weight needs a clean copy: add --context causal"),
+        (cfg.align_until > cfg.steps, f"--align_until {cfg.align_until} lies beyond --steps {cfg.steps}"),
+        (cfg.align_schedule != "constant" and not cfg.align_until, "an --align_schedule needs an end: --align_until"),
+    ):
+        if wrong:
+            raise UserError(why)
     check_sampling(cfg.order, cfg.threshold)
 
 

@@ -118,8 +118,7 @@ def choose(logits, temperature, top_p, top_k, u):
         high = high.masked_fill(high.cumsum(-1) - high >= top_p, 0)                    # the smallest set holding top_p
         if top_k:
             high[..., top_k:] = 0
-        p = torch.zeros_like(p).scatter(-1, order, high)
-        p = p / p.sum(-1, keepdim=True)
+        p = torch.zeros_like(p).scatter(-1, order, high / high.sum(-1, keepdim=True))
     return torch.searchsorted(p.cumsum(-1), u[..., None]).clamp_max(p.shape[-1] - 1)[..., 0]
 
 
@@ -179,20 +178,20 @@ def fill(model, ids, is_mask, steps, temperature=0.8, seed=0, order="confidence"
     if size and is_mask.any():
         from transformers import DynamicCache
         if not is_mask[:, -1].any():
-            raise UserError("blocks are filled left to right and see nothing after them: leave --suffix or "
-                            "--block_size out")
+            raise UserError("blocks of tokens see nothing after them: leave --suffix or --block_size out")
         cache, first = DynamicCache(), int(is_mask.any(0).nonzero()[0])                # no windows: masks have them
         starts = range(first - first % size, T, size) if of_blocks else range(first, T, size)
         stretches = [(lo - (not of_blocks), min(lo + size, T)) for lo in starts]       # its first token is visible
+    masks, done = is_mask.any(0).cpu(), 0                                              # (T,)
     for number, (lo, hi) in enumerate(stretches):
         known = cache.get_seq_length() if cache is not None else 0
         if lo > known and not of_blocks:
             for _ in model.states(ids[:, known:lo], is_mask[:, known:lo], cache=cache):
                 pass                                                                   # what is filled joins the cache
-        some = steps * (number + 1) // len(stretches) - steps * number // len(stretches)
-        ids[:, lo:hi] = fill_stretch(model, ids[:, :hi], is_mask[:, lo:hi], max(1, some), temperature, (seed, number),
-                                     order, top_p, top_k, watch, cache, threshold)
-        is_mask[:, lo:hi] = False
+        until = steps * int(masks[:hi].sum()) // max(1, int(masks.sum()))              # its share, by its masks
+        ids[:, lo:hi] = fill_stretch(model, ids[:, :hi], is_mask[:, lo:hi], max(1, until - done), temperature,
+                                     (seed, number), order, top_p, top_k, watch, cache, threshold)
+        is_mask[:, lo:hi], done = False, until
     return ids
 
 

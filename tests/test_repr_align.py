@@ -413,7 +413,7 @@ def test_refusals(capsys, tmp_path):
                         ("--block_size 256 must divide", "--attention block --block_size 256"),
                         ("--context causal", "--ar_weight 1 --attention block --context clean"),
                         ("beyond --steps 200", "--align_until 201"), ("negative", "--distill -1"),
-                        ("add --align_until", "--align_schedule linear"), ("--threshold", "--threshold 1.5"),
+                        ("needs an end", "--align_schedule linear"), ("--threshold", "--threshold 1.5"),
                         ("--threshold", "--threshold -0.1"), ("invalid choice", "--attention causal")):
         assert word in fails(capsys, repr_align.main, *flags.split(), "--out", tmp_path / "x/y"), flags
     for name in ("9", "0,,4", "upper", "-1", ""):
