@@ -14,7 +14,6 @@ Letters: B batch, T tokens, D hidden width of the backbone, W width of the bridg
 l the replaced layer, z the standardised h[l], c the standardised h[0].
 """
 import copy
-import dataclasses
 import math
 import time
 from dataclasses import dataclass
@@ -41,8 +40,7 @@ from core.common import (
 from core.denoiser import Bridge, calibrate, targets
 from core.diffusion import SAMPLERS, TIMES, hide, readout_loss, times, token_loss
 from core.draws import generator, normal
-from core.measure import NOISE_ROWS, measure, report_size, train_flops
-from core.report import table
+from core.measure import NOISE_ROWS, numbers, report_size, section, summary, train_flops
 from core.run import TRACKERS, Clock, Run, finished, measures, read_json, write_json
 
 
@@ -240,41 +238,6 @@ def keep_states(cfg, lm, train, layers, identity, world):
 
 
 # ----------------------------------------------------------------------------------------------------- the report
-def summary(result):
-    if not result["nfe"]:
-        return f"{result['tokens_per_s']:,.0f} tokens/s at random weights"
-    n = str(result["nfe_default"]) if str(result["nfe_default"]) in result["nfe"] else "1"
-    return (f"layer {result['layer']}, {result['objective']}, NFE {n}: FVU {result['nfe'][n]['fvu']:.4f}, KL "
-            f"{result['nfe'][n]['kl']:.4f}, CE gap {result['nfe'][n]['ce_gap']:+.4f} nats, {result['parameters']:,} "
-            "parameters")
-
-
-def section(result):
-    """This run's part of the report."""
-    size = f", {result['size_ratio']:.2f}x the {result['replaced_parameters']:,} it replaces" if result["layer"] else ""
-    raw = {f"{n}, last weights, {NOISE_ROWS} texts": r for n, r in result["raw_nfe"].items()}  # else: running mean
-    rows = [[n, f"{r['fvu']:.4f}", f"{r['kl']:.4f}", f"{r['ce_gap']:+.4f} +- {r['ce_gap_se']:.4f}",
-             f"{r['ce_gap_noise_sd']:.5f}", f"{r['agree']:.1%}"] for n, r in {**result["nfe"], **raw}.items()]
-    return "\n".join([
-        f"## REPLACE: {result['objective']} at layer {result['layer']}", "",
-        f"{result['parameters']:,} parameters{size}; tokens known: {result['visible']}; {result['steps']} steps, "
-        f"{result['tokens']:,} tokens, {result['seconds']:.0f} s, seed {result['seed']}; sampler {result['sampler']}; "
-        f"{result['eval_sequences']} held-out sequences.", "",
-        table(["NFE", "FVU", "KL", "CE gap +- se", "sd over noises", "same first choice"], rows), ""])
-
-
-def numbers(lm, net, raw, rows, layer, cfg):
-    """What is measured of a trained bridge. `net` has the running mean of its weights, `raw` the last ones or None."""
-    nfes = sorted({*map(int, cfg.nfes.split(",")), cfg.nfe}) if cfg.objective == "diffusion" else [1]
-    of_mean, ce = measure(lm, net, rows, layer, nfes, cfg)
-    few, n = dataclasses.replace(cfg, noise_seeds=1), str(cfg.nfe if cfg.objective == "diffusion" else 1)
-    of_raw = measure(lm, raw, rows[:NOISE_ROWS], layer, nfes, few)[0] if raw is not None else {}
-    return {"nfe": of_mean, "raw_nfe": of_raw, "ce_intact": ce, "eval_sequences": len(rows), "nfe_default": cfg.nfe,
-            "noise_seeds": cfg.noise_seeds, "sampler": cfg.sampler, "shift": cfg.shift,
-            "headline": [[f"what the hybrid at layer {layer} loses, {cfg.objective}",
-                          f"{of_mean[n]['ce_gap']:+.4f} nats, KL {of_mean[n]['kl']:.4f}"]]}
-
-
 def measure_again(cfg, result, model, world, dtype, identity):
     """A finished run asked for with another sampler or other texts: its weights stay, its numbers are taken anew."""
     net, info = denoiser.load(cfg.out, world.device)

@@ -249,7 +249,7 @@ def load_subjects(model, twins, base, device):
         about = read_json(folder / "result.json", "finish that run first")
         if about.get("base") != base:
             raise UserError(f"{folder} was converted from another model than {model}; pass its own as --model")
-        student, _ = masked.load_converted(folder, device, torch.float32)
+        student, _ = masked.load_converted(folder, device, torch.float32, "bidirectional")
         kind = f"masked, w = {about['w']:g}"
         if f"{kind}, seed {about['seed']}" in [x.name for x in subjects]:
             raise UserError(f"{folder} is a second twin with w = {about['w']:g} and seed {about['seed']}; name those "

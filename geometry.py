@@ -29,7 +29,7 @@ from core.common import UserError, entry, parse, pick_dtype, setup
 from core.conditional import GUESSES, errors, fit
 from core.draws import generator
 from core.run import Run, finished, read_section
-from core.states import collect, eigenvalues, local_spread, neighbours, resampled_spectra
+from core.states import collect, cost, eigenvalues, local_spread, neighbours, resampled_spectra
 from core.stats import spearman
 
 
@@ -150,19 +150,6 @@ def terms(x, cfg):
 def score(x, cfg):
     """Proxies (..., C, K) -> score (..., C): the sum of the signed z."""
     return torch.stack(list(terms(x, cfg).values()), -1).sum(-1)
-
-
-def cost(shape, cfg, itemsize):
-    """(bytes beside the weights, forward FLOPs a token) of a model with config `shape`. Bytes: what `collect` keeps and
-    the larger of one forward pass and one layer's analysis."""
-    L, D, P, A, T = shape.num_hidden_layers, shape.hidden_size, cfg.pool, cfg.anchors, cfg.seq_len * cfg.batch_size
-    ffn, S = getattr(shape, "intermediate_size", None) or 4 * D, -(-cfg.tokens // cfg.seq_len)
-    kept = (L - 1) * (4 * D * D + 8 * D + itemsize * P * D)
-    forward = T * (5 * D + 3 * ffn) * itemsize + 12 * T * D                 # residual, attention, MLP; fp32 copies of h
-    spectra = 4 * (3 * P * min(D, P) + P * D) if not cfg.exact_resamples else (
-        4 * D * D * (S + 2 * cfg.resamples) if D <= P else 4 * (2 * P * P + 2 * P * D))
-    analysis = 4 * (2 * P * D + A * (2 * P + D) + 3 * 64 * cfg.k * D) + A * P + max(spectra, 12 * D * D)
-    return kept + max(forward, analysis), 2 * L * (4 * D * D + 3 * D * ffn)
 
 
 # -------------------------------------------------------------------------------------------------------- analysis

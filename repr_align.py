@@ -3,11 +3,14 @@
     python repr_align.py --out out/mine/w10                           # w = 10 on the toy: ~1 min on 2 cores
     python repr_align.py --align_weight 0 --out out/mine/w0           # the control arm: same batches, same masks
     python repr_align.py --out out/mine/w10 --order p2                # finished: another sample of the same model
+    python repr_align.py --attention block --context causal --align_weight 0 --out out/mine/blocks    # writes by blocks
     torchrun --nproc_per_node 8 repr_align.py --preset 8b --shard --model meta-llama/Llama-3.1-8B
 
 Student = the AR weights with bidirectional attention on masked input; teacher = the same weights, frozen, causal, on
 the clean input. loss = CE + path * p_correct * CE + w * (1 - mean cosine over layers) on the positions whose next token
 is masked (REPR-ALIGN, arXiv 2605.06885; core/conversion.py). studies/twin.py uses the converted model.
+A block model sees its block of tokens and what is before it, masked (--context noisy) or as it is: a clean copy in the
+same pass, at twice the compute, which sees itself by blocks (clean) or by tokens (causal, as the AR model did).
 Writes an ordinary Hugging Face folder, section.md with convert.png, log.jsonl and result.json to --out.
 
 Letters: B batch, T tokens, L blocks, N held-out rows, w the weight of alignment.
@@ -23,8 +26,8 @@ import torch
 import data
 from core import backbone, optim, report
 from core.common import GradientSum, StopSignal, UserError, entry, parse, pick_dtype, setup, split_batch
-from core.conversion import POSITIONS, align_layers, conversion_loss, corrupt, flops_per_token
-from core.masked import ORDERS, Student, add_mask, fill, load_converted
+from core.conversion import POSITIONS, SCHEDULES, Arm, align_layers, conversion_loss, corrupt, flops_per_token
+from core.masked import ORDERS, Student, add_mask, check_sampling, fill, load_converted
 from core.run import Clock, Run, card, finished
 from core.shard import Whole, clip, is_sharded, report_size, shard, whole
 
@@ -39,7 +42,16 @@ class Config:
     device: str = "auto"        # auto, cpu, cuda
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the teacher and of autocast
     random_init: bool = False   # random weights of the same shape
+    attention: Literal["bidirectional", "block"] = "bidirectional"  # of the student: all to all, or block after block
+    block_size: int = 16        # tokens of a block, with --attention block
+    context: Literal["noisy", "clean", "causal"] = "noisy"  # what a block sees before it: masks, or a clean copy
+    shift: bool = True          # the state at a token predicts the next one, as in the AR model, not the token itself
+    late: float = 0.0           # of --attention block: mask the end of a block more (0: no, 1: by e, ...)
+    distill: float = 0.0        # weight of KL to the AR model's law of a masked token, clean text before it (0: off)
+    ar_weight: float = 0.0      # weight of the next-token loss on a causal clean copy (0: off)
     align_weight: float = 10.0  # w (0: no alignment, no teacher)
+    align_until: int = 0        # step from which w is 0 (0: none)
+    align_schedule: Literal[tuple(SCHEDULES)] = "constant"  # of w until that step
     align_layers: str = "all"   # states that are aligned: all, or numbers of 0..L such as 0,4,8
     align_positions: Literal[tuple(POSITIONS)] = "next-masked"  # where: predictors of masked tokens, those, all
     path: float = 1.0           # weight of the p_correct * CE term (always on in the published code)
@@ -63,9 +75,10 @@ class Config:
     track: Literal["", "wandb", "tensorboard"] = ""  # where the values of log.jsonl also go
     order: Literal[tuple(ORDERS)] = "confidence"  # of the sample at the end: which masks are filled first
     sample_steps: int = 32      # of the sample at the end: network calls
+    threshold: float = 0.0      # of that sample: reveal all tokens this certain in a call (0: by --sample_steps)
     dry_run: bool = False       # print sizes, then leave
 
-    MEASURES = ("order", "sample_steps")  # a finished run can be asked for another sample
+    MEASURES = ("order", "sample_steps", "threshold")  # a finished run can be asked for another sample
 
 
 PRESETS = {
@@ -90,12 +103,38 @@ def freeze(student, what):
         student.lm.model.get_output_embeddings().requires_grad_(False)
 
 
+def check(cfg):
+    """Refuse what can be seen from the flags alone."""
+    blocks = cfg.attention == "block"
+    for wrong, why in (
+        (min(cfg.align_weight, cfg.path, cfg.late, cfg.distill, cfg.ar_weight) < 0,
+         "--align_weight, --path, --late, --distill and --ar_weight must not be negative"),
+        (cfg.seq_len < 3, "--seq_len must be at least 3: the first token is never masked"),
+        (not blocks and (cfg.context != "noisy" or cfg.late),
+         f"--context {cfg.context} and --late {cfg.late:g} are of blocks: add --attention block"),
+        (blocks and cfg.seq_len % cfg.block_size, f"--block_size {cfg.block_size} must divide --seq_len {cfg.seq_len}"),
+        (cfg.ar_weight and cfg.context != "causal", "--ar_weight needs a clean copy: add --context causal"),
+        (cfg.align_until > cfg.steps, f"--align_until {cfg.align_until} lies beyond --steps {cfg.steps}"),
+        (cfg.align_schedule != "constant" and not cfg.align_until, "an --align_schedule needs an end: --align_until"),
+    ):
+        if wrong:
+            raise UserError(why)
+    check_sampling(cfg.order, cfg.threshold)
+
+
+def align_weight_at(step, cfg):
+    """w of this step."""
+    if cfg.align_until and step >= cfg.align_until:
+        return 0.0
+    return cfg.align_weight * SCHEDULES[cfg.align_schedule](step / cfg.align_until if cfg.align_until else 0.0)
+
+
 def load_models(cfg, model, tokenizer, world, dtype):
     """(student in fp32, teacher or None): the same weights twice."""
     load = dict(device=world.device, random_init=cfg.random_init)
-    teacher = backbone.load(model, dtype=dtype, **load) if cfg.align_weight > 0 else None
+    teacher = backbone.load(model, dtype=dtype, **load) if cfg.align_weight + cfg.distill > 0 else None
     lm = backbone.load(model, dtype=torch.float32, **load)
-    student = Student(lm, add_mask(lm, tokenizer))
+    student = Student(lm, add_mask(lm, tokenizer), Arm(*(getattr(cfg, name) for name in Arm._fields)))
     freeze(student, cfg.freeze)
     if cfg.shard:
         shard([lm, teacher], world, dtype)
@@ -113,15 +152,17 @@ def build_optimizers(cfg, student, world):
 
 @torch.no_grad()
 def validate(student, teacher, rows, cfg, world):
-    """[masked CE in nats over all masked tokens, mean cosine or None] on rows (N, T); r on an even grid, own keys."""
-    totals = torch.zeros(3, dtype=torch.float64)
+    """[masked CE in nats over all masked tokens, mean cosine or None] on rows (N, T); r on an even grid, own keys. With
+    a causal clean copy also its next-token loss: what the student has forgotten of the AR model's task."""
+    totals, ar = torch.zeros(4, dtype=torch.float64), cfg.context == "causal"
     for i in range(world.rank, -(-len(rows) // world.size) * world.size, world.size):  # as many passes on every rank:
         counts, i = i < len(rows), min(i, len(rows) - 1)                               # with --shard each is collective
         is_mask = corrupt(rows.shape[1], cfg.seed, "validate", 0, [i], r=(i + 0.5) / len(rows))
-        loss = conversion_loss(student, teacher, rows[i:i + 1].to(world.device), is_mask, 0.0)
-        totals += counts * torch.tensor([loss.ce.item(), is_mask.sum().item(), loss.cosines.mean().item()])
-    ce, count, cosine = world.sum(totals.tolist())
-    return [ce / count, cosine / count if teacher is not None else None]
+        loss = conversion_loss(student, teacher, rows[i:i + 1].to(world.device), is_mask, 0.0, ar=ar)
+        totals += counts * torch.tensor([loss.ce.item(), is_mask.sum().item(), loss.cosines.mean().item(),
+                                         loss.ar.item() / rows[:, 1:].numel()])
+    ce, count, cosine, forgot = world.sum(totals.tolist())
+    return [ce / count, cosine / count if teacher is not None else None] + [forgot] * ar
 
 
 # ------------------------------------------------------------------------------------------------- what is reported
@@ -130,31 +171,36 @@ def sample(student, tokenizer, cfg):
     prompt = tokenizer(PROMPT)["input_ids"]
     new = min(32, student.lm.config.max_position_embeddings - len(prompt))
     ids = torch.tensor([[*prompt, *[student.mask_id] * new]], device=student.shift.device)           # (1, T)
-    out = fill(student, ids, ids == student.mask_id, cfg.sample_steps, seed=cfg.seed, order=cfg.order)
-    return {"order": cfg.order, "sample_steps": cfg.sample_steps, "text": tokenizer.decode(out[0])}
+    calls = []
+    out = fill(student, ids, ids == student.mask_id, cfg.sample_steps, seed=cfg.seed, order=cfg.order,
+               watch=lambda *_: calls.append(1), threshold=cfg.threshold)
+    return {**{flag: getattr(cfg, flag) for flag in cfg.MEASURES}, "calls": len(calls),
+            "tokens_per_call": new / len(calls), "text": tokenizer.decode(out[0])}
 
 
 def summary(result):
     by = result["sample"]
     return (f"w = {result['w']:g}, masked val CE {result['curve'][0][1]:.3f} -> {result['val_loss']:.3f} nats in "
-            f"{result['seconds']:.0f} s\nsample, order {by['order']} in {by['sample_steps']} steps: {by['text']}")
+            f"{result['seconds']:.0f} s\nsample, order {by['order']} in {by.get('calls', by['sample_steps'])} steps: "
+            f"{by['text']}")
 
 
 def section(result):
     """This run's section of the report; report.compare_arms compares two runs."""
     by, flags = result["sample"], ", ".join(f"{k} {v}" for k, v in result["flags"].items())
-    rows = [[step, f"{ce:.3f}", None if cosine is None else f"{cosine:.3f}"] for step, ce, cosine in result["curve"]]
+    columns = ["step", "masked CE (nats)", "cosine with the AR model's states", "next-token CE, clean copy (nats)"]
+    rows = [[step, *(None if value is None else f"{value:.3f}" for value in rest)] for step, *rest in result["curve"]]
     return f"""## CONVERT, w = {result['w']:g}
 
 {result['steps']} steps of {result['batch_size']} x {result['seq_len']} tokens in {result['seconds']:.0f} s \
 ({result['tokens_per_s']:,.0f} tokens/s), one training seed ({result['seed']}); means over {result['eval_sequences']} \
 held-out sequences, their shares of masks on an even grid. {flags}.
 
-{report.table(["step", "masked CE (nats)", "cosine with the AR model's states"], rows)}
+{report.table(columns[:len(rows[0])], rows)}
 
 ![masked CE on held-out text over the steps of training](convert.png)
 
-By order {by['order']} in {by['sample_steps']} steps:
+By order {by['order']} in {by['calls']} steps, {by['tokens_per_call']:.1f} tokens each:
 
 {textwrap.indent(by['text'], '    ')}
 """
@@ -165,13 +211,14 @@ def publish(run, cfg, result, model, student, tokenizer):
     student.fold()
     weights = {"state_dict": whole(student.lm.model.state_dict(), run.world)} if cfg.shard else {}
     result["sample"] = sample(student, tokenizer, cfg)
-    result["headline"] = [[f"masked twin, w = {result['w']:g}", f"masked CE {result['curve'][0][1]:.3f} -> "
+    arm = "" if student.arm == Arm() else f", {student.arm}"
+    result["headline"] = [[f"masked twin, w = {result['w']:g}{arm}", f"masked CE {result['curve'][0][1]:.3f} -> "
                            f"{result['val_loss']:.3f} nats, {result['seconds']:.0f} s"]]
     if run.world.main:
         backbone.save_model(student.lm.model, tokenizer, run.out, **weights)
         card(run.out, "A masked diffusion language model", "" if Path(model).exists() else model, result)
         with report.figure(run.out / "convert.png") as axes:
-            steps, ce, _ = zip(*result["curve"], strict=True)
+            steps, ce, *_ = zip(*result["curve"], strict=True)
             axes[0, 0].plot(steps, ce, "o-", markersize=3, color=report.BLUE)
             axes[0, 0].set(title=f"CONVERT: masked CE, w = {result['w']:g}", xlabel="step",
                            ylabel="nats a masked token")
@@ -181,7 +228,7 @@ def publish(run, cfg, result, model, student, tokenizer):
 
 def show_finished(cfg, result, world, dtype):
     """The summary, with the stored sample, or another one of the saved model where the flags ask for it."""
-    if any(result["sample"][flag] != getattr(cfg, flag) for flag in cfg.MEASURES):
+    if any(result["sample"].get(flag, getattr(Config, flag)) != getattr(cfg, flag) for flag in cfg.MEASURES):
         result = {**result, "sample": sample(*load_converted(cfg.out, world.device, dtype), cfg)}
     if world.main:
         print(f"{cfg.out} is finished: {summary(result)}")
@@ -191,10 +238,7 @@ def show_finished(cfg, result, world, dtype):
 @entry
 def main(argv):
     cfg = parse(Config, argv, __doc__, PRESETS, lambda cfg: backbone.preset_of(cfg.model, cfg.out))
-    if cfg.align_weight < 0 or cfg.path < 0:
-        raise UserError("--align_weight and --path must not be negative")
-    if cfg.seq_len < 3:
-        raise UserError("--seq_len must be at least 3: the first token is never masked")
+    check(cfg)
     world = setup(cfg.device)
     dtype, (slots, micro) = pick_dtype(cfg, world.device), split_batch(cfg.batch_size, cfg.micro_batch, world)
     model = backbone.resolve(cfg.model, cfg.out)
@@ -215,8 +259,10 @@ def main(argv):
     run = Run(cfg, world, identity)
     things = [Whole(student, world)], [Whole(o, world) for o in optimizers]
     state = run.resume(*things)
-    curve, flops = state.get("curve", []), flops_per_token(student.lm, cfg.seq_len, teacher is not None)
-    run.say(f"converting {model}: w = {cfg.align_weight:g}, {sum(p.numel() for p in params):,} parameters learn")
+    curve, copies = state.get("curve", []), student.arm.copies()
+    flops = flops_per_token(student.lm, cfg.seq_len, teacher is not None, copies)
+    run.say(f"converting {model} to {student.arm}: w = {cfg.align_weight:g}, {sum(p.numel() for p in params):,} "
+            "parameters learn")
 
     gradients = GradientSum([p for p in params if not is_sharded(p)], world, overlap=False)
     stop, clock = StopSignal(world), Clock(state["seconds"])
@@ -226,16 +272,19 @@ def main(argv):
                 curve.append([step, *validate(student, teacher, held_out, cfg, world)])
                 run.log(step, cfg.steps, val_loss=curve[-1][1])
         # 1 masks of the whole batch, text of this process: functions of (seed, step, slot)
-        is_mask = corrupt(cfg.seq_len, cfg.seed, "mask", step, range(cfg.batch_size))                   # (B, T)
+        is_mask = corrupt(cfg.seq_len, cfg.seed, "mask", step, range(cfg.batch_size), None,
+                          student.arm.plan(cfg.seq_len)[0], cfg.late)                                    # (B, T)
         count = max(1, is_mask.sum().item())
         spots = max(1, POSITIONS[cfg.align_positions](is_mask).sum().item())
-        sums = torch.zeros(2 + student.lm.L, device=world.device)
+        w, sums = align_weight_at(step, cfg), torch.zeros(2 + student.lm.L, device=world.device)
         for some in torch.tensor(slots).split(micro):
             ids = train.batch(cfg.seed, step, some.tolist(), cfg.batch_size)[:, :-1].to(world.device)    # (b, T)
             # 2 gradient of the mean over the whole batch's masked tokens and aligned states
             with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
-                loss = conversion_loss(student, teacher, ids, is_mask[some], cfg.path, layers, cfg.align_positions)
-            (loss.each.sum() / count + cfg.align_weight * loss.apart / spots).backward()
+                loss = conversion_loss(student, teacher if w + cfg.distill else None, ids, is_mask[some], cfg.path,
+                                       layers, cfg.align_positions, cfg.distill > 0, cfg.ar_weight > 0)
+            (loss.each.sum() / count + w * loss.apart / spots + cfg.distill * loss.kl / count
+             + cfg.ar_weight * loss.ar / (cfg.batch_size * (cfg.seq_len - 1))).backward()
             sums += torch.cat([loss.ce[None] / count, loss.cosines / spots])
         gradients.finish()
         # 3 clip, step
@@ -262,7 +311,9 @@ def main(argv):
 
     seconds, tokens = clock.seconds(), cfg.steps * cfg.batch_size * cfg.seq_len
     curve.append([cfg.steps, *validate(student, teacher, held_out, cfg, world)])
-    flags = ("align_layers", "align_positions", "freeze", "train_tokens")
+    shown = ("align_layers", "align_positions", "freeze", "train_tokens")  # and, where they are not as ever:
+    arms = ("path", "late", "distill", "ar_weight", "align_until", "align_schedule", *Arm._fields)
+    flags = [*shown, *(flag for flag in arms if getattr(cfg, flag) != getattr(Config, flag))]
     publish(run, cfg, {
         "val_loss": curve[-1][1], "curve": curve, "w": cfg.align_weight, "cosine": curve[-1][2], "steps": cfg.steps,
         "batch_size": cfg.batch_size, "seq_len": cfg.seq_len, "tokens": tokens, "tokens_per_s": tokens / seconds,

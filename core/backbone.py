@@ -118,22 +118,34 @@ class Backbone(nn.Module):
         return h if self.plain_embedding else self._handed(inputs_embeds=h, position_ids=positions)[0][0]
 
     @torch.no_grad()
-    def side(self, h, positions=None, attention_mask=None, cache=None, causal=True):
+    def side(self, h, positions=None, attention_mask=None, cache=None, causal=True, see=None):
         """What every block needs beside h (B, T, D), of which only the shape counts: [(args, kwargs)].
 
         attention_mask (B, T) is 1 on tokens and 0 on padding; (B, 1, T, K) is added to the scores as it is.
         causal=False lets every token see every other one and lifts sliding windows, by such a mask: the library's flags
-        for this fail silently on some families."""
-        past = cache.get_seq_length() if cache is not None else 0
+        for this fail silently on some families. `see` (1 | B, 1, T, K) bool says who sees whom; windows stay, by the
+        positions, which may come twice."""
+        past, low = cache.get_seq_length() if cache is not None else 0, torch.finfo(h.dtype).min
         if positions is None:
             positions = torch.arange(past, past + h.shape[1], device=h.device)[None]      # (1, T)
-        if not causal:
+        if see is not None:
+            attention_mask = h.new_zeros(see.shape).masked_fill(~see, low)                   # additive
+        elif not causal:
             mask = h.new_zeros(1, 1, h.shape[1], past + h.shape[1])                          # (1, 1, T, K), additive
             if attention_mask is not None:
-                mask = mask.masked_fill(attention_mask[:, None, None, :] == 0, torch.finfo(h.dtype).min)
+                mask = mask.masked_fill(attention_mask[:, None, None, :] == 0, low)
             attention_mask = mask
-        return [call[1:] for call in self._handed(inputs_embeds=h, position_ids=positions, past_key_values=cache,
-                                                  attention_mask=attention_mask, use_cache=cache is not None)]
+        calls = [call[1:] for call in self._handed(inputs_embeds=h, position_ids=positions, past_key_values=cache,
+                                                   attention_mask=attention_mask, use_cache=cache is not None)]
+        window = getattr(self.config, "sliding_window", None)
+        if see is None or not window:
+            return calls
+        keys = torch.cat([torch.arange(past, device=h.device), positions[0]])             # (K,)
+        far = ((positions[..., None] - keys).abs() >= window)[:, None]                    # (1, 1, T, K)
+        windowed, kinds = attention_mask.masked_fill(far, low), getattr(self.config, "layer_types", None)
+        return [(args, {k: windowed if v is attention_mask else v for k, v in kwargs.items()})
+                if kinds is None or kinds[i] == "sliding_attention" else (args, kwargs)
+                for i, (args, kwargs) in enumerate(calls)]
 
     def through(self, h, lo, hi, side=None):
         """h[lo] -> h[hi] (B, T, D): blocks lo+1..hi. `side` is shared between calls on the same tokens."""

@@ -1,11 +1,14 @@
-"""conversion.py: what REPR-ALIGN minimises: which tokens are masked, and the loss of a student beside its teacher.
+"""conversion.py: what an AR model is converted to, and by which loss: who sees whom, which tokens are masked, what the
+student is held to beside its teacher.
 
     is_mask = corrupt(T, seed, "mask", step, slots)
     loss = conversion_loss(student, teacher, ids, is_mask, path=1.0)        # Losses
     total = loss.each.sum() / count + w * loss.apart / spots
 
-Letters: B batch, T tokens, D hidden width, L blocks, V vocabulary, r the share of masked tokens, n masked tokens.
+Letters: B batch, T tokens, K states of a pass, D hidden width, L blocks, V vocabulary, r the share of masked tokens,
+n masked tokens.
 """
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -17,23 +20,85 @@ from core.common import UserError, pick
 from core.draws import generator
 
 
+# --------------------------------------------------------------------------------------------------- who sees whom
+class Arm(NamedTuple):
+    """What a model is converted to: flags of repr_align.py, kept in the config.json beside its weights."""
+    attention: str = "bidirectional"
+    block_size: int = 16    # of "block"; a bidirectional text is one block
+    context: str = "noisy"  # of "block": what a block sees of the text before it
+    shift: bool = True      # the state at i predicts token i+1, as the AR model's did, and not token i
+
+    def plan(self, T, judging=False):
+        """(block_size, context) of a pass over T tokens. Where a text is judged, what lies before a block is known."""
+        if self.attention == "bidirectional":
+            return T, "noisy"
+        return self.block_size, "clean" if judging and self.context == "noisy" else self.context
+
+    def copies(self):
+        return 1 if self.plan(1)[1] == "noisy" else 2
+
+    def __str__(self):
+        kind = f"blocks of {self.block_size}, {self.context} context" if self.attention == "block" else self.attention
+        return kind if self.shift else f"{kind}, no shift"
+
+
+BIDIRECTIONAL = Arm()
+
+def who_sees(T, block_size, context):
+    """(K, K) bool: whether the token of a row sees that of a column. A token sees its own block and those before it.
+
+    "noisy": one copy of the text, K = T. Otherwise K = 2T, the clean text and then the masked one: a masked block sees
+    itself and the clean blocks before it, so that one pass trains every block on the context it is written after; the
+    clean copy sees itself by blocks ("clean") or, as the AR model did, by tokens ("causal")."""
+    block = torch.arange(T) // block_size
+    own, before = block[:, None] == block, block[:, None] > block                      # (T, T)
+    if context == "noisy":
+        return own | before
+    clean = torch.ones(T, T, dtype=torch.bool).tril() if context == "causal" else own | before
+    return torch.cat([torch.cat([clean, torch.zeros_like(own)], 1), torch.cat([before, own], 1)])
+
+
+def who_sees_cached(known, lo, hi, block_size, context):
+    """(hi - known, hi) bool: `who_sees` while the block lo..hi-1 is written, `known` tokens before it are cached and
+    the others before it, which are finished, are read by the same call."""
+    i, k = torch.arange(known, hi)[:, None], torch.arange(hi)
+    return (i >= lo) | (k <= i if context == "causal" else k // block_size <= i // block_size)
+
+
+def predictors(T, block_size, context, shift):
+    """(T-1,): which of the K states predicts token 1, 2, ..., T-1. With the shift it is the state before the token,
+    which for the first of a block lies in the block before: the clean copy's, where there is one."""
+    i = torch.arange(1, T)
+    noisy = i - int(shift) + (T if context != "noisy" else 0)
+    return torch.where(i % block_size == 0, i - 1, noisy) if shift else noisy
+
+
 # ------------------------------------------------------------------------------------------------------ corruption
-def corrupt(T, seed, purpose, step, slots, r=None):
-    """Which tokens are masked: (B, T) bool for the B slots. One r ~ U(0, 1) a sequence, clamped to [1/500, 1 - 1/500],
-    each token masked with probability r; position 0 never is: its state predicts token 1, nothing predicts token 0."""
-    draws = [generator(seed, purpose, step, s) for s in slots]
-    share = np.clip([g.random() if r is None else r for g in draws], 1 / 500, 1 - 1 / 500)               # (B,)
-    is_mask = torch.from_numpy(np.stack([g.random(T) for g in draws]) < share[:, None])                  # (B, T)
+def corrupt(T, seed, purpose, step, slots, r=None, block_size=0, late=0.0):
+    """Which tokens are masked: (B, T) bool for the B slots. One r ~ U(0, 1) a sequence, or a block of one, clamped to
+    [1/500, 1 - 1/500], each token masked with probability r; position 0 never is: it is given.
+
+    `late` masks the end of a block more: a token is left visible with probability (1 - r) ** x, where x goes from
+    exp(-late / 2) at its start to exp(late / 2) at its end."""
+    draws, size = [generator(seed, purpose, step, s) for s in slots], block_size or T
+    share = np.stack([g.random(-(-T // size)) if r is None else np.full(-(-T // size), r) for g in draws])
+    share = np.clip(share, 1 / 500, 1 - 1 / 500).repeat(size, 1)[:, :T]                                  # (B, T)
+    if late:
+        share = 1 - (1 - share) ** np.exp(late * ((np.arange(T) % size + 0.5) / size - 0.5))
+    is_mask = torch.from_numpy(np.stack([g.random(T) for g in draws]) < share)                           # (B, T)
     is_mask[:, 0] = False
     return is_mask
 
 
 # ------------------------------------------------------------------------------------------------------- alignment
-# Where states are compared, (B, T-1). The loss sits on the states that predict a masked token: i where token i+1 is
-# masked, since the AR model's next-token shift is kept. Alignment looks at the same states unless told otherwise.
+# For which tokens 1..T-1 the two states that predict it are compared, (B, T-1): the student's and the AR model's, which
+# is the state at the token before. The loss sits on masked tokens; alignment looks there too unless told otherwise.
 POSITIONS = {"next-masked": lambda is_mask: is_mask[:, 1:],
              "masked": lambda is_mask: is_mask[:, :-1],
+             "visible": lambda is_mask: ~is_mask[:, :-1],
              "all": lambda is_mask: torch.ones_like(is_mask[:, 1:])}
+# --align_schedule: what w is multiplied by at a share x in [0, 1) of the steps that are aligned.
+SCHEDULES = {"constant": lambda x: 1.0, "linear": lambda x: 1 - x, "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2}
 
 
 def align_layers(name, L):
@@ -63,43 +128,56 @@ class Losses(NamedTuple):
     apart: torch.Tensor    # () 1 - cosine, mean over the aligned layers
     ce: torch.Tensor       # () CE in nats
     cosines: torch.Tensor  # (L+1,) with the teacher's state of each layer; NaN without a teacher
+    kl: torch.Tensor       # () of the student's law of every masked token from the AR model's; 0 unless asked for
+    ar: torch.Tensor       # () next-token CE of T-1 tokens on a causal clean copy; 0 unless asked for
 
 
-def flat(where, device):
-    """where (B, T-1) bool -> the places of what is true (n,) in the flattened batch, on `device`: found where `where`
-    lies, so that with masks on the CPU no GPU is waited for."""
-    return where.flatten().nonzero()[:, 0].to(device)
+def divergence(theirs, mine, mask_id):
+    """Sum of KL(theirs || mine) over rows of logits (n, V); neither law has the mask token."""
+    keep = torch.arange(theirs.shape[-1], device=theirs.device) != mask_id             # the student may have a row more
+    p, q = (F.log_softmax(logits[:, :len(keep)][:, keep].float(), -1) for logits in (theirs, mine))
+    return F.kl_div(q, p, reduction="sum", log_target=True)
 
 
-def conversion_loss(student, teacher, ids, is_mask, path, layers=None, positions="next-masked"):
+def places(where, device):
+    """where (B, T-1) bool -> rows (n,) and columns (n,) of what is true, on `device`: found where `where` lies, so that
+    with masks on the CPU no GPU is waited for."""
+    return [index.to(device) for index in where.nonzero(as_tuple=True)]
+
+
+def conversion_loss(student, teacher, ids, is_mask, path, layers=None, positions="next-masked", kl=False, ar=False):
     """Losses on ids (B, T), masked where is_mask (B, T; best on the CPU). No teacher: no alignment. No layers: all.
 
-    1 student and teacher in step, cosines summed layer by layer, never stacked  2 CE of token i+1 from state i, where
-    token i+1 is masked  3 path term: CE again, weighted by the model's own confidence."""
-    spots = flat(pick(POSITIONS, positions, "--align_positions")(is_mask), ids.device)     # (n,)
-    predicts = flat(is_mask[:, 1:], ids.device)                                        # (n,)
+    1 student and teacher in step, cosines summed layer by layer, never stacked  2 CE of the masked tokens  3 path term:
+    CE again, weighted by the model's own confidence  4 what is held to the AR model's law, or to its task."""
+    T, zero = ids.shape[1], ids.new_zeros((), dtype=torch.float32)
+    at = predictors(T, *student.arm.plan(T), student.arm.shift).to(ids.device)         # (T-1,)
+    b, i = places(pick(POSITIONS, positions, "--align_positions")(is_mask), ids.device)
     layers = set(range(student.lm.L + 1)) if layers is None else layers
     clean = teacher_states(teacher, ids) if teacher is not None else None
-    apart = ids.new_zeros((), dtype=torch.float32)
-    cosines = torch.full((student.lm.L + 1,), torch.nan, device=ids.device)
-    for i, h in enumerate(student.states(ids, is_mask.to(ids.device))):
-        h = h[:, :-1].flatten(0, 1)                                                    # (B (T-1), D)
+    apart, cosines = zero, torch.full((student.lm.L + 1,), torch.nan, device=ids.device)
+    for number, h in enumerate(student.states(ids, is_mask.to(ids.device))):
         if clean is not None:
             with torch.no_grad():
-                theirs = next(clean)[:, :-1].flatten(0, 1).index_select(0, spots).float()  # (n, D)
-            cosine = F.cosine_similarity(h.index_select(0, spots).float(), theirs, dim=-1)   # (n,)
-            cosines[i] = cosine.detach().sum()
-            if i in layers:
+                theirs = next(clean)                                                   # (B, T, D)
+            cosine = F.cosine_similarity(h[b, at[i]].float(), theirs[b, i].float(), dim=-1)     # (n,)
+            cosines[number] = cosine.detach().sum()
+            if number in layers:
                 apart = apart + (1 - cosine).sum() / len(layers)
-    logits = student.logits(h.index_select(0, predicts))                               # (n, V)
-    ce = F.cross_entropy(logits, ids[:, 1:].flatten().index_select(0, predicts), reduction="none")     # (n,)
+    b, i = places(is_mask[:, 1:], ids.device)                                          # (n,), (n,): token i+1
+    logits = student.logits(h[b, at[i]])                                               # (n, V)
+    ce = F.cross_entropy(logits, ids[b, i + 1], reduction="none")                      # (n,)
     each = ce + path * torch.exp(-ce).detach() * ce
-    return Losses(each, apart, ce.detach().sum(), cosines)
+    far = divergence(teacher.unnormed_head(theirs[b, i]), logits, student.mask_id) if kl else zero
+    forgot = F.cross_entropy(student.logits(h[:, :T - 1]).flatten(0, 1), ids[:, 1:].flatten(),
+                             reduction="sum") if ar else zero
+    return Losses(each, apart, ce.detach().sum(), cosines, far, forgot)
 
 
-def flops_per_token(lm, T, teacher):
-    """Of training the student, whose attention looks both ways and whose head sees the masked half of the tokens, and
-    of the teacher's blocks, causal and forward only."""
+def flops_per_token(lm, T, teacher, copies=1):
+    """Of training the student, whose attention looks both ways and whose head sees the masked half of the tokens, with
+    `copies` of the text in a pass, and of the teacher's blocks, causal and forward only."""
     blocks = sum(p.numel() for p in lm.blocks.parameters())
     attention = lm.L * backbone.attention_width(lm.config) * T
-    return 6 * blocks + 12 * attention + 2 * lm.V * lm.D + (2 * blocks + 2 * attention if teacher else 0)
+    student = copies * (6 * blocks + 12 * attention) + 2 * lm.V * lm.D
+    return student + (2 * blocks + 2 * attention if teacher else 0)

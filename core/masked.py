@@ -4,10 +4,10 @@
     ids = fill(model, ids, is_mask, steps=32, order="confidence")      # every sampler has this signature
     nats, error = likelihood(model, ids, calls=64)                     # a bound on -log p(ids), its standard error
 
-The model keeps the next-token shift of the AR model it came from: the state at i predicts token i+1, so the first token
-is always visible and likelihoods run over the other T-1.
+The first token is always visible: with the next-token shift of the AR model it came from, no state predicts it. So
+likelihoods run over the other T-1. A block model (conversion.Arm) writes block after block, what is finished cached.
 
-Letters: B batch, T tokens, D hidden width, V vocabulary, N = T-1 tokens that can be masked, k of them masked.
+Letters: B batch, T tokens, D hidden width, V vocabulary, N tokens of a block that can be masked, k of them masked.
 """
 import math
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import nn
 
 from core import backbone
 from core.common import UserError, pick
+from core.conversion import BIDIRECTIONAL, Arm, predictors, who_sees, who_sees_cached
 from core.draws import generator
 from core.run import read_json
 
@@ -26,28 +27,40 @@ MASK = "<|mask|>"  # of a tokenizer that has no mask token of its own
 
 
 class Student(nn.Module):
-    """A Backbone run bidirectionally, whose mask token may be learned while every other embedding stays frozen:
+    """A Backbone run as its `arm` says, whose mask token may be learned while every other embedding stays frozen:
     `shift` is added to the mask row's embedding, and folded into it when the model is saved."""
 
-    def __init__(self, lm, mask_id):
+    def __init__(self, lm, mask_id, arm=BIDIRECTIONAL):
         super().__init__()
         backbone.check_wide(lm)
-        self.lm, self.mask_id = lm, mask_id
+        self.lm, self.mask_id, self.arm = lm, mask_id, arm
         self.shift = nn.Parameter(torch.zeros(lm.D, device=lm.model.device))
 
     def embed(self, ids, is_mask, positions=None):
         return self.lm.embed(ids.masked_fill(is_mask, self.mask_id), positions, is_mask[..., None] * self.shift)
 
-    def states(self, ids, is_mask, cache=None):
-        """Yields h[0], ..., h[L-1] and the normed h[L], each (B, T, D), one at a time: never stacked. With a `cache`
-        the tokens follow those in it, which cannot see them."""
-        past = cache.get_seq_length() if cache is not None else 0
-        positions = torch.arange(past, past + ids.shape[1], device=ids.device)[None]   # (1, T)
+    def states(self, ids, is_mask, cache=None, see=None, judging=False):
+        """Yields h[0], ..., h[L-1] and the normed h[L], each (B, K, D), one at a time: never stacked. With a `cache`
+        the tokens follow those in it, which cannot see them; `see` (T, K) then says who sees whom (None: all)."""
+        T, past = ids.shape[1], cache.get_seq_length() if cache is not None else 0
+        positions = torch.arange(past, past + T, device=ids.device)[None]              # (1, T)
+        if cache is None and self.arm.attention == "block":
+            see = who_sees(T, *self.arm.plan(T, judging))                              # (K, K)
+            if len(see) == 2 * T:
+                ids, is_mask = torch.cat([ids, ids], 1), torch.cat([torch.zeros_like(is_mask), is_mask], 1)
+                positions = positions.repeat(1, 2)
         yield (h := self.embed(ids, is_mask, positions))
-        side = self.lm.side(h, positions, cache=cache, causal=False)
+        see = see if see is None else see[None, None].to(ids.device)                   # (1, 1, K, K)
+        side = self.lm.side(h, positions, cache=cache, causal=False, see=see)
         for i in range(self.lm.L):
             h = self.lm.block(h, i, side)
             yield h if i < self.lm.L - 1 else self.lm.norm(h)
+
+    def foretell(self, ids, is_mask):
+        """Normed states (B, T-1, D) that predict tokens 1..T-1 of ids (B, T); what lies before a block is known."""
+        *_, normed = self.states(ids, is_mask, judging=True)
+        T = ids.shape[1]
+        return normed[:, predictors(T, *self.arm.plan(T, judging=True), self.arm.shift)]
 
     def logits(self, normed):
         """Normed h[L] (..., D) -> logits (..., V); the mask token itself is never predicted."""
@@ -77,12 +90,18 @@ def add_mask(lm, tokenizer):
     return tokenizer.mask_token_id
 
 
-def load_converted(folder, device, dtype):
-    """(Student, tokenizer) of a folder that repr_align.py wrote; refuses an AR model."""
+def load_converted(folder, device, dtype, attention=""):
+    """(Student, tokenizer) of a folder that repr_align.py wrote; refuses an AR model, and one that does not attend by
+    `attention` where that is all the caller can use."""
     if "mask_id" not in read_json(Path(folder) / "result.json", "convert a model with: python repr_align.py"):
         raise UserError(f"{folder} is no converted model; make one with: python repr_align.py")
+    flags = read_json(Path(folder) / "config.json")["dihal"]["config"]
+    arm = Arm(**{name: flags[name] for name in Arm._fields if name in flags})          # an older folder: as ever
+    if attention not in ("", arm.attention):
+        raise UserError(f"{folder} was converted to {arm}, but {attention} attention is needed here; make such a model "
+                        f"with: python repr_align.py --attention {attention}")
     tokenizer = backbone.load_tokenizer(folder)
-    return Student(backbone.load(folder, device, dtype), tokenizer.mask_token_id), tokenizer
+    return Student(backbone.load(folder, device, dtype), tokenizer.mask_token_id, arm), tokenizer
 
 
 # ------------------------------------------------------------------------------------------------------- samplers
@@ -99,8 +118,7 @@ def choose(logits, temperature, top_p, top_k, u):
         high = high.masked_fill(high.cumsum(-1) - high >= top_p, 0)                    # the smallest set holding top_p
         if top_k:
             high[..., top_k:] = 0
-        p = torch.zeros_like(p).scatter(-1, order, high)
-        p = p / p.sum(-1, keepdim=True)
+        p = torch.zeros_like(p).scatter(-1, order, high / high.sum(-1, keepdim=True))
     return torch.searchsorted(p.cumsum(-1), u[..., None]).clamp_max(p.shape[-1] - 1)[..., 0]
 
 
@@ -130,66 +148,96 @@ ORDERS = {"random": chance, "confidence": confidence, "entropy": entropy, "margi
 TAKES_BACK = {"p2"}
 
 
-@torch.no_grad()
-def fill(model, ids, is_mask, steps, temperature=0.8, seed=0, order="confidence", top_p=1.0, top_k=0, block_size=0,
-         watch=None):
-    """Fill the masked positions of ids (B, T) in `steps` steps. Position 0 must be visible.
-
-    With `block_size`, positions are filled left to right in blocks of so many, `steps` shared out among them; what lies
-    before a block is cached and does not see it. `watch` is called with (ids, is_mask) of the stretch being filled
-    after every step."""
+def check_sampling(order, threshold=0.0, steps=1, temperature=0.0, top_p=1.0, top_k=0):
+    """Raise UserError for what `fill` cannot do."""
     pick(ORDERS, order, "--order")
+    if not 0 <= threshold <= 1 or threshold and order in TAKES_BACK:
+        raise UserError("--threshold must lie in (0, 1], or be 0: --sample_steps calls; order p2 takes only 0")
     if steps < 1:
         raise UserError("--sample_steps must be at least 1")
     if not 0 < top_p <= 1 or top_k < 0 or temperature < 0:
         raise UserError("--top_p must lie in (0, 1], --top_k and --temperature must not be negative")
+
+
+@torch.no_grad()
+def fill(model, ids, is_mask, steps, temperature=0.8, seed=0, order="confidence", top_p=1.0, top_k=0, block_size=0,
+         watch=None, threshold=0.0):
+    """Fill the masked positions of ids (B, T) in `steps` steps, a network call each. Position 0 must be visible.
+
+    With `block_size`, positions are filled left to right in blocks of so many, `steps` shared out among them; what lies
+    before a block is cached and does not see it. A block model always does so, by the blocks of its training. With a
+    `threshold` a call reveals every token more likely than that, but at least one a row, and `steps` does not count.
+    `watch` is called with (ids, is_mask) of the stretch being filled after every call."""
+    check_sampling(order, threshold, steps, temperature, top_p, top_k)
     if is_mask[:, 0].any():
         raise UserError("the first token cannot be a mask: give a prompt")
-    ids, is_mask, T = ids.clone(), is_mask.clone(), ids.shape[1]
-    cache, known, stretches = None, 0, [(0, T)]
-    if block_size and is_mask.any():
+    ids, is_mask, T, of_blocks = ids.clone(), is_mask.clone(), ids.shape[1], model.arm.attention == "block"
+    if of_blocks and block_size not in (0, model.arm.block_size):
+        raise UserError(f"this model was converted to {model.arm}; leave --block_size {block_size} out")
+    cache, stretches, size = None, [(0, T)], model.arm.block_size if of_blocks else block_size
+    if size and is_mask.any():
         from transformers import DynamicCache
         if not is_mask[:, -1].any():
-            raise UserError("blocks are filled left to right and see nothing after them: leave --suffix or "
-                            "--block_size out")
-        cache, first = DynamicCache(), int(is_mask.any(0).nonzero()[0])                # no windows: they are lifted
-        stretches = [(lo - 1, min(lo + block_size, T)) for lo in range(first, T, block_size)]
+            raise UserError("blocks of tokens see nothing after them: leave --suffix or --block_size out")
+        cache, first = DynamicCache(), int(is_mask.any(0).nonzero()[0])                # no windows: masks have them
+        starts = range(first - first % size, T, size) if of_blocks else range(first, T, size)
+        stretches = [(lo - (not of_blocks), min(lo + size, T)) for lo in starts]       # its first token is visible
+    masks, done = is_mask.any(0).cpu(), 0                                              # (T,)
     for number, (lo, hi) in enumerate(stretches):
-        if lo > known:
+        known = cache.get_seq_length() if cache is not None else 0
+        if lo > known and not of_blocks:
             for _ in model.states(ids[:, known:lo], is_mask[:, known:lo], cache=cache):
                 pass                                                                   # what is filled joins the cache
-            known = lo
-        some = steps * (number + 1) // len(stretches) - steps * number // len(stretches)
-        ids[:, lo:hi] = fill_stretch(model, ids[:, lo:hi], is_mask[:, lo:hi], max(1, some), temperature, (seed, number),
-                                     order, top_p, top_k, watch, cache)
-        is_mask[:, lo:hi] = False
+        until = steps * int(masks[:hi].sum()) // max(1, int(masks.sum()))              # its share, by its masks
+        ids[:, lo:hi] = fill_stretch(model, ids[:, :hi], is_mask[:, lo:hi], max(1, until - done), temperature,
+                                     (seed, number), order, top_p, top_k, watch, cache, threshold)
+        is_mask[:, lo:hi], done = False, until
     return ids
 
 
-def fill_stretch(model, ids, is_mask, steps, temperature, key, order, top_p, top_k, watch, cache):
-    """`fill` on one stretch ids (B, T), whose first token is visible.
+def foretell_cached(model, ids, is_mask, cache, before):
+    """Normed states (B, S, D) that predict the last tokens of ids (B, T), is_mask (B, S), and the state before those. A
+    finished block between them and the cache is read by the same call, and joins it; where there is none, the state
+    `before` is that of an earlier call (None at the start of a text, whose first token nothing predicts)."""
+    S, known = is_mask.shape[1], cache.get_seq_length() if cache is not None else 0
+    lo = ids.shape[1] - S
+    new = lo - known
+    see = who_sees_cached(known, lo, lo + S, *model.arm.plan(S)) if model.arm.attention == "block" else None
+    *_, normed = model.states(ids[:, known:], F.pad(is_mask, (new, 0)), cache=cache, see=see)
+    backbone.trim(cache, lo)
+    before, normed = normed[:, new - 1:new] if new else before, normed[:, new:]
+    if not model.arm.shift:
+        return normed, before
+    first = normed[:, :1] if before is None else before                                # a visible token needs no state
+    return torch.cat([first, normed[:, :-1]], 1), before
+
+
+def fill_stretch(model, ids, is_mask, steps, temperature, key, order, top_p, top_k, watch, cache, threshold):
+    """`fill` on the last tokens of ids (B, T), a stretch is_mask (B, S): its tokens (B, S).
 
     Each step: 1 logits of all masked tokens  2 draw a token for each, in float64  3 reveal the most certain ones by
-    `order`, enough to be done in time."""
-    past = cache.get_seq_length() if cache is not None else 0
-    asked, count = is_mask, is_mask.sum(1)                                             # (B, T); (B,)
-    for step in range(steps):
-        judged = asked if order in TAKES_BACK else is_mask                             # (B, T): all may be taken back
+    `order`, enough to be done in time, or all that are certain enough."""
+    S, before = is_mask.shape[1], None
+    known, ids = ids[:, :-S], ids[:, -S:]
+    asked, count = is_mask, is_mask.sum(1)                                             # (B, S); (B,)
+    for step in range(int(count.max()) if threshold else steps):
+        judged = asked if order in TAKES_BACK else is_mask                             # (B, S): all may be taken back
         b, i = judged.nonzero(as_tuple=True)                                           # n positions of the batch
         if len(b) == 0:
             break
-        *_, normed = model.states(ids, is_mask, cache=cache)
-        backbone.trim(cache, past)
-        logits = model.logits(normed[b, i - 1]).double()                               # (n, V): token i from state i-1
-        u = [generator(key[0], "fill", key[1], step, row).random((2, ids.shape[1])) for row in range(len(ids))]
+        normed, before = foretell_cached(model, torch.cat([known, ids], 1), is_mask, cache, before)
+        logits = model.logits(normed[b, i]).double()                                   # (n, V)
+        u = [generator(key[0], "fill", key[1], step, row).random((2, S)) for row in range(len(ids))]
         u = torch.from_numpy(np.stack(u, 1)).to(logits.device)[:, b, i]                # (2, n)
         token = choose(logits, temperature, top_p, top_k, u[0])
         standing = torch.where(is_mask[b, i], token, ids[b, i])                        # judged: what is there already
         score = torch.full(ids.shape, -torch.inf, dtype=torch.float64, device=ids.device)
         score[b, i] = ORDERS[order](logits, standing, u[1]).double()
-        rank = score.argsort(dim=-1, descending=True, stable=True).argsort(-1)         # (B, T): 0 is the most certain
-        if order in TAKES_BACK:
-            keep = count - (count * (1 - (step + 1) / steps)).floor().long()           # (B,)
+        rank = score.argsort(dim=-1, descending=True, stable=True).argsort(-1)         # (B, S): 0 is the most certain
+        if threshold:
+            keep = b[confidence(logits, token, u[1]) >= threshold].bincount(minlength=len(ids)).clamp_min(1)    # (B,)
+        elif order in TAKES_BACK:
+            keep = count - (count * (1 - (step + 1) / steps)).floor().long()
         else:
             keep = -(-is_mask.sum(1) // (steps - step))                                # ceil: done at the last step
         chosen = rank < keep[:, None]
@@ -203,43 +251,46 @@ def fill_stretch(model, ids, is_mask, steps, temperature, key, order, top_p, top
 
 
 # ----------------------------------------------------------------------------------------------------- likelihood
-def strata(N, calls, seed, purpose, *key):
-    """Mask counts k for `calls` network calls, two in each of calls/2 equal slices of 1..N, so that every count is as
-    likely as every other one and a pair tells the spread inside its slice."""
+def strata(sizes, calls, seed, purpose, *key):
+    """Mask counts (calls, blocks), k of N for every size N: two calls in each of calls/2 equal slices of 1..N, so that
+    every count is as likely as every other one and a pair tells the spread inside its slice."""
     pairs = calls // 2
-    u = (np.arange(pairs)[:, None] + generator(seed, purpose, *key).random((pairs, 2))) / pairs
-    return np.floor(u * N).astype(int).flatten() + 1                                   # floor, not round: unbiased
+    u = generator(seed, purpose, *key).random((len(sizes), pairs, 2))
+    u = (np.arange(pairs)[:, None] + u) / pairs * np.array(sizes)[:, None, None]
+    return np.floor(u).astype(int).reshape(len(sizes), calls).T + 1                    # floor, not round: unbiased
 
 
 @torch.no_grad()
-def likelihood(model, ids, calls=64, seed=0, context=1, batch=16, key=0):
-    """(bound, standard error) in nats of -log p(ids[context:] | ids[:context]) for one text ids (T,).
+def likelihood(model, ids, calls=64, seed=0, given=1, batch=16, key=0):
+    """(bound, standard error) in nats of -log p(ids[given:] | ids[:given]) for one text ids (T,).
 
-    -log p <= E_k [ (N/k) sum of CE over k masked tokens ], k uniform on 1..N, the k tokens a uniform subset: the exact
-    mask-count form of the masked diffusion ELBO (Ou et al. 2024; Nie et al. 2025, equation 6), stratified over k."""
-    N = len(ids) - context
-    if N < 1 or context < 1:
+    The sum over blocks, one for a bidirectional model, of -log p(block | before it) <= E_k [ (N/k) sum of CE over k
+    masked tokens ], k uniform on 1..N, the k tokens a uniform subset: the exact mask-count form of the masked diffusion
+    ELBO (Ou et al. 2024; Nie et al. 2025, equation 6), stratified over k. A call masks k tokens of every block."""
+    T = len(ids)
+    if T - given < 1 or given < 1:
         raise UserError("a text needs a visible first token and one to judge")
     if calls < 4 or calls % 2:
         raise UserError("the likelihood needs an even number of calls, at least 4")
-    counts = strata(N, calls, seed, "count", key)
-    is_mask = torch.zeros(calls, len(ids), dtype=torch.bool, device=ids.device)
-    for i, k in enumerate(counts):
-        is_mask[i, torch.from_numpy(context + generator(seed, "subset", key, i).permutation(N)[:k])] = True
-    ce = torch.cat([masked_ce(model, ids, some) for some in is_mask.split(batch)])     # (calls,)
-    pairs = (ce * N / torch.from_numpy(counts)).view(-1, 2)                            # (calls / 2, 2)
+    size = model.arm.plan(T)[0]
+    blocks = [range(max(lo, given), min(lo + size, T)) for lo in range(given - given % size, T, size)]
+    weight = torch.zeros(calls, T, dtype=torch.float64, device=ids.device)             # N/k where a call masks
+    for i, counts in enumerate(strata(list(map(len, blocks)), calls, seed, "count", key)):
+        draw = generator(seed, "subset", key, i)
+        for block, k in zip(blocks, counts, strict=True):
+            weight[i, block.start + torch.from_numpy(draw.permutation(len(block))[:k])] = len(block) / k
+    pairs = torch.cat([masked_ce(model, ids, some) for some in weight.split(batch)]).view(-1, 2)   # (calls / 2, 2)
     error = (pairs[:, 0] - pairs[:, 1]).square().sum().sqrt() / 2 / len(pairs)         # a pair's mean errs by |a-b|/2
     return pairs.mean().item(), error.item()
 
 
 @torch.no_grad()
-def masked_ce(model, ids, is_mask):
-    """Sum of CE (nats, float64) over the masked tokens of each row: ids (T,), is_mask (n, T) -> (n,)."""
-    rows = ids.expand(len(is_mask), -1)
-    *_, normed = model.states(rows, is_mask)
-    logits = model.logits(normed[:, :-1])                                              # (n, T-1, V)
+def masked_ce(model, ids, weight):
+    """Sum of CE (nats, float64) over the masked tokens of each row: ids (T,), their weights or bool (n, T) -> (n,)."""
+    rows = ids.expand(len(weight), -1)
+    logits = model.logits(model.foretell(rows, weight > 0))                            # (n, T-1, V)
     ce = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none").view(len(rows), -1)
-    return torch.where(is_mask[:, 1:], ce.double(), 0).sum(1).cpu()
+    return torch.where(weight[:, 1:] > 0, ce.double() * weight[:, 1:], 0).sum(1).cpu()
 
 
 def text_likelihood(model, windows, calls, seed=0):

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from core import backbone
 from core.denoiser import produce
 from core.diffusion import position_noise, sample
+from core.report import table
 
 NOISE_ROWS = 64  # sequences on which the spread over sampler noises is measured
 LOGITS = 2 ** 27  # at most so many logits at once when the final numbers are taken: five such tensors live together
@@ -71,6 +72,43 @@ def measure(lm, net, rows, layer, nfes, cfg):
     return out, torch.cat(found["ce"]).mean().item()
 
 
+# ----------------------------------------------------------------------------------------------------- the report
+def summary(result):
+    if not result["nfe"]:
+        return f"{result['tokens_per_s']:,.0f} tokens/s at random weights"
+    n = str(result["nfe_default"]) if str(result["nfe_default"]) in result["nfe"] else "1"
+    return (f"layer {result['layer']}, {result['objective']}, NFE {n}: FVU {result['nfe'][n]['fvu']:.4f}, KL "
+            f"{result['nfe'][n]['kl']:.4f}, CE gap {result['nfe'][n]['ce_gap']:+.4f} nats, {result['parameters']:,} "
+            "parameters")
+
+
+def section(result):
+    """This run's part of the report."""
+    size = f", {result['size_ratio']:.2f}x the {result['replaced_parameters']:,} it replaces" if result["layer"] else ""
+    raw = {f"{n}, last weights, {NOISE_ROWS} texts": r for n, r in result["raw_nfe"].items()}  # else: running mean
+    rows = [[n, f"{r['fvu']:.4f}", f"{r['kl']:.4f}", f"{r['ce_gap']:+.4f} +- {r['ce_gap_se']:.4f}",
+             f"{r['ce_gap_noise_sd']:.5f}", f"{r['agree']:.1%}"] for n, r in {**result["nfe"], **raw}.items()]
+    return "\n".join([
+        f"## REPLACE: {result['objective']} at layer {result['layer']}", "",
+        f"{result['parameters']:,} parameters{size}; tokens known: {result['visible']}; {result['steps']} steps, "
+        f"{result['tokens']:,} tokens, {result['seconds']:.0f} s, seed {result['seed']}; sampler {result['sampler']}; "
+        f"{result['eval_sequences']} held-out sequences.", "",
+        table(["NFE", "FVU", "KL", "CE gap +- se", "sd over noises", "same first choice"], rows), ""])
+
+
+def numbers(lm, net, raw, rows, layer, cfg):
+    """What is measured of a trained bridge. `net` has the running mean of its weights, `raw` the last ones or None."""
+    nfes = sorted({*map(int, cfg.nfes.split(",")), cfg.nfe}) if cfg.objective == "diffusion" else [1]
+    of_mean, ce = measure(lm, net, rows, layer, nfes, cfg)
+    few, n = dataclasses.replace(cfg, noise_seeds=1), str(cfg.nfe if cfg.objective == "diffusion" else 1)
+    of_raw = measure(lm, raw, rows[:NOISE_ROWS], layer, nfes, few)[0] if raw is not None else {}
+    return {"nfe": of_mean, "raw_nfe": of_raw, "ce_intact": ce, "eval_sequences": len(rows), "nfe_default": cfg.nfe,
+            "noise_seeds": cfg.noise_seeds, "sampler": cfg.sampler, "shift": cfg.shift,
+            "headline": [[f"what the hybrid at layer {layer} loses, {cfg.objective}",
+                          f"{of_mean[n]['ce_gap']:+.4f} nats, KL {of_mean[n]['kl']:.4f}"]]}
+
+
+# ------------------------------------------------------------------------------------------------- what it costs
 def train_flops(net, replaced, layer, T):
     """FLOPs a training token: forward and backward of the bridge (6 a parameter), forward only of the `layer` blocks of
     the frozen prefix (2 a parameter), and causal attention (6 and 2 per attended key and channel)."""

@@ -87,6 +87,19 @@ def collect(lm, windows, skip, pool, seed, batch_size, view=None):
     return States(mean, second, kept, (pick // per_row).to(device), token.to(device), norm / seen, moved / seen)
 
 
+def cost(shape, cfg, itemsize):
+    """(bytes beside the weights, forward FLOPs a token) of a model with config `shape`. Bytes: what `collect` keeps and
+    the larger of one forward pass and one layer's analysis."""
+    L, D, P, A, T = shape.num_hidden_layers, shape.hidden_size, cfg.pool, cfg.anchors, cfg.seq_len * cfg.batch_size
+    ffn, S = getattr(shape, "intermediate_size", None) or 4 * D, -(-cfg.tokens // cfg.seq_len)
+    kept = (L - 1) * (4 * D * D + 8 * D + itemsize * P * D)
+    forward = T * (5 * D + 3 * ffn) * itemsize + 12 * T * D                 # residual, attention, MLP; fp32 copies of h
+    spectra = 4 * (3 * P * min(D, P) + P * D) if not cfg.exact_resamples else (
+        4 * D * D * (S + 2 * cfg.resamples) if D <= P else 4 * (2 * P * P + 2 * P * D))
+    analysis = 4 * (2 * P * D + A * (2 * P + D) + 3 * 64 * cfg.k * D) + A * P + max(spectra, 12 * D * D)
+    return kept + max(forward, analysis), 2 * L * (4 * D * D + 3 * D * ffn)
+
+
 def resampled_spectra(X, sequence, weights, exact=False):
     """Spectra (R, D) of the pool X (P, D) when whole sequences are drawn with replacement: weights (R, S) counts.
 

@@ -54,8 +54,7 @@ def next_logits(model, ids):
     if not isinstance(model, masked.Student):
         return model(ids).logits[0, -1]
     ids = torch.cat([ids, ids.new_full((1, 1), model.mask_id)], 1)
-    *_, normed = model.states(ids, ids == model.mask_id)
-    return model.logits(normed[:, -2])[0]
+    return model.logits(model.foretell(ids, ids == model.mask_id)[:, -1])[0]
 
 
 def cloze(models, tokenizer, count, seed, device):

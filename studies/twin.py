@@ -31,7 +31,8 @@ class Config:
     middle: int = 32            # masks to fill between prompt and suffix
     order: Literal[tuple(ORDERS)] = "confidence"  # which masks are filled first; p2 also takes tokens back
     sample_steps: int = 32      # network calls, however many masks there are
-    block_size: int = 0         # fill left to right in blocks of so many, what is before cached (0: all at once)
+    block_size: int = 0         # fill left to right in blocks of so many, what is before cached (0: as it was trained)
+    threshold: float = 0.0      # reveal all tokens this certain in a call, at least one (0: by --sample_steps)
     temperature: float = 0.8    # of token draws (0: argmax)
     top_p: float = 1.0          # nucleus
     show: bool = False          # print the text after every step
@@ -56,12 +57,17 @@ def write(cfg, model, tokenizer):
         raise UserError(f"prompt, masks and suffix are {ids.shape[1]} tokens, more than the model's "
                         f"{model.lm.config.max_position_embeddings}; shorten one")
 
+    calls = []
+
     def watch(ids, is_mask):
-        text = tokenizer.decode(ids[0].masked_fill(is_mask[0], model.mask_id))
-        print(repr(text.replace(tokenizer.mask_token, "_")))
-    return tokenizer.decode(fill(
-        model, ids, ids == model.mask_id, cfg.sample_steps, cfg.temperature, cfg.seed, cfg.order, cfg.top_p,
-        block_size=cfg.block_size, watch=watch if cfg.show else None)[0])
+        calls.append(is_mask)
+        if cfg.show:
+            text = tokenizer.decode(ids[0].masked_fill(is_mask[0], model.mask_id))
+            print(repr(text.replace(tokenizer.mask_token, "_")))
+    out = fill(model, ids, ids == model.mask_id, cfg.sample_steps, cfg.temperature, cfg.seed, cfg.order, cfg.top_p,
+               block_size=cfg.block_size, watch=watch, threshold=cfg.threshold)
+    print(f"{count} tokens in {len(calls)} network calls, {count / len(calls):.1f} a call")
+    return tokenizer.decode(out[0])
 
 
 def judge(cfg, model, tokenizer):

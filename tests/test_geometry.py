@@ -10,7 +10,7 @@ import torch
 from conftest import fails, tiny_model
 
 import geometry
-from core import backbone
+from core import backbone, states
 from core.metrics import PeakBytes
 from core.run import read_section
 from core.states import States
@@ -269,7 +269,7 @@ def test_memory_formula_against_a_measurement():
     windows = torch.randint(3, 64, (147, 32), generator=torch.Generator().manual_seed(1))
     with PeakBytes() as peak:
         geometry.analyse(geometry.collect(lm, windows, 4, cfg.pool, 0, cfg.batch_size), cfg)
-    estimate, _ = geometry.cost(lm.config, cfg, itemsize=4)
+    estimate, _ = states.cost(lm.config, cfg, itemsize=4)
     assert 0.6 * estimate < peak.most < 1.1 * estimate, (peak.most, estimate)
 
 

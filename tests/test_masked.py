@@ -15,7 +15,7 @@ from transformers import DynamicCache
 import repr_align
 from core import backbone, masked
 from core.common import UserError
-from core.conversion import corrupt
+from core.conversion import BIDIRECTIONAL, Arm, corrupt
 from core.masked import ORDERS, TAKES_BACK, Student, fill
 from studies import twin
 
@@ -23,8 +23,11 @@ IDS = torch.randint(3, 60, (3, 16), generator=torch.Generator().manual_seed(0))
 HIDE = corrupt(16, 0, "mask", 0, range(3))
 
 
-def student(family="qwen3", seed=0):
-    return Student(backbone.Backbone(tiny_model(family, seed).requires_grad_(False)), mask_id=63)
+BLOCKS = [Arm("block", 4, context, shift) for context in ("noisy", "clean", "causal") for shift in (True, False)]
+
+
+def student(family="qwen3", seed=0, arm=BIDIRECTIONAL):
+    return Student(backbone.Backbone(tiny_model(family, seed).requires_grad_(False)), 63, arm)
 
 
 # ------------------------------------------------------------------------------------------------------- samplers
@@ -56,7 +59,9 @@ class Fickle(torch.nn.Module):
     """Shows token 1 at position 1 first; once position 2 is filled, it wants token 2 there."""
     mask_id = 3
 
-    def states(self, ids, masked, cache=None):
+    arm = BIDIRECTIONAL
+
+    def states(self, ids, masked, cache=None, **_):
         yield torch.stack([ids.float(), masked.float(), masked[:, 2:3].float().expand_as(ids)], -1)
 
     def logits(self, normed):
@@ -146,6 +151,95 @@ def test_an_order_is_a_function_and_a_line(monkeypatch):
         fill(s, IDS, HIDE, 4, order="best")
 
 
+# --------------------------------------------------------------------------------------------------- block models
+@pytest.mark.parametrize("family", CONVERTIBLE)
+@torch.no_grad()
+def test_cached_blocks_equal_recomputed_ones(family):
+    """A block's predictors on the cache, its finished neighbours read by the same call, against one pass over all; with
+    layers that see a window of 8."""
+    for arm in BLOCKS:
+        s, cache, before = student(family, arm=arm), DynamicCache(), None
+        for lo, hi in ((4, 8), (8, 12), (12, 16)):
+            for _ in range(2):                                                   # the first call also reads what is new
+                hide = torch.zeros(3, 16, dtype=torch.bool)
+                hide[:, lo:hi] = HIDE[:, lo:hi]
+                got, before = masked.foretell_cached(s, IDS[:, :hi], hide[:, lo:hi], cache, before)
+                assert torch.allclose(got, s.foretell(IDS, hide)[:, lo - 1:hi - 1], atol=1e-4), (arm, lo)
+            assert cache.get_seq_length() == lo
+        wrong = student(family, arm=arm._replace(block_size=8))
+        assert not torch.allclose(got, wrong.foretell(IDS, hide)[:, 11:15], atol=1e-3)
+
+
+@pytest.mark.parametrize("arm", BLOCKS, ids=str)
+def test_a_block_model_writes_block_by_block(arm):
+    """From a prompt that ends inside a block too; a row does not depend on its batch, nor a block on those after it."""
+    s, seen = student(arm=arm), []
+    hide = torch.arange(16).expand(3, 16) >= 6
+    for order in ORDERS:
+        seen.clear()
+        out = fill(s, IDS, hide, 5, order=order, watch=lambda i, m: seen.append(m[0].sum().item()))
+        assert torch.equal(out[:, :6], IDS[:, :6]) and (out != 63).all() and seen == [0, 2, 0, 2, 0]
+        assert torch.equal(out[:1], fill(s, IDS[:1], hide[:1], 5, order=order))
+        assert torch.equal(out[:, :12], fill(s, IDS[:, :12], hide[:, :12], 3, order=order))
+        assert torch.equal(out, fill(s, torch.where(hide, 5, IDS), hide, 5, order=order, block_size=4))
+    ragged = torch.arange(16) >= torch.tensor([[6], [3], [9]])                   # prompts of unequal lengths
+    out = fill(s, IDS, ragged, 8)
+    assert torch.equal(out[~ragged], IDS[~ragged]) and (out != 63).all()
+    for wrong, how in (("leave --block_size 8 out", dict(block_size=8)), ("see nothing after", {})):
+        with pytest.raises(UserError, match=wrong):
+            fill(s, IDS, hide if how else hide & (torch.arange(16) < 9), 6, **how)
+
+
+@pytest.mark.parametrize("arm", [BIDIRECTIONAL, *BLOCKS[2:4]], ids=str)
+def test_a_threshold_reveals_what_is_certain_enough(arm):
+    s, seen, hide = student(arm=arm), [], torch.arange(16).expand(3, 16) >= 4
+
+    def calls(threshold, order="confidence"):
+        seen.clear()
+        out = fill(s, IDS, hide, 1, 1.0, order=order, threshold=threshold, watch=lambda i, m: seen.append(m.sum(1)))
+        assert (out != 63).all() and torch.equal(out[:, :4], IDS[:, :4])
+        return len(seen)
+    parts = 1 if arm.attention == "bidirectional" else 3
+    assert calls(1e-9) == parts and calls(1.0) == 12                             # all at once; one at a time
+    assert parts < calls(0.05, "entropy") <= 12
+    for threshold, order in ((-0.1, "random"), (1.1, "random"), (0.5, "p2")):
+        with pytest.raises(UserError, match="--threshold"):
+            calls(threshold, order)
+
+
+@pytest.mark.parametrize("arm", [Arm("block", 2, "noisy"), Arm("block", 2, "causal"), Arm("block", 2, "clean", False)],
+                         ids=str)
+@torch.no_grad()
+def test_the_bound_of_blocks_equals_its_enumeration(arm):
+    """Over the orders inside each block of two, what is before a block known: the law that it is written by."""
+    s, ids, want, orders = student(arm=arm), IDS[0, :6], 0.0, [[[1]], [[2, 3], [3, 2]], [[4, 5], [5, 4]]]
+    for block in orders:
+        for order in block:
+            for j, place in enumerate(order):
+                hide = torch.zeros(1, 6, dtype=torch.bool)
+                hide[0, order[j:]] = True
+                logits = s.logits(s.foretell(ids[None], hide)[0, place - 1])
+                want -= torch.log_softmax(logits, -1)[ids[place]].item() / len(block)
+    found = [masked.likelihood(s, ids, 8, seed) for seed in range(60)]
+    values, errors = np.array(found).T
+    assert abs(values.mean() - want) < 4 * values.std(ddof=1) / 60 ** 0.5
+    assert (errors ** 2).mean() ** 0.5 == pytest.approx(values.std(ddof=1), rel=0.35)
+
+
+def test_one_block_is_bidirectional_and_blocks_of_one_are_autoregressive():
+    """Of a family without windows: bidirectional attention lifts them, blocks keep them."""
+    for given in (1, 5):
+        want = masked.likelihood(student("llama"), IDS[0], 8, given=given)
+        for context in ("noisy", "clean", "causal"):
+            got = masked.likelihood(student("llama", arm=Arm("block", 16, context)), IDS[0], 8, given=given)
+            assert got == pytest.approx(want, rel=1e-5)
+        s = student("llama", arm=Arm("block", 1, "causal"))
+        logits = s.lm.model(IDS[:1], use_cache=False).logits.index_fill(-1, torch.tensor([63]), -torch.inf)
+        law = torch.log_softmax(logits[0, :-1], -1).gather(-1, IDS[0, 1:, None])
+        want = -law[given - 1:].sum().item()
+        assert masked.likelihood(s, IDS[0], 4, given=given) == (pytest.approx(want, rel=1e-5), 0.0)
+
+
 # ----------------------------------------------------------------------------------------------------- likelihood
 def by_orders(s, ids, context):
     """The ELBO as an average over all orders of revealing tokens one by one: a definition without mask counts."""
@@ -180,9 +274,9 @@ def test_the_bound_equals_its_enumeration(context):
 
 
 def test_mask_counts_are_uniform():
-    counts = np.concatenate([masked.strata(7, 6, seed, "count", 0) for seed in range(3000)])
-    assert np.abs(np.bincount(counts, minlength=8)[1:] / 18000 - 1 / 7).max() < 0.01
-    assert all(np.histogram(masked.strata(60, 6, s, "count", 0), [1, 21, 41, 61])[0].tolist() == [2, 2, 2]
+    counts = np.concatenate([masked.strata([7, 7], 6, seed, "count", 0).flatten() for seed in range(3000)])
+    assert np.abs(np.bincount(counts, minlength=8)[1:] / 36000 - 1 / 7).max() < 0.01
+    assert all(np.histogram(masked.strata([60], 6, s, "count", 0), [1, 21, 41, 61])[0].tolist() == [2, 2, 2]
                for s in range(20))
 
 
@@ -202,7 +296,8 @@ def test_filling_between_and_judging(runs, capsys, tmp_path):
     (tmp_path / "a.txt").write_text("import os\nprint(os.getcwd())\n" * 4)
     line = twin.main([*load, "--judge", f"{tmp_path}/a.txt", "--calls", "4", "--seq_len", "32"])
     assert 0.5 < float(line.split()[0]) < 20 and "bits per byte" in line
-    for more in ("--order random", "--order p2", "--block_size 16", "--max_new_tokens 9 --temperature 0"):
+    for more in ("--order random", "--order p2", "--block_size 16", "--threshold 0.5",
+                 "--max_new_tokens 9 --temperature 0"):
         text = twin.main([*load, "--prompt", "import", *more.split()])
         assert text.startswith("import") and len(text) > 6 and masked.MASK not in text
 
@@ -216,7 +311,8 @@ def test_refusals_of_the_twin(runs, capsys, tmp_path):
                         ("--seq_len", f"--judge {tmp_path}/a.txt --seq_len 1"), ("--top_p", "--top_p 0"),
                         ("--temperature", "--temperature -1"), ("no such file", f"--judge {tmp_path}/none"),
                         ("leave --prompt", f"--judge {tmp_path}/a.txt --prompt x"),
-                        ("shorten one", "--max_new_tokens 5000"), ("invalid choice", "--order best"),
+                        ("shorten one", "--max_new_tokens 5000"), ("--threshold", "--threshold 1.5"),
+                        ("invalid choice", "--order best"),
                         ("leave --suffix", "--prompt a --suffix b --block_size 4")):
         flags = flags.split() if isinstance(flags, str) else flags
         assert word in fails(capsys, twin.main, *load, *flags), flags
@@ -230,6 +326,23 @@ def test_flags_of_the_arms(runs, text, tmp_path, capsys):
     for flags in ("--align_positions all --align_layers 1", "--align_positions masked --freeze none --cooldown 0"):
         out = tmp_path / "arms" / flags.replace(" ", "")
         assert 0 < repr_align.main([*argv, *flags.split(), "--out", str(out)])["val_loss"] < 20
+    for context in ("noisy", "causal"):
+        out = tmp_path / "arms" / context
+        more = f"--attention block --block_size 8 --context {context} --late 1 --threshold 0.1 --out {out}".split()
+        more += ["--no-shift"] if context == "noisy" else "--distill 1 --ar_weight 1 --align_until 2".split()
+        result = repr_align.main([*argv, *more])
+        s, _ = masked.load_converted(out, torch.device("cpu"), torch.float32, "block")
+        assert s.arm == Arm("block", 8, context, context != "noisy")             # its folder says what it is
+        assert result["sample"]["calls"] == 32 / result["sample"]["tokens_per_call"] <= 32
+        assert "blocks of 8" in result["headline"][0][0] and result["flags"]["late"] == 1
+        assert [len(row) for row in result["curve"]] == [3 + (context == "causal")] * 2
+        with pytest.raises(UserError, match="bidirectional attention is needed"):
+            masked.load_converted(out, torch.device("cpu"), torch.float32, "bidirectional")
+        load = ["--load", str(out), "--prompt", "import os"]
+        assert "leave --block_size 4 out" in fails(capsys, twin.main, *load, "--block_size", 4)
+        assert twin.main([*load, "--threshold", "0.2"]).startswith("import os")
+        assert " a call" in capsys.readouterr().out
+        assert "holds another run (a" in fails(capsys, repr_align.main, *argv, "--out", out)
     x = [*argv, "--out", tmp_path / "x" / "y"]
     assert "numbers of 0..4" in fails(capsys, repr_align.main, *x, "--align_layers", "9")
     assert "invalid choice" in fails(capsys, repr_align.main, *x, "--freeze", "head")

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 QUICKER = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
-from core import common, run
-common.stay_together.__defaults__ = 1, 20        # seconds; in earnest 5 and 40
+from core import run, together
+together.stay_together.__defaults__ = 1, 20        # seconds; in earnest 5 and 40
 run.refuse_unshared.__defaults__ = 2,            # in earnest 20
 import bridge
 bridge.main(sys.argv[1:])

@@ -11,14 +11,14 @@ from conftest import CONVERTIBLE, fails, tiny_model
 import repr_align
 from core import backbone, conversion, report, run
 from core.common import UserError
-from core.conversion import conversion_loss, corrupt
+from core.conversion import BIDIRECTIONAL, Arm, conversion_loss, corrupt, predictors, who_sees, who_sees_cached
 from core.masked import MASK, Student, fill, load_converted
 
 IDS = torch.randint(3, 60, (3, 16), generator=torch.Generator().manual_seed(0))
 
 
-def student(seed=0, family="qwen3"):
-    return Student(backbone.Backbone(tiny_model(family, seed).requires_grad_(False)), mask_id=63)
+def student(seed=0, family="qwen3", arm=BIDIRECTIONAL):
+    return Student(backbone.Backbone(tiny_model(family, seed).requires_grad_(False)), 63, arm)
 
 
 def masks(step=0, slots=range(3), T=16):
@@ -68,6 +68,8 @@ def test_only_masked_inputs_hide_their_token():
 
 class Echo(torch.nn.Module):
     """A student that shows the teacher's own states, or their negatives."""
+    arm = BIDIRECTIONAL
+
     def __init__(self, lm, sign):
         super().__init__()
         self.lm, self.sign = lm, sign
@@ -88,6 +90,91 @@ def test_alignment_is_zero_for_the_teacher_and_two_for_its_negative(sign, penalt
         count = conversion.POSITIONS[positions](is_mask).sum().item()
         assert loss.apart.item() / count == pytest.approx(penalty, abs=1e-4)
         assert (loss.cosines / count).tolist() == pytest.approx([sign] * (teacher.L + 1), abs=1e-4)
+
+
+def test_who_sees_whom_by_hand():
+    def matrix(rows):
+        return torch.tensor([[c == "1" for c in row] for row in rows.split()])
+    assert torch.equal(who_sees(4, 2, "noisy"), matrix("1100 1100 1111 1111"))
+    assert torch.equal(who_sees(3, 2, "noisy"), matrix("110 110 111"))           # the last block may be shorter
+    assert torch.equal(who_sees(4, 2, "clean"), matrix(
+        "11000000 11000000 11110000 11110000 00001100 00001100 11000011 11000011"))
+    assert torch.equal(who_sees(4, 2, "causal"), matrix(
+        "10000000 11000000 11100000 11110000 00001100 00001100 11000011 11000011"))
+    assert torch.equal(who_sees_cached(1, 2, 4, 2, "clean"), matrix("1100 1111 1111"))
+    assert torch.equal(who_sees_cached(0, 2, 4, 2, "causal"), matrix("1000 1100 1111 1111"))
+    for context, shift, want in (("noisy", True, [0, 1, 2]), ("noisy", False, [1, 2, 3]), ("clean", False, [5, 6, 7]),
+                                 ("causal", True, [4, 1, 6])):                   # token 2 opens a block: clean state 1
+        assert predictors(4, 2, context, shift).tolist() == want
+
+
+@pytest.mark.parametrize("family", CONVERTIBLE)
+@torch.no_grad()
+def test_nothing_leaks(family):
+    """What predicts a block knows neither the block's own masked tokens, which the clean copy holds, nor later ones."""
+    is_mask = masks()
+    for arm in (Arm("block", 4, context, shift) for context in ("noisy", "clean", "causal") for shift in (True, False)):
+        s = student(family=family, arm=arm)
+        for judging in (False, True):
+            at = predictors(16, *arm.plan(16, judging), arm.shift)
+
+            def states(changed, s=s, judging=judging, at=at):
+                *_, h = s.states(torch.where(changed, 5, IDS), is_mask, judging=judging)
+                return h[:, at]
+            want, place = states(torch.zeros_like(is_mask)), torch.arange(16)
+            own = states(is_mask & (place >= 4) | (place >= 8))                  # masked ones of block 4..7, all later
+            assert torch.equal(own[:, :7], want[:, :7]) and not torch.equal(own, want)
+            given = states(~is_mask & (place >= 4) & (place < 8))                # but what it shows is seen
+            assert torch.equal(given[:, :3], want[:, :3]) and not torch.equal(given[:, 3:7], want[:, 3:7])
+            earlier = states(is_mask & (place < 4))                              # and clean text before it
+            known = arm.context != "noisy" or judging
+            assert torch.equal(earlier[:, 4:], want[:, 4:]) != known
+
+
+@pytest.mark.parametrize("family", CONVERTIBLE)
+@torch.no_grad()
+def test_blocks_of_one_after_clean_text_are_the_ar_model(family):
+    """The predictor of a block's first token is the clean state before it; windows of 8 are kept."""
+    s, everything = student(family=family), torch.arange(16).expand(3, 16) > 0
+    logits = s.lm.model(IDS, use_cache=False).logits[:, :-1]
+    logits[..., 63] = -torch.inf
+    want = F.cross_entropy(logits.flatten(0, 1), IDS[:, 1:].flatten(), reduction="sum").item()
+    for context in ("clean", "causal"):
+        s.arm = Arm("block", 1, context)
+        loss = conversion_loss(s, s.lm, IDS, everything, 0.0, kl=True, ar=True)
+        assert loss.ce.item() == pytest.approx(want, rel=1e-5) == loss.ar.item()
+        assert loss.apart.item() == pytest.approx(0, abs=1e-3) and loss.kl.item() == pytest.approx(0, abs=1e-3)
+    s.arm = Arm("block", 4, "causal")                                            # the clean copy is the AR model still
+    loss = conversion_loss(s, s.lm, IDS, everything, 0.0, kl=True, ar=True)
+    assert loss.ar.item() == pytest.approx(want, rel=1e-5) and loss.kl.item() > 0.1
+    assert loss.ce.item() != pytest.approx(want, rel=1e-4)
+
+
+def test_distillation_pulls_towards_the_other_law():
+    theirs, mine = torch.randn(5, 63), torch.randn(5, 64, requires_grad=True)    # the student has a mask row more
+    kl = conversion.divergence(theirs, mine, 63)
+    p, q = torch.softmax(theirs, -1), torch.softmax(mine[:, :63], -1)
+    assert kl.item() == pytest.approx((p * (p / q).log()).sum().item(), rel=1e-4)
+    kl.backward()
+    assert torch.allclose(mine.grad[:, :63], q - p, atol=1e-5) and not mine.grad[:, 63].any()
+    assert conversion.divergence(theirs, F.pad(theirs, (0, 1)), 63).item() == pytest.approx(0, abs=1e-5)
+
+
+def test_masks_by_blocks_and_late_ones():
+    many = dict(T=64, seed=0, purpose="mask", step=0, slots=range(300))
+    assert torch.equal(corrupt(**many), corrupt(**many, block_size=64))
+    by_block = corrupt(**many, block_size=16).view(300, 4, 16).float().mean(-1)
+    assert abs(torch.corrcoef(by_block[:, 1:].T)[0, 1]) < 0.2 and by_block.std().item() > 0.25
+    late = corrupt(**many, block_size=16, late=2.0).view(300, 4, 16).float().mean(0)[1:].mean(0)
+    assert late[-4:].mean() - late[:4].mean() > 0.15 and late.mean().item() == pytest.approx(0.5, abs=0.06)
+
+
+def test_alignment_ends_and_fades():
+    def weights(**how):
+        return [repr_align.align_weight_at(step, repr_align.Config(**how)) for step in (0, 10, 20, 199)]
+    assert weights() == [10] * 4 and weights(align_until=20) == [10, 10, 0, 0]
+    assert weights(align_until=20, align_schedule="linear") == [10, 5, 0, 0]
+    assert weights(align_until=20, align_schedule="cosine") == pytest.approx([10, 5, 0, 0])
 
 
 def test_only_the_chosen_layers_are_aligned():
@@ -321,8 +408,16 @@ def test_two_arms_compared():
 def test_refusals(capsys, tmp_path):
     assert "negative" in fails(capsys, repr_align.main, "--align_weight", "-1", "--out", tmp_path / "x/y")
     assert "at least 3" in fails(capsys, repr_align.main, "--seq_len", "2", "--out", tmp_path / "x/y")
+    for word, flags in (("--attention block", "--context clean"), ("--attention block", "--late 1"),
+                        ("--block_size 24 must divide --seq_len 128", "--attention block --block_size 24"),
+                        ("--block_size 256 must divide", "--attention block --block_size 256"),
+                        ("--context causal", "--ar_weight 1 --attention block --context clean"),
+                        ("beyond --steps 200", "--align_until 201"), ("negative", "--distill -1"),
+                        ("needs an end", "--align_schedule linear"), ("--threshold", "--threshold 1.5"),
+                        ("--threshold", "--threshold -0.1"), ("invalid choice", "--attention causal")):
+        assert word in fails(capsys, repr_align.main, *flags.split(), "--out", tmp_path / "x/y"), flags
     for name in ("9", "0,,4", "upper", "-1", ""):
         with pytest.raises(UserError, match="numbers of 0..8"):
             conversion.align_layers(name, 8)
-    with pytest.raises(UserError, match="there are next-masked, masked, all"):
+    with pytest.raises(UserError, match="there are next-masked, masked, visible, all"):
         conversion_loss(student(), None, IDS, masks(), 1.0, positions="none")
