@@ -53,7 +53,7 @@ class Config:
 
 
 PRESETS = {"tiny": {"pairs": 4, "resamples": 2, "ig_steps": 2},
-           "135m": {"task": "induction,names,infill,opening", "pairs": 16, "resamples": 2, "ig_steps": 3,
+           "135m": {"task": "induction,names,infill,opening", "pairs": 12, "resamples": 2, "ig_steps": 2,
                     "micro_batch": 8}}
 SWEEP = (10, 30, 100, 300)
 MARGIN = 0.05   # of the Jaccard index: two circuits that differ by less in what they share are taken as equal

@@ -64,7 +64,7 @@ class Config:
 
 PRESETS = {"tiny": {"texts": 4, "tune_texts": 2, "prefix": 16, "new": 12, "block_size": 12, "nfe": 2, "refinements": 1,
                     "betas": "1"},
-           "135m": {"texts": 6, "tune_texts": 2, "betas": "1,0.75", "experts": False}}
+           "135m": {"texts": 6, "tune_texts": 2, "refinements": 2, "betas": "1", "experts": False}}
 
 
 class Context(NamedTuple):

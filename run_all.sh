@@ -10,6 +10,7 @@
 #   MODEL=Qwen/Qwen3-0.6B DATA=Salesforce/wikitext:wikitext-103-raw-v1 OUT=out/qwen3 bash run_all.sh       # one GPU
 set -euo pipefail
 MODEL=${MODEL:-toy} DATA=${DATA:-stdlib} LAYER=${LAYER:-auto} BLOCKS_LAYER=${BLOCKS_LAYER:-2} PRESET=${PRESET:-}
+BLOCKS_STEPS=${BLOCKS_STEPS:-}                                 # of that bridge (empty: the preset's)
 OUT=${OUT:-$([ "$PRESET" = tiny ] && echo out/tiny || echo out)}
 here=$(dirname "$0")
 sized=(${PRESET:+--preset "$PRESET"}) small=()                # what scales with the model; what only knows tiny
@@ -45,7 +46,7 @@ for w in 0 10; do
 done
 stage "GENERATE: train a bridge that meets unknown tokens (90 s)" \
     bridge.py --model "$MODEL" --data "$DATA" "${sized[@]}" --layer "$BLOCKS_LAYER" --visible mix --bidirectional \
-    --self_condition --t_mean 0.7 --shift 3 --nfes 8 \
+    --self_condition --t_mean 0.7 --shift 3 --nfes 8 ${BLOCKS_STEPS:+--steps $BLOCKS_STEPS} \
     $(toy --blocks 4 --batch_size 8 --steps 400 --noise_seeds 1 --eval_batches 64) --out "$OUT/blocks"
 stage "GENERATE: text drawn in hidden space beside its rivals (60 s)" \
     generate.py --data "$DATA" --bridges "$OUT/blocks" --twin "$OUT/repr_align/w0" "${small[@]}" \
