@@ -16,8 +16,10 @@ IDS = torch.randint(3, 64, (2, 28), generator=torch.Generator().manual_seed(0))
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_prefix_and_suffix_equal_the_model(family):
-    model = tiny_model(family)
+    model, drawn = tiny_model(family), torch.get_rng_state()
     lm = backbone.Backbone(model)
+    backbone.check(lm)
+    assert torch.equal(torch.get_rng_state(), drawn)                             # training stays reproducible
     want = model(IDS).logits
     for window in {"sliding_window", "window_size"} & set(FAMILIES[family][1]):          # or this test shows nothing
         assert not torch.equal(tiny_model(family, **{window: 64})(IDS).logits, want)
@@ -74,6 +76,22 @@ def test_bidirectional_lets_the_future_change_the_past(family):
     assert torch.equal(logits(IDS, False), want)
     changed = (logits(IDS, False) - logits(other, False)).abs().amax(-1)      # (B, T)
     assert (changed > 1e-5).all()
+
+
+def test_what_cannot_be_cut_is_refused_with_the_reason():
+    import transformers
+    size = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2)
+    leaks = tiny_model("llama")
+    leaks.model.layers[1].mlp.register_forward_hook(lambda _, args, out: out + args[0].flip(1))
+    for model, reason in (
+            (transformers.MambaForCausalLM(transformers.MambaConfig(**size)), "mamba.*its cache does not give"),
+            (transformers.CTRLLMHeadModel(transformers.CTRLConfig(n_head=4, dff=48, **size)), "ctrl.*its own logits"),
+            (transformers.XLMWithLMHeadModel(transformers.XLMConfig(
+                vocab_size=64, emb_dim=32, n_layers=2, n_heads=4, causal=True)), "xlm.*no single final norm"),
+            (leaks, "llama.*a later token changes")):
+        with pytest.raises(UserError, match=reason):
+            backbone.check(backbone.Backbone(model.eval()))
+        assert not model.training
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "smollm3", "gpt_neo", "gpt_oss", "mpt"])

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from conftest import MOST, fails, randomise, tiny_model
+from conftest import FEW, MOST, fails, randomise, tiny_model
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import hybrid
@@ -198,7 +198,7 @@ def test_a_shifted_position_is_noticed():
     assert not torch.allclose(shifted, want, atol=1e-3)
 
 
-@pytest.mark.parametrize("family", MOST)
+@pytest.mark.parametrize("family", FEW)
 @torch.no_grad()
 def test_families_by_the_public_interface(family, tmp_path):
     """A base folder and a bridge folder -> from_bridge -> save_pretrained -> AutoModelForCausalLM: the same logits."""
