@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FEW, fails, tiny_model
+from conftest import CONVERTIBLE, FEW, fails, tiny_model
 
 import repr_align
 from core import backbone, conversion, report, run
