@@ -26,7 +26,7 @@ from tqdm import tqdm
 import data
 from core import backbone, report
 from core.common import UserError, entry, parse, pick_dtype, setup
-from core.conditional import GUESSES, errors, fit
+from core.conditional import GUESSES, errors, fit, left
 from core.draws import generator
 from core.run import Run, finished, read_section
 from core.states import collect, cost, eigenvalues, local_spread, neighbours, resampled_spectra
@@ -189,13 +189,9 @@ def score_all(states, cfg, table):
 
 
 def residual(lm, known, windows, cfg):
-    """name -> (C,): the published proxies of what a ridge leaves of the states (core/conditional.py), in the units that
-    a bridge diffuses. Raw: how much is left counts, not only its shape."""
-    def left(c, h, h0, ids):
-        at = known[c + 1]
-        return at.z(h) - GUESSES["ridge"](at, at.c(h0), ids)                 # (B, T, D)
-    states, raw = collect(lm, windows, cfg.skip, cfg.pool, cfg.seed, cfg.batch_size, left), replace(
-        cfg, normalize="raw")
+    """name -> (C,): the published proxies of what a ridge leaves of the states; raw: how much it leaves counts too."""
+    how, raw = (cfg.skip, cfg.pool, cfg.seed, cfg.batch_size), replace(cfg, normalize="raw")
+    states = collect(lm, windows, *how, lambda c, h, h0: left(known[c + 1], h, h0))
     return score_all(states, cfg, {"score of the residual": cfg, "score of the residual, raw": raw, **{
         f"{name} of the residual": replace(raw, score_by=name) for name in PROXIES}})[0]
 
@@ -203,11 +199,12 @@ def residual(lm, known, windows, cfg):
 def conditional(lm, rows, shards, cfg):
     """name -> (C,): how well a bridge that needs no training does with h[0], and the score of what a ridge leaves."""
     text = data.Tokens(shards, "train", cfg.seq_len)
-    known = fit(lm, range(1, lm.L), text.windows(64, cfg.seed)[:, :-1], text.windows(cfg.conditional)[:, :-1],
-                rows, min(40, cfg.conditional // 8), cfg.skip, cfg.seed)
-    table = errors(lm, known, rows, skip=cfg.skip)
-    return {**{f"-FVU, {guess}": torch.tensor([-table[layer][guess]["fvu"] for layer in known]) for guess in GUESSES},
+    known = fit(lm, range(1, lm.L), text.windows(64, cfg.seed)[:, :-1], text.windows(cfg.conditional)[:, :-1], rows,
+                cfg.skip, cfg.seed)
+    found = errors(lm, known, rows, skip=cfg.skip).values()                  # a layer each
+    return {**{f"-FVU, {name}": torch.tensor([-of[name]["fvu"] for of in found]) for name in GUESSES},
             **residual(lm, known, rows[:, :-1], cfg)}
+    return {**found, **residual(lm, known, rows[:, :-1], cfg)}
 
 
 def rivals(found, point):
@@ -239,8 +236,7 @@ def interval(point, replicas):
 
 def analyse(states, cfg):
     """States -> the dict that becomes result.json."""
-    C, table = len(states.pool), variants(cfg)
-    rows, (*here, shared) = score_all(states, cfg, table)
+    C, (rows, (*here, shared)) = len(states.pool), score_all(states, cfg, variants(cfg))
     x, replicas = proxies(*here, cfg), resample(states, *here, cfg)          # (C, K), (R, C, K)
     point, scores = rows["default"], score(replicas, cfg)                    # (C,), (R, C)
     best, others = int(point.argmax()), [c for c in range(C) if c != int(point.argmax())]
@@ -255,8 +251,7 @@ def analyse(states, cfg):
         columns[name], columns[f"{name}_interval"] = column.tolist(), band.tolist()
     for name, row in (("rank", point), ("rank_log", by_log)):
         columns[name] = (1 + (-row).argsort().argsort()).tolist()
-    trivial = {"-layer": -torch.arange(1.0, C + 1), "-log mean norm": -states.norm.log(),
-               "-|h[l]-h[0]|": -states.moved}
+    trivial = {"-layer": -torch.arange(1.0, C + 1), "-log mean norm": -states.norm.log(), "-|h[l]-h[0]|": -states.moved}
     return {
         "layers": [dict(zip(columns, row)) for row in zip(*columns.values(), strict=True)],
         "best_layer": best + 1, "margin": float(point[best] - point[others].max()),
@@ -284,8 +279,8 @@ def section(result):
     pairs = [f"{a} and {b} {result['proxy_correlation'][i][j]:.2f}" for i, a in enumerate(names)
              for j, b in enumerate(names) if i < j]
     chooses = [(v["name"], v["best_layer"], v["spearman_with_default"]) for v in result["variants"]]
-    chooses += [(f"{kind}: {t['name']}", t["best_layer"], t["spearman_with_score"])
-                for kind in ("trivial", "conditional") for t in result.get(kind, ())]
+    chooses += [(f"{kind}: {t['name']}", t["best_layer"], t["spearman_with_score"]) for kind in (
+        "trivial", "conditional") for t in result.get(kind, ())]
     return "\n\n".join([
         "## LOCATE",
         f"{result['tokens']} states a layer from {result['sequences']} held-out sequences of {flags['seq_len']} tokens "
@@ -376,8 +371,7 @@ def main(argv):
     result = {**analyse(states, cfg), "tokens": tokens, "sequences": len(rows), "model": model, **identity}
     plot(result, run.out / "geometry.png")
     if cfg.conditional:
-        point = torch.tensor([row["score"] for row in result["layers"]])
-        result["conditional"] = rivals(conditional(lm, rows, shards, cfg), point)
+        result["conditional"] = rivals(conditional(lm, rows, shards, cfg), [row["score"] for row in result["layers"]])
     result |= {"seconds": time.perf_counter() - start, "seconds_collect": collected - start, "headline": [[
         "layer where diffusion enters", f"{result['best_layer']} of {L - 1}, margin {result['margin']:.2f} "
         f"({result['margin_log']:.2f} by log)"]]}

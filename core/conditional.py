@@ -1,9 +1,8 @@
 """conditional.py: what is left of h[l] once h[0] is known, for all layers by the same forward passes.
 
-    known = fit(lm, layers, calibration, train, wanted=held_out, probe_steps=40)    # rows of ids (N, T) each
+    known = fit(lm, layers, calibration, train, wanted=held_out)      # rows of ids (N, T) each
     table = errors(lm, known, held_out)              # layer -> guess -> fvu, and of `decoded` guesses kl and ce_gap
-    z, c = known[l].z(hl), known[l].c(h0)            # the units that a bridge diffuses
-    left = z - GUESSES["ridge"](known[l], c, ids)    # (B, T, D)
+    rest = left(known[l], hl, h0)                    # (B, T, D): h[l] less its ridge, in the units a bridge diffuses
 
 The published score looks at h[l] alone, but a bridge is given h[0]: a layer is easy for it where h[0] says nearly all.
 A guess is a bridge that needs no training, or seconds of it; a new one is a function and a line of GUESSES.
@@ -16,7 +15,7 @@ from torch import nn
 from core import optim
 from core.denoiser import Bridge, Moments
 
-WIDTH, BATCH, SHARE = 64, 8, 1e-3      # of a probe; rows a pass; ridge, as a share of the mean eigenvalue
+BATCH, SHARE, WIDTH = 8, 1e-3, 64        # rows a pass; ridge, as a share of the mean eigenvalue; of a probe
 GUESSES = {  # name -> guess of z (B, T, D) from what `fit` knows of the layer, c (B, T, D) and ids (B, T)
     "identity": lambda at, c, ids: (at.net.mu_c + at.net.sigma_c * c - at.net.mu_z) / at.net.sigma_z,    # h[0] itself
     "ridge": lambda at, c, ids: with_one(c) @ at.weights,
@@ -40,6 +39,11 @@ def with_one(c):
     return torch.cat([c, torch.ones_like(c[..., :1])], -1)                           # (..., D + 1)
 
 
+def left(at, h, h0):
+    """What the ridge leaves of the layer's h (B, T, D), in the units of z."""
+    return at.z(h) - with_one(at.c(h0)) @ at.weights
+
+
 def states(lm, layers, ids):
     """(layer, h[layer], h[0], side) for each of the layers, by one forward pass."""
     h0 = h = lm.embed(ids)
@@ -55,7 +59,7 @@ def pairs(lm, known, ids):
         yield layer, known[layer].z(h), known[layer].c(h0), side
 
 
-def fit(lm, layers, calibration, train, wanted, probe_steps, skip=4, seed=0):
+def fit(lm, layers, calibration, train, wanted, skip=4, seed=0, probe_steps=40):
     """layer -> Known, from positions >= skip of rows (N, T): units from `calibration`; ridge, the means of the tokens
     `wanted` and the probes from `train`. Only sums are kept: memory does not grow with the text."""
     torch.manual_seed(seed)
@@ -109,10 +113,9 @@ def teach(lm, known, batches, skip):
     named = [(f"{layer} {name}", p) for layer, at in known.items() for name, p in at.net.named_parameters()]
     optimizers = optim.build(named, lr=0.02, lr_adam=2e-3, weight_decay=0.01)
     for step, ids in enumerate(batches):
-        for layer, z, c, _ in pairs(lm, known, ids):
+        for layer, h, h0, _ in states(lm, known, ids):
             at = known[layer]
-            left = z - GUESSES["ridge"](at, c, ids)
-            (at.probe(c) - left)[:, skip:].square().mean().backward()
+            (at.probe(at.c(h0)) - left(at, h, h0))[:, skip:].square().mean().backward()
         optim.step_all(optimizers, optim.share_at(step, len(batches), warmup=5))
         for _, p in named:
             p.grad = None

@@ -41,8 +41,8 @@ class States:
 
 @torch.no_grad()
 def collect(lm, windows, skip, pool, seed, batch_size, view=None):
-    """One forward pass for all layers at once. windows (S, T) int64 -> States, of view(c, h[c+1], h[0], ids) instead of
-    h[c+1] where a `view` is given.
+    """One forward pass for all layers at once. windows (S, T) int64 -> States; with a `view` those of view(c, h[c+1],
+    h[0]) instead of h[c+1].
 
     Second moments are taken about the first batch's mean: a state's mean can be large beside its spread."""
     C, D, per_row = lm.L - 1, lm.D, windows.shape[1] - skip
@@ -53,8 +53,7 @@ def collect(lm, windows, skip, pool, seed, batch_size, view=None):
     kept = torch.empty(C, pool, D, dtype=next(lm.parameters()).dtype, device=device)
     norm, moved, seen, filled = torch.zeros(C), torch.zeros(C), 0, 0
     for ids in tqdm(windows.split(batch_size), desc="hidden states", unit="batch", leave=False, disable=None):
-        ids = ids.to(device)
-        h0 = h = lm.embed(ids)                                               # (B, T, D)
+        h0 = h = lm.embed(ids.to(device))                                    # (B, T, D)
         side = lm.side(h)
         n = len(ids) * per_row
         here = pick[(pick >= seen) & (pick < seen + n)] - seen               # pool members in this batch
@@ -62,7 +61,7 @@ def collect(lm, windows, skip, pool, seed, batch_size, view=None):
             h = lm.block(h, c, side)                                         # (B, T, D) = h[c+1]
             # The first positions are attention sinks: a few states of huge norm, which would by themselves be the first
             # eigenvalue of the covariance and the scale of the layer.
-            seen_as = h if view is None else view(c, h, h0, ids)
+            seen_as = h if view is None else view(c, h, h0)
             X = seen_as[:, skip:].flatten(0, 1)                              # (B (T - skip), D)
             kept[c, filled:filled + len(here)] = X[here]
             X = X.float()

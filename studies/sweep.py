@@ -59,7 +59,7 @@ class Config:
 
 
 NFE, SKIP = 8, 4                     # calls of a bridge; first positions left out: attention sinks, as in bridge.py
-PROBE_STEPS, DECODED = 40, ("token mean",)                 # of the one-block probe; guesses whose KL is measured too
+DECODED = ("token mean",)            # guesses whose KL is measured too
 ERRORS = {"fvu": "FVU", "kl": "KL", "ce_gap": "CE gap"}    # of a bridge: bridgeability is their absence
 COLUMNS = {**ERRORS, **{f"regression_{key}": f"regression: {name}" for key, name in ERRORS.items()}}
 MIN_STEPS, TIE, MARGIN = 300, 0.02, 0.1                    # see RULES; a difference in rho within MARGIN is a tie
@@ -391,7 +391,7 @@ def collect(cfg, model, shards, work):
     seen = torch.cat([train.batch(cfg.seed, step, slots, cfg.batch_size)[:, :-1] for step in range(cfg.steps)])
     lm, flags = backbone.load(str(model), torch.device("cpu"), torch.float32), locate.Config(**geometry["flags"])
     texts = locate.held_out(flags, shards)[:, :-1]
-    known = fit(lm, range(1, lm.L), train.windows(64, cfg.seed)[:, :-1], seen, held_out, PROBE_STEPS, SKIP, cfg.seed)
+    known = fit(lm, range(1, lm.L), train.windows(64, cfg.seed)[:, :-1], seen, held_out, SKIP, cfg.seed)
     left = locate.residual(lm, known, texts, flags)
     free = errors(lm, {layer: known[layer] for layer in layers}, held_out, DECODED, SKIP)
     for layer in layers:

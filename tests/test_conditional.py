@@ -22,7 +22,7 @@ def toy():
 
 
 def known_of(lm, train, wanted, layers=(0, 3), probe_steps=1):
-    return conditional.fit(lm, layers, train[:16], train, wanted, probe_steps, SKIP)
+    return conditional.fit(lm, layers, train[:16], train, wanted, SKIP, probe_steps=probe_steps)
 
 
 def test_guesses_have_the_error_they_must(toy):
@@ -106,7 +106,7 @@ def test_the_residual_is_what_the_ridge_leaves(family):
     lm = backbone.Backbone(model.requires_grad_(False))
     rows = torch.randint(3, 64, (40, 21), generator=torch.Generator().manual_seed(1))
     cfg = geometry.Config(tokens=600, seq_len=20, pool=400, anchors=50, k=6, batch_size=8)
-    known = conditional.fit(lm, range(1, lm.L), rows[:8, :-1], rows[:, :-1], rows, 0, cfg.skip)
+    known = conditional.fit(lm, range(1, lm.L), rows[:8, :-1], rows[:, :-1], rows, cfg.skip, probe_steps=0)
     found = geometry.residual(lm, known, rows[:, :-1], cfg)
     assert int(found["stiffness of the residual"].argmax()) == int(found["curvature of the residual"].argmax()) == 0
     assert set(found) == {"score of the residual", "score of the residual, raw", *(
