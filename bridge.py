@@ -354,7 +354,7 @@ def main(argv):
         leaving = stop.poll()
         if leaving or done % cfg.save_every == 0 or done == cfg.steps:
             check_replicas([*params, *mean_net.parameters()], world)
-            run.save(done, clock, [net, mean_net], optimizers)
+            run.save(done, clock, [net, mean_net], optimizers, wait=done == cfg.steps)
         if leaving:
             run.leave(done)
     stop.done()

@@ -304,7 +304,7 @@ def main(argv):
                          cosine_by_layer=[c if math.isfinite(c) else None for c in cosines])
         leaving = stop.poll()
         if leaving or done % cfg.save_every == 0 or done == cfg.steps:
-            run.save(done, clock, *things, curve=curve)
+            run.save(done, clock, *things, wait=done == cfg.steps, curve=curve)
         if leaving:
             run.leave(done)
     stop.done()

@@ -151,7 +151,7 @@ def main(argv):
                 run.log(done, cfg.steps, val_loss=evaluate(lm, held_out[::4], world))
         leaving = stop.poll()
         if leaving or done % cfg.save_every == 0 or done == cfg.steps:
-            run.save(done, clock, [model], optimizers)
+            run.save(done, clock, [model], optimizers, wait=done == cfg.steps)
         if leaving:
             run.leave(done)
     stop.done()

@@ -311,7 +311,7 @@ def load(name, device, dtype, blocks=None, random_init=False):
     Raises UserError for a folder that is no model, an architecture that cannot be cut, damaged or missing weights."""
     from transformers import AutoModelForCausalLM
     config = read_config(name)
-    L = config.num_hidden_layers
+    L, blocks = config.num_hidden_layers, max(1, blocks or 0) if blocks is not None else None   # one block to look at
     if blocks is not None and blocks < L:
         for key, value in vars(config).items():                                # layer_types, no_rope_layers, ...
             if "layer" in key and isinstance(value, list) and len(value) == L:

@@ -28,7 +28,7 @@ DRAWS = {  # every purpose of a draw -> who draws it, and the rest of its key; a
     "count": "core/masked: mask counts (text)", "subset": "core/masked: masks of one count (text, call)",
     "controls": "circuits: random components ()",
     "cloze NAME": "core/zeroshot: questions ()",
-    "permutations": "core/stats ()", "resampled seeds": "studies/sweep ()", "shuffle": "studies/sweep: blocks ()",
+    "permutations": "core/stats ()", "resampled seeds": "studies/sweep ()",
     "resampled backbones": "studies/sweep ()", "permuted layers": "studies/sweep ()",
     "ceiling": "studies/interfaces: true tokens ()", "write": "studies/interfaces: noise of a text (row)",
     "write token": "studies/interfaces: tokens (position)",

@@ -267,7 +267,7 @@ class Run:
         self.log(step, steps, **values, **{"tok/s": speed}, **known, mem=memory_gib(device),
                  eta=round((steps - step) * seconds / step))
 
-    def save(self, step, clock, modules, optimizers, **more):
+    def save(self, step, clock, modules, optimizers, wait=False, **more):
         """state.pt: all that a step depends on. Data and noise are functions of the step: no generator is in it. Copied
         to the CPU here and written by a thread: training waits for the copy only, or for the save before this one."""
         self.saved()
@@ -278,6 +278,8 @@ class Run:
             on_cpu = self.world.device.type == "cpu"                              # from a GPU it is a copy anyway
             state = tree_map_only(torch.Tensor, lambda t: t.detach().to("cpu", copy=on_cpu), state)
             self.saving = ThreadPoolExecutor(1, "saving").submit(self.write, state)
+        if wait:                                                                  # before what may fail
+            self.saved()
 
     def write(self, state):
         with atomic(self.out / "state.pt") as temporary:

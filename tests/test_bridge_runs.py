@@ -162,7 +162,7 @@ def test_a_run_may_grow_where_its_schedule_is_constant(runs, tmp_path, capsys, t
 
 def test_the_state_is_saved_before_the_numbers_are_taken(runs, tmp_path, text, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(bridge, "measure", lambda *_: 1 / 0)
+        patch.setattr(bridge, "numbers", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             bridge.main(command(runs, text, tmp_path / "a", "--save_every", "999"))
     assert torch.load(tmp_path / "a" / "state.pt", weights_only=True)["step"] == 20
