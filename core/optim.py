@@ -30,11 +30,11 @@ def orthogonalize(G, steps=5):
     X = X / (torch.linalg.matrix_norm(X, keepdim=True) + 1e-7)
     if X.dtype == torch.float32 and 3 * X.shape[1] < 2 * X.shape[2]:        # where that is cheaper
         A, product = X @ X.mT, None                                          # (n, r, r)
-        for last in range(steps)[::-1]:
+        for left in range(steps)[::-1]:
             P = torch.baddbmm(A, A, A, beta=b, alpha=c)
             P.diagonal(dim1=1, dim2=2).add_(a)
             product = P if product is None else P @ product
-            A = P @ A @ P if last else None
+            A = P @ A @ P if left else None
         X = product @ X
     else:
         for _ in range(steps):

@@ -270,13 +270,13 @@ def eight_gpus(gpu, rank):
                          max_memory_allocated=lambda d=None: gpu.peaks[gpu.phase],
                          is_bf16_supported=lambda *_, **__: True,
                          is_current_stream_capturing=lambda: False, get_rng_state=lambda *_: torch.get_rng_state(),
-                         set_rng_state=lambda *_: None, Stream=Stream, Event=Stream, current_stream=Stream,
+                         set_rng_state=lambda *_: None, Stream=Stream, Event=Stream, current_stream=lambda *_: Stream(),
                          stream=lambda s: contextlib.nullcontext(), _exchange_device=lambda d: 0,
                          _maybe_exchange_device=lambda d: 0),
         torch._C: dict(_cuda_getDevice=lambda: 0, _cuda_setDevice=lambda d: None, _cuda_exchangeDevice=lambda d: 0,
                        _cuda_maybeExchangeDevice=lambda d: 0, _cuda_getCurrentRawStream=lambda d: 0),
         torch: dict(Stream=Stream, Event=Stream, save=lambda state, file: Path(file).touch()),
-        torch.accelerator: dict(current_stream=Stream), torch.Tensor: dict(record_stream=lambda *_: None),
+        torch.accelerator: dict(current_stream=lambda *_: Stream()), torch.Tensor: dict(record_stream=lambda *_: None),
         F: dict(scaled_dot_product_attention=attention(F.scaled_dot_product_attention)),
         torch.nn.Module: dict(compile=compiled, to=lambda module, *where, **how: module if any(
             map(on_gpu, module.parameters())) else to(module, *where, **how)),
@@ -323,17 +323,25 @@ def train(stage, argv, rank, tokens, patches):
     from core import backbone, optim, run
     gpu, marks, step_all = FakeGPU(), [], optim.step_all
 
+    def mark():
+        marks.append((len(gpu.waits), gpu.flops["train"]))
+
     def stepped(*args):
         with gpu.during("optimizer"):
             step_all(*args)
         gpu.step += 1
-        marks.append((len(gpu.waits), gpu.flops["train"]))
+        mark()
+
+    def before_the_loop(world, honest=stage.StopSignal):
+        mark()
+        return honest(world)
 
     with eight_gpus(gpu, rank) as stack, tempfile.TemporaryDirectory() as out:
         argv = [*argv, "--random_init", "--eval_batches", "8", "--eval_every", "100", "--log_every", "100"]
         with contextlib.redirect_stdout(sys.stderr):
             foretold = stage.main.__wrapped__([*argv, "--dry_run", "--out", f"{out}/run"])
-            patches = {**patches, (optim, "step_all"): stepped, (backbone, "load"): made_on_gpu(backbone.load),
+            patches = {**patches, (optim, "step_all"): stepped, (stage, "StopSignal"): before_the_loop,
+                       (backbone, "load"): made_on_gpu(backbone.load),
                        (data, "prefetch"): lambda make, keys: map(make, keys)}
             for (module, name), value in patches.items():
                 stack.enter_context(mock.patch.object(module, name, value))
@@ -357,7 +365,7 @@ def bridge_run(folder, rank, *flags):
                                                  (denoiser, "save"): lambda *_: None})
 
 
-def convert_run(folder, rank, *flags):
+def convert_run(folder, rank, *flags, validates=False):
     import data
     import repr_align
     from core import backbone
@@ -368,12 +376,13 @@ def convert_run(folder, rank, *flags):
 
         def windows(self, count):
             return super().windows(count, 0)
-    argv = ["--preset", "8b", "--model", folder, "--steps", "2", "--batch_size", "16", *flags]
+    argv = ["--preset", "8b", "--model", folder, "--steps", "1", "--batch_size", "16", *flags]
     return train(repr_align, argv, rank, 2 * 4096, {
         (backbone, "load_tokenizer"): lambda name: types.SimpleNamespace(mask_token_id=128255),
         (data, "shards_beside"): lambda *_: (None, None), (data, "Tokens"): Text,
         (repr_align, "publish"): lambda run, *_: setattr(run, "result", None),
-        (repr_align, "summary"): lambda result: ""})
+        (repr_align, "summary"): lambda result: "",
+        (repr_align, "validate"): repr_align.validate if validates else lambda *_: [0.0, 0.0]})
 
 
 def shallow(folder):
@@ -389,10 +398,10 @@ SCENES = {
     "bridge 6": lambda folder: bridge_run(folder, 0, "--layer", "6", "--steps", "3"),
     "bridge 6, rank 7": lambda folder: bridge_run(folder, 7, "--layer", "6", "--steps", "3", "--batch_size", "64"),
     "bridge 16, mix": lambda folder: bridge_run(folder, 0, "--layer", "16", "--visible", "mix", "--steps", "2"),
-    "convert": lambda folder: convert_run(folder, 0),
+    "convert, shallow": lambda folder: convert_run(shallow(folder), 0),
     "convert, sharded": lambda folder: convert_run(folder, 0, "--shard"),
-    "shallow, sharded": lambda folder: convert_run(shallow(folder), 0, "--shard"),
-    "shallow, sharded, rank 7": lambda folder: convert_run(shallow(folder), 7, "--shard"),
+    "convert, shallow, sharded": lambda folder: convert_run(shallow(folder), 0, "--shard", validates=True),
+    "convert, shallow, sharded, rank 7": lambda folder: convert_run(shallow(folder), 7, "--shard", validates=True),
 }
 
 if __name__ == "__main__":

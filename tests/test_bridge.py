@@ -170,6 +170,24 @@ def test_orthogonalize():
     for X in (G, G.mT):
         s = torch.linalg.svdvals(optim.orthogonalize(X))
         assert 0.6 < s.min() and s.max() < 1.3
+    # By r x r products alone, as wide matrices are done: the polynomial itself, on singular values over four decades.
+    X = torch.linalg.qr(torch.randn(40, 16, generator=torch.Generator().manual_seed(1)))[0] * torch.logspace(-4, 0, 16)
+    s = torch.logspace(-4, 0, 16, dtype=torch.float64)
+    s = s / s.norm()
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s ** 3 + 2.0315 * s ** 5
+    assert torch.allclose(torch.linalg.vector_norm(optim.orthogonalize(X[None])[0].double(), dim=0), s, rtol=1e-3)
+
+
+def test_the_matrices_are_shared_out():
+    params = list(net(blocks=6).blocks.parameters())
+    params = [p for p in params if p.ndim == 2 and len(p) > 6]
+    parts = list(optim.Muon(params, 0.1, world=common.World(1, 8, torch.device("cpu"))).parts(params))
+    assert sorted(id(p) for _, part in parts for p in part) == sorted(map(id, params))     # each exactly once
+    cost = [sum(p.numel() * min(p.shape) for rank, part in parts for p in part if rank == r) for r in range(8)]
+    assert max(cost) < 1.2 * sum(cost) / 8
+    alone = list(optim.Muon(params, 0.1).parts(params))
+    assert len(alone) == len({p.shape for p in params}) and {rank for rank, _ in alone} == {0}
 
 
 def test_every_parameter_has_exactly_one_optimizer():

@@ -225,7 +225,7 @@ def test_dry_run_at_8b_shape(family, layers, ffn, vocab, block, tmp_path, capsys
 
 
 def test_activation_formula_against_a_count():
-    """Bytes saved for backward, by hooks, against the 100 W a token and block of the dry run."""
+    """Bytes saved for backward, by hooks, against the 100 W a token and block of the dry run in fp32."""
     def saved(blocks, recompute=False):
         model, held = net(W=64, D=16, H=2, blocks=blocks), {}
         model.recompute = recompute
