@@ -276,7 +276,8 @@ def eight_gpus(gpu, rank):
         torch._C: dict(_cuda_getDevice=lambda: 0, _cuda_setDevice=lambda d: None, _cuda_exchangeDevice=lambda d: 0,
                        _cuda_maybeExchangeDevice=lambda d: 0, _cuda_getCurrentRawStream=lambda d: 0),
         backbone: dict(check=lambda lm: None, check_wide=lambda lm: None),       # fakes hold no numbers to compare
-        torch: dict(equal=lambda a, b: a.shape == b.shape, Stream=Stream, Event=Stream, save=lambda state, file: Path(file).touch()),
+        torch: dict(equal=lambda a, b: a.shape == b.shape, Stream=Stream, Event=Stream,
+                    save=lambda state, file: Path(file).touch()),
         torch.accelerator: dict(current_stream=lambda *_: Stream()), torch.Tensor: dict(record_stream=lambda *_: None),
         F: dict(scaled_dot_product_attention=attention(F.scaled_dot_product_attention)),
         torch.nn.Module: dict(compile=compiled, to=lambda module, *where, **how: module if any(
