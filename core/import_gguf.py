@@ -1,16 +1,11 @@
 """import_gguf.py: an ordinary Hugging Face folder, dequantised to fp32, of a GGUF file: a real model without a hub.
 
-    python -m studies.import_gguf --import_gguf smollm2.gguf --out out/smollm2     # 135M parameters: half a minute
+    python -m core.import_gguf --import_gguf smollm2.gguf --out out/smollm2     # 135M parameters: half a minute
     MODEL=out/smollm2 bash run_all.sh
 
 Needs two more packages: pip install gguf accelerate. The library's reader drops what it does not know, so a file whose
 rope scaling, head size, window or rotation speed would be lost is refused, as is one that lacks tensors.
 """
-import sys
-
-if not __package__:
-    print("error: start it as: python -m studies.import_gguf", file=sys.stderr)
-    raise SystemExit(2)
 import contextlib
 import io
 import os
