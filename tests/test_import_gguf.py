@@ -6,8 +6,7 @@ import pytest
 import torch
 from conftest import fails, tiny_model
 
-from core import backbone
-from studies import import_gguf
+from core import backbone, import_gguf
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("accelerate")

@@ -1,16 +1,11 @@
 """import_gguf.py: an ordinary Hugging Face folder, dequantised to fp32, of a GGUF file: a real model without a hub.
 
-    python -m studies.import_gguf --import_gguf smollm2.gguf --out out/smollm2     # 135M parameters: half a minute
+    python -m core.import_gguf --import_gguf smollm2.gguf --out out/smollm2     # 135M parameters: half a minute
     MODEL=out/smollm2 bash run_all.sh
 
 Needs two more packages: pip install gguf accelerate. The library's reader drops what it does not know, so a file whose
 rope scaling, head size, window or rotation speed would be lost is refused, as is one that lacks tensors.
 """
-import sys
-
-if not __package__:
-    print("error: start it as: python -m studies.import_gguf", file=sys.stderr)
-    raise SystemExit(2)
 import contextlib
 import io
 import os
@@ -92,14 +87,16 @@ def main(argv):
     if what:
         raise UserError(f"{file} would not be the same model: the library's reader does not get {what}")
     # The loaded model counts as quantised and refuses to be saved: its weights move into a fresh one.
-    config = {k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
+    config = {k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in model.config.to_dict().items()
+              if k not in ("quantization_config", "_name_or_path")}                    # a file's floats are fp32
     whole = type(model)(type(model.config)(**config))
     whole.load_state_dict(model.state_dict())
     backbone.check(backbone.Backbone(whole.eval()))
     apart = out.with_name(out.name + ".saving")
     shutil.rmtree(apart, ignore_errors=True)
-    whole.save_pretrained(apart)
-    tokenizer.save_pretrained(apart)
+    with backbone.quiet():
+        whole.save_pretrained(apart)
+        tokenizer.save_pretrained(apart)
     os.replace(apart, out)
     print(f"{out}: a {whole.config.model_type} of {whole.config.num_hidden_layers} blocks, {whole.num_parameters():,} "
           f"parameters; pass it as --model {out}")
