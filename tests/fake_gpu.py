@@ -318,9 +318,9 @@ def made_on_gpu(function):
     return made
 
 
-def train(stage, argv, rank, tokens, patches):
-    """Run stage.main(argv) as process `rank` of eight, `tokens` a step each. Returns what was noted (flops and waits of
-    the last step), and what --dry_run foretells."""
+def train(stage, argv, rank, tokens, validates, patches):
+    """Run stage.main(argv) as process `rank` of eight, `tokens` a step each; unless it `validates` that is left out, to
+    save time. Returns what was noted (flops and waits of the last step), and what --dry_run foretells."""
     import data
     from core import backbone, optim, run
     gpu, marks, step_all = FakeGPU(), [], optim.step_all
@@ -334,6 +334,19 @@ def train(stage, argv, rank, tokens, patches):
         gpu.step += 1
         mark()
 
+    def build(*args, honest=optim.build, **kwargs):
+        """With moments, as every step but the first one finds them."""
+        optimizers = honest(*args, **kwargs)
+        params = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+        with gpu.during("set-up"):
+            for p in params:
+                p.grad = torch.zeros_like(p)
+            for optimizer in optimizers:
+                optimizer.step()
+            for p in params:
+                p.grad = None
+        return optimizers
+
     def before_the_loop(world, honest=stage.StopSignal):
         mark()
         return honest(world)
@@ -343,8 +356,10 @@ def train(stage, argv, rank, tokens, patches):
         with contextlib.redirect_stdout(sys.stderr):
             foretold = stage.main.__wrapped__([*argv, "--dry_run", "--out", f"{out}/run"])
             patches = {**patches, (optim, "step_all"): stepped, (stage, "StopSignal"): before_the_loop,
-                       (backbone, "load"): made_on_gpu(backbone.load),
+                       (optim, "build"): build, (backbone, "load"): made_on_gpu(backbone.load),
                        (data, "prefetch"): lambda make, keys: map(make, keys)}
+            if not validates:
+                patches[stage, "validate"] = lambda *_: [0.0, 0.0]
             for (module, name), value in patches.items():
                 stack.enter_context(mock.patch.object(module, name, value))
             phases(gpu, stack, run.Run, save="save")
@@ -359,12 +374,12 @@ def train(stage, argv, rank, tokens, patches):
             "tokens": tokens, "collectives": gpu.collectives}
 
 
-def bridge_run(folder, rank, *flags):
+def bridge_run(folder, rank, *flags, validates=False):
     import bridge
     from core import denoiser
-    argv = ["--preset", "8b", "--model", folder, "--batch_size", "128", "--calibration", "8", *flags]
-    return train(bridge, argv, rank, 16 * 1024, {(bridge, "build"): made_on_gpu(bridge.build),
-                                                 (denoiser, "save"): lambda *_: None})
+    argv = ["--preset", "8b", "--model", folder, "--steps", "1", "--batch_size", "128", "--calibration", "8", *flags]
+    return train(bridge, argv, rank, 16 * 1024, validates, {
+        (bridge, "build"): made_on_gpu(bridge.build), (denoiser, "save"): lambda *_: None})
 
 
 def convert_run(folder, rank, *flags, validates=False):
@@ -379,12 +394,11 @@ def convert_run(folder, rank, *flags, validates=False):
         def windows(self, count):
             return super().windows(count, 0)
     argv = ["--preset", "8b", "--model", folder, "--steps", "1", "--batch_size", "16", *flags]
-    return train(repr_align, argv, rank, 2 * 4096, {
+    return train(repr_align, argv, rank, 2 * 4096, validates, {
         (backbone, "load_tokenizer"): lambda name: types.SimpleNamespace(mask_token_id=128255),
         (data, "shards_beside"): lambda *_: (None, None), (data, "Tokens"): Text,
         (repr_align, "publish"): lambda run, *_: setattr(run, "result", None),
-        (repr_align, "summary"): lambda result: "",
-        (repr_align, "validate"): repr_align.validate if validates else lambda *_: [0.0, 0.0]})
+        (repr_align, "summary"): lambda result: ""})
 
 
 def shallow(folder):
@@ -396,14 +410,16 @@ def shallow(folder):
     return str(other)
 
 
-SCENES = {
-    "bridge 6": lambda folder: bridge_run(folder, 0, "--layer", "6", "--steps", "3"),
-    "bridge 6, rank 7": lambda folder: bridge_run(folder, 7, "--layer", "6", "--steps", "3", "--batch_size", "64"),
-    "bridge 16, mix": lambda folder: bridge_run(folder, 0, "--layer", "16", "--visible", "mix", "--steps", "2"),
-    "convert, shallow": lambda folder: convert_run(shallow(folder), 0),
+FEW = ["--layer", "2", "--steps", "3", "--batch_size", "64"]
+SCENES = {  # name -> function of the folder. Three steps, validation and two ranks only where the models are small
+    "bridge 6": lambda folder: bridge_run(folder, 0, "--layer", "6"),
+    "bridge 16, mix": lambda folder: bridge_run(folder, 0, "--layer", "16", "--visible", "mix"),
+    "bridge 2": lambda folder: bridge_run(folder, 0, *FEW, validates=True),
+    "bridge 2, rank 7": lambda folder: bridge_run(folder, 7, *FEW, validates=True),
     "convert, sharded": lambda folder: convert_run(folder, 0, "--shard"),
-    "convert, shallow, sharded": lambda folder: convert_run(shallow(folder), 0, "--shard", validates=True),
-    "convert, shallow, sharded, rank 7": lambda folder: convert_run(shallow(folder), 7, "--shard", validates=True),
+    "convert 2": lambda folder: convert_run(shallow(folder), 0),
+    "convert 2, sharded": lambda folder: convert_run(shallow(folder), 0, "--shard", validates=True),
+    "convert 2, sharded, rank 7": lambda folder: convert_run(shallow(folder), 7, "--shard", validates=True),
 }
 
 if __name__ == "__main__":

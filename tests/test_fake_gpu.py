@@ -32,8 +32,7 @@ def test_memory_is_what_the_dry_run_foretells(found):
     for name in FULL:
         peaks, foretold = found[name]["peaks"], found[name]["foretold"]["peaks"]
         for phase in peaks.keys() & foretold.keys() - ({"optimizer"} if "sharded" in name else set()):
-            within = 0.25 if "sharded" in name else 0.1                          # there it is too careful
-            assert peaks[phase] == pytest.approx(foretold[phase], rel=within), (name, phase)
+            assert peaks[phase] == pytest.approx(foretold[phase], rel=0.1), (name, phase)
         assert peaks["save"] < peaks["train"], name                              # saving needs nothing of its own
     assert found["bridge 6"]["peaks"]["train"] < 35 and found["convert, sharded"]["peaks"]["train"] < 62
 
@@ -48,18 +47,18 @@ def test_flops_are_those_of_the_formula(found):
 @slow
 def test_the_host_waits_a_few_times_a_step(found):
     """Whatever the number of micro-batches: two of them here, four and twelve in the presets."""
-    for name in (*FULL, "convert, shallow"):
+    for name in (*FULL, "convert 2"):
         assert len(found[name]["waits"]) <= 4, (name, found[name]["waits"])
 
 
 @slow
 def test_nothing_is_compiled_again(found):
-    assert found["bridge 6"]["graphs"] and all(step < 2 for scene in found.values() for step in scene["graphs"])
+    assert found["bridge 2"]["graphs"] and all(step < 2 for scene in found.values() for step in scene["graphs"])
 
 
 @slow
 def test_all_processes_send_the_same_in_the_same_order(found):
     """Of the first and the last of eight; else a real group would hang. Rank 0 alone reports and writes."""
-    for name in ("bridge 6", "convert, shallow, sharded"):
+    for name in ("bridge 2", "convert 2, sharded"):
         first, last = found[name]["collectives"], found[f"{name}, rank 7"]["collectives"]
-        assert len(first) > 20 and first == last
+        assert len(first) > 30 and first == last
