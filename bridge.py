@@ -16,7 +16,7 @@ l the replaced layer, z the standardised h[l], c the standardised h[0].
 import copy
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -237,9 +237,9 @@ def keep_states(cfg, lm, train, layers, identity, world):
     return cache.States(cfg.cache_states, layers[-1])
 
 
-# ----------------------------------------------------------------------------------------------------- the report
 def measure_again(cfg, result, model, world, dtype, identity):
     """A finished run asked for with another sampler or other texts: its weights stay, its numbers are taken anew."""
+    world = replace(world, size=1)                                   # the others have left: nobody to wait for
     net, info = denoiser.load(cfg.out, world.device)
     _, _, held_out = texts(cfg, model, 0, world)
     run = Run(cfg, world, identity)

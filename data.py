@@ -304,7 +304,7 @@ class Tokens:
     def __init__(self, folder, split, seq_len, limit=0):
         meta = read_json(Path(folder) / "meta.json")
         self.ids = np.memmap(Path(folder) / f"{split}.bin", dtype=meta["dtype"], mode="r")[:limit or None]
-        self.sha256 = meta.get("sha256", {}).get(split)
+        self.sha256 = meta["sha256"][split]
         self.T, self.n = seq_len, (len(self.ids) - seq_len) // (seq_len + 1)
         if self.n < 1:
             raise UserError(f"the {split} split in {folder} has {len(self.ids)} tokens, fewer than two windows of "

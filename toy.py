@@ -120,7 +120,8 @@ def main(argv):
     train = data.Tokens(shards, "train", cfg.seq_len)
     held_out = data.Tokens(shards, "val", cfg.seq_len).windows(512)                                # (N, T+1)
     lm, params = Backbone(model), list(model.parameters())
-    optimizers = optim.build(model.named_parameters(), cfg.lr, cfg.lr_adam, cfg.weight_decay, inside="layers.")
+    optimizers = optim.build(model.named_parameters(), cfg.lr, cfg.lr_adam, cfg.weight_decay, inside="layers.",
+                             world=world)
     run = Run(cfg, world, {})
     state = run.resume([model], optimizers)
     run.say(f"training {size:,} parameters on a corpus of {meta['tokens']['train']:,} tokens")

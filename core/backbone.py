@@ -199,6 +199,10 @@ def refuse(lm, tests, **what):
             raise cannot(lm.config, reason + why, **what)
 
 
+def near(a, b):  # not equal: experts see other tokens beside a token, and a GPU may add in another order
+    return (a - b).abs().max() < max(1e-4, 16 * torch.finfo(a.dtype).eps) * b.abs().max().clamp_min(1)
+
+
 def check(lm):
     """Raise UserError, with the reason, unless on 16 random tokens the cut model is the model, bit for bit; a changed
     token changes no logit before it; and a cache, cut back once, gives what the whole text gives."""
@@ -211,9 +215,6 @@ def check(lm):
         h = lm.embed(ids[:, lo:hi], positions)
         side = lm.side(h, positions, cache=cache)
         return lm.head(lm.through(lm.through(h, 0, n // 2, side), n // 2, n, side))
-
-    def near(a, b):  # not equal: experts see other tokens beside a token, and a GPU may add in another order
-        return (a - b).abs().max() < max(1e-4, 16 * torch.finfo(a.dtype).eps) * b.abs().max().clamp_min(1)
 
     def cached():
         cache = DynamicCache()
@@ -238,6 +239,21 @@ def check_wide(lm):
     other = torch.cat([ids[:, :-1], (ids[:, -1:] + 1) % lm.V], 1)
     refuse(lm, {"its attention stays causal under a mask that shows everything":
                 lambda: (last(ids) != last(other)).any(-1).all()}, what="be made bidirectional")
+
+
+def check_copies(lm):
+    """Raise UserError unless a second copy of a text in one pass, each token of which sees itself and what is before it
+    in the first copy, has the first one's causal states: where a token stands must be its position, not its place."""
+    ids, positions, causal = tokens(lm)[:, :8].repeat(1, 2), torch.arange(8).repeat(2)[None], torch.ones(8, 8).tril()
+    see = torch.cat([torch.cat([causal, torch.zeros(8, 8)], 1), torch.cat([causal.tril(-1), torch.eye(8)], 1)]) > 0
+
+    def same():
+        where = positions.to(ids.device)
+        h = lm.embed(ids, where)
+        h = lm.through(h, 0, len(lm.blocks), lm.side(h, where, see=see[None, None].to(ids.device)))
+        return near(h[:, 8:], h[:, :8])
+    refuse(lm, {"it goes by a token's place in the pass, so two copies of a text in one differ": same},
+           what="be converted to blocks")
 
 
 def trim(cache, length):

@@ -94,7 +94,7 @@ def parse(Config, argv, doc="", presets=None, size=None):
         near = difflib.get_close_matches(name, [f.name for f in fields], n=1, cutoff=0.5)
         raise UserError(f"unknown argument {unknown[0]}; " + (f"did you mean --{near[0]}?" if near else "see --help"))
     if getattr(given, "preset", getattr(Config, "preset", None)) == "auto":
-        given.preset = size(Config(**vars(given))) if size else "toy"
+        given.preset = size(Config(**vars(given)))
     cfg = Config(**{**(presets or {}).get(getattr(given, "preset", None), {}), **vars(given)})
     for f in fields:
         value = getattr(cfg, f.name)

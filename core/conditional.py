@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from core import optim
-from core.denoiser import Bridge, Moments
+from core.denoiser import Bridge, Moments, ridge
 
 BATCH, SHARE, WIDTH = 8, 1e-3, 64        # rows a pass; ridge, as a share of the mean eigenvalue; of a probe
 GUESSES = {  # name -> guess of z (B, T, D) from what `fit` knows of the layer, c (B, T, D) and ids (B, T)
@@ -101,9 +101,8 @@ def solve(lm, known, train, wanted, skip):
             z = z[:, skip:].flatten(0, 1)                                            # (n, D)
             cross[layer] += one.T @ z
             total[layer].index_add_(0, some, z)
-    ridge = gram + SHARE * gram.diagonal().mean() * torch.eye(D + 1, dtype=torch.float64, device=device)
     for layer, at in known.items():
-        at.weights, at.place = torch.linalg.solve(ridge, cross[layer]).float(), place
+        at.weights, at.place = ridge(gram, cross[layer], SHARE).float(), place
         middle = (cross[layer][-1] / gram[-1, -1]).float()                           # a pseudo-count at the mean state
         at.mean = (total[layer] + middle) / (count + 1)
 

@@ -140,7 +140,13 @@ class Bridge(nn.Module):
         return z * self.sigma_z + self.mu_z
 
 
-RIDGE = 0.01  # of the mean eigenvalue of c's second moments, added to all of them
+RIDGE = 0.01  # share of the ridge that a bridge starts from
+
+
+def ridge(gram, cross, share):
+    """Weights (C, D) of the ridge regression with these second moments, gram (C, C) of the inputs and cross (C, D) with
+    the outputs; `share` of the mean eigenvalue is added to every one."""
+    return torch.linalg.solve(gram + share * gram.diagonal().mean() * torch.eye(len(gram)).to(gram), cross)
 
 
 # ------------------------------------------------------------------------------------------- target, condition
@@ -192,8 +198,7 @@ def calibrate(lm, net, rows, layer, skip):
         for ids in rows.split(8):
             z, c = (part[:, skip:].flatten(0, 1).double() for part in targets(lm, net, ids, layer))     # (n, D) each
             cc, cz = cc + c.T @ c, cz + c.T @ z
-        cc.diagonal().add_(RIDGE * cc.diagonal().mean())
-        net.ridge.copy_(torch.linalg.solve(cc, cz).T)
+        net.ridge.copy_(ridge(cc, cz, RIDGE).T)
 
 
 # ------------------------------------------------------------------------------------------------------- its files

@@ -118,9 +118,13 @@ def verdicts(result):
     """Lines: ours against every rival at no more calls, log gen-PPL at real entropy, paired over seeds."""
     for name, group in reached(ours(result)):
         for other, theirs in reached(rivals(result, group[0])):
-            a, b = ([math.log(r["matched"]) for r in g] for g in (group, theirs))
-            b = b if len(a) == len(b) else [statistics.mean(b)] * len(a)
-            yield f"- {name} against {other}: {verdict(paired(a, b), MARGIN, 'nats a token')}."
+            yield f"- {name} against {other}: {against(group, theirs)}."
+
+
+def against(group, theirs):
+    """The verdict on two methods' rows, seed by seed where both have as many."""
+    a, b = ([math.log(r["matched"]) for r in g] for g in (group, theirs))
+    return verdict(paired(a, b if len(a) == len(b) else [statistics.mean(b)] * len(a)), MARGIN, "nats a token")
 
 
 def headline(result):
@@ -129,7 +133,8 @@ def headline(result):
         end = f"real text {result['real']['gen_ppl']:.0f}"
         for other, theirs in reached(rivals(result, group[0]))[:1]:
             return [[f"gen-PPL at real entropy, {name}; best rival at no more calls, {other}",
-                     f"{matched(group)}, rival {matched(theirs)}, {end}"]]
+                     f"{against(group, theirs).split(' (')[0].split(' by ')[0]}: {matched(group)}, rival "
+                     f"{matched(theirs)}, {end}"]]
         return [[f"gen-PPL at real entropy, {name}", f"{matched(group)}, {end}"]]
     return [["text drawn in hidden space", "never at real text's entropy"]]
 

@@ -32,7 +32,7 @@ class Student(nn.Module):
 
     def __init__(self, lm, mask_id, arm=BIDIRECTIONAL):
         super().__init__()
-        backbone.check_wide(lm)
+        (backbone.check_copies if arm.attention == "block" else backbone.check_wide)(lm)
         self.lm, self.mask_id, self.arm = lm, mask_id, arm
         self.shift = nn.Parameter(torch.zeros(lm.D, device=lm.model.device))
 

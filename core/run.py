@@ -292,8 +292,12 @@ class Run:
 
     def saved(self):
         """Wait until state.pt is written; an error of that thread is raised here."""
-        if self.saving:
-            self.saving = self.saving.result()
+        future, self.saving = self.saving, None
+        try:
+            if future:
+                future.result()
+        finally:
+            del future                             # else its error would hold this run, and so the folder's lock
 
     def resume(self, modules, optimizers):
         """Load state.pt, if there is one, into the modules and optimizers. Returns the state: step, seconds, ..."""

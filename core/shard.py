@@ -110,17 +110,18 @@ def report_size(cfg, config, world, micro, dtype):
     inside = sum(p.numel() for p in lm.blocks.parameters())
     outside = sum(p.numel() for p in lm.parameters()) - inside
     ways = (world.size if world.size > 1 else 8) if cfg.shard else 1
+    copies, teacher = (2 if cfg.context != "noisy" else 1), cfg.align_weight + cfg.distill > 0
     tokens = micro * cfg.seq_len
     wide = getattr(config, "intermediate_size", 4 * lm.D)
     moments = 4 if cfg.lr > 0 and not cfg.shard else 8                      # bytes: Muon keeps one, AdamW two
     gb = {"student": 4 * (inside / ways + outside), "gradients": 4 * inside / ways,
           "optimizer": moments * inside / ways,
-          "teacher": dtype.itemsize * (inside / ways + outside) * (cfg.align_weight > 0),
+          "teacher": dtype.itemsize * (inside / ways + outside) * teacher,
           "gathered blocks": dtype.itemsize * 2 * inside / lm.L * (ways > 1),
           "copies for autocast": dtype.itemsize * inside * (ways == 1 and dtype != torch.float32),
-          "activations": tokens * lm.L * (16 * lm.D + 4 * wide) * dtype.itemsize,  # saved for backward, a rough count
+          "activations": copies * tokens * lm.L * (16 * lm.D + 4 * wide) * dtype.itemsize,   # for backward, roughly
           "logits": 13 * tokens * lm.V}                                            # as if every token were masked
-    total, flops = sum(gb.values()) / 1e9, flops_per_token(lm, cfg.seq_len, cfg.align_weight > 0)
+    total, flops = sum(gb.values()) / 1e9, flops_per_token(lm, cfg.seq_len, teacher, copies)
     parts = ", ".join(f"{k} {v / 1e9:.2f}" for k, v in gb.items())
     print(f"{inside + outside:,} parameters, {inside:,} of them in {lm.L} blocks; {flops:.3e} FLOPs a token\n"
           f"GB on one GPU, {ways}-way shards: {parts}; together {total:.1f}, which "

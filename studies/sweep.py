@@ -283,10 +283,12 @@ def findings(result):
     good = [n for n, of in every.items() if of["p"] < 0.05]
     yield (f"{len(good)} of {len(every)} predictors order the layers better than chance, corrected for their "
            f"number; depth alone {'does' if '-layer' in good else 'does not'}.")
-    for error, name in ERRORS.items():
-        words = [verdict(paired(r[error], [r["untrained"]["token mean"][error]] * own["seeds"])).split(" ")[0]
-                 for r in own["layers"]]
-        yield (f"On {first} a bridge's {name} against that of a table of token means with equal data: " + ", ".join(
+    controls = {"regression, the same network, steps and data": lambda r, error: r["regression_" + error],
+                "a table of token means with equal data": lambda r, error: [
+                    r["untrained"]["token mean"][error]] * own["seeds"]}
+    for (control, theirs), (error, name) in itertools.product(controls.items(), ERRORS.items()):
+        words = [verdict(paired(r[error], theirs(r, error))).split(" ")[0] for r in own["layers"]]
+        yield (f"On {first} a diffusion bridge's {name} against that of {control}, {own['seeds']} seeds: " + ", ".join(
             f"{w.replace('not', 'not known')} at {words.count(w)}" for w in dict.fromkeys(words))
                + f" of {len(words)} layers.")
 

@@ -62,7 +62,9 @@ FAMILIES = {  # name -> (config class, what it adds); every windowed family has 
 CAUSAL_ONLY = ["bloom", "gpt_neo"]  # no mask makes their attention bidirectional
 FEW = ["qwen3", "gemma3", "gpt2", "falcon", "mixtral"]  # windows; soft caps; learned positions; tuples; experts
 MOST = [pytest.param(f, marks=[] if f in FEW else slow) for f in FAMILIES]              # for tests that are not cheap
+BY_PLACE = ["mpt"]                     # ALiBi by a key's place in the pass: two copies of a text in one differ
 CONVERTIBLE = [p for p in MOST if p.values[0] not in CAUSAL_ONLY]
+OF_BLOCKS = [p for p in CONVERTIBLE if p.values[0] not in BY_PLACE]
 
 
 def tiny_model(family, seed=0, **changes):

@@ -148,6 +148,19 @@ def test_a_finished_run_is_measured_again_when_asked(runs, tmp_path, text):
     assert bridge.main(command(runs, text, tmp_path / "a"))["nfe"] == first["nfe"]
 
 
+@slow
+def test_two_processes_measure_a_finished_run_again(runs, tmp_path, text):
+    """The first one alone takes the numbers; the other neither waits nor is waited for."""
+    bridge.main(command(runs, text, tmp_path / "a"))
+    alone = bridge.main(command(runs, text, tmp_path / "a", "--nfe", "3"))
+    bridge.main(command(runs, text, tmp_path / "a"))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                           "bridge.py", *command(runs, text, tmp_path / "a", "--nfe", "3")], cwd=ROOT,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "a" / "result.json").read_text())["nfe"]["3"] == alone["nfe"]["3"]
+
+
 def test_a_run_may_grow_where_its_schedule_is_constant(runs, tmp_path, capsys, text):
     flat = ["--cooldown", "0", "--keep_state"]
     bridge.main(command(runs, text, tmp_path / "straight", *flat))

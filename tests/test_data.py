@@ -22,7 +22,8 @@ def write(folder, meta_tokens, ids):
         np.asarray(ids, np.uint16).tofile(folder / f"{split}.bin")
     (folder / "meta.json").write_text(json.dumps({
         "tokens": {"train": meta_tokens, "val": meta_tokens}, "bytes": {"train": 1, "val": 1}, "dtype": "uint16",
-        "tokenizer": "x", "vocab_size": 9, "source": {"kind": "text"}, "max_tokens": 0}))
+        "tokenizer": "x", "vocab_size": 9, "sha256": {"train": "t", "val": "v"}, "source": {"kind": "text"},
+        "max_tokens": 0}))
 
 
 def test_shards_hold_the_text(runs, text):

@@ -1,12 +1,13 @@
 """What works in which family, tried with random weights: `python tests/test_families.py` prints it as a table."""
 import pytest
 import torch
-from conftest import CAUSAL_ONLY, FAMILIES, randomise, tiny_model
+from conftest import BY_PLACE, CAUSAL_ONLY, FAMILIES, randomise, tiny_model
 from transformers import DynamicCache
 
 from core import backbone, denoiser
 from core.attribution import ADDS_UP, Subject
 from core.common import UserError
+from core.conversion import Arm
 from core.hybrid_lm import HybridConfig, HybridForCausalLM
 from core.masked import Student
 
@@ -23,7 +24,8 @@ def hybrid(lm):
         raise UserError("its cached logits differ")
 
 
-STAGES = {"cut at a layer": backbone.check, "converted": lambda lm: Student(lm, 63), "circuits": Subject,
+STAGES = {"cut at a layer": backbone.check, "converted": lambda lm: Student(lm, 63),
+          "to blocks": lambda lm: Student(lm, 63, Arm("block")), "circuits": Subject,
           "hybrid": hybrid}             # the last one: it takes the lower blocks away
 
 
@@ -45,7 +47,8 @@ def test_what_works(family):
     kind, found = tiny_model(family).config.model_type, works(family)
     refused = {what for what, said in found.items() if said != "yes"}
     assert ("converted" in refused) == (family in CAUSAL_ONLY) and ("circuits" in refused) == (kind not in ADDS_UP)
-    assert refused <= {"converted", "circuits"}, found
+    assert ("to blocks" in refused) == (family in CAUSAL_ONLY + BY_PLACE)
+    assert refused <= {"converted", "to blocks", "circuits"}, found
     assert all(kind in found[what] for what in refused)                        # by name
 
 

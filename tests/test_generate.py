@@ -289,7 +289,7 @@ def test_the_product_of_two_experts_is_the_posterior():
 def test_the_token_prior(tmp_path):
     ids = np.arange(512, dtype=np.uint16) % 4                                  # every one of 0..3 equally often
     (tmp_path / "train.bin").write_bytes(ids.tobytes())
-    (tmp_path / "meta.json").write_text('{"dtype": "uint16"}')
+    (tmp_path / "meta.json").write_text('{"dtype": "uint16", "sha256": {"train": "t"}}')
     p = hybrid.token_prior(tmp_path, 6).exp()                                  # 3 windows of 128 fit
     assert p.tolist() == pytest.approx([97 / 390] * 4 + [1 / 390] * 2) and p.sum().item() == pytest.approx(1)
 
@@ -347,8 +347,9 @@ def test_the_report_takes_whatever_is_there(tmp_path):
     lines = list(frontier.verdicts(found))
     assert len(lines) == 1 and lines[0].startswith("- blocks against telepathy: ahead by 0.699 nats a token (95% [")
     values = [value for _, value in frontier.headline(found)]
-    assert values == ["8.2 +- 0.2, rival 16.5 +- 0.5, real text 4"]
+    assert values == ["ahead: 8.2 +- 0.2, rival 16.5 +- 0.5, real text 4"]
     found["rows"] = [r for r in found["rows"] if r["seed"] == 0]
+    assert frontier.headline(found)[0][1].startswith("not known: 8.0, rival 16.0")
     assert "not known (n = 1" in next(frontier.verdicts(found))
     frontier.figure(found, tmp_path / "f.png")
     assert (tmp_path / "f.png").stat().st_size > 5000

@@ -99,7 +99,8 @@ def test_every_launch_line_parses(monkeypatch):
                                      text, re.M):
             module = importlib.import_module(name.removesuffix(".py").removeprefix("-m "))
             argv = re.findall(r"--\w+|\"[^\"]*\"|\S+", rest)
-            cfg = common.parse(module.Config, [a.strip('"') for a in argv], "", getattr(module, "PRESETS", None))
+            cfg = common.parse(module.Config, [a.strip('"') for a in argv], "", getattr(module, "PRESETS", None),
+                               lambda cfg: "toy")
             assert cfg is not None
             seen += 1
     assert seen >= 20
@@ -125,12 +126,15 @@ def test_an_unknown_flag_names_the_nearest(name, capsys):
 
 def test_flags_and_presets(capsys):
     import bridge
-    cfg = common.parse(bridge.Config, ["--preset", "tiny", "--batch-size", "2", "--no-compile"], "", bridge.PRESETS)
+    known = "", bridge.PRESETS, lambda cfg: "135m"
+    cfg = common.parse(bridge.Config, ["--preset", "tiny", "--batch-size", "2", "--no-compile"], *known)
     assert (cfg.steps, cfg.batch_size, cfg.compile) == (20, 2, False)           # preset, flag over preset, default
+    cfg = common.parse(bridge.Config, [], *known)                 # auto: by the size
+    assert (cfg.preset, cfg.steps, cfg.head_start) == ("135m", 300, "ridge")
     with pytest.raises(common.UserError, match="at least 1"):
-        common.parse(bridge.Config, ["--steps", "0"], "", bridge.PRESETS)
+        common.parse(bridge.Config, ["--steps", "0"], *known)
     with pytest.raises(common.UserError, match="finite"):
-        common.parse(bridge.Config, ["--lr", "nan"], "", bridge.PRESETS)
+        common.parse(bridge.Config, ["--lr", "nan"], *known)
 
 
 def test_draws_depend_on_every_part_of_the_key():
@@ -285,6 +289,7 @@ def test_the_readme_states_the_published_numbers():
     readme = (ROOT / "README.md").read_text()
     assert evaluate.fill_markers(readme, evaluate.readme_blocks(ROOT)) == readme
     assert set(published["table"]) == set(evaluate.FIRST)
+    assert all(len(value) <= 60 for _, _, value in published["headlines"])
     assert (ROOT / "results" / "toy" / "figure.png").stat().st_size > 20_000
 
 

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import CONVERTIBLE, ROOT, fails, tiny_model
+from conftest import CONVERTIBLE, OF_BLOCKS, ROOT, fails, tiny_model
 from transformers import DynamicCache
 
 import repr_align
@@ -152,7 +152,7 @@ def test_an_order_is_a_function_and_a_line(monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------------- block models
-@pytest.mark.parametrize("family", CONVERTIBLE)
+@pytest.mark.parametrize("family", OF_BLOCKS)
 @torch.no_grad()
 def test_cached_blocks_equal_recomputed_ones(family):
     """A block's predictors on the cache, its finished neighbours read by the same call, against one pass over all; with

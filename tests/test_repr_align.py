@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CONVERTIBLE, FEW, fails, tiny_model
+from conftest import FEW, OF_BLOCKS, fails, tiny_model
 
 import repr_align
 from core import backbone, conversion, report, run
@@ -108,7 +108,7 @@ def test_who_sees_whom_by_hand():
         assert predictors(4, 2, context, shift).tolist() == want
 
 
-@pytest.mark.parametrize("family", CONVERTIBLE)
+@pytest.mark.parametrize("family", OF_BLOCKS)
 @torch.no_grad()
 def test_nothing_leaks(family):
     """What predicts a block knows neither the block's own masked tokens, which the clean copy holds, nor later ones."""
@@ -131,7 +131,7 @@ def test_nothing_leaks(family):
             assert torch.equal(earlier[:, 4:], want[:, 4:]) != known
 
 
-@pytest.mark.parametrize("family", CONVERTIBLE)
+@pytest.mark.parametrize("family", OF_BLOCKS)
 @torch.no_grad()
 def test_blocks_of_one_after_clean_text_are_the_ar_model(family):
     """The predictor of a block's first token is the clean state before it; windows of 8 are kept."""

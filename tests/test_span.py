@@ -78,17 +78,19 @@ def test_verdicts_and_words():
             "S = 1", "used", "tempered", "jointly", "x_P")}, "texts": [[nats, nats + 0.002]] * 3}
     nats = {"sampled states": 5.0, "mean state": 5.2, span.AVERAGED: 5.0, "sampled states, readout": 5.5,
             "mean state, readout": 4.9}
-    rows = [{"layer": None, "name": "unigrams", "values": {"used": [6.0], "S = 1": [6.0]}, "texts": [[6.0, 6.0]]},
+    rows = [{"layer": None, "name": "unigrams", "values": {"used": [6.0], "S = 1": [6.0], "tempered": [5.004]},
+             "texts": [[6.0, 6.0]]},
             *(row(name, value) for name, value in nats.items())]
     verdicts = span.compare(rows, 0.01)
     assert verdicts[0][1:4] == ["sampled states", "mean state", "used"] and "ahead by 0.2 nats" in verdicts[0][4]
     assert "2 texts" in verdicts[0][5] and "ties within 0.01" in verdicts[3][4] and "behind by 0.6" in verdicts[4][4]
+    assert [v[4].split(" (")[0] for v in verdicts if v[2] == "unigrams"] == ["ahead by 1 nats", "ties within 0.01 nats"]
     asked = {"hidden": 16, "prefix": 64, "seeds": 3, "nfe": 8, "margin": 0.01}
     text = span.section({"measured": asked, "blocks": 2, "steps": 1, "batch_size": 8, "seed": 0, "judged": 2,
                          "rows": rows, "verdicts": verdicts})
-    assert text.startswith("## ") and "| - | unigrams | 6.000 | - |" in text
+    assert text.startswith("## ") and "| - | unigrams | 6.000 | 5.004 | - |" in text
     (what, value), = span.headline(span.Config(), verdicts)
-    assert value == "ahead by 0.2 nats" and "layer 2" in what
+    assert value == "ahead by 0.2 nats" and "layer 2" in what and "both tempered" in what
 
 
 @slow
