@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The full study behind the report, after run_all.sh: every layer with three seeds, more backbones, the interfaces,
-# diffusion against regression where nothing is hidden and where something is. About 80 minutes on two cores; run it
-# again and it resumes, or prints what is finished.
+# diffusion against regression where nothing is hidden and where something is. More than an hour on two cores (never
+# timed whole); run it again and it resumes, or prints what is finished.
 #
 #   bash studies/all.sh
 #   DATA=notes/ OUT=out/notes bash studies/all.sh                           # the same two settings as run_all.sh
