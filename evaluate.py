@@ -31,7 +31,7 @@ from core.stats import paired, verdict
 
 @dataclass
 class Config:
-    preset: Literal["tiny", "toy"] = "toy"  # tiny: seconds, for tests
+    preset: Literal["auto", "tiny", "toy", "135m"] = "auto"  # auto: by the backbone's size
     runs: str = "out"           # folder that holds the stages' runs
     out: str = "out/evaluate"   # folder of the report
     text: str = ""              # a text file to judge beside the held-out text
@@ -53,7 +53,8 @@ class Config:
                 "limit", "margin", "seed")  # the report is made anew whenever it is asked for
 
 
-PRESETS = {"tiny": dict(texts=3, calls=4, cloze=4, repeats=1, new=4)}
+PRESETS = {"tiny": dict(texts=3, calls=4, cloze=4, repeats=1, new=4),
+           "135m": dict(texts=8, calls=4, cloze=16, repeats=1, new=32)}
 STAGES = {  # folder under --runs, in reading order -> the command that makes it
     "toy": "python toy.py --out {out}", "geometry": "python geometry.py --out {out}",
     "bridge": "python bridge.py --out {out}", "regression": "python bridge.py --objective regression --out {out}",
@@ -324,7 +325,7 @@ def publish(run, name):
 
 @entry
 def main(argv):
-    cfg = parse(Config, argv, __doc__, PRESETS)
+    cfg = parse(Config, argv, __doc__, PRESETS, lambda cfg: backbone.preset_of(f"{cfg.runs}/bridge", cfg.out))
     runs, out = Path(cfg.runs), Path(cfg.out)
     if cfg.dry_run:
         print("\n".join(f"reads {cfg.runs}/{stage}/section.md" for stage in STAGES))
