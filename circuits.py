@@ -165,6 +165,13 @@ def verdicts(result):
                    + (" (in this one twin: another training may differ)" if seeds == 1 else ""))
 
 
+def who_solves(result):
+    """One sentence: the share of prompts that each trained model answers, task by task."""
+    trained = [n for n in result["subjects"] if n != UNTRAINED]
+    rates = {name: " / ".join(f"{found['solved'][n]:.0%}" for n in trained) for name, found in result["tasks"].items()}
+    return f"share solved by {' / '.join(trained)}: {'; '.join(f'{name} {rate}' for name, rate in rates.items())}"
+
+
 def said(values):
     return plus_minus(values, ".2f") if values else None
 
@@ -199,9 +206,10 @@ def section(result):
         f"{chance(k, result['edges']):.3f} by chance. The last columns: share of prompts still solved without some "
         "components." if any(found["usable"] for found in tasks.values()) else
         "No task is solved often enough by the AR model and a twin.", "",
-        report.table(["task", "model", "overlap with AR", "chance-adjusted", "itself, other prompts", "other seed",
-                      "mean block (0: embedding)", "Gini", "left without the AR model's 3 strongest",
-                      "without 3 random", "without 3 matched"], circuit_rows(result)), "",
+        *([report.table(["task", "model", "overlap with AR", "chance-adjusted", "itself, other prompts", "other seed",
+                         "mean block (0: embedding)", "Gini", "left without the AR model's 3 strongest",
+                         "without 3 random", "without 3 matched"], rows), ""] if (rows := list(circuit_rows(result)))
+          else []),
         *(f"- {line}" for line in result["verdicts"]), "",
         "![overlap with the AR model, and depth of attribution](circuits.png)", ""])
 
@@ -301,7 +309,7 @@ def main(argv):
               "senders": graph.senders, "receivers": graph.receivers, "resamples": cfg.resamples,
               "ig_steps": cfg.ig_steps}
     result |= {"verdicts": list(verdicts(result)), "headline": headline(result)}
-    result["findings"] = [line for line in result["verdicts"] if "not analysed" not in line]
+    result["findings"] = [who_solves(result), *(v for v in result["verdicts"] if "not analysed" not in v)]
     with atomic(run.out / "scores.safetensors") as temporary:
         save_file({"/".join(map(str, key)): value for key, value in scores.items()}, temporary)
     figure(result, run.out / "circuits.png")

@@ -66,7 +66,7 @@ STAGES = {  # folder under --runs, in reading order -> the command that makes it
 # the README's first table: the first headline of the first run of each that is there (several seeds before one)
 FIRST = {"LOCATE": ("geometry",), "REPLACE": ("bridge",),
          "GENERATE": ("generate_seeds/equal", "generate_seeds/all", "generate"), "CONVERT": ("repr_align/w10",),
-         "COMPARE": ("tasks/circuits",)}
+         "COMPARE": ("tasks/circuits_aligned", "tasks/circuits")}
 ARMS = {("bridge", "regression"): ("layer", "steps", "tokens", "parameters", "seed", "eval_sequences"),
         ("repr_align/w0", "repr_align/w10"): ("steps", "seed", "eval_sequences")}   # what two compared runs share,
 SAME = ("data", "skip", "calibration", "batch_size", "seq_len", "train_tokens")     # and which of their flags
@@ -291,9 +291,17 @@ def fill_markers(text, blocks):
     return text
 
 
+def first_of_each(findings, most=2):
+    """The first findings of each run: they open with its name in bold."""
+    groups = {}
+    for line in findings:
+        groups.setdefault(line.split("**")[1], []).append(line)
+    return [line for group in groups.values() for line in group[:most]]
+
+
 def readme_blocks(root):
-    """What --publish writes into the README: the first table and the findings of every results/NAME, files with their
-    lines, lines by folder."""
+    """What --publish writes into the README: the first table and the first findings of every results/NAME, files with
+    their lines, lines by folder."""
     found = {f.parent.name: read_json(f) for f in sorted(root.glob("results/*/result.json"))}
     found = {**{"toy": found.get("toy")}, **found} if "toy" in found else found      # the default comes first
     def lines(folder):
@@ -305,8 +313,9 @@ def readme_blocks(root):
         reading.append([f"`{stage}.py`", len(text.splitlines()), idea])
     return {"results": report.table(["stage", *found], [
                 [stage, *(of["table"].get(stage) for of in found.values())] for stage in FIRST]),
-            "findings": "\n\n".join(f"On {name}:\n\n" + "\n".join(f"- {line}" for line in of["findings"])
-                                    for name, of in found.items()),
+            "findings": "\n\n".join(
+                f"On {name} (all of them, with their tables: results/{name}/report.md):\n\n"
+                + "\n".join(f"- {line}" for line in first_of_each(of["findings"])) for name, of in found.items()),
             "reading": report.table(["stage", "lines", "the one idea"], reading),
             "sizes": f"{lines('.'):,} lines in the nine stages, {lines('core'):,} in `core/` (what they share), "
                      f"{lines('studies'):,} in `studies/` (questions asked with them), {lines('tests'):,} in `tests/`."}

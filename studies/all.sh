@@ -5,7 +5,8 @@
 #
 #   bash studies/all.sh
 #   DATA=notes/ OUT=out/notes bash studies/all.sh                           # the same two settings as run_all.sh
-#   python -m studies.ablate --study regression --steps 200                 # half an hour more: regression's own controls
+#   JUDGE=HuggingFaceTB/SmolLM2-135M bash studies/all.sh                    # gen-PPL by a second judge as well
+#   python -m studies.ablate --study regression --steps 200                 # half an hour more: regression's controls
 set -euo pipefail
 DATA=${DATA:-stdlib} OUT=$(realpath -m "${OUT:-out}")
 [ -e "$DATA" ] && DATA=$(realpath "$DATA")
@@ -20,8 +21,8 @@ study() {  # study "what it asks and how long it takes" name flags...
 printf '\n=== GENERATE and its twin with three training seeds (10 min)\n'
 bridges="$OUT/blocks" twins=""   # both at 400 steps of 8 x 128 tokens; the default run's twin has had 120 only
 for seed in 0 1 2; do
-    python repr_align.py --model "$OUT/toy" --data "$DATA" --align_weight 0 --batch_size 8 --steps 400 --eval_every 100 \
-        --seed $seed --out "$OUT/generate_seeds/twin400_$seed"
+    python repr_align.py --model "$OUT/toy" --data "$DATA" --align_weight 0 --batch_size 8 --steps 400 \
+        --eval_every 100 --seed $seed --out "$OUT/generate_seeds/twin400_$seed"
     twins+="${twins:+,}$OUT/generate_seeds/twin400_$seed"
     [ $seed = 0 ] && continue
     python bridge.py --model "$OUT/toy" --data "$DATA" --layer 2 --visible mix --bidirectional --self_condition \
@@ -29,7 +30,13 @@ for seed in 0 1 2; do
         --seed $seed --out "$OUT/generate_seeds/blocks_$seed"
     bridges+=",$OUT/generate_seeds/blocks_$seed"
 done
-python generate.py --data "$DATA" --bridges "$bridges" --twin "$twins" --out "$OUT/generate_seeds/equal"
+python generate.py --data "$DATA" --bridges "$bridges" --twin "$twins" --texts 64 ${JUDGE:+--second_judge "$JUDGE"} \
+    --out "$OUT/generate_seeds/equal"
+printf '\n=== COMPARE: what an aligned twin solves, and by which circuits (2 min)\n'
+python repr_align.py --data "$DATA" --align_weight 10 --seq_len 64 --steps 500 --eval_every 250 --eval_batches 16 \
+    --out "$OUT/tasks/repr_align/w10"
+python circuits.py --model "$OUT/tasks/toy" --twins "$OUT/tasks/repr_align/w0,$OUT/tasks/repr_align/w10" \
+    --out "$OUT/tasks/circuits_aligned"
 study "Where can diffusion win? Tokens that are hidden (8 min)" span --out "$OUT/span"
 study "The score against depth, and diffusion against regression, at every layer (45 min)" \
     sweep --pool --steps 200 --eval_batches 256 --out "$OUT/sweep"
