@@ -189,11 +189,14 @@ def asked(cfg):
 
 def cost(cfg, info, L):
     """(network calls one after another, passes of a new token through any transformer block) of drawing the new tokens
-    with the bridge of this bridge.json; the prefix, encoded once by every method, is left out."""
+    with the bridge of this bridge.json. A finished block is encoded for the next one by as many calls as a denoising
+    has; the prefix, encoded once by every method, is left out."""
     from hybrid import again
     first, turns = (cfg.nfe, cfg.refinements) if info["objective"] == "diffusion" else (info.get("loops", 1), 0)
-    calls = first + turns * (1 + again(first, cfg.back))
-    return calls * -(-cfg.new // cfg.block_size), calls * info["blocks"] + (turns + 1) * (L - info["layer"])
+    calls, count = first + turns * (1 + again(first, cfg.back)), -(-cfg.new // cfg.block_size)
+    encoded = 1 - 1 / count                                                           # share of the tokens
+    return calls * count + first * (count - 1), round(calls * info["blocks"] + (turns + 1) * (L - info["layer"])
+                                                      + encoded * (first * info["blocks"] + L - info["layer"]))
 
 
 # -------------------------------------------------------------------------------------------------------- report

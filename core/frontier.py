@@ -129,10 +129,10 @@ def against(group, theirs):
 
 def headline(result):
     """[[what, value]]: ours at its best beside the best rival at no more calls."""
-    for name, group in reached(ours(result))[:1]:
-        end = f"real text {result['real']['gen_ppl']:.0f}"
+    for _, group in reached(ours(result))[:1]:
+        name, end = group[0]["group"], f"real text {result['real']['gen_ppl']:.0f}"
         for other, theirs in reached(rivals(result, group[0]))[:1]:
-            return [[f"gen-PPL at real entropy, {name}; best rival at no more calls, {other}",
+            return [[f"gen-PPL at real entropy, {name}, and the best rival ({other})",
                      f"{against(group, theirs).split(' (')[0].split(' by ')[0]}: {matched(group)}, rival "
                      f"{matched(theirs)}, {end}"]]
         return [[f"gen-PPL at real entropy, {name}", f"{matched(group)}, {end}"]]

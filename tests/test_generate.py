@@ -294,6 +294,16 @@ def test_the_token_prior(tmp_path):
     assert p.tolist() == pytest.approx([97 / 390] * 4 + [1 / 390] * 2) and p.sum().item() == pytest.approx(1)
 
 
+def test_what_drawing_costs():
+    """8 calls, 8 refinements of 1 + 2; a second block needs the first one encoded, by 8 calls on half of the tokens."""
+    info = {"objective": "diffusion", "blocks": 4, "layer": 2}
+    cfg = generate.Config(new=64, block_size=64, nfe=8, refinements=8, back=0.25)
+    assert generate.cost(cfg, info, 8) == (32, 32 * 4 + 9 * 6)
+    cfg.block_size = 32
+    assert generate.cost(cfg, info, 8) == (2 * 32 + 8, 32 * 4 + 9 * 6 + (8 * 4 + 6) // 2)
+    assert generate.cost(cfg, {**info, "objective": "regression"}, 8) == (2 + 1, 4 + 6 + (4 + 6) // 2)
+
+
 # ------------------------------------------------------------------------------------------------------- rivals
 @pytest.mark.parametrize("family", ["qwen3", "gpt2"])
 @torch.no_grad()
@@ -338,7 +348,7 @@ def rows_of(**named):
 
 def test_the_report_takes_whatever_is_there(tmp_path):
     """A method that nobody knows, seeds averaged, the best rival at no more calls; one seed is never a verdict."""
-    mine = {"layer": 2, "calls": 8, "steps": 10, "parameters": 5}
+    mine = {"layer": 2, "group": "blocks", "calls": 8, "steps": 10, "parameters": 5}
     found = rows_of(blocks=([8.0, 8.4, 8.2], mine), AR=([2.0], {"calls": 12}),
                     telepathy=([16.0, 17.0, 16.5], {"calls": 4}), unigrams=([None], {"calls": 0}))
     text = frontier.table(found)
