@@ -104,8 +104,8 @@ class Config:
 PRESETS = {
     "tiny": {"steps": 20, "batch_size": 4, "seq_len": 32, "calibration": 8, "eval_batches": 4, "eval_every": 10,
              "save_every": 10, "log_every": 10, "warmup": 5},
-    "blocks": {"visible": "mix", "bidirectional": True, "self_condition": True, "t_mean": 0.7, "shift": 3.0,
-               "batch_size": 8, "steps": 800, "noise_seeds": 1},
+    "blocks": {"visible": "mix", "bidirectional": True, "self_condition": True, "t_mean": 0.7, "batch_size": 8,
+               "steps": 800, "noise_seeds": 1},
     "135m": {"steps": 300, "batch_size": 8, "calibration": 256, "head_start": "ridge", "nfes": "1,4", "noise_seeds": 1,
              "eval_batches": 128},                                           # minutes on two cores
     "0.6b": {"steps": 5000, "batch_size": 32, "seq_len": 1024, "calibration": 64, "compile": True, "ema": 0.999,

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 import data
-from core import backbone
+from core import backbone, masked
 from core.common import UserError, entry, parse, pick, pick_dtype, setup
 from core.diffusion import SAMPLERS
 from core.draws import generator
@@ -49,13 +49,13 @@ class Config:
     prefix: int = 64            # visible tokens of each
     new: int = 64               # tokens written after them
     block_size: int = 64        # of which so many are drawn at once
-    nfe: int = 8                # network calls of the first denoising
+    nfe: int = 4                # network calls of the first denoising
     sampler: Literal["", *SAMPLERS] = ""  # of the bridge (empty: its default)
     shift: float = 0.0          # of the sampler's grid (0: the bridge's default)
-    refinements: int = 8        # of each block of tokens (0: none)
-    back: float = 0.25          # share of the calls that a refinement makes again, after one that encodes
-    alphas: str = "1"           # weights of the token readout beside the retained blocks: settings to choose from
-    betas: str = "1,0.75,0"     # shares of the token prior that are divided out of their product: likewise
+    refinements: int = 14       # of each block of tokens (0: none)
+    back: float = 0.25          # share of the calls that a refinement makes again, after the intact model's
+    alphas: str = "1,0.8"       # weights of the token readout beside the retained blocks: settings to choose from
+    betas: str = "1,0.8"        # shares of the token prior that are divided out of their product: likewise
     experts: bool = True        # further settings: each expert alone
     temperatures: str = "1.0"   # where frontiers start; they go on until real text's entropy is reached
     second_judge: str = ""      # a folder or Hub id that shares no block with the decoder (empty: none)
@@ -63,8 +63,8 @@ class Config:
 
 
 PRESETS = {"tiny": {"texts": 4, "tune_texts": 2, "prefix": 16, "new": 12, "block_size": 12, "nfe": 2, "refinements": 1,
-                    "betas": "1"},
-           "135m": {"texts": 6, "tune_texts": 2, "refinements": 2, "betas": "1", "experts": False}}
+                    "alphas": "0.8", "betas": "0.8"},
+           "135m": {"texts": 6, "tune_texts": 2, "alphas": "0.8", "betas": "0.8", "experts": False}}
 
 
 class Context(NamedTuple):
@@ -110,7 +110,6 @@ def jacobi(lm, prompts, new, calls, temperature, seed, prior):
     sampling one by one would draw at these u: the control for what parallel decoding gives without any training."""
     from transformers import DynamicCache
 
-    from core import masked
     u = np.stack([generator(seed, "jacobi", row).random(new) for row in range(len(prompts))])
     u, cache = torch.from_numpy(u).to(prompts.device), DynamicCache()
     ids = torch.cat([prompts, from_prior(prior, u)], 1)                               # (N, P + new), a first guess
@@ -139,7 +138,6 @@ def parallel(cx):
 
 def twin(cx):
     """The masked twin, revealed in every order of masked.ORDERS."""
-    from core import masked
     cfg, steps = cx.cfg, min(cost(cx.cfg, cx.bridges[0][1], cx.lm.L)[0], cx.cfg.new)
     for folder in split(cfg.twin):
         student, _ = masked.load_converted(folder, cx.lm.model.device, cx.lm.model.dtype)
@@ -152,12 +150,54 @@ def twin(cx):
             yield f"masked twin, {order} order", about, write
 
 
+def mixtures(cfg):
+    """[(title, {alpha, beta})] of the product of two experts."""
+    return [(f"alpha {a:g}, beta {b:g}", dict(alpha=a, beta=b)) for a, b in itertools.product(
+        numbers(cfg.alphas), numbers(cfg.betas))]
+
+
+@torch.no_grad()
+def gibbs(cx, student, prompts, turns, share, temperature, alpha, beta):
+    """prompts (N, P) -> (N, P + new). A turn: 1 the twin's law of every hidden token  2 times what the intact model
+    foretells from the tokens of the turn before  3 draw  4 hide a share of the tokens again."""
+    from hybrid import product
+    (N, P), new, V, upper = prompts.shape, cx.cfg.new, cx.lm.V, None
+    ids, hidden = torch.cat([prompts, prompts.new_zeros(N, new)], 1), torch.ones(N, new, dtype=torch.bool)
+    for turn in range(turns):
+        u = np.stack([generator(cx.cfg.seed, "gibbs", turn, row).random((2, new)) for row in range(N)], 1)
+        u, hidden = torch.from_numpy(u).to(ids.device), hidden.to(ids.device)                    # (2, N, new)
+        masks = torch.cat([torch.zeros_like(prompts, dtype=torch.bool), hidden], 1)              # (N, P + new)
+        law = student.logits(student.foretell(ids, masks))[:, P - 1:, :V].double().log_softmax(-1)     # (N, new, V)
+        law = law if upper is None else torch.where(law.isinf(), law, product(upper, law, alpha, beta, cx.prior))
+        ids[:, P:] = torch.where(hidden, masked.choose(law, temperature, 1.0, 0, u[0].contiguous()), ids[:, P:])
+        if turn < turns - 1:
+            states = cx.lm.through(cx.lm.embed(ids), 0, cx.lm.L)
+            upper = cx.lm.head(states[:, P - 1:-1]).double().log_softmax(-1)
+            hidden = u[1].argsort(-1).argsort(-1) < share * new
+    return ids
+
+
+def loop(cx):
+    """Our loop without hidden space: the masked twin in the bridge's place. It hides `back` of the tokens or twice
+    as many again; all turns but the last are two calls."""
+    turns = (cost(cx.cfg, cx.bridges[0][1], cx.lm.L)[0] + 1) // 2
+    for folder in split(cx.cfg.twin):
+        student, _ = masked.load_converted(folder, cx.lm.model.device, cx.lm.model.dtype)
+        result = read_json(Path(folder) / "result.json")
+        about = {"group": "masked twin and intact model", "calls": 2 * turns - 1, "seed": result["seed"],
+                 "train_seconds": result["seconds"]}
+        for (title, how), share in itertools.product(mixtures(cx.cfg), (1, 2)):
+            share = min(1.0, share * cx.cfg.back)
+            yield f"{about['group']}, {title}, {share:g} hidden", about, functools.partial(
+                lambda prompts, t, **more: gibbs(cx, prompts=prompts, temperature=t, **more), student=student,
+                turns=turns, share=share, **how)
+
+
 def blocks(cx):
     """Bridges: so many tokens at once in hidden space, decoded by the product of two experts, or by one."""
     import hybrid
     cfg, where = cx.cfg, cx.lm.model
-    settings = [(f"alpha {a:g}, beta {b:g}", dict(alpha=a, beta=b)) for a, b in itertools.product(
-        numbers(cfg.alphas), numbers(cfg.betas))]
+    settings = mixtures(cfg)
     settings += [(f"{e} alone", dict(expert=e)) for e in ("upper", "readout") if cfg.experts]
     for folder, info in cx.bridges:
         model = hybrid.from_bridge(folder, "", 0, cfg.sampler, cfg.shift, where.device, where.dtype)
@@ -173,7 +213,8 @@ def blocks(cx):
             yield f"{about['group']}, {title}", {**about, **how}, write
 
 
-METHODS = {"unigram": unigram, "ar": autoregressive, "jacobi": parallel, "twin": twin, "blocks": blocks}
+METHODS = {"unigram": unigram, "ar": autoregressive, "jacobi": parallel, "twin": twin, "loop": loop,
+           "blocks": blocks}
 
 
 def drawn(cx):
@@ -189,14 +230,14 @@ def asked(cfg):
 
 def cost(cfg, info, L):
     """(network calls one after another, passes of a new token through any transformer block) of drawing the new tokens
-    with the bridge of this bridge.json. A finished block is encoded for the next one by as many calls as a denoising
-    has; the prefix, encoded once by every method, is left out."""
+    with the bridge of this bridge.json; the intact model's pass of a refinement is a call too. A finished block is
+    encoded for the next one by both; the prefix, encoded once by every method, is left out."""
     from hybrid import again
     first, turns = (cfg.nfe, cfg.refinements) if info["objective"] == "diffusion" else (info.get("loops", 1), 0)
-    calls, count = first + turns * (1 + again(first, cfg.back)), -(-cfg.new // cfg.block_size)
-    encoded = 1 - 1 / count                                                           # share of the tokens
-    return calls * count + first * (count - 1), round(calls * info["blocks"] + (turns + 1) * (L - info["layer"])
-                                                      + encoded * (first * info["blocks"] + L - info["layer"]))
+    ours, count = first + turns * again(first, cfg.back), -(-cfg.new // cfg.block_size)         # calls of the bridge
+    encode = first * info["blocks"] + L                                               # of a finished block, for others
+    return ((ours + turns) * count + first * (count - 1),
+            round(ours * info["blocks"] + (L - info["layer"]) + turns * L + encode * (1 - 1 / count)))
 
 
 # -------------------------------------------------------------------------------------------------------- report
@@ -241,7 +282,7 @@ def check(cfg):
         raise UserError("--alphas and --betas must be numbers that are not negative, and --back lie in [0, 1)")
     if cfg.texts < 2 or cfg.tune_texts not in (0, *range(2, cfg.texts + 1)) or cfg.new < 4 or cfg.prefix < 2:
         raise UserError("--texts and --prefix must be at least 2, --new 4, and --tune_texts 0 or 2..--texts")
-    cfg.twin = cfg.twin if "twin" in asked(cfg) else ""
+    cfg.twin = cfg.twin if {"twin", "loop"} & set(asked(cfg)) else ""
     if cfg.dry_run:
         return []
     remedy = "train one with: python bridge.py --preset blocks --layer 2 --blocks 4 --out out/blocks"
@@ -287,19 +328,20 @@ def main(argv):
     lm = backbone.load(model, world.device, dtype)
     second = cfg.second_judge and (backbone.load(cfg.second_judge, world.device, dtype),
                                    backbone.load_tokenizer(cfg.second_judge), tokenizer)
-    measured = functools.partial(measure, lm, prefix=cfg.prefix, second=second)
+    measured = functools.partial(measure, lm, prefix=cfg.prefix)
+    judged = functools.partial(measured, second=second)                               # not where settings are chosen
     cx = Context(cfg, lm, hybrid.token_prior(shards, lm.V).to(world.device), bridges)
     run = Run(cfg, world, identity)
 
     # 2 choose each group's setting, then draw
-    start, rows, samples, real = numbers(cfg.temperatures), [], [], measured(text)
+    start, rows, samples, real = numbers(cfg.temperatures), [], [], judged(text)
     tuned = tune(drawn(cx), measured, apart, cfg.prefix, start) if cfg.tune_texts else {}
     for name, about, write in drawn(cx):
         group = tuned.get(about.get("group"))
         if group and name != group["chosen"]:
             continue
         first = sorted(set(group["settings"][name]["near"])) if group else start
-        points, ids = frontier(write, measured, text, cfg.prefix, real["entropy"], first)
+        points, ids = frontier(write, judged, text, cfg.prefix, real["entropy"], first)
         near = ids[nearest(points.values(), real["entropy"])[0]["temperature"]]
         row = {"name": name, **about, "frontier": list(points.values()), "mauve": mauve(lm, text, near, cfg.prefix),
                "matched": at_entropy(points.values(), real["entropy"])}

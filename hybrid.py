@@ -49,9 +49,9 @@ class Config:
     temperature: float = 0.0    # 0: greedy
     block_size: int = 0         # draw so many tokens at once, by diffusion (0: token by token)
     suffix: str = ""            # with --block_size: the text after the gap of max_new_tokens
-    refinements: int = 8        # with --block_size: of each block of tokens (0: none)
-    alpha: float = 1.0          # with --block_size: weight of the token readout beside the retained blocks
-    beta: float = 1.0           # with --block_size: share of the token prior that is divided out of their product
+    refinements: int = 14       # with --block_size: of each block of tokens (0: none)
+    alpha: float = 0.8          # with --block_size: weight of the token readout beside the retained blocks
+    beta: float = 0.8           # with --block_size: share of the token prior that is divided out of their product
     top_p: float = 1.0          # with --block_size: nucleus
     show: bool = False          # with --block_size: print what the readout makes of every denoising step
     compare: bool = False       # print the intact model's continuation beside it
@@ -105,7 +105,7 @@ def write_blocks(model, tokenizer, cfg):
     def watch(z):
         print(repr(tokenizer.decode(model.net.readout(z[0]).argmax(-1))))
     out = model.generate_blocks(
-        ids(cfg.prompt).long(), cfg.max_new_tokens, cfg.block_size, cfg.nfe or model.config.nfe, alpha=cfg.alpha,
+        ids(cfg.prompt).long(), cfg.max_new_tokens, cfg.block_size, cfg.nfe or 4, alpha=cfg.alpha,
         beta=cfg.beta, prior=prior_beside(cfg.bridge, model) if cfg.beta > 0 else None, temperature=cfg.temperature,
         top_p=cfg.top_p, refinements=cfg.refinements, seed=cfg.seed, suffix_ids=ids(cfg.suffix) if cfg.suffix else None,
         watch=watch if cfg.show else None)

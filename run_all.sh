@@ -46,11 +46,11 @@ for w in 0 10; do
 done
 stage "GENERATE: train a bridge that meets unknown tokens (90 s)" \
     bridge.py --model "$MODEL" --data "$DATA" "${sized[@]}" --layer "$BLOCKS_LAYER" --visible mix --bidirectional \
-    --self_condition --t_mean 0.7 --shift 3 --nfes 8 ${BLOCKS_STEPS:+--steps $BLOCKS_STEPS} \
+    --self_condition --t_mean 0.7 --nfes 8 ${BLOCKS_STEPS:+--steps $BLOCKS_STEPS} \
     $(toy --blocks 4 --batch_size 8 --steps 400 --noise_seeds 1 --eval_batches 64) --out "$OUT/blocks"
 stage "GENERATE: text drawn in hidden space beside its rivals (60 s)" \
     generate.py --data "$DATA" --bridges "$OUT/blocks" --twin "$OUT/repr_align/w0" "${small[@]}" \
-    $(toy --no-experts --betas 1,0 --tune_texts 4) --out "$OUT/generate"
+    $(toy --no-experts --alphas 0.8 --betas 0.8 --tune_texts 4) --out "$OUT/generate"
 if [ "$MODEL" = toy ]; then
     # the toy's own text poses no task that both models solve, so a smaller one learns some
     text=(--data "$DATA" --tasks 0.8) tasks="$OUT/tasks"

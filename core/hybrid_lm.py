@@ -28,10 +28,12 @@ from core.draws import generator, normal
 
 
 # ------------------------------------------------------------------------------------------- the law of a token
-def product(upper, read, alpha=1.0, beta=1.0, prior=None):
+def product(upper, read, alpha=0.8, beta=0.8, prior=None):
     """log p (..., V), not normalised, of a token from what two experts make of it, both (..., V): the retained blocks
     see the states before it, the readout its own. Each is a posterior, p(x | a) and p(x | b), that holds the prior p(x)
-    once; where a and b are independent given x, p(x | a, b) ~ p(x | a) p(x | b) / p(x): one copy has to go (beta)."""
+    once; where a and b are independent given x, p(x | a, b) ~ p(x | a) p(x | b) / p(x): one copy has to go (beta). They
+    are not quite, as both know the prefix, so that what the readout adds, p(x | b) / p(x), counts a little less than
+    once: alpha = beta = 0.8 was best on texts apart (LOG.md)."""
     logits = upper + alpha * read
     return logits - beta * prior.to(logits) if beta else logits
 
@@ -68,6 +70,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
     # values, so each of the NFE calls has cache layers of its own: call i, bridge block j is layer i * blocks + j. The
     # retained blocks come after them (set_nfe writes their layer_idx), and config.num_hidden_layers counts all, by
     # which the library sizes the cache. A new token then costs one pass of NFE bridges and L - l blocks over itself.
+    # A bridge that generates keeps the blocks it replaces too, last in the cache: they encode what it has drawn.
     config_class = HybridConfig
     main_input_name = "input_ids"
 
@@ -76,7 +79,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         self.net = net
         self.__dict__["lm"] = lm
         self.register_buffer("noise", torch.zeros(0, net.settings["D"]), persistent=False)
-        for i in range(config.layer):  # the replaced blocks are gone
+        for i in range(0 if net.generates else config.layer):  # the replaced blocks are gone
             lm.blocks[i] = torch.nn.Identity()
         self.set_nfe(config.nfe)
 
@@ -91,14 +94,15 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
             raise UserError(f"the number of network calls must be at least 1, not {nfe}")
         calls = nfe if self.net.settings["objective"] == "diffusion" else self.net.settings["loops"]
         first = calls * self.net.settings["blocks"]
-        for i in range(self.config.layer, self.lm.L):
+        gone, L = self.config.layer, self.lm.L
+        for i in range(0 if self.net.generates else gone, L):
             numbered = [(m, name) for m in self.lm.blocks[i].modules() for name in LAYER_NUMBERS if hasattr(m, name)]
             if not numbered:
                 raise backbone.cannot(self.lm.config, "its blocks do not say which layer of a cache is theirs",
                                       "be the base of a hybrid")
             for module, name in numbered:
-                setattr(module, name, first + i - self.config.layer)
-        self.config.nfe, self.config.num_hidden_layers = nfe, first + self.lm.L - self.config.layer
+                setattr(module, name, first + (i - gone) % L)
+        self.config.nfe, self.config.num_hidden_layers = nfe, first + L - (0 if self.net.generates else gone)
 
     def noise_at(self, positions):
         """Noise (..., D) of positions (...): a row of a table that grows as text does."""
@@ -154,20 +158,21 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
 
     # ------------------------------------------------------------------------------------------- blocks of tokens
     @torch.no_grad()
-    def generate_blocks(self, input_ids, max_new_tokens=64, block_size=64, nfe=8, *, prior=None, alpha=1.0, beta=1.0,
-                        temperature=1.0, top_p=1.0, refinements=8, back=0.25, expert="both", seed=0, suffix_ids=None,
+    def generate_blocks(self, input_ids, max_new_tokens=64, block_size=64, nfe=4, *, prior=None, alpha=0.8, beta=0.8,
+                        temperature=1.0, top_p=1.0, refinements=14, back=0.25, expert="both", seed=0, suffix_ids=None,
                         watch=None):
         """input_ids (B, T) -> (B, T + max_new_tokens [+ suffix]): `block_size` tokens at a time are drawn in hidden
-        space and decoded by one pass through the retained blocks. Rows do not depend on one another.
+        space and decoded. Rows do not depend on one another.
 
-        One block of tokens: `nfe` denoising calls on the unknown positions -> decode -> `refinements` times (encode the
-        decoded tokens as visible ones by one call, add noise, make the last `back` share of the calls again, decode).
-        They follow one another on a cache; with suffix_ids (B, S) one of them fills the gap before the suffix, which
-        needs a bidirectional bridge.
+        One block of tokens: `nfe` denoising calls on the unknown positions -> decode -> `refinements` times (one pass
+        of the intact model over the drawn tokens gives their h[l] and its law of each next one; add noise to that h[l],
+        make the last `back` share of the calls again, decode). They follow one another on a cache; with suffix_ids
+        (B, S) one of them fills the gap before the suffix, which needs a bidirectional bridge.
 
-        Tokens are drawn from the `product` of two experts, which takes `prior` (V,), log p of every token as
-        `token_prior` counts it; over temperature and cut to the `top_p` nucleus. expert "upper" or "readout" is one
-        of the two alone."""
+        Tokens are drawn from the `product` of two experts: the readout of the drawn state, and what the retained blocks
+        foretell from the states before it: the drawn ones at first, then those of the tokens drawn last. It takes
+        `prior` (V,), log p of every token as `token_prior` counts it; over temperature and cut to the `top_p` nucleus.
+        expert "upper" or "readout" is one of the two alone."""
         ahead = 0 if suffix_ids is None else suffix_ids.shape[1]
         how = dict(nfe=nfe, prior=prior, alpha=alpha, beta=beta, temperature=temperature, top_p=top_p, back=back,
                    refinements=refinements, expert=expert, seed=seed, watch=watch, done=nfe - again(nfe, back))
@@ -184,13 +189,13 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
                 unknown[:, input_ids.shape[1]:input_ids.shape[1] + max_new_tokens] = True
                 return self._draw(ids, unknown, None, None, how, 0)
             cache, ids = DynamicCache(config=self.config), input_ids
-            last = self(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits           # (B, 1, V)
+            last = self._know(ids, cache)                                               # (B, 1, V)
             while ids.shape[1] < total:
                 empty = ids.new_zeros(len(ids), min(block_size, total - ids.shape[1]))
                 new = self._draw(empty, empty == 0, cache, last, how, ids.shape[1])     # (B, n)
                 ids = torch.cat([ids, new], 1)
                 if ids.shape[1] < total:
-                    last = self(new, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+                    last = self._know(new, cache)
             return ids
         finally:
             self.set_nfe(kept)
@@ -241,24 +246,42 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
             h0 = self.lm.embed(ids, positions)                                                         # (B, T, D)
             return on_cache(self.states, h0, how["nfe"], noise(turn), positions, wide, cache, unknown=unknown,
                             watch=how["watch"], **more)
-        # 1 draw the hidden states
+        # 1 draw the hidden states; the retained blocks foretell tokens from them
         z = denoise(0)
+        upper = on_cache(self._foretell, self.net.hidden(z).to(self.lm.model.dtype), positions, cache)
         for turn in range(how["refinements"] + 1):
-            # 2 decode them by both experts
-            ids = torch.where(unknown, on_cache(self._decode, z, positions, cache, last, how, (key, turn)), ids)
-            # 3 refine: one call encodes the decoded tokens as visible ones; go back up the path and down again
+            # 2 decode them by both experts; token i is foretold at i-1
+            upper = torch.cat([upper[:, :1] if last is None else last, upper[:, :-1]], 1)
+            ids = torch.where(unknown, self._decode(z, upper, how, (key, turn)), ids)
+            # 3 refine: the intact model reads what was drawn; its h[l] goes back up the path and down again
             if turn < how["refinements"]:
-                seen = on_cache(self.states, self.lm.embed(ids, positions), 1, self.noise_at(positions), positions,
-                                causal, cache)
-                z = denoise(turn + 1, z=seen, done=how["done"])
+                h, upper = on_cache(self._read, ids, positions, cache)
+                z = denoise(turn + 1, z=self.net.standard_z(h), done=how["done"])
         return ids
 
-    def _decode(self, z, positions, cache, last, how, key):
-        """Tokens (B, T) of z (B, T, D). Draws are float64; the draw is keyed by row."""
-        h = self.net.hidden(z).to(self.lm.model.dtype)
+    def _foretell(self, h, positions, cache):
+        """h[l] (B, T, D), after the tokens in `cache` -> next-token logits of the retained blocks (B, T, V)."""
         side = self.lm.side(h, positions, None, cache)
-        upper = self.lm.head(self.lm.through(h, self.config.layer, self.lm.L, side))                       # (B, T, V)
-        upper = torch.cat([upper[:, :1] if last is None else last, upper[:, :-1]], 1)  # token i is foretold at i-1
+        return self.lm.head(self.lm.through(h, self.config.layer, self.lm.L, side))
+
+    def _read(self, ids, positions, cache):
+        """Tokens (B, T), after those in `cache` -> h[l] (B, T, D) and next-token logits (B, T, V), both exact."""
+        h0 = self.lm.embed(ids, positions)
+        h = self.lm.through(h0, 0, self.config.layer, self.lm.side(h0, positions, None, cache))
+        return h, self._foretell(h, positions, cache)
+
+    def _know(self, ids, cache):
+        """Known tokens (B, T) join the cache, as the bridge and as the intact model see them: logits (B, 1, V) of what
+        follows."""
+        past = cache.get_seq_length()
+        positions = torch.arange(past, past + ids.shape[1], device=ids.device)[None]                   # (1, T)
+        _, logits = self._read(ids, positions, cache)
+        self.hidden(ids, positions, None, cache)
+        return logits[:, -1:]
+
+    def _decode(self, z, upper, how, key):
+        """Tokens (B, T) of z (B, T, D) and the retained blocks' logits for them (B, T, V). Draws are float64; the draw
+        is keyed by row."""
         upper, read = (F.log_softmax(part.double(), -1) for part in (upper, self.net.readout(z)))
         logits = EXPERTS[how["expert"]](upper, read, how["alpha"], how["beta"], how["prior"])
         u = [generator(how["seed"], "decode", *key, b).random(z.shape[1]) for b in range(len(z))]

@@ -26,7 +26,7 @@ for seed in 0 1 2; do
     twins+="${twins:+,}$OUT/generate_seeds/twin400_$seed"
     [ $seed = 0 ] && continue
     python bridge.py --model "$OUT/toy" --data "$DATA" --layer 2 --visible mix --bidirectional --self_condition \
-        --t_mean 0.7 --shift 3 --nfes 8 --blocks 4 --batch_size 8 --steps 400 --noise_seeds 1 --eval_batches 64 \
+        --t_mean 0.7 --nfes 8 --blocks 4 --batch_size 8 --steps 400 --noise_seeds 1 --eval_batches 64 \
         --seed $seed --out "$OUT/generate_seeds/blocks_$seed"
     bridges+=",$OUT/generate_seeds/blocks_$seed"
 done

@@ -216,7 +216,9 @@ def test_the_second_block_equals_a_joint_pass(bidirectional):
     c = model.net.standard_c(model.lm.embed(out.masked_fill(unknown, 7)))
     z = diffusion.sample(model.net, c, 3, torch.cat([seen, drawn], 1), unknown=unknown)
     assert torch.allclose(states[-1], z[:, 19:], atol=1e-4)                      # the last estimate is the sample
-    upper = model.lm.head(model.lm.through(model.net.hidden(z), 2, 4)).log_softmax(-1)
+    known = model.lm.through(model.lm.embed(out), 0, 2)                           # exact where the token is known
+    h = torch.where(unknown[..., None], model.net.hidden(z), known)
+    upper = model.lm.head(model.lm.through(h, 2, 4)).log_softmax(-1)
     both = upper[:, 18:23] + model.net.readout(z)[:, 19:].log_softmax(-1) - 0.1 * PRIOR
     assert torch.equal(both.argmax(-1), out[:, 19:])
     shifted = both - upper[:, 18:23] + upper[:, 19:24]                           # the broken twin: one token off
@@ -252,23 +254,38 @@ def test_a_gap_is_filled_and_its_sides_stay():
 
 @torch.no_grad()
 def test_the_two_experts():
-    """alpha = 0 is the upper blocks alone; a token is foretold at the position before it, the first by the prompt."""
+    """alpha = 0 is the upper blocks alone."""
     model = random_hybrid()
-    z, last = torch.randn(2, 5, 32), torch.randn(2, 1, 64)
-    positions = torch.arange(5)[None]
+    z, upper = torch.randn(2, 5, 32), torch.randn(2, 5, 64)
     how = dict(seed=0, temperature=0, top_p=1.0, alpha=0.0, beta=0.0, prior=None, expert="both")
-    upper = model.lm.head(model.lm.through(model.net.hidden(z), 2, 4))
-    want = torch.cat([last, upper[:, :-1]], 1)
-    assert torch.equal(model._decode(z, positions, None, last, how, (0, 0)), want.argmax(-1))
-    both = want.double().log_softmax(-1) + 0.7 * model.net.readout(z).double().log_softmax(-1)
-    assert torch.equal(model._decode(z, positions, None, last, {**how, "alpha": 0.7}, (0, 0)), both.argmax(-1))
+    assert torch.equal(model._decode(z, upper, how, (0, 0)), upper.argmax(-1))
+    both = upper.double().log_softmax(-1) + 0.7 * model.net.readout(z).double().log_softmax(-1)
+    assert torch.equal(model._decode(z, upper, {**how, "alpha": 0.7}, (0, 0)), both.argmax(-1))
     less = {**how, "alpha": 0.7, "beta": 5.0, "prior": PRIOR}
-    without = model._decode(z, positions, None, last, less, (0, 0))
+    without = model._decode(z, upper, less, (0, 0))
     assert torch.equal(without, (both - 5 * PRIOR).argmax(-1)) and not torch.equal(without, both.argmax(-1))
-    read = model._decode(z, positions, None, last, {**how, "expert": "readout"}, (0, 0))
+    read = model._decode(z, upper, {**how, "expert": "readout"}, (0, 0))
     assert torch.equal(read, model.net.readout(z).argmax(-1))
     with pytest.raises(UserError, match="twice"):
         model.generate_blocks(IDS, 4)
+
+
+@torch.no_grad()
+def test_a_refinement_asks_the_intact_model(monkeypatch):
+    """After a block is drawn, the retained blocks' law is the intact model's own, given the tokens drawn last, and what
+    goes back up the path is their true h[l]: on a cache as in one joint pass."""
+    model, laws, starts = random_hybrid(), [], []
+    decode, sample = model._decode, diffusion.sample
+    monkeypatch.setattr(model, "_decode", lambda z, upper, *rest: laws.append((upper, decode(z, upper, *rest)))
+                        or laws[-1][1])
+    monkeypatch.setattr(diffusion, "sample", lambda *a, **k: starts.append(k.get("z")) or sample(*a, **k))
+    model.generate_blocks(IDS, 10, block_size=5, nfe=3, refinements=1, seed=1, prior=PRIOR)
+    text = torch.cat([IDS, laws[1][1], laws[2][1]], 1)                           # as it was when block two was refined
+    h = model.lm.through(model.lm.embed(text), 0, 2)
+    whole = model.lm.head(model.lm.through(h, 2, 4))
+    assert torch.allclose(laws[3][0], whole[:, 18:23], atol=1e-4)
+    assert not torch.allclose(laws[2][0], whole[:, 18:23], atol=1e-2)            # the first law is that of drawn states
+    assert torch.allclose(starts[-1], model.net.standard_z(h)[:, 19:], atol=1e-4)
 
 
 def test_the_product_of_two_experts_is_the_posterior():
@@ -298,10 +315,10 @@ def test_what_drawing_costs():
     """8 calls, 8 refinements of 1 + 2; a second block needs the first one encoded, by 8 calls on half of the tokens."""
     info = {"objective": "diffusion", "blocks": 4, "layer": 2}
     cfg = generate.Config(new=64, block_size=64, nfe=8, refinements=8, back=0.25)
-    assert generate.cost(cfg, info, 8) == (32, 32 * 4 + 9 * 6)
+    assert generate.cost(cfg, info, 8) == (32, 24 * 4 + 6 + 8 * 8)
     cfg.block_size = 32
-    assert generate.cost(cfg, info, 8) == (2 * 32 + 8, 32 * 4 + 9 * 6 + (8 * 4 + 6) // 2)
-    assert generate.cost(cfg, {**info, "objective": "regression"}, 8) == (2 + 1, 4 + 6 + (4 + 6) // 2)
+    assert generate.cost(cfg, info, 8) == (2 * 32 + 8, 24 * 4 + 6 + 8 * 8 + (8 * 4 + 8) // 2)
+    assert generate.cost(cfg, {**info, "objective": "regression"}, 8) == (2 + 1, 4 + 6 + (4 + 8) // 2)
 
 
 # ------------------------------------------------------------------------------------------------------- rivals
@@ -321,6 +338,26 @@ def test_parallel_decoding_becomes_sampling(family):
     assert not torch.equal(found[0], want) and torch.equal(found[1][:, :15], want[:, :15])
     assert torch.equal(found[2][:, :18], want[:, :18]) and not torch.equal(found[2], want)
     assert not torch.equal(generate.jacobi(lm, IDS, 9, 9, 0.9, 4, PRIOR), want)                        # other draws
+
+
+@torch.no_grad()
+def test_the_loop_without_hidden_space():
+    """One turn is the twin's own law of all tokens at once; in a second one only the share that is hidden again may
+    change, and it follows what the intact model foretells from the first: with alpha = 0 and no prior, that alone."""
+    lm = backbone.Backbone(tiny_model("qwen3"))
+    student = masked.Student(backbone.Backbone(tiny_model("qwen3")), 63)
+    cx = generate.Context(generate.Config(new=9, seed=3), lm, PRIOR, [])
+
+    def write(turns, alpha=0.0, prompts=IDS, share=0.34):
+        return generate.gibbs(cx, student, prompts, turns, share, 0, alpha, 0.0)
+    one, two = write(1), write(2)
+    masks = torch.cat([torch.zeros_like(IDS), torch.ones(2, 9, dtype=torch.long)], 1) > 0
+    law = student.logits(student.foretell(torch.cat([IDS, IDS[:, :9] * 0], 1), masks))
+    assert torch.equal(one[:, 14:], law[:, 13:].argmax(-1)) and torch.equal(one[:, :14], IDS)
+    foretold = lm.head(lm.through(lm.embed(one), 0, lm.L))[:, 13:-1, :63].argmax(-1)              # never the mask
+    changed = one[:, 14:] != two[:, 14:]
+    assert changed.any() and changed.sum(1).max() <= 4 and torch.equal(two[:, 14:][changed], foretold[changed])
+    assert torch.equal(write(3, 1.0)[:1], write(3, 1.0, IDS[:1])) and not torch.equal(write(3, 1.0), write(3))
 
 
 def test_a_frontier_goes_on_until_the_entropy_is_there():

@@ -65,19 +65,20 @@ def test_the_stage_runs(runs, causal, text, tmp_path, capsys, monkeypatch):
     result = json.loads((runs / "blocks" / "result.json").read_text())
     assert 0 < result["readout_accuracy"] < 1 and set(result["nfe"]) == {"1", "2", "4", "8"}
     argv = ["--preset", "tiny", "--bridges", f"{runs}/blocks,{causal}", "--data", str(text), "--texts", "3",
-            "--twin", f"{runs}/repr_align/w10,{runs}/repr_align/w0", "--betas", "1,0", "--out", str(tmp_path / "g")]
+            "--twin", f"{runs}/repr_align/w10,{runs}/repr_align/w0", "--alphas", "1", "--betas", "1,0",
+            "--out", str(tmp_path / "g")]
     found = generate.main(argv)
     twins = {f"masked twin, {order} order" for order in masked.ORDERS}
     names = [r["name"] for r in found["rows"]]
     assert names[:4] == ["unigrams", "AR, intact model", "Jacobi, intact model, equal calls",
                          "Jacobi, intact model, equal block passes"]
-    assert names[4] == names[5] in twins and [n.split(", ")[0] for n in names[6:]] == ["blocks at layer 2",
-                                                                                       "blocks at layer 0"]
+    assert names[4] == names[5] in twins and [n.split(", ")[0] for n in names[6:]] == [
+        *2 * ["masked twin and intact model"], "blocks at layer 2", "blocks at layer 0"]
     assert all(p["gen_ppl"] > 1 and 0 < p["entropy"] < 2.5 for r in found["rows"] for p in r["frontier"])
     assert {r["calls"] for r in found["rows"] if "layer" in r} == {4}              # 2, and 1 + 1 to refine
-    # 4 calls of the bridge's blocks and, twice, 4 - 2 retained ones; for Jacobi over all 4 blocks
+    # 3 calls of the bridge's 2 blocks, the retained ones, and all 4 blocks for the refinement; for Jacobi over all 4
     passes = {r["layer"]: r["passes"] for r in found["rows"] if "layer" in r}
-    assert passes[2] == 4 * 2 + 2 * 2 and passes[0] == 4 * 2 + 2 * 4 and found["rows"][3]["calls"] == 12 / 4
+    assert passes[2] == 3 * 2 + 2 + 4 and passes[0] == 3 * 2 + 4 + 4 and found["rows"][3]["calls"] == 12 / 4
     settings = found["tuned"]["masked twin"]["settings"]
     assert set(settings) == twins and all(len(s["matched"]) == 2 for s in settings.values())
     assert set(found["tuned"]["blocks at layer 2"]["settings"]) == {
@@ -85,7 +86,7 @@ def test_the_stage_runs(runs, causal, text, tmp_path, capsys, monkeypatch):
     for group in found["tuned"].values():
         assert group["chosen"] in group["settings"] and group["chosen"] in names
     assert (tmp_path / "g" / "generation.png").stat().st_size > 5000
-    assert len((tmp_path / "g" / "samples.jsonl").read_text().splitlines()) == 8 * 3
+    assert len((tmp_path / "g" / "samples.jsonl").read_text().splitlines()) == 10 * 3
     section = (tmp_path / "g" / "section.md").read_text()
     assert section.startswith("## GENERATE\n") and section == generate.section(found) and "chosen" in section
     capsys.readouterr()
@@ -99,14 +100,14 @@ def test_a_second_judge_and_a_new_method(runs, text, tmp_path, capsys, monkeypat
         yield "prompt again", {"calls": 0}, lambda prompts, t: torch.cat([prompts, prompts[:, :cx.cfg.new]], 1)
     monkeypatch.setitem(generate.METHODS, "copy", copy)
     found = generate.main(["--preset", "tiny", "--bridges", f"{runs}/blocks", "--data", str(text), "--twin", "",
-                           "--methods", "copy,blocks", "--tune_texts", "0", "--second_judge", f"{runs}/repr_align/w0",
-                           "--out", str(tmp_path / "j")])
+                           "--methods", "copy,blocks", "--tune_texts", "0", "--alphas", "1", "--betas", "1",
+                           "--second_judge", f"{runs}/repr_align/w0", "--out", str(tmp_path / "j")])
     assert [r["name"] for r in found["rows"]] == ["prompt again", *(f"blocks at layer 2, {s}" for s in (
         "alpha 1, beta 1", "upper alone", "readout alone"))] and found["tuned"] == {}
     assert found["real"]["second_ppl"] != found["real"]["gen_ppl"] and "second judge" in generate.section(found)
     assert all({"second_ppl", "gen_ppl"} <= set(p) for r in found["rows"] for p in r["frontier"])
     message = fails(capsys, generate.main, "--methods", "copy,magic")
-    assert "magic" in message and "there are unigram, ar, jacobi, twin, blocks, copy" in message
+    assert "magic" in message and "there are unigram, ar, jacobi, twin, loop, blocks, copy" in message
     shutil.copytree(runs / "toy", tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
     argv = ["--preset", "tiny", "--bridges", runs / "blocks", "--twin", "", "--data", text, "--out", tmp_path / "k"]
     assert "tokenizer" in fails(capsys, generate.main, *argv, "--second_judge", tmp_path / "mute")
