@@ -28,7 +28,7 @@ from core.common import UserError, entry, parse, pick, pick_dtype, setup
 from core.diffusion import SAMPLERS
 from core.draws import generator
 from core.frontier import COLDEST, HOTTEST, figure, frontier, headline, matched, nearest, table, tune, verdicts
-from core.metrics import at_entropy, mauve, measure
+from core.metrics import at_entropy, measure
 from core.report import table as markdown
 from core.run import Run, atomic, finished, read_json
 
@@ -56,7 +56,6 @@ class Config:
     back: float = 0.25          # share of the calls that a refinement makes again, after the intact model's
     alphas: str = "1,0.8"       # weights of the token readout beside the retained blocks: settings to choose from
     betas: str = "1,0.8"        # shares of the token prior that are divided out of their product: likewise
-    experts: bool = True        # further settings: each expert alone
     temperatures: str = "1.0"   # where frontiers start; they go on until real text's entropy is reached
     second_judge: str = ""      # a folder or Hub id that shares no block with the decoder (empty: none)
     dry_run: bool = False       # print what would be sampled, then leave
@@ -64,7 +63,7 @@ class Config:
 
 PRESETS = {"tiny": {"texts": 4, "tune_texts": 2, "prefix": 16, "new": 12, "block_size": 12, "nfe": 2, "refinements": 1,
                     "alphas": "0.8", "betas": "0.8"},
-           "135m": {"texts": 6, "tune_texts": 2, "alphas": "0.8", "betas": "0.8", "experts": False}}
+           "135m": {"texts": 6, "tune_texts": 2, "alphas": "0.8", "betas": "0.8"}}
 
 
 class Context(NamedTuple):
@@ -194,18 +193,16 @@ def loop(cx):
 
 
 def blocks(cx):
-    """Bridges: so many tokens at once in hidden space, decoded by the product of two experts, or by one."""
+    """Bridges: so many tokens at once in hidden space, decoded by the product of two experts."""
     import hybrid
     cfg, where = cx.cfg, cx.lm.model
-    settings = mixtures(cfg)
-    settings += [(f"{e} alone", dict(expert=e)) for e in ("upper", "readout") if cfg.experts]
     for folder, info in cx.bridges:
         model = hybrid.from_bridge(folder, "", 0, cfg.sampler, cfg.shift, where.device, where.dtype)
         result, (calls, passes) = read_json(Path(folder) / "result.json", "finish that run"), cost(cfg, info, cx.lm.L)
         about = {"group": f"blocks at layer {info['layer']}", "layer": info["layer"], "folder": str(folder),
                  "calls": calls, "passes": passes, "train_seconds": result["seconds"],
                  **{k: result[k] for k in ("seed", "steps", "parameters", "readout_accuracy", "val_loss")}}
-        for title, how in settings:
+        for title, how in mixtures(cfg):
             def write(prompts, t, model=model, how=how):
                 return model.generate_blocks(
                     prompts, cfg.new, cfg.block_size, cfg.nfe, prior=cx.prior, temperature=t, back=cfg.back,
@@ -343,7 +340,7 @@ def main(argv):
         first = sorted(set(group["settings"][name]["near"])) if group else start
         points, ids = frontier(write, judged, text, cfg.prefix, real["entropy"], first)
         near = ids[nearest(points.values(), real["entropy"])[0]["temperature"]]
-        row = {"name": name, **about, "frontier": list(points.values()), "mauve": mauve(lm, text, near, cfg.prefix),
+        row = {"name": name, **about, "frontier": list(points.values()),
                "matched": at_entropy(points.values(), real["entropy"])}
         if second:
             row["second_matched"] = at_entropy(points.values(), real["entropy"], "second_ppl")

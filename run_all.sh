@@ -50,7 +50,7 @@ stage "GENERATE: train a bridge that meets unknown tokens (90 s)" \
     $(toy --blocks 4 --batch_size 8 --steps 400 --noise_seeds 1 --eval_batches 64) --out "$OUT/blocks"
 stage "GENERATE: text drawn in hidden space beside its rivals (60 s)" \
     generate.py --data "$DATA" --bridges "$OUT/blocks" --twin "$OUT/repr_align/w0" "${small[@]}" \
-    $(toy --no-experts --alphas 0.8 --betas 0.8 --tune_texts 4) --out "$OUT/generate"
+    $(toy --alphas 0.8 --betas 0.8 --tune_texts 4) --out "$OUT/generate"
 if [ "$MODEL" = toy ]; then
     # the toy's own text poses no task that both models solve, so a smaller one learns some
     text=(--data "$DATA" --tasks 0.8) tasks="$OUT/tasks"

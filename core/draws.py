@@ -23,6 +23,7 @@ DRAWS = {  # every purpose of a draw -> who draws it, and the rest of its key; a
     "block": "core/hybrid_lm: noise of a block of tokens (start, turn, row)",
     "decode": "core/hybrid_lm: its tokens (start, turn, row)",
     "unigram": "generate: a rival ()", "jacobi": "generate: a rival's fixed draws (row)",
+    "gibbs": "generate: a rival's tokens, what it hides again (turn, row)",
     "mask": "core/conversion: which tokens are masked (step, slot)",
     "fill": "core/masked: tokens and chance order (stretch, round, row)",
     "count": "core/masked: mask counts (text)", "subset": "core/masked: masks of one count (text, call)",
@@ -30,8 +31,7 @@ DRAWS = {  # every purpose of a draw -> who draws it, and the rest of its key; a
     "cloze NAME": "core/zeroshot: questions ()",
     "permutations": "core/stats ()", "resampled seeds": "studies/sweep ()",
     "resampled backbones": "studies/sweep ()", "permuted layers": "studies/sweep ()",
-    "ceiling": "studies/interfaces: true tokens ()", "write": "studies/interfaces: noise of a text (row)",
-    "write token": "studies/interfaces: tokens (position)",
+    "ceiling": "studies/interfaces: true tokens ()",
     "span": "studies/span: noise of a state (number, first text)",
     "span own": "studies/span: continuations (first text)",
 }

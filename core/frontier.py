@@ -84,18 +84,16 @@ def table(result):
     entropy."""
     real, second = result["real"], "second_ppl" in result["real"]
     rows = [["real text", "-", f"{real['gen_ppl']:.1f}", "1.00",
-             *([f"{real['second_ppl']:.1f}"] if second else []), "-", *(f"{real[k]:.2f}" for k in SHAPE), "-"]]
+             *([f"{real['second_ppl']:.1f}"] if second else []), "-", *(f"{real[k]:.2f}" for k in SHAPE)]]
     for name, group in grouped(result["rows"]):
         near = [nearest(r["frontier"], real["entropy"])[0] for r in group]
         known = None not in [r["matched"] for r in group]
         ratio = f"{statistics.mean(r['matched'] for r in group) / real['gen_ppl']:.2f}" if known else "-"
         rows.append([name, group[0].get("calls"), matched(group), ratio,
                      *([matched(group, key="second_matched")] if second else []),
-                     *(plus_minus([p[k] for p in near], ".2f") for k in ("temperature", *SHAPE)),
-                     plus_minus([r["mauve"] for r in group], ".2f") if group[0].get("mauve") else "-"])
+                     *(plus_minus([p[k] for p in near], ".2f") for k in ("temperature", *SHAPE))])
     return markdown(["method", "calls", "gen-PPL at real entropy", "over real text",
-                     *(["the same, second judge"] if second else []), "T there", "entropy", "diversity", "rep-4",
-                     "MAUVE"], rows)
+                     *(["the same, second judge"] if second else []), "T there", "entropy", "diversity", "rep-4"], rows)
 
 
 def ours(result):

@@ -38,9 +38,6 @@ def product(upper, read, alpha=0.8, beta=0.8, prior=None):
     return logits - beta * prior.to(logits) if beta else logits
 
 
-EXPERTS = {"both": product, "upper": lambda upper, read, *_: upper, "readout": lambda upper, read, *_: read}
-
-
 # ------------------------------------------------------------------------------------------------- the model
 LAYER_NUMBERS = "layer_idx", "layer_id"  # what the library calls a module's place in the cache
 
@@ -159,8 +156,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
     # ------------------------------------------------------------------------------------------- blocks of tokens
     @torch.no_grad()
     def generate_blocks(self, input_ids, max_new_tokens=64, block_size=64, nfe=4, *, prior=None, alpha=0.8, beta=0.8,
-                        temperature=1.0, top_p=1.0, refinements=14, back=0.25, expert="both", seed=0, suffix_ids=None,
-                        watch=None):
+                        temperature=1.0, top_p=1.0, refinements=14, back=0.25, seed=0, suffix_ids=None, watch=None):
         """input_ids (B, T) -> (B, T + max_new_tokens [+ suffix]): `block_size` tokens at a time are drawn in hidden
         space and decoded. Rows do not depend on one another.
 
@@ -170,12 +166,11 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         (B, S) one of them fills the gap before the suffix, which needs a bidirectional bridge.
 
         Tokens are drawn from the `product` of two experts: the readout of the drawn state, and what the retained blocks
-        foretell from the states before it: the drawn ones at first, then those of the tokens drawn last. It takes
-        `prior` (V,), log p of every token as `token_prior` counts it; over temperature and cut to the `top_p` nucleus.
-        expert "upper" or "readout" is one of the two alone."""
+        foretell from the states before it: the drawn ones at first, then those of the tokens drawn last. `prior`
+        (V,) is log p of every token as `token_prior` counts it; the law is tempered and cut to the `top_p` nucleus."""
         ahead = 0 if suffix_ids is None else suffix_ids.shape[1]
         how = dict(nfe=nfe, prior=prior, alpha=alpha, beta=beta, temperature=temperature, top_p=top_p, back=back,
-                   refinements=refinements, expert=expert, seed=seed, watch=watch, done=nfe - again(nfe, back))
+                   refinements=refinements, seed=seed, watch=watch, done=nfe - again(nfe, back))
         self._refuse(how, block_size, max_new_tokens, input_ids.shape[1], ahead)
         if self.net.settings["objective"] == "regression":
             how["refinements"] = 0  # nothing to refine: it would answer the same
@@ -212,9 +207,9 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         for name in ("alpha", "beta", "temperature", "refinements"):
             if how[name] < 0:
                 raise UserError(f"{name} must not be negative, as {how[name]} is")
-        if not 0 <= how["back"] < 1 or not 0 < how["top_p"] <= 1 or how["expert"] not in EXPERTS:
-            raise UserError(f"back must lie in [0, 1), top_p in (0, 1], and expert be one of {', '.join(EXPERTS)}")
-        if how["prior"] is None and how["beta"] > 0 and how["expert"] == "both":
+        if not 0 <= how["back"] < 1 or not 0 < how["top_p"] <= 1:
+            raise UserError("back must lie in [0, 1), and top_p in (0, 1]")
+        if how["prior"] is None and how["beta"] > 0:
             raise UserError("a product of two experts holds the token prior twice: give prior=token_prior(shards, V), "
                             "or beta=0 to leave it in")
         if prompt + new + ahead > self.config.max_position_embeddings:
@@ -222,8 +217,6 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
                             f"model's {self.config.max_position_embeddings} positions")
         if ahead and not self.net.settings["bidirectional"]:
             raise UserError("a suffix can only be seen by a bridge trained with --bidirectional")
-        if how["refinements"] and self.config.sampler == "heun":
-            raise UserError("refinements run a part of the Euler grid; with Heun's sampler set refinements to 0")
 
     def _draw(self, ids, unknown, cache, last, how, key):
         """ids (B, T) with its `unknown` (B, T) tokens drawn. They follow the tokens in `cache`, whose next-token
@@ -283,7 +276,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         """Tokens (B, T) of z (B, T, D) and the retained blocks' logits for them (B, T, V). Draws are float64; the draw
         is keyed by row."""
         upper, read = (F.log_softmax(part.double(), -1) for part in (upper, self.net.readout(z)))
-        logits = EXPERTS[how["expert"]](upper, read, how["alpha"], how["beta"], how["prior"])
+        logits = product(upper, read, how["alpha"], how["beta"], how["prior"])
         u = [generator(how["seed"], "decode", *key, b).random(z.shape[1]) for b in range(len(z))]
         u = torch.tensor(np.stack(u), device=z.device)
         return masked.choose(logits, how["temperature"], how["top_p"], 0, u)

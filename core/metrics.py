@@ -6,7 +6,6 @@
 
 Letters: N texts, T tokens, V vocabulary.
 """
-import importlib.util
 import math
 import time
 import weakref
@@ -64,19 +63,6 @@ def repetition(ids, n):
     if not grams:
         raise UserError(f"texts of {ids.shape[1]} tokens have no {n}-grams; write longer ones")
     return 1 - len(set(grams)) / len(grams)
-
-
-@torch.no_grad()
-def mauve(lm, real, ids, prefix):
-    """MAUVE (Pillutla et al. 2021) between what follows the prefix in `real` and in `ids`, both (N, T); features are
-    the mean of lm's last states. None where the package mauve-text is not installed."""
-    if importlib.util.find_spec("mauve") is None:
-        return None
-    from mauve import compute_mauve
-    p, q = (torch.cat([lm.norm(lm.through(lm.embed(part), 0, lm.L))[:, prefix:].mean(1) for part in text.split(16)])
-            .cpu() for text in (real, ids))
-    return float(compute_mauve(p_features=p.numpy(), q_features=q.numpy(), num_buckets=max(2, len(p) // 10),
-                               verbose=False).mauve)
 
 
 def gen_ppl(nll):

@@ -8,8 +8,8 @@ Every target predicts the next token from the same context with the same denoise
 says what they are. The likelihood of a token is its mean probability over --draws noises. Hidden has the retained
 blocks for free, so it is no fair winner: `bottleneck` has them too, and `causal` shows what the same network and steps
 buy without. Readers differ, so the table says what each makes of true targets: only a gap to that ceiling is
-diffusion's own. All learn by squared error; published simplex models learn by cross-entropy. Writes interfaces.png,
-section.md and result.json to --out; each cell is kept as soon as it is finished.
+diffusion's own. All learn by squared error; published simplex models learn by cross-entropy. Writes section.md and
+result.json to --out; each cell is kept as soon as it is finished.
 
 Letters: B batch, T tokens, D width of the backbone, V vocabulary, d width of what is diffused.
 """
@@ -59,9 +59,6 @@ class Config:
     nfe: int = 4                # network calls of a draw
     draws: int = 16             # noises over which a likelihood is averaged
     windows: int = 128          # held-out sequences of the likelihood
-    texts: int = 16             # texts of the frontier
-    new: int = 32               # tokens written after 64 of held-out text
-    temperatures: str = "0.7,1.0,1.3"  # of the frontier
     dry_run: bool = False       # print what would be trained, then leave
     MEASURES = ("kinds", "seeds")  # which cells; the others stay valid
 
@@ -247,18 +244,6 @@ def ceiling(way, rows, draws, seed):
 
 
 @torch.no_grad()
-def write(way, net, prompts, new, temperature, cfg, seed):
-    """prompts (N, P) -> (N, P + new), token by token; every text has noise of its own."""
-    ids, T = prompts, prompts.shape[1] + new
-    noise = torch.stack([normal((T, way.d), ids.device, seed, "write", row) for row in range(len(ids))])   # (N, T, d)
-    for i in range(new):
-        logp = way.law(net, ids, cfg.nfe, noise[:, :ids.shape[1]])[:, -1]
-        u = torch.from_numpy(generator(seed, "write token", i).random(len(ids))).to(ids.device)
-        ids = torch.cat([ids, masked.choose(logp.double(), temperature, 1.0, 0, u)[:, None]], 1)
-    return ids
-
-
-@torch.no_grad()
 def fit_width(way, net, rows, cfg):
     """The width that makes training windows `rows` most likely, by as many draws as the held-out ones."""
     c, found = way.condition(rows[:, :-1]), {}
@@ -269,7 +254,7 @@ def fit_width(way, net, rows, cfg):
     way.width = min(found, key=found.get)
 
 
-def cell(kind, seed, lm, layer, train_rows, held_out, real, cfg):
+def cell(kind, seed, lm, layer, train_rows, held_out, cfg):
     """One target and one seed: trained and measured."""
     torch.manual_seed(seed)
     way = Way(kind, lm, layer, train_rows.windows(64, seed)[:, :-1].to(held_out.device), cfg.latent)
@@ -278,19 +263,9 @@ def cell(kind, seed, lm, layer, train_rows, held_out, real, cfg):
     net.eval()
     if way.goal.widths:
         fit_width(way, net, train_rows.windows(8, seed + 1).to(held_out.device), cfg)
-    points = [{"temperature": t, **metrics.measure(
-        lm, write(way, net, held_out[:cfg.texts, :64], cfg.new, t, cfg, seed), 64)} for t in temperatures(cfg)]
     return {"kind": kind, "seed": seed, "seconds": seconds, "parameters": sum(p.numel() for p in net.parameters()),
             "d": way.d, "nll": next_token_nll(way, net, held_out, cfg), "width": way.width,
-            "recovery": way.goal.recovery, "ceiling": ceiling(way, held_out, cfg.draws, seed), "frontier": points,
-            "matched": metrics.at_entropy(points, real["entropy"])}
-
-
-def temperatures(cfg):
-    parts = cfg.temperatures.split(",")
-    if not all(part.replace(".", "", 1).isdigit() and float(part) > 0 for part in parts):
-        raise UserError("--temperatures must be numbers above 0, such as 0.7,1.0")
-    return [float(part) for part in parts]
+            "recovery": way.goal.recovery, "ceiling": ceiling(way, held_out, cfg.draws, seed)}
 
 
 # --------------------------------------------------------------------------------------------------------- report
@@ -310,24 +285,20 @@ def verdicts(groups):
 
 def section(result):
     """The section of the report: a pure function of result.json."""
-    groups, real, rows = by_kind(result["cells"]), result["real"], []
+    groups, rows = by_kind(result["cells"]), []
     for kind, group in groups.items():
-        matched, ceilings = [c["matched"] for c in group], [c["ceiling"] for c in group]
+        ceilings = [c["ceiling"] for c in group]
         rows.append([kind, group[0]["d"], f"{group[0]['parameters']:,}", plus_minus([c["nll"] for c in group], ".3f"),
                      None if None in ceilings else plus_minus(ceilings, ".3f"),
-                     "never there" if None in matched else plus_minus(matched, ".0f"),
                      plus_minus([c["seconds"] for c in group], ".0f"), group[0]["recovery"]])
     return "\n".join([
         "## Interfaces at equal budget", "",
         f"Hidden states of layer {result['layer']}; {result['steps']} steps of {result['batch_size']} x "
         f"{result['seq_len']} tokens, NFE {result['nfe']}, {result['draws']} draws, {result['windows']} held-out "
-        f"windows, {max(map(len, groups.values()))} seeds from {result['seed']}, mean +- sd; texts: {result['texts']} "
-        f"of {result['new']} tokens after 64. The intact model: {result['intact']:.3f} nats, unigrams "
-        f"{result['unigram']:.3f}; real text: gen-PPL {real['gen_ppl']:.1f}, entropy {real['entropy']:.2f}. Ties: "
-        f"within {MARGIN:g} nats.", "",
+        f"windows, {max(map(len, groups.values()))} seeds from {result['seed']}, mean +- sd. The intact "
+        f"model: {result['intact']:.3f} nats, unigrams {result['unigram']:.3f}. Ties: within {MARGIN:g} nats.", "",
         report.table(["what is diffused", "d", "trained parameters", "next-token NLL", "with true targets",
-                      "gen-PPL at real entropy", "train (s)", "read by"], rows), "",
-        *(f"- {line}." for line in verdicts(groups)), "", "![their frontiers over temperature](interfaces.png)", ""])
+                      "train (s)", "read by"], rows), "", *(f"- {line}." for line in verdicts(groups)), ""])
 
 
 @entry
@@ -337,10 +308,6 @@ def main(argv):
     kinds = cfg.kinds.split(",") if cfg.kinds else list(TARGETS)
     for kind in kinds:
         pick(TARGETS, kind, "--kinds")
-    if cfg.seq_len + 1 < 64 + cfg.new or not 2 <= cfg.texts <= cfg.windows or cfg.new < 4:
-        raise UserError(f"--seq_len must be at least {63 + cfg.new} (64 tokens and --new), --windows at least --texts, "
-                        "--texts 2 and --new 4")
-    temperatures(cfg)
     world, model = setup("cpu"), backbone.resolve(cfg.model, cfg.out)
     layer = cfg.layer or read_json(Path(cfg.out).parent / "geometry" / "result.json",
                                    "run python geometry.py first, or pass --layer N")["best_layer"]
@@ -353,7 +320,7 @@ def main(argv):
     if result and set(wanted) <= set(known):                               # else there is a new target, or a new seed
         print(section(result))
         return result
-    shape = backbone.read_config(model, max(cfg.seq_len, 64 + cfg.new))
+    shape = backbone.read_config(model, cfg.seq_len)
     if not 1 <= layer <= shape.num_hidden_layers or cfg.latent > shape.hidden_size:
         raise UserError(f"--layer {layer} must lie in 1..{shape.num_hidden_layers} and --latent {cfg.latent} in "
                         f"1..{shape.hidden_size}")
@@ -362,25 +329,22 @@ def main(argv):
     train_rows = data.Tokens(shards, "train", cfg.seq_len)
     held_out = data.Tokens(shards, "val", cfg.seq_len).windows(cfg.windows).to(world.device)            # (N, T + 1)
     run = Run(cfg, world, identity)
-    real, cells = metrics.measure(lm, held_out[:cfg.texts, :64 + cfg.new], 64), []
+    cells = []
     for seed, kind in dict.fromkeys([*known, *wanted]):
         file = run.out / f"{kind}_seed{seed}.json"
         if not file.exists():
-            write_json(file, cell(kind, seed, lm, layer, train_rows, held_out, real, cfg))
+            write_json(file, cell(kind, seed, lm, layer, train_rows, held_out, cfg))
         cells.append(read_json(file))
         run.say(f"{kind}, seed {seed}: next-token NLL {cells[-1]['nll']:.3f} ({cells[-1]['seconds']:.0f} s)")
 
     count = torch.bincount(train_rows.windows(512).flatten(), minlength=lm.V).double() + 1
     mean = {kind: sum(c["nll"] for c in group) / len(group) for kind, group in by_kind(cells).items()}
-    result = {**identity, "cells": cells, "layer": layer, "real": real, "seed": cfg.seed, "windows": len(held_out),
+    result = {**identity, "cells": cells, "layer": layer, "seed": cfg.seed, "windows": len(held_out),
               "intact": metrics.judge(lm, held_out, 1 + SKIP).mean().item(),
               "unigram": -(count / count.sum()).log()[held_out[:, 1 + SKIP:].cpu()].mean().item(),
-              **{k: getattr(cfg, k) for k in ("steps", "batch_size", "seq_len", "nfe", "draws", "texts", "new")},
+              **{k: getattr(cfg, k) for k in ("steps", "batch_size", "seq_len", "nfe", "draws")},
               "headline": [["next token by what is diffused, nats", ", ".join(
                   f"{kind} {mean[kind]:.2f}" for kind in sorted(mean, key=mean.get)[:3])]]}
-    report.frontiers([(kind, f"C{i}", c["frontier"]) for i, (kind, group) in enumerate(by_kind(cells).items())
-                      for c in group], real, run.out / "interfaces.png",
-                     "What should diffusion produce? Frontiers over temperature")
     run.finish(result, section(result))
     print(section(result))
     return run.result

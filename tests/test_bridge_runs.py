@@ -118,7 +118,7 @@ def test_four_processes_go_on_as_one_would(runs, tmp_path, text, monkeypatch):
 
 
 def test_objectives_and_predictions_train(runs, tmp_path, text):
-    for flags in (["--prediction", "v", "--source", "embedding", "--times", "uniform", "--sampler", "heun"],
+    for flags in (["--prediction", "v", "--source", "embedding", "--times", "uniform", "--sampler", "ab2"],
                   ["--prediction", "eps"], ["--self_condition", "--t_mean", "1", "--recompute", "--atom", "0.5"],
                   ["--objective", "regression", "--loops", "2"],
                   ["--cooldown", "0.25"]):
@@ -139,8 +139,8 @@ def test_a_finished_run_is_measured_again_when_asked(runs, tmp_path, text):
     """Another sampler, other calls: the weights stay, and the numbers are those of a run that had asked at once."""
     first = bridge.main(command(runs, text, tmp_path / "a"))
     weights = (tmp_path / "a" / "bridge.safetensors").read_bytes()
-    again = bridge.main(command(runs, text, tmp_path / "a", "--sampler", "heun", "--nfe", "3", "--shift", "2"))
-    fresh = bridge.main(command(runs, text, tmp_path / "b", "--sampler", "heun", "--nfe", "3", "--shift", "2"))
+    again = bridge.main(command(runs, text, tmp_path / "a", "--sampler", "ab2", "--nfe", "3", "--shift", "2"))
+    fresh = bridge.main(command(runs, text, tmp_path / "b", "--sampler", "ab2", "--nfe", "3", "--shift", "2"))
     assert (tmp_path / "a" / "bridge.safetensors").read_bytes() == weights
     assert again["nfe"] == fresh["nfe"] != first["nfe"] and "3" in again["nfe"]
     assert json.loads((tmp_path / "a" / "bridge.json").read_text()) == json.loads(

@@ -72,7 +72,7 @@ def test_save_and_load_by_the_auto_class(runs, model, tmp_path):
 @torch.no_grad()
 def test_how_states_are_sampled_is_no_part_of_the_network(runs, tmp_path):
     """Flags over bridge.json's defaults; older folders hold the two elsewhere, or not at all."""
-    for name, value, key in (("sampler", "heun", "sampler"), ("shift", 3.0, "shift"), ("nfe", 2, "nfe_default")):
+    for name, value, key in (("sampler", "ab2", "sampler"), ("shift", 3.0, "shift"), ("nfe", 2, "nfe_default")):
         made = hybrid.from_bridge(runs / "bridge", **{name: value})
         assert getattr(made.config, name) == value
         other = shutil.copytree(runs / "bridge", tmp_path / name)
@@ -90,7 +90,7 @@ def test_how_states_are_sampled_is_no_part_of_the_network(runs, tmp_path):
             again = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
             same = torch.equal(again(IDS).logits, made(IDS).logits)
             assert same == (bool(inside) or name == "nfe")
-    with pytest.raises(UserError, match="there are euler, heun"):
+    with pytest.raises(UserError, match="there are euler, ab2"):
         hybrid.from_bridge(runs / "bridge", sampler="leap")
 
 
@@ -137,7 +137,7 @@ def test_cached_logits_at_every_nfe_and_layer(nfe, layer):
     model = random_hybrid("qwen3", "regression", layer=layer, nfe=nfe, loops=nfe)
     want = model(TOKENS, use_cache=False).logits
     assert torch.allclose(cached_logits(model, TOKENS, 20), want, atol=1e-4, rtol=1e-4)
-    for sampler, again in (("euler", False), ("heun", False), ("euler", True)):
+    for sampler, again in (("euler", False), ("ab2", False), ("euler", True)):
         model = random_hybrid("qwen3", sampler=sampler, layer=layer, nfe=nfe, self_condition=again)
         want = model(TOKENS, use_cache=False).logits
         assert torch.allclose(cached_logits(model, TOKENS, 1), want, atol=1e-4, rtol=1e-4)
@@ -165,7 +165,7 @@ def test_the_future_never_changes_the_past_in_any_family(family):
 @pytest.mark.parametrize("layer", [1, 2, 3, 4])
 @torch.no_grad()
 def test_the_future_never_changes_the_past_at_any_layer_and_nfe(layer, monkeypatch):
-    for nfe, sampler, again in ((1, "euler", False), (2, "heun", False), (4, "euler", True), (8, "heun", True)):
+    for nfe, sampler, again in ((1, "euler", False), (2, "ab2", False), (4, "euler", True), (8, "ab2", True)):
         assert not leaks(random_hybrid("qwen3", sampler=sampler, layer=layer, nfe=nfe, self_condition=again))
     honest = denoiser.Bridge.forward
 
