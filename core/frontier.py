@@ -21,7 +21,7 @@ from core.report import BLACK, BLUE, GREEN, GREY, YELLOW, frontiers
 from core.report import table as markdown
 from core.stats import paired, plus_minus, verdict
 
-FACTOR, COLDEST, HOTTEST = 1.25, 0.2, 4.0  # of the temperatures that a frontier goes on with, and where it gives up
+FACTOR, COLDEST, HOTTEST = 1.25, 0.4, 4.0  # of the temperatures that a frontier goes on with, and where it gives up
 MARGIN = 0.05                              # nats a token: of no practical interest
 
 

@@ -30,8 +30,8 @@ for seed in 0 1 2; do
         --seed $seed --out "$OUT/generate_seeds/blocks_$seed"
     bridges+=",$OUT/generate_seeds/blocks_$seed"
 done
-python generate.py --data "$DATA" --bridges "$bridges" --twin "$twins" --texts 64 ${JUDGE:+--second_judge "$JUDGE"} \
-    --out "$OUT/generate_seeds/equal"
+python generate.py --data "$DATA" --bridges "$bridges" --twin "$twins" --texts 32 --alphas 0.8 --betas 0.8 \
+    ${JUDGE:+--second_judge "$JUDGE"} --out "$OUT/generate_seeds/equal"
 printf '\n=== COMPARE: what an aligned twin solves, and by which circuits (2 min)\n'
 python repr_align.py --data "$DATA" --align_weight 10 --seq_len 64 --steps 500 --eval_every 250 --eval_batches 16 \
     --out "$OUT/tasks/repr_align/w10"

@@ -42,6 +42,7 @@ def test_metrics_have_known_answers():
     points = [{"entropy": 3.0, "gen_ppl": 10.0}, {"entropy": 4.0, "gen_ppl": 1000.0}]
     assert metrics.at_entropy(points, 3.5) == pytest.approx(100)
     assert metrics.at_entropy(points, 4.0) == pytest.approx(1000) and metrics.at_entropy(points, 4.05) is None
+    assert metrics.at_entropy(points, 2.9) == pytest.approx(10)                  # above it even when cold: a bound
 
 
 # ------------------------------------------------------------------------------------------------------ the runs
