@@ -130,9 +130,40 @@ def jacobi(lm, prompts, new, calls, temperature, seed, prior):
 
 def parallel(cx):
     calls, passes = cost(cx.cfg, cx.bridges[0][1], cx.lm.L)
-    for what, some in (("calls", calls), ("block passes", max(1, round(passes / cx.lm.L)))):
+    each = np.cumsum(1 - np.arange(cx.cfg.new) / cx.cfg.new) * cx.lm.L       # passes of so many calls: tokens get final
+    for what, some in (("calls", calls), ("block passes", 1 + int((each < passes).sum()))):
         yield f"Jacobi, intact model, equal {what}", {"calls": some}, lambda prompts, t, some=some: jacobi(
             cx.lm, prompts, cx.cfg.new, some, t, cx.cfg.seed, cx.prior)
+
+
+@torch.no_grad()
+def drift(lm, prompts, new, calls, stay, temperature, seed, prior):
+    """prompts (N, P) -> (N, P + new): each call draws all new tokens again, in parallel, from p(x | tokens before it)
+    p(x | its last token) / p(x), where the last token is taken for x itself with probability `stay`, else for one drawn
+    from the prior. Without that memory (stay = 0) the tokens of a call never fit one another."""
+    ids, P = torch.cat([prompts, prompts.new_zeros(len(prompts), new)], 1), prompts.shape[1]
+    for turn in range(calls + 1):
+        u = np.stack([generator(seed, "drift", turn, row).random(new) for row in range(len(prompts))])
+        u = torch.from_numpy(u).to(ids.device)                                        # (N, new)
+        if turn == 0:
+            ids[:, P:] = from_prior(prior, u)
+            continue
+        law = lm.head(lm.through(lm.embed(ids), 0, lm.L))[:, P - 1:-1].double().log_softmax(-1)        # (N, new, V)
+        if turn > 1:
+            old = ids[:, P:, None]
+            law += math.log(1 - stay)
+            law.scatter_add_(-1, old, torch.log1p(stay / (1 - stay) / prior.double().exp()[old]))
+        ids[:, P:] = masked.choose(law, temperature, 1.0, 0, u)
+    return ids
+
+
+def lazy(cx):
+    """Parallel decoding by the intact model whose tokens tend to stay: our loop without bridge or training."""
+    calls = cost(cx.cfg, cx.bridges[0][1], cx.lm.L)[0]
+    for stay in (0.5, 0.8, 0.9, 0.95):
+        yield f"lazy Jacobi, intact model, stay {stay}", {"group": "lazy Jacobi", "calls": calls}, functools.partial(
+            lambda prompts, t, stay: drift(cx.lm, prompts, cx.cfg.new, calls, stay, t, cx.cfg.seed, cx.prior),
+            stay=stay)
 
 
 def twin(cx):
@@ -155,43 +186,6 @@ def mixtures(cfg):
         numbers(cfg.alphas), numbers(cfg.betas))]
 
 
-@torch.no_grad()
-def gibbs(cx, student, prompts, turns, share, temperature, alpha, beta):
-    """prompts (N, P) -> (N, P + new). A turn: 1 the twin's law of every hidden token  2 times what the intact model
-    foretells from the tokens of the turn before  3 draw  4 hide a share of the tokens again."""
-    from hybrid import product
-    (N, P), new, V, upper = prompts.shape, cx.cfg.new, cx.lm.V, None
-    ids, hidden = torch.cat([prompts, prompts.new_zeros(N, new)], 1), torch.ones(N, new, dtype=torch.bool)
-    for turn in range(turns):
-        u = np.stack([generator(cx.cfg.seed, "gibbs", turn, row).random((2, new)) for row in range(N)], 1)
-        u, hidden = torch.from_numpy(u).to(ids.device), hidden.to(ids.device)                    # (2, N, new)
-        masks = torch.cat([torch.zeros_like(prompts, dtype=torch.bool), hidden], 1)              # (N, P + new)
-        law = student.logits(student.foretell(ids, masks))[:, P - 1:, :V].double().log_softmax(-1)     # (N, new, V)
-        law = law if upper is None else torch.where(law.isinf(), law, product(upper, law, alpha, beta, cx.prior))
-        ids[:, P:] = torch.where(hidden, masked.choose(law, temperature, 1.0, 0, u[0].contiguous()), ids[:, P:])
-        if turn < turns - 1:
-            states = cx.lm.through(cx.lm.embed(ids), 0, cx.lm.L)
-            upper = cx.lm.head(states[:, P - 1:-1]).double().log_softmax(-1)
-            hidden = u[1].argsort(-1).argsort(-1) < share * new
-    return ids
-
-
-def loop(cx):
-    """Our loop without hidden space: the masked twin in the bridge's place. It hides `back` of the tokens or twice
-    as many again; all turns but the last are two calls."""
-    turns = (cost(cx.cfg, cx.bridges[0][1], cx.lm.L)[0] + 1) // 2
-    for folder in split(cx.cfg.twin):
-        student, _ = masked.load_converted(folder, cx.lm.model.device, cx.lm.model.dtype)
-        result = read_json(Path(folder) / "result.json")
-        about = {"group": "masked twin and intact model", "calls": 2 * turns - 1, "seed": result["seed"],
-                 "train_seconds": result["seconds"]}
-        for (title, how), share in itertools.product(mixtures(cx.cfg), (1, 2)):
-            share = min(1.0, share * cx.cfg.back)
-            yield f"{about['group']}, {title}, {share:g} hidden", about, functools.partial(
-                lambda prompts, t, **more: gibbs(cx, prompts=prompts, temperature=t, **more), student=student,
-                turns=turns, share=share, **how)
-
-
 def blocks(cx):
     """Bridges: so many tokens at once in hidden space, decoded by the product of two experts."""
     import hybrid
@@ -210,7 +204,7 @@ def blocks(cx):
             yield f"{about['group']}, {title}", {**about, **how}, write
 
 
-METHODS = {"unigram": unigram, "ar": autoregressive, "jacobi": parallel, "twin": twin, "loop": loop,
+METHODS = {"unigram": unigram, "ar": autoregressive, "jacobi": parallel, "lazy": lazy, "twin": twin,
            "blocks": blocks}
 
 
@@ -227,8 +221,9 @@ def asked(cfg):
 
 def cost(cfg, info, L):
     """(network calls one after another, passes of a new token through any transformer block) of drawing the new tokens
-    with the bridge of this bridge.json; the intact model's pass of a refinement is a call too. A finished block is
-    encoded for the next one by both; the prefix, encoded once by every method, is left out."""
+    with the bridge of this bridge.json. The intact model's pass of a refinement is a call too, the retained blocks'
+    after the first denoising a part of its last one. A finished block is encoded for the next one by both; the prefix,
+    encoded once by every method, is left out."""
     from hybrid import again
     first, turns = (cfg.nfe, cfg.refinements) if info["objective"] == "diffusion" else (info.get("loops", 1), 0)
     ours, count = first + turns * again(first, cfg.back), -(-cfg.new // cfg.block_size)         # calls of the bridge
@@ -279,7 +274,7 @@ def check(cfg):
         raise UserError("--alphas and --betas must be numbers that are not negative, and --back lie in [0, 1)")
     if cfg.texts < 2 or cfg.tune_texts not in (0, *range(2, cfg.texts + 1)) or cfg.new < 4 or cfg.prefix < 2:
         raise UserError("--texts and --prefix must be at least 2, --new 4, and --tune_texts 0 or 2..--texts")
-    cfg.twin = cfg.twin if {"twin", "loop"} & set(asked(cfg)) else ""
+    cfg.twin = cfg.twin if "twin" in asked(cfg) else ""
     if cfg.dry_run:
         return []
     remedy = "train one with: python bridge.py --preset blocks --layer 2 --blocks 4 --out out/blocks"

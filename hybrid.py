@@ -41,7 +41,7 @@ class Config:
     seed: int = 0               # of sampling
     device: str = "auto"        # auto, cpu, cuda
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the retained blocks
-    nfe: int = 0                # network calls of the bridge (0: the bridge's default)
+    nfe: int = 0                # network calls of the bridge (0: the bridge's default, 4 with --block_size)
     sampler: Literal["", *diffusion.SAMPLERS] = ""  # how it goes from noise to a state (empty: the bridge's default)
     shift: float = 0.0          # of the sampler's grid, above 1: more calls near noise (0: the bridge's default)
     prompt: str = ""            # continue this text instead of saving

@@ -23,7 +23,7 @@ DRAWS = {  # every purpose of a draw -> who draws it, and the rest of its key; a
     "block": "core/hybrid_lm: noise of a block of tokens (start, turn, row)",
     "decode": "core/hybrid_lm: its tokens (start, turn, row)",
     "unigram": "generate: a rival ()", "jacobi": "generate: a rival's fixed draws (row)",
-    "gibbs": "generate: a rival's tokens, what it hides again (turn, row)",
+    "drift": "generate: a rival's tokens (turn, row)",
     "mask": "core/conversion: which tokens are masked (step, slot)",
     "fill": "core/masked: tokens and chance order (stretch, round, row)",
     "count": "core/masked: mask counts (text)", "subset": "core/masked: masks of one count (text, call)",

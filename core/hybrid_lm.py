@@ -33,7 +33,7 @@ def product(upper, read, alpha=0.8, beta=0.8, prior=None):
     see the states before it, the readout its own. Each is a posterior, p(x | a) and p(x | b), that holds the prior p(x)
     once; where a and b are independent given x, p(x | a, b) ~ p(x | a) p(x | b) / p(x): one copy has to go (beta). They
     are not quite, as both know the prefix, so that what the readout adds, p(x | b) / p(x), counts a little less than
-    once: alpha = beta = 0.8 was best on texts apart (LOG.md)."""
+    once: what alpha = beta does is in LOG.md."""
     logits = upper + alpha * read
     return logits - beta * prior.to(logits) if beta else logits
 
@@ -98,7 +98,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
                 raise backbone.cannot(self.lm.config, "its blocks do not say which layer of a cache is theirs",
                                       "be the base of a hybrid")
             for module, name in numbered:
-                setattr(module, name, first + (i - gone) % L)
+                setattr(module, name, first + (i - gone) % L)                      # l+1..L first, then 1..l
         self.config.nfe, self.config.num_hidden_layers = nfe, first + L - (0 if self.net.generates else gone)
 
     def noise_at(self, positions):
@@ -241,7 +241,10 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
                             watch=how["watch"], **more)
         # 1 draw the hidden states; the retained blocks foretell tokens from them
         z = denoise(0)
-        upper = on_cache(self._foretell, self.net.hidden(z).to(self.lm.model.dtype), positions, cache)
+        h = self.net.hidden(z).to(self.lm.model.dtype)
+        if not unknown.all():                                       # before and after a gap h is known, as tokens are
+            h = torch.where(unknown[..., None], h, on_cache(self._read, ids, positions, cache)[0])
+        upper = on_cache(self._foretell, h, positions, cache)
         for turn in range(how["refinements"] + 1):
             # 2 decode them by both experts; token i is foretold at i-1
             upper = torch.cat([upper[:, :1] if last is None else last, upper[:, :-1]], 1)
@@ -268,7 +271,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         follows."""
         past = cache.get_seq_length()
         positions = torch.arange(past, past + ids.shape[1], device=ids.device)[None]                   # (1, T)
-        _, logits = self._read(ids, positions, cache)
+        _, logits = self._read(ids, positions, cache)     # first: the bridge's layers tell the cache's length
         self.hidden(ids, positions, None, cache)
         return logits[:, -1:]
 

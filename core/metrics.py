@@ -86,16 +86,16 @@ def at_entropy(points, target, key="gen_ppl"):
     gen-PPL is how surprised a judge, the intact model, is by what a method wrote: exp of the mean -log p(token | what
     is before it). Alone it can be bought: a text that repeats itself is cheap. The price is seen in the entropy of a
     text's own token histogram, so each method is drawn at several temperatures, its frontier, and read off where that
-    entropy equals that of the real continuations (`target`): linear in (entropy, log gen-PPL) between the two points
-    around it. A frontier that stays above it even when cold is read at its lowest entropy: a bound, which errs against
-    it. None if the frontier stays below: nothing is extrapolated."""
-    points = sorted((p["entropy"], math.log(p[key])) for p in points)
-    if points and points[0][0] > target:
-        return math.exp(points[0][1])
-    for (h0, y0), (h1, y1) in zip(points, points[1:]):
-        if h0 <= target <= h1:
-            return math.exp(y0 + (y1 - y0) * (target - h0) / max(h1 - h0, 1e-9))
-    return None
+    entropy equals that of the real continuations (`target`): linear in (entropy, log gen-PPL) between neighbouring
+    temperatures; where it is crossed more than once, the dearest crossing counts. A frontier that stays above it even
+    when cold is read at its lowest entropy: a bound, which errs against it. None if it stays below: nothing is
+    extrapolated."""
+    points = [(p["entropy"], math.log(p[key])) for p in sorted(points, key=lambda p: p["temperature"])]
+    found = [y0 + (y1 - y0) * (target - h0) / (h1 - h0 or 1e-9) for (h0, y0), (h1, y1) in zip(points, points[1:])
+             if min(h0, h1) <= target <= max(h0, h1)]
+    if not found and points and min(points)[0] > target:
+        found = [min(points)[1]]
+    return math.exp(max(found)) if found else None
 
 
 # ------------------------------------------------------------------------------------------------------ programs

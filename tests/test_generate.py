@@ -339,23 +339,23 @@ def test_parallel_decoding_becomes_sampling(family):
 
 
 @torch.no_grad()
-def test_the_loop_without_hidden_space():
-    """One turn is the twin's own law of all tokens at once; in a second one only the share that is hidden again may
-    change, and it follows what the intact model foretells from the first: with alpha = 0 and no prior, that alone."""
-    lm = backbone.Backbone(tiny_model("qwen3"))
-    student = masked.Student(backbone.Backbone(tiny_model("qwen3")), 63)
-    cx = generate.Context(generate.Config(new=9, seed=3), lm, PRIOR, [])
+def test_a_lazy_rival_stays_by_bayes_rule(monkeypatch):
+    """The law of a token given those before it and what it was: p(x | before) p(old | x) / sum, where old is x itself
+    with probability 0.7, else drawn from the prior. Nearly always staying changes nothing after the first call."""
+    lm, laws = backbone.Backbone(tiny_model("qwen3")), []
+    choose = masked.choose
+    monkeypatch.setattr(masked, "choose", lambda law, *rest: laws.append(law.clone()) or choose(law, *rest))
 
-    def write(turns, alpha=0.0, prompts=IDS, share=0.34):
-        return generate.gibbs(cx, student, prompts, turns, share, 0, alpha, 0.0)
-    one, two = write(1), write(2)
-    masks = torch.cat([torch.zeros_like(IDS), torch.ones(2, 9, dtype=torch.long)], 1) > 0
-    law = student.logits(student.foretell(torch.cat([IDS, IDS[:, :9] * 0], 1), masks))
-    assert torch.equal(one[:, 14:], law[:, 13:].argmax(-1)) and torch.equal(one[:, :14], IDS)
-    foretold = lm.head(lm.through(lm.embed(one), 0, lm.L))[:, 13:-1, :63].argmax(-1)              # never the mask
-    changed = one[:, 14:] != two[:, 14:]
-    assert changed.any() and changed.sum(1).max() <= 4 and torch.equal(two[:, 14:][changed], foretold[changed])
-    assert torch.equal(write(3, 1.0)[:1], write(3, 1.0, IDS[:1])) and not torch.equal(write(3, 1.0), write(3))
+    def write(calls, stay, prompts=IDS):
+        return generate.drift(lm, prompts, 6, calls, stay, 1.0, 3, PRIOR)
+    before = write(1, 0.7)
+    laws.clear()
+    write(2, 0.7)
+    upper = lm.head(lm.through(lm.embed(before), 0, lm.L))[:, 13:-1].double().softmax(-1)
+    seen = 0.3 * PRIOR.exp()[before[:, 14:]][..., None] + 0.7 * torch.nn.functional.one_hot(before[:, 14:], 64)
+    assert torch.allclose(laws[1].softmax(-1), (upper * seen) / (upper * seen).sum(-1, keepdim=True), atol=1e-9)
+    assert torch.equal(write(9, 1 - 1e-12), before) and not torch.equal(write(9, 0.0), before)
+    assert torch.equal(write(3, 0.5)[:1], write(3, 0.5, IDS[:1])) and torch.equal(write(3, 0.5)[:, :14], IDS)
 
 
 def test_a_frontier_goes_on_until_the_entropy_is_there():
