@@ -168,10 +168,10 @@ def measure(cfg, lm, bridges, rows, unigram):
 
 
 NAMES, AVERAGED = {"diffusion": "sampled states", "regression": "mean state"}, "sampled states, averaged first"
-PAIRS = [("sampled states", "mean state", "used"), ("sampled states", "mean state", "tempered"),
+PAIRS = [("sampled states", "mean state", "tempered"), ("sampled states", "unigrams", "used"),  # deciding ones first
+         ("sampled states", "unigrams", "tempered"), ("sampled states", "mean state", "used"),
          ("sampled states", "mean state", "jointly"), ("sampled states", AVERAGED, "used"),
          ("sampled states, readout", "mean state, readout", "used"), ("sampled states", "mean state, readout", "used"),
-         ("sampled states", "unigrams", "used"), ("sampled states", "unigrams", "tempered"),
          ("sampled states", "mean state", "x_P")]                          # ours, theirs, the column compared
 
 

@@ -280,9 +280,6 @@ def findings(result):
     gap = verdict(paired(score["by_seed"], depth["by_seed"]), MARGIN, "rho", "seeds", lower_is_better=False)
     yield (f"On {first} rho is {score['rho']:.2f} for the score (one-sided p = {score['p']:.4f}), {depth['rho']:.2f} "
            f"for depth alone; the score against depth: {gap}.")
-    good = [n for n, of in every.items() if of["p"] < 0.05]
-    yield (f"{len(good)} of {len(every)} predictors order the layers better than chance, corrected for their "
-           f"number; depth alone {'does' if '-layer' in good else 'does not'}.")
     controls = {"regression, the same network, steps and data": lambda r, error: r["regression_" + error],
                 "a table of token means with equal data": lambda r, error: [
                     r["untrained"]["token mean"][error]] * own["seeds"]}
@@ -291,6 +288,9 @@ def findings(result):
         yield (f"On {first} a diffusion bridge's {name} against that of {control}, {own['seeds']} seeds: " + ", ".join(
             f"{w.replace('not', 'not known')} at {words.count(w)}" for w in dict.fromkeys(words))
                + f" of {len(words)} layers.")
+    good = [n for n, of in every.items() if of["p"] < 0.05]
+    yield (f"{len(good)} of {len(every)} predictors order the layers better than chance, corrected for their "
+           f"number; depth alone {'does' if '-layer' in good else 'does not'}.")
 
 
 def section(result):

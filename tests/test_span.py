@@ -82,8 +82,9 @@ def test_verdicts_and_words():
              "texts": [[6.0, 6.0]]},
             *(row(name, value) for name, value in nats.items())]
     verdicts = span.compare(rows, 0.01)
-    assert verdicts[0][1:4] == ["sampled states", "mean state", "used"] and "ahead by 0.2 nats" in verdicts[0][4]
-    assert "2 texts" in verdicts[0][5] and "ties within 0.01" in verdicts[3][4] and "behind by 0.6" in verdicts[4][4]
+    assert verdicts[0][1:4] == ["sampled states", "mean state", "tempered"] and "2 texts" in verdicts[3][5]
+    assert verdicts[3][1:4] == ["sampled states", "mean state", "used"] and "ahead by 0.2 nats" in verdicts[3][4]
+    assert "ties within 0.01" in verdicts[5][4] and "behind by 0.6" in verdicts[6][4]
     assert [v[4].split(" (")[0] for v in verdicts if v[2] == "unigrams"] == ["ahead by 1 nats", "ties within 0.01 nats"]
     asked = {"hidden": 16, "prefix": 64, "seeds": 3, "nfe": 8, "margin": 0.01}
     text = span.section({"measured": asked, "blocks": 2, "steps": 1, "batch_size": 8, "seed": 0, "judged": 2,
