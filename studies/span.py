@@ -216,7 +216,7 @@ def headline(cfg, verdicts):
     since a law that is too sure of itself gains from any averaging."""
     what = f"{cfg.samples} sampled states against regression's mean, both tempered, {cfg.seeds} seeds"
     return [[f"{cfg.hidden} hidden tokens, layer {layer}: {what}", words.split(" (")[0]]
-            for layer, *pair, words, _ in verdicts if tuple(pair) == PAIRS[1]][:2]
+            for layer, *pair, words, _ in verdicts if tuple(pair) == PAIRS[0]][:2]
 
 
 @entry
