@@ -1,13 +1,14 @@
 """generate.py: GENERATE. Text drawn by diffusion in hidden space, measured beside its rivals at equal entropy.
 
-    python generate.py                                            # out/blocks beside its rivals: ~1 min on two cores
+    python generate.py                                            # out/blocks beside its rivals: ~4 min on two cores
     python generate.py --bridges out/a,out/b --twin out/m,out/n --out out/generate2    # layers and seeds; mean +- sd
     python bridge.py --preset blocks --layer 2 --blocks 4 --out out/blocks2            # makes such a bridge
 
 Each text is a held-out prefix and what a method writes after it. Methods are compared by gen-PPL at real text's entropy
 (explained at core.metrics.at_entropy), over temperatures that go on until that entropy is reached. Where a method has
-settings (the twin's order, the weights of our two experts), the best one is chosen on texts apart, for ours and rivals
-alike, and it alone is reported. Writes result.json, samples.jsonl, generation.png and section.md to --out.
+settings (the twin's order, how lazy Jacobi is, the weights of our two experts), the best one is chosen on texts apart,
+for ours and rivals alike, and it alone is reported. Writes result.json, samples.jsonl, generation.png and section.md to
+--out.
 
 Letters: N texts, P prefix, T tokens, V vocabulary, L blocks, l the layer of a bridge.
 """
@@ -63,7 +64,7 @@ class Config:
 
 PRESETS = {"tiny": {"texts": 4, "tune_texts": 2, "prefix": 16, "new": 12, "block_size": 12, "nfe": 2, "refinements": 1,
                     "alphas": "0.8", "betas": "0.8"},
-           "135m": {"texts": 6, "tune_texts": 2, "alphas": "0.8", "betas": "0.8"}}
+           "135m": {"texts": 6, "tune_texts": 2, "refinements": 6, "alphas": "0.8", "betas": "0.8"}}
 
 
 class Context(NamedTuple):

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole pipeline: backbone, locate, replace, generate, convert, compare, evaluate. Offline and on a CPU by default:
-# about 12 minutes on two cores; a real model of 135M parameters takes about an hour. Run it again and it resumes, or
-# prints the finished results in seconds. Budgets follow the model's size (--preset auto); the times shown are the toy's.
+# about 14 minutes on two cores; a real model of 135M parameters about an hour. Run it again and it resumes, or
+# prints the finished results in seconds. Budgets follow the model's size (--preset auto); times shown are the toy's.
 #
 #   bash run_all.sh
 #   PRESET=tiny bash run_all.sh                                             # every stage in about two minutes
@@ -48,7 +48,7 @@ stage "GENERATE: train a bridge that meets unknown tokens (90 s)" \
     bridge.py --model "$MODEL" --data "$DATA" "${sized[@]}" --layer "$BLOCKS_LAYER" --visible mix --bidirectional \
     --self_condition --t_mean 0.7 --nfes 8 ${BLOCKS_STEPS:+--steps $BLOCKS_STEPS} \
     $(toy --blocks 4 --batch_size 8 --steps 400 --noise_seeds 1 --eval_batches 64) --out "$OUT/blocks"
-stage "GENERATE: text drawn in hidden space beside its rivals (60 s)" \
+stage "GENERATE: text drawn in hidden space beside its rivals (3 min)" \
     generate.py --data "$DATA" --bridges "$OUT/blocks" --twin "$OUT/repr_align/w0" "${small[@]}" \
     $(toy --alphas 0.8 --betas 0.8 --tune_texts 4) --out "$OUT/generate"
 if [ "$MODEL" = toy ]; then

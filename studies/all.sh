@@ -18,7 +18,7 @@ study() {  # study "what it asks and how long it takes" name flags...
         printf '\nstudies/all.sh stopped: %s failed\n' "${*:2}" >&2; exit 1; }
 }
 
-printf '\n=== GENERATE and its twin with three training seeds (10 min)\n'
+printf '\n=== GENERATE and its twin with three training seeds (20 min)\n'
 bridges="$OUT/blocks" twins=""   # both at 400 steps of 8 x 128 tokens; the default run's twin has had 120 only
 for seed in 0 1 2; do
     python repr_align.py --model "$OUT/toy" --data "$DATA" --align_weight 0 --batch_size 8 --steps 400 \
