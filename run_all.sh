@@ -4,7 +4,7 @@
 # prints the finished results in seconds. Budgets follow the model's size (--preset auto); times shown are the toy's.
 #
 #   bash run_all.sh
-#   PRESET=tiny bash run_all.sh                                             # every stage in about two minutes
+#   PRESET=tiny bash run_all.sh                                             # every stage in about three minutes
 #   DATA=notes/ OUT=out/notes bash run_all.sh                               # other text, other folder
 #   MODEL=HuggingFaceTB/SmolLM2-135M DATA=notes/ OUT=out/smollm2 bash run_all.sh    # a folder or a Hub id, on a CPU
 #   MODEL=Qwen/Qwen3-0.6B DATA=Salesforce/wikitext:wikitext-103-raw-v1 OUT=out/qwen3 bash run_all.sh       # one GPU
