@@ -194,6 +194,7 @@ def circuit_rows(result):
 def section(result):
     """The text of section.md."""
     tasks, k = result["tasks"], result["k"]
+    some = any(found["usable"] for found in tasks.values())
     return "\n".join([
         "## COMPARE", "", "Who solves what: share of prompts, clean and corrupted, whose answer is the model's first "
         f"choice ({4 * result['pairs'] * result['resamples']} prompts a task, seed {result['seed']}). In a task of the "
@@ -204,14 +205,13 @@ def section(result):
         f"{result['layers']} blocks, {result['resamples']} sets of at most {result['pairs']} pairs that all analysed "
         "models solve; mean +- sd over sets and twins' seeds. Overlap is the Jaccard index, "
         f"{chance(k, result['edges']):.3f} by chance. The last columns: share of prompts still solved without some "
-        "components." if any(found["usable"] for found in tasks.values()) else
+        "components." if some else
         "No task is solved often enough by the AR model and a twin.", "",
-        *([report.table(["task", "model", "overlap with AR", "chance-adjusted", "itself, other prompts", "other seed",
-                         "mean block (0: embedding)", "Gini", "left without the AR model's 3 strongest",
-                         "without 3 random", "without 3 matched"], rows), ""] if (rows := list(circuit_rows(result)))
-          else []),
+        *[report.table(["task", "model", "overlap with AR", "chance-adjusted", "itself, other prompts", "other seed",
+                        "mean block (0: embedding)", "Gini", "left without the AR model's 3 strongest",
+                        "without 3 random", "without 3 matched"], circuit_rows(result)), ""] * some,
         *(f"- {line}" for line in result["verdicts"]), "",
-        "![overlap with the AR model, and depth of attribution](circuits.png)", ""])
+        *["![overlap with the AR model, and depth of attribution](circuits.png)", ""] * some])
 
 
 def headline(result):
@@ -229,8 +229,8 @@ def figure(result, path):
     kinds = dict.fromkeys(kind for found in usable.values() for kind in found["models"])
     cycle = itertools.cycle((report.RED, report.YELLOW, report.GREEN, report.BLACK))
     colors = {kind: {"AR": report.BLUE, UNTRAINED: report.GREY}.get(kind) or next(cycle) for kind in kinds}
-    with report.figure(path, max(1, len(usable)), 2, width=4.6, height=2.8) as axes:
-        for (left, right), (name, found) in zip(axes, usable.items(), strict=False):
+    with report.figure(path, len(usable), 2, width=4.6, height=2.8) as axes:
+        for (left, right), (name, found) in zip(axes, usable.items(), strict=True):
             lines = {"AR, other prompts": (report.BLUE, "--"), **{f"AR and {n}": (c, "o-") for n, c in colors.items()}}
             for what, (color, style) in lines.items():
                 points = [(int(k), row[what]["mean"]) for k, row in found["overlap"].items() if what in row]
@@ -312,7 +312,8 @@ def main(argv):
     result["findings"] = [who_solves(result), *(v for v in result["verdicts"] if "not analysed" not in v)]
     with atomic(run.out / "scores.safetensors") as temporary:
         save_file({"/".join(map(str, key)): value for key, value in scores.items()}, temporary)
-    figure(result, run.out / "circuits.png")
+    if any(of["usable"] for of in found.values()):
+        figure(result, run.out / "circuits.png")
     run.finish({**result, "made_of": backbone.made_of(cfg.out, twins)}, section(result))
     run.say("\n".join(f"- {line}" for line in result["verdicts"]))
     return run.result

@@ -13,6 +13,7 @@ and the twins; of the same weights it is measured once. Writes report.md, figure
 Letters: N texts, T tokens, L blocks, l the replaced layer.
 """
 import copy
+import itertools
 import re
 import shutil
 from dataclasses import asdict, dataclass
@@ -158,7 +159,7 @@ def cost(model, intact, student, repeats, new):
     def of_hybrid(some, nfe, what):
         layer, net = some.config.layer, some.net
         some.set_nfe(nfe)
-        kept = whole - sum(p.numel() * p.element_size() for b in intact.blocks[:layer] for p in b.parameters())
+        kept = sum(p.numel() * p.element_size() for p in some.lm.model.parameters())
         measure(what, lambda: some.generate(ids, **how),
                 forward_flops(intact, net, nfe, layer, 3 * new // 2) / flops,
                 (nfe * net.settings["blocks"] + intact.L - layer) / intact.L,
@@ -291,14 +292,6 @@ def fill_markers(text, blocks):
     return text
 
 
-def first_of_each(findings, most=2):
-    """The first findings of each run: they open with its name in bold."""
-    groups = {}
-    for line in findings:
-        groups.setdefault(line.split("**")[1], []).append(line)
-    return [line for group in groups.values() for line in group[:most]]
-
-
 def readme_blocks(root):
     """What --publish writes into the README: the first table and the first findings of every results/NAME, files with
     their lines, lines by folder."""
@@ -315,7 +308,8 @@ def readme_blocks(root):
                 [stage, *(of["table"].get(stage) for of in found.values())] for stage in FIRST]),
             "findings": "\n\n".join(
                 f"On {name} (all of them, with their tables: results/{name}/report.md):\n\n"
-                + "\n".join(f"- {line}" for line in first_of_each(of["findings"])) for name, of in found.items()),
+                + "\n".join(f"- {line}" for _, group in itertools.groupby(of["findings"], lambda s: s.split("**")[1])
+                            for line in list(group)[:2]) for name, of in found.items()),
             "reading": report.table(["stage", "lines", "the one idea"], reading),
             "sizes": f"{lines('.'):,} lines in the nine stages, {lines('core'):,} in `core/` (what they share), "
                      f"{lines('studies'):,} in `studies/` (questions asked with them), {lines('tests'):,} in `tests/`."}

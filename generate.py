@@ -104,67 +104,55 @@ def autoregressive(cx):
 
 
 @torch.no_grad()
-def jacobi(lm, prompts, new, calls, temperature, seed, prior):
-    """prompts (N, P) -> (N, P + new): each call decodes all new tokens again, in parallel, from the guess before it, by
-    inverting the distribution function at one fixed u a position. After i calls the first i tokens are those that
-    sampling one by one would draw at these u: the control for what parallel decoding gives without any training."""
+def jacobi(lm, prompts, new, calls, temperature, seed, prior, stay=0.0):
+    """prompts (N, P) -> (N, P + new): each call decodes all new tokens again, in parallel, from the guess before it:
+    the control for what parallel decoding gives without any training.
+
+    Plain: by inverting the distribution function at one fixed u a position. After i calls the first i tokens are those
+    that sampling one by one would draw at these u. Lazy (`stay` > 0): by fresh draws, whose tokens would never fit one
+    another, from p(x | tokens before) p(x | its last token) / p(x), where the last token is taken for x itself with
+    probability `stay`, else for one drawn from the prior: a Gibbs sampler with a memory."""
     from transformers import DynamicCache
+    cache, past = DynamicCache(), prompts.shape[1] - 1
 
-    u = np.stack([generator(seed, "jacobi", row).random(new) for row in range(len(prompts))])
-    u, cache = torch.from_numpy(u).to(prompts.device), DynamicCache()
-    ids = torch.cat([prompts, from_prior(prior, u)], 1)                               # (N, P + new), a first guess
-
-    past = prompts.shape[1] - 1
+    def draws(*key):
+        u = np.stack([generator(seed, *key, row).random(new) for row in range(len(prompts))])
+        return torch.from_numpy(u).to(prompts.device)                                 # (N, new)
 
     def states(lo, hi):                                                               # of these tokens, after the cache
         positions = torch.arange(lo, hi, device=ids.device)[None]
         h = lm.embed(ids[:, lo:hi], positions)
         return lm.through(h, 0, lm.L, lm.side(h, positions, None, cache))
+    u = draws("drift", 0) if stay else draws("jacobi")
+    ids = torch.cat([prompts, from_prior(prior, u)], 1)                               # (N, P + new), a first guess
     states(0, past)
-    for known in range(min(calls, new)):                                              # that many are final by now
-        logits = lm.head(states(past + known, past + new))                            # (N, new - known, V)
-        backbone.trim(cache, past + known + 1)
-        better = masked.choose(logits.double(), temperature, 1.0, 0, u[:, known:].contiguous())
+    for call in range(calls if stay else min(calls, new)):
+        known = 0 if stay else call                                                   # that many are final by now
+        law = lm.head(states(past + known, past + new)).double()                      # (N, new - known, V)
+        backbone.trim(cache, past if stay else past + known + 1)
+        if stay:
+            u = draws("drift", call + 1)
+        if stay and call:
+            old = ids[:, past + 1:, None]
+            law.scatter_add_(-1, old, torch.log1p(stay / (1 - stay) / prior.double().exp()[old]))
+        better = masked.choose(law, temperature, 1.0, 0, u[:, known:].contiguous())
         ids = torch.cat([ids[:, :past + known + 1], better], 1)
     return ids
 
 
 def parallel(cx):
+    """Jacobi decoding by the intact model: plain, at as many calls and block passes as ours; lazy, at as many calls."""
     calls, passes = cost(cx.cfg, cx.bridges[0][1], cx.lm.L)
     each = np.cumsum(1 - np.arange(cx.cfg.new) / cx.cfg.new) * cx.lm.L       # passes of so many calls: tokens get final
-    for what, some in (("calls", calls), ("block passes", 1 + int((each < passes).sum()))):
-        yield f"Jacobi, intact model, equal {what}", {"calls": some}, lambda prompts, t, some=some: jacobi(
-            cx.lm, prompts, cx.cfg.new, some, t, cx.cfg.seed, cx.prior)
 
-
-@torch.no_grad()
-def drift(lm, prompts, new, calls, stay, temperature, seed, prior):
-    """prompts (N, P) -> (N, P + new): each call draws all new tokens again, in parallel, from p(x | tokens before it)
-    p(x | its last token) / p(x), where the last token is taken for x itself with probability `stay`, else for one drawn
-    from the prior. Without that memory (stay = 0) the tokens of a call never fit one another."""
-    ids, P = torch.cat([prompts, prompts.new_zeros(len(prompts), new)], 1), prompts.shape[1]
-    for turn in range(calls + 1):
-        u = np.stack([generator(seed, "drift", turn, row).random(new) for row in range(len(prompts))])
-        u = torch.from_numpy(u).to(ids.device)                                        # (N, new)
-        if turn == 0:
-            ids[:, P:] = from_prior(prior, u)
-            continue
-        law = lm.head(lm.through(lm.embed(ids), 0, lm.L))[:, P - 1:-1].double().log_softmax(-1)        # (N, new, V)
-        if turn > 1:
-            old = ids[:, P:, None]
-            law += math.log(1 - stay)
-            law.scatter_add_(-1, old, torch.log1p(stay / (1 - stay) / prior.double().exp()[old]))
-        ids[:, P:] = masked.choose(law, temperature, 1.0, 0, u)
-    return ids
-
-
-def lazy(cx):
-    """Parallel decoding by the intact model whose tokens tend to stay: our loop without bridge or training."""
-    calls = cost(cx.cfg, cx.bridges[0][1], cx.lm.L)[0]
-    for stay in (0.5, 0.8, 0.9, 0.95):
-        yield f"lazy Jacobi, intact model, stay {stay}", {"group": "lazy Jacobi", "calls": calls}, functools.partial(
-            lambda prompts, t, stay: drift(cx.lm, prompts, cx.cfg.new, calls, stay, t, cx.cfg.seed, cx.prior),
-            stay=stay)
+    def row(name, some, **how):
+        return name, {"calls": some, **({"group": "lazy Jacobi"} if how else {})}, lambda prompts, t: jacobi(
+            cx.lm, prompts, cx.cfg.new, some, t, cx.cfg.seed, cx.prior, **how)
+    equal = {"calls": calls, "block passes": 1 + int((each < passes).sum())}
+    for some in dict.fromkeys(equal.values()):
+        yield row(f"Jacobi, intact model, equal {' and '.join(n for n, c in equal.items() if c == some)}", some)
+    for stay in (0.5, 0.8, 0.9, 0.95):                                       # our loop without bridge or training
+        yield row(f"lazy Jacobi, intact model, stay {stay}", calls, stay=stay)
 
 
 def twin(cx):
@@ -181,12 +169,6 @@ def twin(cx):
             yield f"masked twin, {order} order", about, write
 
 
-def mixtures(cfg):
-    """[(title, {alpha, beta})] of the product of two experts."""
-    return [(f"alpha {a:g}, beta {b:g}", dict(alpha=a, beta=b)) for a, b in itertools.product(
-        numbers(cfg.alphas), numbers(cfg.betas))]
-
-
 def blocks(cx):
     """Bridges: so many tokens at once in hidden space, decoded by the product of two experts."""
     import hybrid
@@ -197,16 +179,15 @@ def blocks(cx):
         about = {"group": f"blocks at layer {info['layer']}", "layer": info["layer"], "folder": str(folder),
                  "calls": calls, "passes": passes, "train_seconds": result["seconds"],
                  **{k: result[k] for k in ("seed", "steps", "parameters", "readout_accuracy", "val_loss")}}
-        for title, how in mixtures(cfg):
-            def write(prompts, t, model=model, how=how):
+        for a, b in itertools.product(numbers(cfg.alphas), numbers(cfg.betas)):
+            def write(prompts, t, model=model, a=a, b=b):
                 return model.generate_blocks(
-                    prompts, cfg.new, cfg.block_size, cfg.nfe, prior=cx.prior, temperature=t, back=cfg.back,
-                    refinements=cfg.refinements, seed=cfg.seed, **how)
-            yield f"{about['group']}, {title}", {**about, **how}, write
+                    prompts, cfg.new, cfg.block_size, cfg.nfe, prior=cx.prior, alpha=a, beta=b, temperature=t,
+                    back=cfg.back, refinements=cfg.refinements, seed=cfg.seed)
+            yield f"{about['group']}, alpha {a:g}, beta {b:g}", {**about, "alpha": a, "beta": b}, write
 
 
-METHODS = {"unigram": unigram, "ar": autoregressive, "jacobi": parallel, "lazy": lazy, "twin": twin,
-           "blocks": blocks}
+METHODS = {"unigram": unigram, "ar": autoregressive, "jacobi": parallel, "twin": twin, "blocks": blocks}
 
 
 def drawn(cx):

@@ -3,7 +3,7 @@
     python hybrid.py --bridge out/bridge                                   # save it to out/hybrid, measure it: ~10 s
     python hybrid.py --bridge out/bridge --prompt "import os" --nfe 4      # text on stdout
     python hybrid.py --bridge out/bridge --prompt "import os" --compare    # beside the intact model's continuation
-    python hybrid.py --bridge out/blocks --prompt "import os" --block_size 32 --nfe 16 --show    # 32 tokens at once
+    python hybrid.py --bridge out/blocks --prompt "import os" --block_size 32 --show    # 32 tokens at once
 
     import hybrid                                                          # registers the architecture
     model = AutoModelForCausalLM.from_pretrained("out/hybrid")             # the upper blocks come from the base model

@@ -5,7 +5,7 @@
     text = table(result); lines = verdicts(result); rows = headline(result); figure(result, path)
 
 A `row` is a method with one setting and one trained model: name, frontier (points of core.metrics.measure, each with
-its temperature), matched (at_entropy of them), calls; of ours also layer, seed, steps and parameters. A `result` holds
+its temperature), matched (at_entropy of them), calls; of ours also group, layer, seed, steps, parameters. `result` has
 rows, and the same metrics of real text under `real`.
 
 Letters: N texts, T tokens.
@@ -16,9 +16,8 @@ import statistics
 
 import torch
 
+from core import report
 from core.metrics import SHAPE, at_entropy
-from core.report import BLACK, BLUE, GREEN, GREY, YELLOW, frontiers
-from core.report import table as markdown
 from core.stats import paired, plus_minus, verdict
 
 FACTOR, COLDEST, HOTTEST = 1.25, 0.4, 4.0  # of the temperatures that a frontier goes on with, and where it gives up
@@ -48,7 +47,7 @@ def nearest(points, target):
 
 def tune(drawn, measured, text, prefix, temperatures):
     """Choose settings on texts apart (N, T): of the (name, about, write) `drawn` those whose about holds the same
-    "group" compete, and the lowest gen-PPL at the entropy of `text` wins, seeds averaged.
+    "group" compete: most seeds at the entropy of `text` win, then the lowest gen-PPL there, seeds averaged.
     {group: {"chosen": name, "settings": {name: {"matched": [one a seed], "near": [temperatures around it]}}}}."""
     groups, target = {}, measured(text)["entropy"]
     for name, about, write in drawn:
@@ -58,9 +57,10 @@ def tune(drawn, measured, text, prefix, temperatures):
             some["matched"].append(at_entropy(points.values(), target))
             some["near"] += [p["temperature"] for p in nearest(points.values(), target)[:2]]
 
-    def mean(found):
-        return math.inf if None in found["matched"] else statistics.mean(found["matched"])
-    return {group: {"chosen": min(settings, key=lambda name: mean(settings[name])), "settings": settings}
+    def rank(found):                                     # seeds that never get there, then the mean of the others
+        there = [m for m in found["matched"] if m is not None]
+        return len(found["matched"]) - len(there), statistics.mean(there or [math.inf])
+    return {group: {"chosen": min(settings, key=lambda name: rank(settings[name])), "settings": settings}
             for group, settings in groups.items()}
 
 
@@ -92,8 +92,9 @@ def table(result):
         rows.append([name, group[0].get("calls"), matched(group), ratio,
                      *([matched(group, key="second_matched")] if second else []),
                      *(plus_minus([p[k] for p in near], ".2f") for k in ("temperature", *SHAPE))])
-    return markdown(["method", "calls", "gen-PPL at real entropy", "over real text",
-                     *(["the same, second judge"] if second else []), "T there", "entropy", "diversity", "rep-4"], rows)
+    return report.table(["method", "calls", "gen-PPL at real entropy", "over real text",
+                         *(["the same, second judge"] if second else []), "T there", "entropy", "diversity", "rep-4"],
+                        rows)
 
 
 def ours(result):
@@ -140,11 +141,19 @@ def headline(result):
 def figure(result, path):
     """Every row's frontier: blocks from violet to red by layer, rivals in colours of their own."""
     layers = sorted({r["layer"] for r in result["rows"] if "layer" in r})
-    colors, cycle = {"unigrams": GREY, "AR, intact model": BLACK}, itertools.cycle([YELLOW, BLUE, GREEN, "#b5838d"])
+    colors = {"unigrams": report.GREY, "AR, intact model": report.BLACK}
+    cycle = itertools.cycle([report.YELLOW, report.BLUE, report.GREEN, "#b5838d"])
     for row in result["rows"]:
         if "layer" in row:
             colors[row["name"]] = (layers.index(row["layer"]) / max(1, len(layers) - 1) * 0.6, 0.45, 0.65)
         elif row["name"] not in colors:
             colors[row["name"]] = next(cycle)
-    frontiers([(r["name"], colors[r["name"]], r["frontier"]) for r in result["rows"]], result["real"], path,
-              "GENERATE: frontiers over temperature")
+    with report.figure(path, width=6.2, height=4.2) as axes:
+        ax, real = axes[0, 0], result["real"]
+        for name, rows in grouped(result["rows"]):
+            for i, row in enumerate(rows):                                         # one label for all seeds
+                ax.plot([p["entropy"] for p in row["frontier"]], [p["gen_ppl"] for p in row["frontier"]], "o-",
+                        markersize=3, color=colors[name], label=name if i == 0 else None)
+        ax.plot(real["entropy"], real["gen_ppl"], "x", color=report.RED, markersize=10, mew=2, label="real text")
+        ax.set(yscale="log", xlabel="entropy of a text's tokens (nats)", ylabel="gen-PPL, judged by the intact model",
+               title="GENERATE: frontiers over temperature")

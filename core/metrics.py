@@ -87,9 +87,8 @@ def at_entropy(points, target, key="gen_ppl"):
     is before it). Alone it can be bought: a text that repeats itself is cheap. The price is seen in the entropy of a
     text's own token histogram, so each method is drawn at several temperatures, its frontier, and read off where that
     entropy equals that of the real continuations (`target`): linear in (entropy, log gen-PPL) between neighbouring
-    temperatures; where it is crossed more than once, the dearest crossing counts. A frontier that stays above it even
-    when cold is read at its lowest entropy: a bound, which errs against it. None if it stays below: nothing is
-    extrapolated."""
+    temperatures; of several crossings the dearest counts. A frontier that stays above it even when cold is read at its
+    lowest entropy: a bound, which errs against it. None if it stays below: nothing is extrapolated."""
     points = [(p["entropy"], math.log(p[key])) for p in sorted(points, key=lambda p: p["temperature"])]
     found = [y0 + (y1 - y0) * (target - h0) / (h1 - h0 or 1e-9) for (h0, y0), (h1, y1) in zip(points, points[1:])
              if min(h0, h1) <= target <= max(h0, h1)]

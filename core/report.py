@@ -2,7 +2,6 @@
 
     text = table(["layer", "score"], [[1, "4.05"], ...])       # Markdown
     with figure(path, columns=3) as axes: axes[0, 0].plot(...)     # a PNG, written whole or not at all
-    frontiers([(name, color, points)], real, path, title)      # entropy against gen-PPL over temperature
 """
 import contextlib
 
@@ -35,21 +34,6 @@ def figure(path, rows=1, columns=1, width=3.7, height=3.1, **how):
     with atomic(path) as temporary:
         fig.savefig(temporary, dpi=130, format="png")
     plt.close(fig)
-
-
-def frontiers(lines, real, path, title):
-    """Entropy against gen-PPL over temperature: one line for each (name, color, points) of `lines`, real text as a
-    cross. Lines of one name share a label: they are its seeds."""
-    seen = set()
-    with figure(path, width=6.2, height=4.2) as axes:
-        ax = axes[0, 0]
-        for name, color, points in lines:
-            ax.plot([p["entropy"] for p in points], [p["gen_ppl"] for p in points], "o-", markersize=3, color=color,
-                    label=None if name in seen else name)
-            seen.add(name)
-        ax.plot(real["entropy"], real["gen_ppl"], "x", color=RED, markersize=10, markeredgewidth=2, label="real text")
-        ax.set(yscale="log", xlabel="entropy of a text's tokens (nats)", title=title,
-               ylabel="gen-PPL, judged by the intact model")
 
 
 def compare_arms(w0, w10):

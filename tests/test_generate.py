@@ -347,7 +347,7 @@ def test_a_lazy_rival_stays_by_bayes_rule(monkeypatch):
     monkeypatch.setattr(masked, "choose", lambda law, *rest: laws.append(law.clone()) or choose(law, *rest))
 
     def write(calls, stay, prompts=IDS):
-        return generate.drift(lm, prompts, 6, calls, stay, 1.0, 3, PRIOR)
+        return generate.jacobi(lm, prompts, 6, calls, 1.0, 3, PRIOR, stay)
     before = write(1, 0.7)
     laws.clear()
     write(2, 0.7)
