@@ -3,8 +3,11 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import fails, randomise, slow, tiny_model
 
+import data
+from core import backbone
 from core.backbone import Backbone
 from core.denoiser import Bridge
 from studies import span
@@ -102,7 +105,10 @@ def test_the_study_on_a_tiny_pipeline(runs, text, capsys):
     by = {row["name"]: row["values"] for row in result["rows"]}
     visible = [by[f"intact model, {what}"]["x_P"][0] for what in ("true tokens", "its own continuations")]
     assert visible[0] == pytest.approx(visible[1], rel=1e-4)              # x_P follows from visible tokens only
-    assert visible[0] != pytest.approx(by["unigrams"]["x_P"][0], rel=1e-4)
+    rows = data.Tokens(runs / "data", "val", 19).windows(8)
+    judged = rows[[i for i in range(8) if i % 4]]                         # the others choose temperatures
+    logits = backbone.load(f"{runs}/toy", torch.device("cpu"), torch.float32).model(judged).logits
+    assert visible[0] == pytest.approx(F.cross_entropy(logits[:, 15], judged[:, 16]).item(), rel=1e-4)
     assert set(by) >= {"sampled states", "mean state", span.AVERAGED} and (runs / "span" / "section.md").exists()
     assert all(words.startswith("not known (n = 1") for *_, words, _ in result["verdicts"])
     before = (runs / "span" / "result.json").stat().st_mtime_ns
