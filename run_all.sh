@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole pipeline: backbone, locate, replace, generate, convert, compare, evaluate. Offline and on a CPU by default:
-# about 14 minutes on two cores; a real model of 135M parameters about an hour. Run it again and it resumes, or
+# 15 to 20 minutes on two cores; a real model of 135M parameters about an hour. Run it again and it resumes, or
 # prints the finished results in seconds. Budgets follow the model's size (--preset auto); times shown are the toy's.
 #
 #   bash run_all.sh

@@ -33,7 +33,7 @@ def product(upper, read, alpha=0.8, beta=0.8, prior=None):
     see the states before it, the readout its own. Each is a posterior, p(x | a) and p(x | b), that holds the prior p(x)
     once; where a and b are independent given x, p(x | a, b) ~ p(x | a) p(x | b) / p(x): one copy has to go (beta). They
     are not quite, as both know the prefix, so that what the readout adds, p(x | b) / p(x), counts a little less than
-    once: what alpha = beta does is in LOG.md."""
+    once: alpha = beta = 0.8, chosen on few texts (LOG.md)."""
     logits = upper + alpha * read
     return logits - beta * prior.to(logits) if beta else logits
 
@@ -244,36 +244,36 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         h = self.net.hidden(z).to(self.lm.model.dtype)
         if not unknown.all():                                       # before and after a gap h is known, as tokens are
             h = torch.where(unknown[..., None], h, on_cache(self._read, ids, positions, cache)[0])
-        upper = on_cache(self._foretell, h, positions, cache)
+        states = on_cache(self._upper, h, positions, cache)
         for turn in range(how["refinements"] + 1):
             # 2 decode them by both experts; token i is foretold at i-1
+            upper = self.lm.head(states)                                                               # (B, T, V)
             upper = torch.cat([upper[:, :1] if last is None else last, upper[:, :-1]], 1)
             ids = torch.where(unknown, self._decode(z, upper, how, (key, turn)), ids)
             # 3 refine: the intact model reads what was drawn; its h[l] goes back up the path and down again
             if turn < how["refinements"]:
-                h, upper = on_cache(self._read, ids, positions, cache)
+                h, states = on_cache(self._read, ids, positions, cache)
                 z = denoise(turn + 1, z=self.net.standard_z(h), done=how["done"])
         return ids
 
-    def _foretell(self, h, positions, cache):
-        """h[l] (B, T, D), after the tokens in `cache` -> next-token logits of the retained blocks (B, T, V)."""
-        side = self.lm.side(h, positions, None, cache)
-        return self.lm.head(self.lm.through(h, self.config.layer, self.lm.L, side))
+    def _upper(self, h, positions, cache):
+        """h[l] (B, T, D), after the tokens in `cache` -> the retained blocks' last states (B, T, D), for the head."""
+        return self.lm.through(h, self.config.layer, self.lm.L, self.lm.side(h, positions, None, cache))
 
     def _read(self, ids, positions, cache):
-        """Tokens (B, T), after those in `cache` -> h[l] (B, T, D) and next-token logits (B, T, V), both exact."""
+        """Tokens (B, T), after those in `cache` -> h[l] and the last states, (B, T, D) each, both exact."""
         h0 = self.lm.embed(ids, positions)
         h = self.lm.through(h0, 0, self.config.layer, self.lm.side(h0, positions, None, cache))
-        return h, self._foretell(h, positions, cache)
+        return h, self._upper(h, positions, cache)
 
     def _know(self, ids, cache):
         """Known tokens (B, T) join the cache, as the bridge and as the intact model see them: logits (B, 1, V) of what
         follows."""
         past = cache.get_seq_length()
         positions = torch.arange(past, past + ids.shape[1], device=ids.device)[None]                   # (1, T)
-        _, logits = self._read(ids, positions, cache)     # first: the bridge's layers tell the cache's length
+        _, states = self._read(ids, positions, cache)     # first: the bridge's layers tell the cache's length
         self.hidden(ids, positions, None, cache)
-        return logits[:, -1:]
+        return self.lm.head(states[:, -1:])
 
     def _decode(self, z, upper, how, key):
         """Tokens (B, T) of z (B, T, D) and the retained blocks' logits for them (B, T, V). Draws are float64; the draw
@@ -353,5 +353,5 @@ def from_bridge(folder, model="", nfe=0, sampler="", shift=0.0, device="cpu", dt
 
 
 def again(nfe, back):
-    """How many of `nfe` calls a refinement makes again, at least one."""
+    """How many of `nfe` calls a refinement makes again, at least one; with nfe = 1 it starts from noise again."""
     return max(1, round(back * nfe))

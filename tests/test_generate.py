@@ -286,6 +286,18 @@ def test_a_refinement_asks_the_intact_model(monkeypatch):
     assert torch.allclose(starts[-1], model.net.standard_z(h)[:, 19:], atol=1e-4)
 
 
+@torch.no_grad()
+def test_a_bridge_that_generates_is_a_causal_lm_too():
+    """Its cache has layers for the blocks it replaces, which stock generate() never fills: greedy and by beams it
+    writes what it writes without a cache."""
+    model = random_hybrid("qwen3", bidirectional=True)
+    model.net.leave.bias.zero_()                                                  # else one token wins everywhere
+    for how in ({}, {"num_beams": 3}):
+        texts = [model.generate(IDS, max_new_tokens=6, do_sample=False, use_cache=cached, pad_token_id=0, **how,
+                                attention_mask=torch.ones_like(IDS)) for cached in (True, False)]
+        assert torch.equal(*texts) and len(texts[0][:, 14:].unique()) > 1
+
+
 def test_the_product_of_two_experts_is_the_posterior():
     """x, and a, b independent given it, all enumerated: p(x | a) p(x | b) / p(x) is p(x | a, b). With the prior left in
     (the broken twin, beta = 0) it is not, and with half of it neither."""
