@@ -25,18 +25,7 @@ from torch import nn
 
 import data
 from core import backbone, cache, denoiser, optim
-from core.common import (
-    GradientSum,
-    StopSignal,
-    UserError,
-    check_replicas,
-    entry,
-    parse,
-    peak_flops,
-    pick_dtype,
-    setup,
-    split_batch,
-)
+from core.common import GradientSum, StopSignal, UserError, check_replicas, entry, parse, pick_dtype, setup, split_batch
 from core.denoiser import Bridge, calibrate, targets
 from core.diffusion import SAMPLERS, TIMES, hide, readout_loss, times, token_loss
 from core.draws import generator, normal
@@ -365,14 +354,13 @@ def main(argv):
     if not world.main:  # the final numbers need the whole backbone: rank 0 alone loads it
         return world.barrier()
     tokens = cfg.steps * cfg.batch_size * cfg.seq_len
-    mfu = tokens / seconds * flops / (peak_flops(world.device) * world.size)
     info = {"layer": layer, "objective": cfg.objective, "visible": cfg.visible, "seed": cfg.seed, "model": model,
             "size_ratio": size / replaced if layer else None, "base": identity["base"], "nfe_default": cfg.nfe,
             "sampler": cfg.sampler, "shift": cfg.shift}
     denoiser.save(mean_net, run.out, {**info, "tokenizer": tokenizer and backbone.tokenizer_hash(tokenizer)})
     result = {**info, "val_loss": val_loss, "readout_accuracy": named, "parameters": size, "steps": cfg.steps,
               "replaced_parameters": replaced, "tokens": tokens, "tokens_per_s": tokens / seconds, "seconds": seconds,
-              "mfu": mfu if math.isfinite(mfu) else None, "flops_per_token": flops, "nfe": {}}
+              "mfu": run.mfu(tokens / seconds, flops), "flops_per_token": flops, "nfe": {}}
     if not cfg.random_init:  # a network of random weights has no upper blocks worth asking
         lm = backbone.load(model, world.device, dtype)
         result |= numbers(lm, mean_net, net.requires_grad_(False), held_out, layer, cfg)

@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from safetensors.torch import save_file
 
-from core import backbone, report
+from core import backbone, masked, report
 from core.attribution import Subject, attribute, without
 from core.common import UserError, entry, parse, pick, setup
 from core.draws import generator
@@ -249,7 +249,6 @@ def figure(result, path):
 # ----------------------------------------------------------------------------------------------------------- main
 def load_subjects(model, twins, base, device):
     """The AR model, its untrained twin and the converted ones. Raises UserError for a twin of another model."""
-    from core import masked
     subjects, bare = [Subject(backbone.load(model, device, torch.float32))], backbone.load(model, device, torch.float32)
     student = masked.Student(bare, masked.add_mask(bare, backbone.load_tokenizer(model)))
     subjects.append(Subject(bare, student, UNTRAINED, UNTRAINED))

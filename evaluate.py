@@ -23,7 +23,8 @@ from typing import Literal
 import torch
 
 import data
-from core import backbone, denoiser, masked, report, zeroshot
+import hybrid
+from core import backbone, denoiser, harness, hybrid_lm, masked, report, zeroshot
 from core.common import UserError, entry, parse, pick_dtype, setup
 from core.metrics import PeakBytes, seconds_of
 from core.run import Run, atomic, read_json, read_section
@@ -64,10 +65,11 @@ STAGES = {  # folder under --runs, in reading order -> the command that makes it
     "repr_align/w0": "python repr_align.py --align_weight 0 --out {out}",
     "repr_align/w10": "python repr_align.py --align_weight 10 --out {out}",
     "tasks/circuits": "python circuits.py --model {runs}/tasks/toy --out {out}"}  # of a backbone of its own
-# the README's first table: the first headline of the first run of each that is there (several seeds before one)
-FIRST = {"LOCATE": ("geometry",), "REPLACE": ("bridge",),
-         "GENERATE": ("generate_seeds/equal", "generate_seeds/all", "generate"), "CONVERT": ("repr_align/w10",),
-         "COMPARE": ("tasks/circuits_aligned", "tasks/circuits")}
+# the README's first table: words, and the first headline's value of the first run that is there (several seeds before
+# one, whose findings the README leaves out then); of REPLACE see against_regression
+FIRST = {"LOCATE": ("best layer", "geometry"), "REPLACE": ("", "bridge"),
+         "GENERATE": ("gen-PPL", "generate_seeds/equal", "generate"), "CONVERT": ("twin's", "repr_align/w10"),
+         "COMPARE": ("tasks both solve:", "tasks/circuits_aligned", "tasks/circuits")}
 ARMS = {("bridge", "regression"): ("layer", "steps", "tokens", "parameters", "seed", "eval_sequences"),
         ("repr_align/w0", "repr_align/w10"): ("steps", "seed", "eval_sequences")}   # what two compared runs share,
 SAME = ("data", "skip", "calibration", "batch_size", "seq_len", "train_tokens")     # and which of their flags
@@ -117,7 +119,7 @@ def against_regression(found, margin):
     return (f"at layer {bridge['layer']} the diffusion bridge (NFE {n}) beside plain regression with the same network, "
             f"steps and data: not known (n = 1 training seed each); of these two trainings, by KL {words['kl']}; by CE "
             f"{words['ce_gap']}",
-            f"diffusion against regression, layer {bridge['layer']}: not known (n = 1), KL {texts['kl'].mean:+.4f}")
+            f"CE gap {bridge['nfe'][n]['ce_gap']:+.4f} nats, by plain regression {control['ce_gap']:+.4f}")
 
 
 # ---------------------------------------------------------------------------------------------------------- cost
@@ -139,7 +141,6 @@ def cost(model, intact, student, repeats, new):
     random bridges by layer (as many blocks as they replace), the masked model by steps (no cache). `predicted` is the
     ratio of FLOPs, `blocks` that of transformer blocks run a token: a toy's time is in the calls, not in the
     arithmetic. Memory is that of the weights a model needs and, at the peak, of the tensors it makes."""
-    from core import hybrid_lm
     base = intact.model
     ids = torch.randint(1, intact.V, (1, new), generator=torch.Generator().manual_seed(0), device=base.device)
     how = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0,
@@ -214,8 +215,6 @@ def cost_section(cost, path):
 
 def measure_models(cfg, runs, found, world, dtype):
     """What no stage measures: {"zero_shot": ..., "cost": ..., "harness": ...} of the models under `runs`."""
-    import hybrid
-    from core import harness, hybrid_lm
     if cfg.harness:
         harness.known(cfg.harness.split(","), cfg.harness_path)
     model = hybrid_lm.from_bridge(runs / "bridge", device=world.device, dtype=dtype)
@@ -297,19 +296,22 @@ def readme_blocks(root):
     their lines, lines by folder."""
     found = {f.parent.name: read_json(f) for f in sorted(root.glob("results/*/result.json"))}
     found = {**{"toy": found.get("toy")}, **found} if "toy" in found else found      # the default comes first
+
     def lines(folder):
         return sum(len(f.read_text().splitlines()) for f in (root / folder).glob("*.py"))
-    reading = []
-    for stage in ("data", "toy", "geometry", "bridge", "hybrid", "generate", "repr_align", "circuits", "evaluate"):
-        text = (root / f"{stage}.py").read_text()
-        idea = text.split(": ", 1)[1].split("\n")[0]
-        reading.append([f"`{stage}.py`", len(text.splitlines()), idea])
+
+    def brief(lines):  # at most two of a run, none of one that FIRST has a better one for
+        by = {s: list(some) for s, some in itertools.groupby(lines, lambda line: line.split("**")[1])}
+        worse = [s for _, *some in FIRST.values() for s in [s for s in some if s in by][1:]]
+        return [f"- {line}" for s, some in by.items() if s not in worse for line in some[:2]]
+    stages = "data", "toy", "geometry", "bridge", "hybrid", "generate", "repr_align", "circuits", "evaluate"
+    reading = [[f"`{stage}.py`", len(text.splitlines()), text.split(": ", 1)[1].split("\n")[0]]
+               for stage in stages for text in [(root / f"{stage}.py").read_text()]]
     return {"results": report.table(["stage", *found], [
                 [stage, *(of["table"].get(stage) for of in found.values())] for stage in FIRST]),
             "findings": "\n\n".join(
                 f"On {name} (all of them, with their tables: results/{name}/report.md):\n\n"
-                + "\n".join(f"- {line}" for _, group in itertools.groupby(of["findings"], lambda s: s.split("**")[1])
-                            for line in list(group)[:2]) for name, of in found.items()),
+                + "\n".join(brief(of["findings"])) for name, of in found.items()),
             "reading": report.table(["stage", "lines", "the one idea"], reading),
             "sizes": f"{lines('.'):,} lines in the nine stages, {lines('core'):,} in `core/` (what they share), "
                      f"{lines('studies'):,} in `studies/` (questions asked with them), {lines('tests'):,} in `tests/`."}
@@ -353,8 +355,8 @@ def main(argv):
 
     # ------------------------------------------------------------------------------------------------ the report
     findings = [f"**{stage}**: {line}" for stage in found for line in found[stage].get("findings", [])]
-    table = {stage: ": ".join(found[s]["headline"][0])
-             for stage, some in FIRST.items() for s in [next((s for s in some if s in found), None)] if s}
+    table = {stage: f"{words} {found[s]['headline'][0][1]}".strip()
+             for stage, (words, *some) in FIRST.items() for s in [s for s in some if s in found][:1]}
     if {"bridge", "regression"} <= set(found):
         sentence, table["REPLACE"] = against_regression(found, cfg.margin)
         findings = [f"**bridge, regression**: {sentence}.", *findings]

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 import data
+import hybrid
 from core import backbone, masked
 from core.common import UserError, entry, parse, pick, pick_dtype, setup
 from core.diffusion import SAMPLERS
@@ -171,7 +172,6 @@ def twin(cx):
 
 def blocks(cx):
     """Bridges: so many tokens at once in hidden space, decoded by the product of two experts."""
-    import hybrid
     cfg, where = cx.cfg, cx.lm.model
     for folder, info in cx.bridges:
         model = hybrid.from_bridge(folder, "", 0, cfg.sampler, cfg.shift, where.device, where.dtype)
@@ -206,12 +206,11 @@ def cost(cfg, info, L):
     with the bridge of this bridge.json. The intact model's pass of a refinement is a call too, the retained blocks'
     after the first denoising a part of its last one. A finished block is encoded for the next one by both; the prefix,
     encoded once by every method, is left out."""
-    from hybrid import again
     first, turns = (cfg.nfe, cfg.refinements) if info["objective"] == "diffusion" else (info.get("loops", 1), 0)
-    ours, count = first + turns * again(first, cfg.back), -(-cfg.new // cfg.block_size)         # calls of the bridge
+    ours, count = first + turns * hybrid.again(first, cfg.back), -(-cfg.new // cfg.block_size)    # the bridge's calls
     encode = first * info["blocks"] + L                                               # of a finished block, for others
-    return ((ours + turns) * count + first * (count - 1),
-            round(ours * info["blocks"] + (L - info["layer"]) + turns * L + encode * (1 - 1 / count)))
+    return ((ours + turns) * count + first * (count - 1), round(
+        ours * info["blocks"] + (L - info["layer"]) + turns * L + encode * (1 - 1 / count)))
 
 
 # -------------------------------------------------------------------------------------------------------- report
@@ -290,7 +289,6 @@ def main(argv):
         return result
 
     # 1 texts to report, others to choose settings on, judges
-    import hybrid
     backbone.read_config(model, cfg.prefix + cfg.new)
     tokenizer = backbone.load_tokenizer(model)
     shards, _ = data.shards_beside(cfg, tokenizer, world)

@@ -204,7 +204,6 @@ def conditional(lm, rows, shards, cfg):
     found = errors(lm, known, rows, skip=cfg.skip).values()                  # a layer each
     return {**{f"-FVU, {name}": torch.tensor([-of[name]["fvu"] for of in found]) for name in GUESSES},
             **residual(lm, known, rows[:, :-1], cfg)}
-    return {**found, **residual(lm, known, rows[:, :-1], cfg)}
 
 
 def rivals(found, point):

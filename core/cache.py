@@ -16,6 +16,8 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 from core.common import UserError
@@ -38,7 +40,6 @@ def write(folder, lm, train, layers, cfg, base):
     """States of `layers`, those that are missing, of the rows that cfg.steps of training read from `train` (number step
     x batch_size + slot). Raises UserError where the folder holds states of another model (`base`), text, seed or dtype,
     or the disk is too small for them."""
-    from safetensors.torch import save_file
     folder, index, weight = Path(folder), Path(folder) / "cache.json", lm.norm.weight
     about = {"base": base, "text": train.sha256, "dtype": str(weight.dtype), "seed": cfg.seed,
              "batch_size": cfg.batch_size, "seq_len": cfg.seq_len}
@@ -81,7 +82,6 @@ class States:
         self.chunk = functools.lru_cache(4)(self._read)
 
     def _read(self, i):
-        from safetensors import safe_open
         path = _file(self.folder, self.layer, i)
         try:
             with safe_open(path, "pt") as f:

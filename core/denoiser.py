@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -204,7 +206,6 @@ def calibrate(lm, net, rows, layer, skip):
 # ------------------------------------------------------------------------------------------------------- its files
 def save(net, folder, extra):
     """bridge.safetensors, then bridge.json: what hybrid.py needs to rebuild and to trust it."""
-    from safetensors.torch import save_file
     with atomic(Path(folder) / "bridge.safetensors") as temporary:
         save_file({k: v.contiguous() for k, v in net.state_dict().items()}, temporary, seal(extra))
     write_json(Path(folder) / "bridge.json", {**net.settings, **extra})
@@ -217,8 +218,6 @@ def seal(info):
 
 def load(folder, device):
     """(Bridge in eval mode, its bridge.json). Raises UserError for a missing, truncated or foreign file."""
-    from safetensors import safe_open
-    from safetensors.torch import load_file
     file, info = Path(folder) / "bridge.safetensors", read_json(Path(folder) / "bridge.json",
                                                                 "train one with: python bridge.py")
     try:

@@ -132,7 +132,7 @@ def headline(result):
         name, end = group[0]["group"], f"real text {result['real']['gen_ppl']:.0f}"
         for other, theirs in reached(rivals(result, group[0]))[:1]:
             return [[f"gen-PPL at real entropy, {name}, and the best rival ({other})",
-                     f"{against(group, theirs).split(' (')[0].split(' by ')[0]}: {matched(group)}, rival "
+                     f"{matched(group)} ({against(group, theirs).split(' (')[0].split(' by ')[0]}), rival "
                      f"{matched(theirs)}, {end}"]]
         return [[f"gen-PPL at real entropy, {name}", f"{matched(group)}, {end}"]]
     return [["text drawn in hidden space", "never at real text's entropy"]]

@@ -12,14 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    DynamicCache,
-    GenerationMixin,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from core import backbone, denoiser, diffusion, masked
@@ -287,7 +282,6 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
     def save_pretrained(self, folder, standalone=False, **_):
         """config.json and hybrid.safetensors (the bridge alone); `standalone` puts a copy of the base's folder beside
         them, so that the hybrid can travel."""
-        from safetensors.torch import save_file
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in self.net.state_dict().items()}, folder / "hybrid.safetensors")
@@ -301,7 +295,6 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
     def from_pretrained(cls, folder, *_, config=None, base_model=None, dtype=None, device="cpu", **__):
         """Rebuild from a saved hybrid; `base_model` is where the base is now, if it moved. Raises UserError when the
         base's weights are not the ones the bridge was trained under."""
-        from safetensors.torch import load_file
         config = config or HybridConfig.from_pretrained(folder)
         pick(diffusion.SAMPLERS, config.sampler, f"{folder}: the sampler")
         net = denoiser.Bridge(**config.bridge)

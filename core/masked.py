@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import DynamicCache
 
 from core import backbone
 from core.common import UserError, pick
@@ -176,7 +177,6 @@ def fill(model, ids, is_mask, steps, temperature=0.8, seed=0, order="confidence"
         raise UserError(f"this model was converted to {model.arm}; leave --block_size {block_size} out")
     cache, stretches, size = None, [(0, T)], model.arm.block_size if of_blocks else block_size
     if size and is_mask.any():
-        from transformers import DynamicCache
         if not is_mask[:, -1].any():
             raise UserError("blocks of tokens see nothing after them: leave --suffix or --block_size out")
         cache, first = DynamicCache(), int(is_mask.any(0).nonzero()[0])                # no windows: masks have them

@@ -81,8 +81,7 @@ def beside(out, name):
 
 
 FREE = {"device", "compile", "eval_every", "log_every", "save_every", "micro_batch", "recompute", "overlap", "jobs",
-        "bucket_mb", "cache_states", "dry_run", "out", "publish", "track",
-        "keep_state",  # none of it changes the result of a run,
+        "bucket_mb", "cache_states", "dry_run", "out", "publish", "track", "keep_state",  # none changes a run's result,
         "model", "runs",  # nor does a path: the weights it leads to are part of a run's identity,
         "preset"}  # nor a name for values that are compared themselves
 SHOWN = {"lr": ".1e", "mfu": ".0%", "tok/s": ",.0f"}  # in a line of the log
@@ -262,10 +261,13 @@ class Run:
         """`log` with the speed of `tokens` a step at `flops` a token: tok/s, MFU, peak memory, seconds to go."""
         seconds, device = clock.seconds(), self.world.device
         speed = tokens * step / seconds
-        mfu = speed * flops / (peak_flops(device) * self.world.size)
-        known = {"mfu": mfu} if math.isfinite(mfu) else {}                      # of an unknown GPU it is not
-        self.log(step, steps, **values, **{"tok/s": speed}, **known, mem=memory_gib(device),
+        self.log(step, steps, **values, **{"tok/s": speed}, mfu=self.mfu(speed, flops), mem=memory_gib(device),
                  eta=round((steps - step) * seconds / step))
+
+    def mfu(self, speed, flops):
+        """The share of the devices' peak that `speed` tokens a second at `flops` each are; None if it is not known."""
+        share = speed * flops / (peak_flops(self.world.device) * self.world.size)
+        return share if math.isfinite(share) else None
 
     def save(self, step, clock, modules, optimizers, wait=False, **more):
         """state.pt: all that a step depends on. Data and noise are functions of the step: no generator is in it. Copied

@@ -405,9 +405,9 @@ def test_the_report_takes_whatever_is_there(tmp_path):
     lines = list(frontier.verdicts(found))
     assert len(lines) == 1 and lines[0].startswith("- blocks against telepathy: ahead by 0.699 nats a token (95% [")
     values = [value for _, value in frontier.headline(found)]
-    assert values == ["ahead: 8.2 +- 0.2, rival 16.5 +- 0.5, real text 4"]
+    assert values == ["8.2 +- 0.2 (ahead), rival 16.5 +- 0.5, real text 4"]
     found["rows"] = [r for r in found["rows"] if r["seed"] == 0]
-    assert frontier.headline(found)[0][1].startswith("not known: 8.0, rival 16.0")
+    assert frontier.headline(found)[0][1].startswith("8.0 (not known), rival 16.0")
     assert "not known (n = 1" in next(frontier.verdicts(found))
     frontier.figure(found, tmp_path / "f.png")
     assert (tmp_path / "f.png").stat().st_size > 5000

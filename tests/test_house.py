@@ -4,6 +4,7 @@ import importlib
 import inspect
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -104,6 +105,43 @@ def test_every_launch_line_parses(monkeypatch):
             assert cfg is not None
             seen += 1
     assert seen >= 20
+
+
+def pipeline(tmp_path, **how):
+    """[title or command] that run_all.sh hands to core/stages.py: a stand-in for python prints them."""
+    (tmp_path / "python").write_text("#!/bin/sh\ncat\n")
+    (tmp_path / "python").chmod(0o755)
+    done = subprocess.run(["bash", str(ROOT / "run_all.sh")], cwd=tmp_path, capture_output=True, text=True, check=True,
+                          env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", **how})
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("how", [{}, {"PRESET": "tiny"}, {"MODEL": "some/model", "DATA": "my notes", "OUT": "out/x"}],
+                         ids=["default", "tiny", "another model"])
+def test_every_command_of_the_pipeline_parses(how, tmp_path):
+    lines, seen = pipeline(tmp_path, **how), []
+    for line in lines:
+        if line.startswith(" "):
+            name, *flags = shlex.split(line.strip().removeprefix("-"))
+            module = importlib.import_module(name.removesuffix(".py"))
+            cfg = common.parse(module.Config, flags, "", getattr(module, "PRESETS", None), lambda cfg: "toy")
+            assert cfg.out.startswith(how.get("OUT", "out"))
+            assert getattr(cfg, "data", "") in ("", how.get("DATA", "stdlib"))
+            seen.append(name.removesuffix(".py"))
+    assert set(seen) == set(STAGES) - ({"toy"} if "MODEL" in how else set())
+    assert ("(30 s)" in "".join(lines)) == (not how)                          # times of the toy are shown for it only
+
+
+def test_stages_run_one_after_another_and_stop_at_a_failure(tmp_path):
+    def stages(text):
+        done = subprocess.run([sys.executable, str(ROOT / "core" / "stages.py")], input=text, cwd=tmp_path,
+                              capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+    code, said, error = stages("ONE\n    data.py --dry_run\n    -data.py --bogus 1\nTWO\n    toy.py --dry_run\n")
+    assert code == 0 and said.index("=== ONE") < said.index("would read") < said.index("=== TWO") < said.index("MFU")
+    assert error.count("unknown argument --bogus") == 1
+    code, said, error = stages("ONE\n    data.py --bogus 1\nTWO\n    toy.py --dry_run\n")
+    assert code == 2 and "TWO" not in said and "run_all.sh stopped at data.py --bogus 1" in error
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import CONVERTIBLE, OF_BLOCKS, ROOT, fails, tiny_model
+from conftest import CONVERTIBLE, OF_BLOCKS, ROOT, fails, slow, tiny_model
 from transformers import DynamicCache
 
 import repr_align
@@ -349,6 +349,7 @@ def test_flags_of_the_arms(runs, text, tmp_path, capsys):
     assert "torchrun" in fails(capsys, repr_align.main, *x, "--shard")
 
 
+@slow
 def test_shards_equal_the_whole(runs, text, tmp_path):
     """Two gloo processes with student and teacher spread over them, against one process with both whole."""
     from safetensors.torch import load_file
