@@ -25,7 +25,7 @@ import torch
 
 import data
 import hybrid
-from core import backbone, masked
+from core import backbone, conversion, masked
 from core.common import UserError, entry, parse, pick, pick_dtype, setup
 from core.diffusion import SAMPLERS
 from core.draws import generator
@@ -162,12 +162,13 @@ def twin(cx):
     for folder in split(cfg.twin):
         student, _ = masked.load_converted(folder, cx.lm.model.device, cx.lm.model.dtype)
         result = read_json(Path(folder) / "result.json")
-        about = {"group": "masked twin", "calls": steps, "seed": result["seed"], "train_seconds": result["seconds"]}
+        kind = "masked twin" if student.arm == conversion.BIDIRECTIONAL else f"masked twin, {student.arm}"
+        about = {"group": kind, "calls": steps, "seed": result["seed"], "train_seconds": result["seconds"]}
         for order in masked.ORDERS:
             def write(prompts, t, student=student, order=order):
                 ids = torch.cat([prompts, prompts.new_full((len(prompts), cfg.new), student.mask_id)], 1)
                 return masked.fill(student, ids, ids == student.mask_id, steps, t, cfg.seed, order)
-            yield f"masked twin, {order} order", about, write
+            yield f"{kind}, {order} order", about, write
 
 
 def blocks(cx):

@@ -27,7 +27,7 @@ import data
 from core import backbone, optim, report
 from core.common import GradientSum, StopSignal, UserError, entry, parse, pick_dtype, setup, split_batch
 from core.conversion import POSITIONS, SCHEDULES, Arm, align_layers, conversion_loss, corrupt, flops_per_token
-from core.masked import ORDERS, Student, add_mask, check_sampling, fill, load_converted
+from core.masked import ORDERS, Student, add_mask, check_sampling, fill, load_converted, text_likelihood
 from core.run import Clock, Run, card, finished
 from core.shard import Whole, clip, is_sharded, report_size, shard, whole
 
@@ -198,6 +198,8 @@ held-out sequences, their shares of masks on an even grid. {flags}.
 
 {report.table(columns[:len(rows[0])], rows)}
 
+-log p of these texts is at most {result["bound"][0]:.3f} +- {result["bound"][1]:.3f} nats a token (standard error).
+
 ![masked CE on held-out text over the steps of training](convert.png)
 
 By order {by['order']} in {by['calls']} steps, {by['tokens_per_call']:.1f} tokens each:
@@ -311,12 +313,14 @@ def main(argv):
 
     seconds, tokens = clock.seconds(), cfg.steps * cfg.batch_size * cfg.seq_len
     curve.append([cfg.steps, *validate(student, teacher, held_out, cfg, world)])
+    judged = text_likelihood(student, held_out.to(world.device), 4, cfg.seed)
     shown = ("align_layers", "align_positions", "freeze", "train_tokens")  # and, where they are not as ever:
     arms = ("path", "late", "distill", "ar_weight", "align_until", "align_schedule", *Arm._fields)
     flags = [*shown, *(flag for flag in arms if getattr(cfg, flag) != getattr(Config, flag))]
     publish(run, cfg, {
         "val_loss": curve[-1][1], "curve": curve, "w": cfg.align_weight, "cosine": curve[-1][2], "steps": cfg.steps,
-        "batch_size": cfg.batch_size, "seq_len": cfg.seq_len, "tokens": tokens, "tokens_per_s": tokens / seconds,
+        "bound": [nats / held_out[:, 1:].numel() for nats in judged], "batch_size": cfg.batch_size,
+        "seq_len": cfg.seq_len, "tokens": tokens, "tokens_per_s": tokens / seconds,
         "seconds": seconds, "seed": cfg.seed, "mask_id": student.mask_id, "eval_sequences": len(held_out),
         "flags": {flag: getattr(cfg, flag) for flag in flags}, **identity}, model, student, tokenizer)
     run.say(f"saved to {cfg.out}: {summary(run.result)}")

@@ -31,6 +31,7 @@ from core.stats import paired, plus_minus, steps_to, verdict
 
 ROOT = Path(__file__).resolve().parent.parent                          # where the stages are
 PLAIN, HALF, DOUBLE = "--objective regression", "--lr 0.01 --lr_adam 1e-3", "--lr 0.04 --lr_adam 4e-3"
+BLOCK = "--attention block --context"
 STUDIES = {  # study -> the stage that its cells are runs of (see KINDS), layers, {variant: flags of the stage}
     "objective": ("bridge", (1, 4, 7), {"diffusion": "", "regression": PLAIN}),
     # looped: as many parameters and calls without noise; both objectives at rates of their own
@@ -44,6 +45,12 @@ STUDIES = {  # study -> the stage that its cells are runs of (see KINDS), layers
         f"w = {w}{'' if freeze == 'embed' else ', nothing frozen'}{', 60k tokens' if few else ''}":
         f"--align_weight {w} --cooldown 0 --freeze {freeze} --train_tokens {few}" for few in (0, 60000)
         for w, freeze in ((0, "embed"), (0, "none"), (1, "embed"), (3, "embed"), (10, "embed"))}),
+    # what the AR model is converted to; with a clean copy a step costs twice as much
+    "arms": ("repr_align", (None,), {name: f"--align_weight 0 {flags}" for name, flags in {
+        "bidirectional": "", "bidirectional, no shift": "--no-shift", "blocks": f"{BLOCK} noisy",
+        "blocks, clean context": f"{BLOCK} clean", "blocks, causal context": f"{BLOCK} causal",
+        "blocks, causal context, no shift": f"{BLOCK} causal --no-shift",
+        "blocks, causal context, late 1": f"{BLOCK} causal --late 1"}.items()}),
 }
 
 
@@ -148,6 +155,11 @@ def read_arm(result, rival):
             "acceleration, seconds": sooner and sooner * rival["seconds"] / result["seconds"], **cosine}
 
 
+def read_bound(result, rival):
+    return {"bound, nats a token": result["bound"][0], "masked CE of its own task": result["val_loss"],
+            "seconds": result["seconds"]}
+
+
 def unaligned(name, arms):
     """The arm w = 0 on the same data. Raises UserError where it was left out."""
     rival = "w = 0, 60k tokens" if "60k tokens" in name else "w = 0"
@@ -156,16 +168,17 @@ def unaligned(name, arms):
     return rival
 
 
-KINDS = {  # stage -> (result, the rival's result) -> {column: number; None: never reached},
+KINDS = {  # study or stage -> (result, the rival's result) -> {column: number; None: never reached},
     # (variant, {variant: results}) -> the variant it is judged against, columns in nats with a verdict
     "bridge": (read_bridge, best_regression, ("KL", "CE gap")),
-    "repr_align": (read_arm, unaligned, ("best on the way",))}
+    "repr_align": (read_arm, unaligned, ("best on the way",)),
+    "arms": (read_bound, lambda name, arms: next(iter(arms)), ("bound, nats a token",))}
 
 
 # ----------------------------------------------------------------------------------------------------------- tables
 def collect(cfg, work):
     """(rows: one a layer and variant, values over seeds by column; verdicts: layer, variant, rival, column, words)"""
-    (read, rival_of, judged), found, rows, verdicts = KINDS[STUDIES[cfg.study][0]], {}, [], []
+    (read, rival_of, judged), found, rows, verdicts = KINDS.get(cfg.study, KINDS[STUDIES[cfg.study][0]]), {}, [], []
     for cell in work:
         found.setdefault(cell.layer, {}).setdefault(cell.variant, []).append(read_json(cell.folder / "result.json"))
     for layer, arms in found.items():

@@ -100,3 +100,14 @@ def test_a_study_grows(tmp_path, monkeypatch, capsys):
         assert not work and len(result["rows"][0]["values"]["KL"]) == seeds
     assert (tmp_path / "out" / "objective" / "section.md").read_text().startswith("## Study: objective")
     assert "steps = 400 there" in fails(capsys, ablate.main, *argv, "--steps", "7")
+
+
+def test_arms_are_compared_by_their_bounds(tmp_path):
+    """A masked CE is of an arm's own task; the bound on -log p is of the same text for all."""
+    cfg = ablate.Config(study="arms", out=str(tmp_path / "arms"), seeds=2)
+    for name, _, seed, folder, command in ablate.cells(cfg):
+        assert ("--context causal" in " ".join(command)) == ("causal" in name)
+        write(folder, bound=[4.0 - (name == "blocks, causal context") + 0.01 * seed, 0.1], val_loss=9.0, seconds=7.0)
+    text, said, _ = shown(cfg)
+    assert said[None, "blocks, causal context", "bound, nats a token"].startswith("ahead by 1 nats (95%")
+    assert "bidirectional" not in {name for _, name, _ in said} and "| - | bidirectional | 4.005 +- 0.007 |" in text

@@ -12,6 +12,7 @@ import torch
 from conftest import CONVERTIBLE, OF_BLOCKS, ROOT, fails, slow, tiny_model
 from transformers import DynamicCache
 
+import data
 import repr_align
 from core import backbone, masked
 from core.common import UserError
@@ -336,6 +337,9 @@ def test_flags_of_the_arms(runs, text, tmp_path, capsys):
         assert result["sample"]["calls"] == 32 / result["sample"]["tokens_per_call"] <= 32
         assert "blocks of 8" in result["headline"][0][0] and result["flags"]["late"] == 1
         assert [len(row) for row in result["curve"]] == [3 + (context == "causal")] * 2
+        rows = data.Tokens(runs / "data", "val", 32).windows(4)[:, :-1]
+        nats, se = masked.text_likelihood(s, rows, 4)                            # the saved model, judged again
+        assert [n * rows[:, 1:].numel() for n in result["bound"]] == pytest.approx([nats, se], rel=1e-4)
         with pytest.raises(UserError, match="bidirectional attention is needed"):
             masked.load_converted(out, torch.device("cpu"), torch.float32, "bidirectional")
         load = ["--load", str(out), "--prompt", "import os"]
