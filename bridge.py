@@ -93,6 +93,7 @@ class Config:
 PRESETS = {
     "tiny": {"steps": 20, "batch_size": 4, "seq_len": 32, "calibration": 8, "eval_batches": 4, "eval_every": 10,
              "save_every": 10, "log_every": 10, "warmup": 5},
+    # run_all.sh spells these out with 400 steps: those are the published numbers
     "blocks": {"visible": "mix", "bidirectional": True, "self_condition": True, "t_mean": 0.7, "batch_size": 8,
                "steps": 800, "noise_seeds": 1},
     "135m": {"steps": 300, "batch_size": 8, "calibration": 256, "head_start": "ridge", "nfes": "1,4", "noise_seeds": 1,

@@ -13,7 +13,6 @@ and the twins; of the same weights it is measured once. Writes report.md, figure
 Letters: N texts, T tokens, L blocks, l the replaced layer.
 """
 import copy
-import itertools
 import re
 import shutil
 from dataclasses import asdict, dataclass
@@ -65,11 +64,22 @@ STAGES = {  # folder under --runs, in reading order -> the command that makes it
     "repr_align/w0": "python repr_align.py --align_weight 0 --out {out}",
     "repr_align/w10": "python repr_align.py --align_weight 10 --out {out}",
     "tasks/circuits": "python circuits.py --model {runs}/tasks/toy --out {out}"}  # of a backbone of its own
-# the README's first table: words, and the first headline's value of the first run that is there (several seeds before
-# one, whose findings the README leaves out then); of REPLACE see against_regression
+# the README's first table: words, and the first headline's value of the first run that is there, several seeds before
+# one; of REPLACE see against_regression
 FIRST = {"LOCATE": ("best layer", "geometry"), "REPLACE": ("", "bridge"),
          "GENERATE": ("gen-PPL", "generate_seeds/equal", "generate"), "CONVERT": ("twin's", "repr_align/w10"),
          "COMPARE": ("tasks both solve:", "tasks/circuits_aligned", "tasks/circuits")}
+ANSWERS = {  # its second one: question -> runs and words of their findings, the strongest evidence first
+    "which layer?": (("geometry", "is chosen"),),
+    "the score against depth alone": (("sweep", "depth alone; "),),
+    "every token known: diffusion against regression": (("sweep", "KL against that of regression"),
+                                                        ("bridge, regression", "by KL")),
+    "tokens hidden: drawn states against their mean": (("span", "tempered: sampled states against mean"),),
+    "tokens hidden: drawn states against unigrams": (("span", "used: sampled states against unigrams"),),
+    "text drawn by diffusion against its rivals": (("generate_seeds/equal", " against "), ("generate", " against ")),
+    "conversion with alignment against without": (("repr_align", "with alignment"),),
+    "circuits of the twin against those of the untrained twin": (("tasks/circuits_aligned", "(middle)"),
+                                                                 ("tasks/circuits", "(middle)"))}
 ARMS = {("bridge", "regression"): ("layer", "steps", "tokens", "parameters", "seed", "eval_sequences"),
         ("repr_align/w0", "repr_align/w10"): ("steps", "seed", "eval_sequences")}   # what two compared runs share,
 SAME = ("data", "skip", "calibration", "batch_size", "seq_len", "train_tokens")     # and which of their flags
@@ -79,8 +89,9 @@ SAME = ("data", "skip", "calibration", "batch_size", "seq_len", "train_tokens") 
 def read_runs(runs, out):
     """{folder under runs: its result.json} of every finished run, the stages first. Raises UserError for runs of
     different backbones, for one that is made of weights that have changed, and for two that cannot be compared."""
-    def of_another(folder):  # a cell of a study: it is part of that study's own section
-        return any((up / "config.json").exists() for up in folder.parents if up.is_relative_to(runs)) or any(
+    def of_another(folder):  # a cell is part of its study's own section; a pipeline below has a report of its own
+        above = [up for up in folder.parents if up.is_relative_to(runs)]
+        return any((up / "config.json").exists() or up != runs and (up / "evaluate").exists() for up in above) or any(
             part.startswith("cell_") for part in folder.parts)
     found = (f.parent for f in runs.rglob("section.md") if (f.parent / "result.json").exists())
     folders = {str(f.relative_to(runs)) for f in found if f.resolve() != out.resolve() and not of_another(f)}
@@ -291,6 +302,14 @@ def fill_markers(text, blocks):
     return text
 
 
+def answer(findings, sources):
+    """The first of `findings` that one of the `sources` names, without its interval, its verdict in bold."""
+    line = next((line.split("**: ", 1)[1] for run, words in sources for line in findings
+                 if line.startswith(f"**{run}**: ") and words in line), "not run")
+    line = re.sub(r"95% \[[^]]*\][^,)]*, ", "", line)
+    return re.sub(r"\b(ahead|behind|ties|not known)\b|(?<=^Layer )\d+", r"**\g<0>**", line, count=1)
+
+
 def readme_blocks(root):
     """What --publish writes into the README: the first table and the first findings of every results/NAME, files with
     their lines, lines by folder."""
@@ -299,19 +318,14 @@ def readme_blocks(root):
 
     def lines(folder):
         return sum(len(f.read_text().splitlines()) for f in (root / folder).glob("*.py"))
-
-    def brief(lines):  # at most two of a run, none of one that FIRST has a better one for
-        by = {s: list(some) for s, some in itertools.groupby(lines, lambda line: line.split("**")[1])}
-        worse = [s for _, *some in FIRST.values() for s in [s for s in some if s in by][1:]]
-        return [f"- {line}" for s, some in by.items() if s not in worse for line in some[:2]]
     stages = "data", "toy", "geometry", "bridge", "hybrid", "generate", "repr_align", "circuits", "evaluate"
     reading = [[f"`{stage}.py`", len(text.splitlines()), text.split(": ", 1)[1].split("\n")[0]]
                for stage in stages for text in [(root / f"{stage}.py").read_text()]]
     return {"results": report.table(["stage", *found], [
                 [stage, *(of["table"].get(stage) for of in found.values())] for stage in FIRST]),
-            "findings": "\n\n".join(
-                f"On {name} (all of them, with their tables: results/{name}/report.md):\n\n"
-                + "\n".join(brief(of["findings"])) for name, of in found.items()),
+            "findings": report.table(["question", *found], [
+                [question, *(answer(of["findings"], some) for of in found.values())]
+                for question, some in ANSWERS.items()]),
             "reading": report.table(["stage", "lines", "the one idea"], reading),
             "sizes": f"{lines('.'):,} lines in the nine stages, {lines('core'):,} in `core/` (what they share), "
                      f"{lines('studies'):,} in `studies/` (questions asked with them), {lines('tests'):,} in `tests/`."}
@@ -330,7 +344,7 @@ def publish(run, name):
 
 @entry
 def main(argv):
-    cfg = parse(Config, argv, __doc__, PRESETS, lambda cfg: backbone.preset_of(f"{cfg.runs}/bridge", cfg.out))
+    cfg = parse(Config, argv, __doc__, PRESETS, lambda cfg: backbone.preset_of("", cfg.out, f"{cfg.runs}/bridge"))
     runs, out = Path(cfg.runs), Path(cfg.out)
     if cfg.dry_run:
         print("\n".join(f"reads {cfg.runs}/{stage}/section.md" for stage in STAGES))

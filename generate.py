@@ -40,7 +40,7 @@ class Config:
     preset: Literal["auto", "tiny", "toy", "135m"] = "auto"  # auto: by the backbone's size
     bridges: str = "out/blocks"  # folders of bridges trained with --visible prefix, span or mix, comma-separated
     twin: str = "out/repr_align/w0"  # folders of masked twins, one a seed, comma-separated (empty: leave it out)
-    methods: str = "all"        # which to draw with, comma-separated (all: every one; they are listed above)
+    methods: str = "all"        # which to draw with, comma-separated (all: METHODS, below)
     data: str = "stdlib"        # held-out text; see data.py
     out: str = "out/generate"   # run folder
     seed: int = 0               # of every draw
@@ -55,7 +55,7 @@ class Config:
     sampler: Literal["", *SAMPLERS] = ""  # of the bridge (empty: its default)
     shift: float = 0.0          # of the sampler's grid (0: the bridge's default)
     refinements: int = 14       # of each block of tokens (0: none)
-    back: float = 0.25          # share of the calls that a refinement makes again, after the intact model's
+    back: float = 0.25          # share of the denoising calls that a refinement makes again
     alphas: str = "1,0.8"       # weights of the token readout beside the retained blocks: settings to choose from
     betas: str = "1,0.8"        # shares of the token prior that are divided out of their product: likewise
     temperatures: str = "1.0"   # where frontiers start; they go on until real text's entropy is reached
@@ -275,7 +275,7 @@ def check(cfg):
 @entry
 def main(argv):
     cfg = parse(Config, argv, f"{__doc__}\nMethods: {', '.join(METHODS)}.", PRESETS,
-                lambda cfg: backbone.preset_of(cfg.bridges.split(",")[0], cfg.out))
+                lambda cfg: backbone.preset_of("", cfg.out, cfg.bridges.split(",")[0]))
     world, bridges = setup(cfg.device), check(cfg)
     dtype = pick_dtype(cfg, world.device)
     if cfg.dry_run:

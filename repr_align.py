@@ -53,7 +53,7 @@ class Config:
     align_until: int = 0        # step from which w is 0 (0: none)
     align_schedule: Literal[tuple(SCHEDULES)] = "constant"  # of w until that step
     align_layers: str = "all"   # states that are aligned: all, or numbers of 0..L such as 0,4,8
-    align_positions: Literal[tuple(POSITIONS)] = "next-masked"  # where: predictors of masked tokens, those, all
+    align_positions: Literal[tuple(POSITIONS)] = "next-masked"  # predictors of masked tokens, those, visible, all
     path: float = 1.0           # weight of the p_correct * CE term (always on in the published code)
     freeze: Literal["embed", "none"] = "embed"  # what stays as it is: embeddings and head, or nothing
     shard: bool = False         # spread blocks of student and teacher over the processes (FSDP2; AdamW only)

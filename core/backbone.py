@@ -433,13 +433,12 @@ def flops_per_token(model, T):
 SIZES = {"toy": 3e7, "135m": 4e8, "0.6b": 3e9, "8b": math.inf}  # preset -> below how many parameters it is meant
 
 
-def preset_of(model, out):
-    """What `--preset auto` stands for: the first of SIZES that the model (or a bridge's base) fits in, by the shapes in
-    its files or, where they are not here, by its config. A model that cannot be opened is a toy: the stage itself then
-    says what is wrong."""
+def preset_of(model, out, bridge=""):
+    """What `--preset auto` stands for: the first of SIZES that the model, or the base of a `bridge`, fits in, by the
+    shapes in its files or, where they are not here, by its config. What cannot be opened is a toy: the stage itself
+    then says what is wrong."""
     try:
-        if (Path(model) / "bridge.json").exists():
-            model = read_json(Path(model) / "bridge.json")["model"]
+        model = read_json(Path(bridge) / "bridge.json")["model"] if bridge else model
         folder, count = Path(resolve(model, out)), 0
         for file in folder.glob("*.safetensors"):
             with open(file, "rb") as f:                                        # its header: 8 bytes of length, JSON

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from core.common import pick
 from core.draws import generator, normal
 
-SEEN_WEIGHT = 0.1  # of a visible token's error beside an unknown one's: the unknown ones are the task
+VISIBLE_WEIGHT = 0.1  # of a visible token's error beside an unknown one's: the unknown ones are the task
 
 
 # ------------------------------------------------------------------------------------------------------ the path
@@ -123,7 +123,7 @@ def token_loss(net, z, c, t, noise, skip, last_seen=None, unknown=None):
     sink = torch.arange(z.shape[1], device=z.device) < skip
     loss = torch.where(sink, loss / z.square().mean(-1).clamp_min(1), loss)
     if unknown is not None:
-        loss = torch.where(unknown | ~unknown.any(1, keepdim=True), loss, SEEN_WEIGHT * loss)
+        loss = torch.where(unknown | ~unknown.any(1, keepdim=True), loss, VISIBLE_WEIGHT * loss)
     return loss, z_hat.detach()
 
 

@@ -2,8 +2,8 @@
 
     bash run_all.sh                              # hands it the pipeline: a line is a title or, indented, a command
 
-A command runs as by `python`: its file from the top, its own argv. The first that fails ends all with its exit code;
-one marked with a minus, as in a makefile, is left out with its sentence.
+A command runs as by `python`, its file from the top with its own argv, but what was imported stays. The first that
+fails ends all with its exit code; one marked with a minus, as in a makefile, may refuse (exit code 2, a sentence).
 """
 import gc
 import runpy
@@ -23,7 +23,7 @@ if __name__ == "__main__":
         try:
             runpy.run_path(sys.argv[0], run_name="__main__")
         except SystemExit as left:
-            if left.code and not optional:
+            if left.code and not (optional and left.code == 2):                          # Ctrl-C ends all
                 print(f"\nrun_all.sh stopped at {name} {' '.join(flags)}", file=sys.stderr)
                 raise
         gc.collect()                             # the models of a finished stage

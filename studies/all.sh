@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # The full study behind the report, after run_all.sh: every layer with three seeds, more backbones, the interfaces,
-# diffusion against regression where nothing is hidden and where something is. More than an hour on two cores (never
-# timed whole); run it again and it resumes, or prints what is finished.
+# diffusion against regression where nothing is hidden and where something is. About an hour on two idle cores; run it
+# again and it resumes, or prints what is finished.
 #
 #   bash studies/all.sh
-#   DATA=notes/ OUT=out/notes bash studies/all.sh                           # the same two settings as run_all.sh
+#   DATA=notes/ OUT=out/notes bash studies/all.sh                           # as given to run_all.sh
 #   JUDGE=HuggingFaceTB/SmolLM2-135M bash studies/all.sh                    # gen-PPL by a second judge as well
 #   python -m studies.ablate --study regression --steps 200                 # half an hour more: regression's controls
 set -euo pipefail
@@ -37,6 +37,14 @@ python repr_align.py --data "$DATA" --align_weight 10 --seq_len 64 --steps 500 -
     --out "$OUT/tasks/repr_align/w10"
 python circuits.py --model "$OUT/tasks/toy" --twins "$OUT/tasks/repr_align/w0,$OUT/tasks/repr_align/w10" \
     --out "$OUT/tasks/circuits_aligned"
+printf '\n=== LOCATE while the toy learns: when does its layer appear? (3 min; a report of its own)\n'
+for steps in 25 50 100 200 400 1000; do
+    [ -s "$OUT/growth/geometry_$steps/result.json" ] && continue
+    python toy.py --data "$DATA" --steps $steps --cooldown 0 --keep_state --eval_every 1000 --out "$OUT/growth/toy"
+    python geometry.py --data "$DATA" --out "$OUT/growth/geometry_$steps"
+done
+python geometry.py --data "$DATA" --random_init --out "$OUT/growth/geometry_0"
+python evaluate.py --runs "$OUT/growth" --out "$OUT/growth/evaluate"
 study "Where can diffusion win? Tokens that are hidden (8 min)" span --out "$OUT/span"
 study "The score against depth, and diffusion against regression, at every layer (45 min)" \
     sweep --pool --steps 200 --eval_batches 256 --out "$OUT/sweep"

@@ -1,7 +1,7 @@
 """bench.py: speed of a bridge's step and of generation, beside their ceilings, measured in one run.
 
     python -m studies.bench                              # out/bridge and out/blocks: ~60 s on 2 cores
-    python -m studies.bench --blocks ""                  # only what run_all.sh has after five minutes
+    python -m studies.bench --blocks ""                  # only what run_all.sh has before GENERATE
     python -m studies.bench --bridge out/l4 --repeats 1
 
 Prints one row a measurement: the value, the stock thing it is compared with, and their ratio. Writes nothing.

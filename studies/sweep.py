@@ -284,10 +284,12 @@ def findings(result):
                 "a table of token means with equal data": lambda r, error: [
                     r["untrained"]["token mean"][error]] * own["seeds"]}
     for (control, theirs), (error, name) in itertools.product(controls.items(), ERRORS.items()):
-        words = [verdict(paired(r[error], theirs(r, error))).split(" ")[0] for r in own["layers"]]
+        gaps = [paired(r[error], theirs(r, error)) for r in own["layers"]]
+        words = [verdict(gap).split(" ")[0] for gap in gaps]
         yield (f"On {first} a diffusion bridge's {name} against that of {control}, {own['seeds']} seeds: " + ", ".join(
             f"{w.replace('not', 'not known')} at {words.count(w)}" for w in dict.fromkeys(words))
-               + f" of {len(words)} layers.")
+               + f" of {len(words)} layers ({gaps[0].mean:+.2g} at layer {own['layers'][0]['layer']}, "
+               f"{gaps[-1].mean:+.2g} at {own['layers'][-1]['layer']}).")
     good = [n for n, of in every.items() if of["p"] < 0.05]
     yield (f"{len(good)} of {len(every)} predictors order the layers better than chance, corrected for their "
            f"number; depth alone {'does' if '-layer' in good else 'does not'}.")

@@ -95,7 +95,7 @@ def test_visible_tokens_weigh_little_beside_unknown_ones():
     mixed = none.clone()
     mixed[0, 6:] = True
     out, _ = diffusion.token_loss(model, z, c, t, z.flip(0), 0, unknown=mixed)
-    assert torch.allclose(out[0, :6], diffusion.SEEN_WEIGHT * plain[0, :6]) and torch.allclose(out[1:], plain[1:])
+    assert torch.allclose(out[0, :6], diffusion.VISIBLE_WEIGHT * plain[0, :6]) and torch.allclose(out[1:], plain[1:])
 
 
 # ------------------------------------------------------------------------------------------------- the sampler's law

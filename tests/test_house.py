@@ -298,6 +298,8 @@ def test_report(runs, tmp_path, capsys):
     fork = run.Run(evaluate.Config(out=str(own), dtype="fp32"), common.World(0, 1, torch.device("cpu")), {})
     (own / "mine.png").write_bytes((runs / "geometry" / "geometry.png").read_bytes())
     fork.finish({"headline": [["my own", "42"]], "findings": ["Mine is ahead."]}, "## Mine\n\n![it](mine.png)\n")
+    shutil.copytree(own, tmp_path / "r" / "tiny" / "theirs")     # beside a report of its own: another pipeline's
+    (tmp_path / "r" / "tiny" / "evaluate").mkdir()
     (tmp_path / "own.txt").write_text(inspect.getsource(ast)[:1500])
     argv = ["--preset", "tiny", "--runs", str(tmp_path / "r"), "--out", str(tmp_path / "e"), "--text",
             str(tmp_path / "own.txt")]
@@ -306,6 +308,7 @@ def test_report(runs, tmp_path, capsys):
     places = [text.index(t) for t in ("## LOCATE", "## REPLACE: diffusion", "## REPLACE: regression", "## CONVERT",
                                       "## Mine", "## Cost", "## Zero-shot")]
     assert places == sorted(places) and "python circuits.py" in text and "| mine | my own | 42 |" in text
+    assert "theirs" not in text
     for figure in re.findall(r"\]\(([^)]+\.png)\)", text):
         assert (tmp_path / "e" / figure).stat().st_size > 5_000
     bridge = run.read_json(runs / "bridge" / "result.json")["nfe"]["4"]
