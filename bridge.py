@@ -14,7 +14,6 @@ Letters: B batch, T tokens, D hidden width of the backbone, W width of the bridg
 l the replaced layer, z the standardised h[l], c the standardised h[0].
 """
 import copy
-import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -318,16 +317,12 @@ def main(argv):
         norm = nn.utils.clip_grad_norm_(own, cfg.clip).item()
         t, each = torch.cat(found, 1).cpu()                                 # (slots,) each
         bins.index_add_(0, (t * 8).long().clamp(max=7), torch.stack([each, torch.ones_like(each)], 1))
-        if not math.isfinite(norm):  # on every process alike, before anything is changed
-            where = next((f", slot {s}" for s, fine in zip(slots, torch.isfinite(each)) if not fine), "")
-            raise UserError(f"the loss or its gradient stopped being finite at step {step}{where}; lower --lr and run "
-                            f"again ({cfg.out} keeps the last good state)")
+        bad = next((f", slot {s}" for s, fine in zip(slots, torch.isfinite(each)) if not fine), "")
         # 4 step, running mean of the weights
-        optim.step_all(optimizers, optim.share_at(step, cfg.steps, cfg.warmup, cfg.cooldown))
+        share = optim.share_at(step, cfg.steps, cfg.warmup, cfg.cooldown)
+        optim.step_all(optimizers, share, norm, f"step {step}{bad}")
         with torch.no_grad():
             torch._foreach_lerp_(list(mean_net.parameters()), params, 1 - min(cfg.ema, (1 + step) / (10 + step)))
-        for p in params:
-            p.grad = None
         # 5 report, validate, save, leave when asked
         done = step + 1
         if done % cfg.log_every == 0 or done == cfg.steps:

@@ -24,10 +24,9 @@ import torch
 from safetensors.torch import save_file
 
 from core import backbone, masked, report
-from core.attribution import Subject, attribute, without
+from core.attribution import Subject, attribute, by_depth, chance, components, gini, other_tasks, overlaps, without
 from core.common import UserError, entry, parse, pick, setup
 from core.draws import generator
-from core.overlap import by_depth, chance, components, gini, other_tasks, overlaps
 from core.run import Run, atomic, finished, read_json
 from core.run import beside as beside_out
 from core.stats import paired, plus_minus, verdict

@@ -166,7 +166,6 @@ def held_out(text, first):
     return first or hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[0] % 10 == 0
 
 
-# ---------------------------------------------------------------------------------------------------- tokenizer
 def train_tokenizer(source, vocab):
     """Byte-level BPE on the train split only. Returns a transformers fast tokenizer whose id 0 is EOS."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

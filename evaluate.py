@@ -293,25 +293,8 @@ def join(runs, found, out):
     return parts
 
 
-def fill_markers(text, blocks):
-    """`text` with what stands between <!-- NAME --> and <!-- /NAME --> replaced by blocks[NAME]."""
-    for name, block in blocks.items():
-        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-        before, _, rest = text.partition(start)
-        text = before + start + block + "\n" + end + rest.partition(end)[2]
-    return text
-
-
-def answer(findings, sources):
-    """The first of `findings` that one of the `sources` names, without its interval, its verdict in bold."""
-    line = next((line.split("**: ", 1)[1] for run, words in sources for line in findings
-                 if line.startswith(f"**{run}**: ") and words in line), "not run")
-    line = re.sub(r"95% \[[^]]*\][^,)]*, ", "", line)
-    return re.sub(r"\b(ahead|behind|ties|not known)\b|(?<=^Layer )\d+", r"**\g<0>**", line, count=1)
-
-
 def readme_blocks(root):
-    """What --publish writes into the README: the first table and the first findings of every results/NAME, files with
+    """What --publish writes into the README: the two tables of every results/NAME, files with
     their lines, lines by folder."""
     found = {f.parent.name: read_json(f) for f in sorted(root.glob("results/*/result.json"))}
     found = {**{"toy": found.get("toy")}, **found} if "toy" in found else found      # the default comes first
@@ -324,7 +307,7 @@ def readme_blocks(root):
     return {"results": report.table(["stage", *found], [
                 [stage, *(of["table"].get(stage) for of in found.values())] for stage in FIRST]),
             "findings": report.table(["question", *found], [
-                [question, *(answer(of["findings"], some) for of in found.values())]
+                [question, *(report.answer(of["findings"], some) for of in found.values())]
                 for question, some in ANSWERS.items()]),
             "reading": report.table(["stage", "lines", "the one idea"], reading),
             "sizes": f"{lines('.'):,} lines in the nine stages, {lines('core'):,} in `core/` (what they share), "
@@ -337,7 +320,7 @@ def publish(run, name):
     (root / "results" / name).mkdir(exist_ok=True, parents=True)
     for file in [*run.out.glob("*.png"), run.out / "report.md", run.out / "result.json"]:
         shutil.copy(file, root / "results" / name / file.name)
-    text = fill_markers((root / "README.md").read_text(), readme_blocks(root))
+    text = report.fill_markers((root / "README.md").read_text(), readme_blocks(root))
     with atomic(root / "README.md") as temporary:
         temporary.write_text(text)
 

@@ -136,7 +136,7 @@ def jacobi(lm, prompts, new, calls, temperature, seed, prior, stay=0.0):
         if stay and call:
             old = ids[:, past + 1:, None]
             law.scatter_add_(-1, old, torch.log1p(stay / (1 - stay) / prior.double().exp()[old]))
-        better = masked.choose(law, temperature, 1.0, 0, u[:, known:].contiguous())
+        better = masked.choose(law, temperature, 1.0, u[:, known:].contiguous())
         ids = torch.cat([ids[:, :past + known + 1], better], 1)
     return ids
 
@@ -214,7 +214,6 @@ def cost(cfg, info, L):
         ours * info["blocks"] + (L - info["layer"]) + turns * L + encode * (1 - 1 / count)))
 
 
-# -------------------------------------------------------------------------------------------------------- report
 def section(result):
     """This run's part of the report."""
     how, tuned = result["settings"], result["tuned"]

@@ -172,7 +172,8 @@ def continue_prompt(cfg, world, dtype):
 
 @entry
 def main(argv):
-    cfg = parse(Config, argv, __doc__, PRESETS, lambda cfg: backbone.preset_of("", cfg.out, cfg.bridge))
+    cfg = parse(Config, argv, __doc__, PRESETS, lambda cfg: backbone.preset_of(
+        cfg.model, cfg.out, "" if cfg.model else cfg.bridge))
     world = setup(cfg.device)
     dtype = pick_dtype(cfg, world.device)
     if cfg.temperature < 0:

@@ -245,7 +245,7 @@ def main(argv):
     dtype, (slots, micro) = pick_dtype(cfg, world.device), split_batch(cfg.batch_size, cfg.micro_batch, world)
     model = backbone.resolve(cfg.model, cfg.out)
     identity = {"base": backbone.identity(model, cfg.random_init)}
-    if not cfg.dry_run and (result := finished(cfg, identity)):
+    if not cfg.dry_run and (result := finished(cfg, identity, quiet=True)):
         return show_finished(cfg, result, world, dtype)
     config = backbone.read_config(model, cfg.seq_len)
     layers = align_layers(cfg.align_layers, config.num_hidden_layers)
@@ -291,12 +291,7 @@ def main(argv):
         gradients.finish()
         # 3 clip, step
         norm = clip(params, 1.0, world)
-        if not math.isfinite(norm):
-            raise UserError(f"the loss or its gradient stopped being finite at step {step}; lower --lr and run again "
-                            f"({cfg.out} keeps the last good state)")
-        optim.step_all(optimizers, optim.share_at(step, cfg.steps, cfg.warmup, cfg.cooldown))
-        for p in params:
-            p.grad = None
+        optim.step_all(optimizers, optim.share_at(step, cfg.steps, cfg.warmup, cfg.cooldown), norm, f"step {step}")
         # 4 report, save (at the end too, before anything is measured), leave when asked
         done = step + 1
         if done % cfg.log_every == 0 or done == cfg.steps:

@@ -23,7 +23,6 @@ import shutil
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from core.common import UserError
@@ -32,7 +31,6 @@ from core.run import beside, read_json
 EOS = "<|endoftext|>"  # of a tokenizer that we train ourselves
 
 
-# ------------------------------------------------------------------------------------------------ cut at a layer
 def blocks_of(model):
     """(name of the module that runs the blocks, name of its list of blocks), found by structure: that module takes
     `inputs_embeds` and holds a ModuleList of num_hidden_layers. Raises UserError where there is none."""
@@ -165,6 +163,14 @@ class Backbone(nn.Module):
         args, kwargs = side[i]
         h = self.blocks[i](h, *args, **kwargs)
         return h[0] if isinstance(h, tuple) else h
+
+    def at(self, ids, layers):
+        """(layer, h[layer], h[0], side) for each of the layers, the lowest first, by one pass over ids (B, T)."""
+        h0 = h = self.embed(ids)
+        side, at = self.side(h0), 0
+        for layer in sorted(layers):
+            h, at = self.through(h, at, layer, side), layer
+            yield layer, h, h0, side
 
     def head(self, h):
         """h[L] (B, T, D) -> logits (B, T, V): final norm, then `unnormed_head`."""
@@ -393,11 +399,6 @@ def tokenizer_hash(tokenizer):
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     spec |= {"padding": None, "truncation": None}            # settings of the day, not of the vocabulary
     return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def next_token_loss(logits, ids):
-    """Mean cross-entropy in nats. logits (B, T, V) of ids[:, :-1]; ids (B, T+1)."""
-    return F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
 
 
 def save_model(model, tokenizer, out, **how):

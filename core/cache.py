@@ -62,11 +62,7 @@ def write(folder, lm, train, layers, cfg, base):
         for lo in range(i * CHUNK, (i + 1) * CHUNK, 8):
             keys = [divmod(r, cfg.batch_size) for r in range(lo, lo + 8)]                  # step, slot
             ids = torch.cat([train.batch(cfg.seed, step, [slot], cfg.batch_size) for step, slot in keys])
-            ids = ids[:, :-1].to(weight.device)                                            # (8, T)
-            h, at = lm.embed(ids), 0                                                       # (8, T, D)
-            side = lm.side(h)
-            for n in found:
-                h, at = lm.through(h, at, n, side), n
+            for n, h, *_ in lm.at(ids[:, :-1].to(weight.device), found):                   # (8, T, D)
                 found[n].append(h.cpu())
         for n, parts in found.items():
             _file(folder, n, i).parent.mkdir(exist_ok=True)

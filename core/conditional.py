@@ -44,18 +44,9 @@ def left(at, h, h0):
     return at.z(h) - with_one(at.c(h0)) @ at.weights
 
 
-def states(lm, layers, ids):
-    """(layer, h[layer], h[0], side) for each of the layers, by one forward pass."""
-    h0 = h = lm.embed(ids)
-    side, at = lm.side(h0), 0
-    for layer in sorted(layers):
-        h, at = lm.through(h, at, layer, side), layer
-        yield layer, h, h0, side
-
-
 def pairs(lm, known, ids):
     """(layer, z, c, side) for each layer of `known`, in its units."""
-    for layer, h, h0, side in states(lm, known, ids):
+    for layer, h, h0, side in lm.at(ids, known):
         yield layer, known[layer].z(h), known[layer].c(h0), side
 
 
@@ -69,7 +60,7 @@ def fit(lm, layers, calibration, train, wanted, skip=4, seed=0, probe_steps=40):
     with torch.no_grad():
         moments = {layer: Moments() for layer in (0, *layers)}
         for ids in calibration.split(BATCH):
-            for layer, h, *_ in states(lm, moments, ids):
+            for layer, h, *_ in lm.at(ids, moments):
                 moments[layer].add(h[:, skip:])
         for layer, at in known.items():
             for name, value in zip(("mu_z", "sigma_z", "mu_c", "sigma_c"), (
@@ -112,12 +103,10 @@ def teach(lm, known, batches, skip):
     named = [(f"{layer} {name}", p) for layer, at in known.items() for name, p in at.net.named_parameters()]
     optimizers = optim.build(named, lr=0.02, lr_adam=2e-3, weight_decay=0.01)
     for step, ids in enumerate(batches):
-        for layer, h, h0, _ in states(lm, known, ids):
+        for layer, h, h0, _ in lm.at(ids, known):
             at = known[layer]
             (at.probe(at.c(h0)) - left(at, h, h0))[:, skip:].square().mean().backward()
         optim.step_all(optimizers, optim.share_at(step, len(batches), warmup=5))
-        for _, p in named:
-            p.grad = None
     for _, p in named:
         p.requires_grad_(False)
 

@@ -44,6 +44,7 @@ class Arm(NamedTuple):
 
 BIDIRECTIONAL = Arm()
 
+
 def who_sees(T, block_size, context):
     """(K, K) bool: whether the token of a row sees that of a column. A token sees its own block and those before it.
 
@@ -73,7 +74,6 @@ def predictors(T, block_size, context, shift):
     return torch.where(i % block_size == 0, i - 1, noisy) if shift else noisy
 
 
-# ------------------------------------------------------------------------------------------------------ corruption
 def corrupt(T, seed, purpose, step, slots, r=None, block_size=0, late=0.0):
     """Which tokens are masked: (B, T) bool for the B slots. One r ~ U(0, 1) a sequence, or a block of one, clamped to
     [1/500, 1 - 1/500], each token masked with probability r; position 0 never is: it is given.

@@ -15,7 +15,7 @@ DRAWS = {  # every purpose of a draw -> who draws it, and the rest of its key; a
     "tokens": "data.RandomTokens (step, slot)",
     "task NAME": "core/tasks: prompts of a task ()", "task lines": "core/tasks: lines for the training text ()",
     "pool": "core/states: states kept ()", "anchors": "geometry ()", "resamples": "geometry: sequences, anchors ()",
-    "t": "core/diffusion: noise level (step, slot)", "noise": "bridge: end of the path (step, slot)",
+    "t": "core/diffusion: noise level (step, slot)", "noise": "bridge, interfaces: end of the path (step, slot)",
     "self": "bridge: who sees its own first estimate (step, slot)",
     "visible": "core/diffusion: what is unknown (step, slot)",
     "validate": "bridge: noise, what is unknown; repr_align: masks; when validating (window), (0, window)",
@@ -31,7 +31,7 @@ DRAWS = {  # every purpose of a draw -> who draws it, and the rest of its key; a
     "cloze NAME": "core/zeroshot: questions ()",
     "permutations": "core/stats ()", "resampled seeds": "studies/sweep ()",
     "resampled backbones": "studies/sweep ()", "permuted layers": "studies/sweep ()",
-    "ceiling": "studies/interfaces: true tokens ()",
+    "ceiling": "studies/interfaces: true tokens (batch)",
     "span": "studies/span: noise of a state (number, first text)",
     "span own": "studies/span: continuations (first text)",
 }

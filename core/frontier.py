@@ -64,9 +64,8 @@ def tune(drawn, measured, text, prefix, temperatures):
             for group, settings in groups.items()}
 
 
-# -------------------------------------------------------------------------------------------------------- report
 def grouped(rows):
-    """{name: its rows}: bridges and twins that differ in their seed alone."""
+    """[(name, its rows)]: bridges and twins that differ in their seed alone."""
     groups = {}
     for row in rows:
         alike = groups.setdefault((row["name"], row.get("steps"), row.get("parameters")), [])

@@ -22,7 +22,6 @@ from core.common import UserError, pick
 from core.draws import generator, normal
 
 
-# ------------------------------------------------------------------------------------------- the law of a token
 def product(upper, read, alpha=0.8, beta=0.8, prior=None):
     """log p (..., V), not normalised, of a token from what two experts make of it, both (..., V): the retained blocks
     see the states before it, the readout its own. Each is a posterior, p(x | a) and p(x | b), that holds the prior p(x)
@@ -277,7 +276,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         logits = product(upper, read, how["alpha"], how["beta"], how["prior"])
         u = [generator(how["seed"], "decode", *key, b).random(z.shape[1]) for b in range(len(z))]
         u = torch.tensor(np.stack(u), device=z.device)
-        return masked.choose(logits, how["temperature"], how["top_p"], 0, u)
+        return masked.choose(logits, how["temperature"], how["top_p"], u)
 
     def save_pretrained(self, folder, standalone=False, **_):
         """config.json and hybrid.safetensors (the bridge alone); `standalone` puts a copy of the base's folder beside

@@ -106,7 +106,7 @@ def load_converted(folder, device, dtype, attention=""):
 
 
 # ------------------------------------------------------------------------------------------------------- samplers
-def choose(logits, temperature, top_p, top_k, u):
+def choose(logits, temperature, top_p, u):
     """Tokens (...) from float64 logits (..., V), at u (...) uniform in [0, 1); argmax at temperature 0.
 
     Inverting the distribution function draws the token; which position is revealed is decided elsewhere. One joint draw
@@ -114,11 +114,9 @@ def choose(logits, temperature, top_p, top_k, u):
     if temperature == 0:
         return logits.argmax(-1)
     p = torch.softmax(logits / temperature, -1)
-    if top_k or top_p < 1:
+    if top_p < 1:
         high, order = p.sort(-1, descending=True)
         high = high.masked_fill(high.cumsum(-1) - high >= top_p, 0)                    # the smallest set holding top_p
-        if top_k:
-            high[..., top_k:] = 0
         p = torch.zeros_like(p).scatter(-1, order, high / high.sum(-1, keepdim=True))
     return torch.searchsorted(p.cumsum(-1), u[..., None]).clamp_max(p.shape[-1] - 1)[..., 0]
 
@@ -149,27 +147,27 @@ ORDERS = {"random": chance, "confidence": confidence, "entropy": entropy, "margi
 TAKES_BACK = {"p2"}
 
 
-def check_sampling(order, threshold=0.0, steps=1, temperature=0.0, top_p=1.0, top_k=0):
+def check_sampling(order, threshold=0.0, steps=1, temperature=0.0, top_p=1.0):
     """Raise UserError for what `fill` cannot do."""
     pick(ORDERS, order, "--order")
     if not 0 <= threshold <= 1 or threshold and order in TAKES_BACK:
         raise UserError("--threshold must lie in (0, 1], or be 0: --sample_steps calls; order p2 takes only 0")
     if steps < 1:
         raise UserError("--sample_steps must be at least 1")
-    if not 0 < top_p <= 1 or top_k < 0 or temperature < 0:
-        raise UserError("--top_p must lie in (0, 1], --top_k and --temperature must not be negative")
+    if not 0 < top_p <= 1 or temperature < 0:
+        raise UserError("--top_p must lie in (0, 1], --temperature must not be negative")
 
 
 @torch.no_grad()
-def fill(model, ids, is_mask, steps, temperature=0.8, seed=0, order="confidence", top_p=1.0, top_k=0, block_size=0,
-         watch=None, threshold=0.0):
+def fill(model, ids, is_mask, steps, temperature=0.8, seed=0, order="confidence", top_p=1.0, block_size=0, watch=None,
+         threshold=0.0):
     """Fill the masked positions of ids (B, T) in `steps` steps, a network call each. Position 0 must be visible.
 
     With `block_size`, positions are filled left to right in blocks of so many, `steps` shared out among them; what lies
     before a block is cached and does not see it. A block model always does so, by the blocks of its training. With a
     `threshold` a call reveals every token more likely than that, but at least one a row, and `steps` does not count.
     `watch` is called with (ids, is_mask) of the stretch being filled after every call."""
-    check_sampling(order, threshold, steps, temperature, top_p, top_k)
+    check_sampling(order, threshold, steps, temperature, top_p)
     if is_mask[:, 0].any():
         raise UserError("the first token cannot be a mask: give a prompt")
     ids, is_mask, T, of_blocks = ids.clone(), is_mask.clone(), ids.shape[1], model.arm.attention == "block"
@@ -190,7 +188,7 @@ def fill(model, ids, is_mask, steps, temperature=0.8, seed=0, order="confidence"
                 pass                                                                   # what is filled joins the cache
         until = steps * int(masks[:hi].sum()) // max(1, int(masks.sum()))              # its share, by its masks
         ids[:, lo:hi] = fill_stretch(model, ids[:, :hi], is_mask[:, lo:hi], max(1, until - done), temperature,
-                                     (seed, number), order, top_p, top_k, watch, cache, threshold)
+                                     (seed, number), order, top_p, watch, cache, threshold)
         is_mask[:, lo:hi], done = False, until
     return ids
 
@@ -212,7 +210,7 @@ def foretell_cached(model, ids, is_mask, cache, before):
     return torch.cat([first, normed[:, :-1]], 1), before
 
 
-def fill_stretch(model, ids, is_mask, steps, temperature, key, order, top_p, top_k, watch, cache, threshold):
+def fill_stretch(model, ids, is_mask, steps, temperature, key, order, top_p, watch, cache, threshold):
     """`fill` on the last tokens of ids (B, T), a stretch is_mask (B, S): its tokens (B, S).
 
     Each step: 1 logits of all masked tokens  2 draw a token for each, in float64  3 reveal the most certain ones by
@@ -229,7 +227,7 @@ def fill_stretch(model, ids, is_mask, steps, temperature, key, order, top_p, top
         logits = model.logits(normed[b, i]).double()                                   # (n, V)
         u = [generator(key[0], "fill", key[1], step, row).random((2, S)) for row in range(len(ids))]
         u = torch.from_numpy(np.stack(u, 1)).to(logits.device)[:, b, i]                # (2, n)
-        token = choose(logits, temperature, top_p, top_k, u[0])
+        token = choose(logits, temperature, top_p, u[0])
         standing = torch.where(is_mask[b, i], token, ids[b, i])                        # judged: what is there already
         score = torch.full(ids.shape, -torch.inf, dtype=torch.float64, device=ids.device)
         score[b, i] = ORDERS[order](logits, standing, u[1]).double()

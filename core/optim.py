@@ -6,10 +6,13 @@ Why not AdamW alone: on the toy, after the same 1,000 steps, Muon reaches 3.51 n
 (LOG.md). torch.optim.Muon iterates in bf16, which is about 100x slower on CPUs without AVX512-BF16; this one iterates
 in fp32 there, stacks matrices of one shape into one product, and shares the matrices out over the processes.
 """
+import math
 from collections import defaultdict
 
 import torch
 import torch.distributed as dist
+
+from core.common import UserError
 
 
 def digits(G):
@@ -113,8 +116,14 @@ def share_at(step, steps, warmup, cooldown=1.0):
     return min(1.0, (step + 1) / max(1, warmup)) * min(1.0, (steps - step) / max(1.0, cooldown * steps))
 
 
-def step_all(optimizers, share):
+def step_all(optimizers, share, norm=0.0, where=""):
+    """One step at this share of the peak rates, then no gradients. Raises UserError where the gradient's norm is not
+    finite, on every process alike, before anything is changed."""
+    if not math.isfinite(norm):
+        raise UserError(f"the loss or its gradient stopped being finite at {where}; lower --lr and run again (the last "
+                        "good state is kept)")
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * share
         optimizer.step()
+        optimizer.zero_grad()

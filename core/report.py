@@ -4,6 +4,7 @@
     with figure(path, columns=3) as axes: axes[0, 0].plot(...)     # a PNG, written whole or not at all
 """
 import contextlib
+import re
 
 from core.run import atomic
 from core.stats import paired, verdict
@@ -42,3 +43,20 @@ def compare_arms(w0, w10):
     cost = w10["seconds"] / w10["steps"] / (w0["seconds"] / w0["steps"])
     return (f"Final masked CE with alignment (w = {w10['w']:g}) against w = {w0['w']:g}: {verdict(gap, unit='nats')}. "
             f"A step of the aligned arm costs {cost:.2f}x.")
+
+
+def fill_markers(text, blocks):
+    """`text` with what stands between <!-- NAME --> and <!-- /NAME --> replaced by blocks[NAME]."""
+    for name, block in blocks.items():
+        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        before, _, rest = text.partition(start)
+        text = before + start + block + "\n" + end + rest.partition(end)[2]
+    return text
+
+
+def answer(findings, sources):
+    """The first of `findings` that one of the `sources` names, without its interval, its verdict in bold."""
+    line = next((line.split("**: ", 1)[1] for run, words in sources for line in findings
+                 if line.startswith(f"**{run}**: ") and words in line), "not run")
+    line = re.sub(r"95% \[[^]]*\][^,)]*, ", "", line)
+    return re.sub(r"\b(ahead|behind|ties|not known)\b|(?<=^Layer )\d+", r"**\g<0>**", line, count=1)

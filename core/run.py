@@ -360,10 +360,6 @@ def read_section(folder):
 
 
 # ------------------------------------------------------------------------------------------------------- tracking
-def _nothing(cfg):
-    return lambda step, values: None, lambda: None
-
-
 def _wandb(cfg):
     import wandb
     session = wandb.init(project="nanodihal", name=str(cfg.out), group=str(cfg.out), config=dataclasses.asdict(cfg))
@@ -377,7 +373,7 @@ def _tensorboard(cfg):
 
 
 # --track, which is also the package's name -> a function of the config that gives two: (step, {name: number}), the end
-TRACKERS = {"": _nothing, "wandb": _wandb, "tensorboard": _tensorboard}
+TRACKERS = {"": lambda cfg: (lambda step, values: None, lambda: None), "wandb": _wandb, "tensorboard": _tensorboard}
 
 
 def card(out, title, base, about):

@@ -53,12 +53,9 @@ def collect(lm, windows, skip, pool, seed, batch_size, view=None):
     kept = torch.empty(C, pool, D, dtype=next(lm.parameters()).dtype, device=device)
     norm, moved, seen, filled = torch.zeros(C), torch.zeros(C), 0, 0
     for ids in tqdm(windows.split(batch_size), desc="hidden states", unit="batch", leave=False, disable=None):
-        h0 = h = lm.embed(ids.to(device))                                    # (B, T, D)
-        side = lm.side(h)
         n = len(ids) * per_row
         here = pick[(pick >= seen) & (pick < seen + n)] - seen               # pool members in this batch
-        for c in range(C):
-            h = lm.block(h, c, side)                                         # (B, T, D) = h[c+1]
+        for c, (_, h, h0, _) in enumerate(lm.at(ids.to(device), range(1, lm.L))):          # h[c+1], h[0] (B, T, D)
             # The first positions are attention sinks: a few states of huge norm, which would by themselves be the first
             # eigenvalue of the covariance and the scale of the layer.
             seen_as = h if view is None else view(c, h, h0)
@@ -90,11 +87,10 @@ def cost(shape, cfg, itemsize):
     """(bytes beside the weights, forward FLOPs a token) of a model with config `shape`. Bytes: what `collect` keeps and
     the larger of one forward pass and one layer's analysis."""
     L, D, P, A, T = shape.num_hidden_layers, shape.hidden_size, cfg.pool, cfg.anchors, cfg.seq_len * cfg.batch_size
-    ffn, S = getattr(shape, "intermediate_size", None) or 4 * D, -(-cfg.tokens // cfg.seq_len)
+    ffn = getattr(shape, "intermediate_size", None) or 4 * D
     kept = (L - 1) * (4 * D * D + 8 * D + itemsize * P * D)
     forward = T * (5 * D + 3 * ffn) * itemsize + 12 * T * D                 # residual, attention, MLP; fp32 copies of h
-    spectra = 4 * (3 * P * min(D, P) + P * D) if not cfg.exact_resamples else (
-        4 * D * D * (S + 2 * cfg.resamples) if D <= P else 4 * (2 * P * P + 2 * P * D))
+    spectra = 4 * (2 * min(D, P) ** 2 + 2 * P * D if cfg.exact_resamples else 3 * P * min(D, P) + P * D)
     analysis = 4 * (2 * P * D + A * (2 * P + D) + 3 * 64 * cfg.k * D) + A * P + max(spectra, 12 * D * D)
     return kept + max(forward, analysis), 2 * L * (4 * D * D + 3 * D * ffn)
 
@@ -116,16 +112,11 @@ def resampled_spectra(X, sequence, weights, exact=False):
         Y = U * e.clamp_min(0).sqrt() if D > P else X @ U                    # (P, min(D, P)) along the eigenvectors
         spectra = (mean(Y.square()) - mean(Y).square()).clamp_min(0).sort(descending=True).values
         return torch.nn.functional.pad(spectra, (0, D - spectra.shape[1]))
-    middle = mean(X)                                                         # (R, D)
-    if D > P:
-        spectra = X.new_zeros(R, D)
-        for r in range(R):
-            rows = weights[r, sequence].sqrt()[:, None] * (X - middle[r])    # (P, D)
-            spectra[r, :P] = eigenvalues(rows @ rows.T / count[r])
-        return spectra
-    moments = torch.stack([X[sequence == s].T @ X[sequence == s] for s in range(S)])       # (S, D, D)
-    cov = (weights @ moments.flatten(1)).view(R, D, D) / count[:, None, None]
-    return eigenvalues(cov - middle[:, :, None] * middle[:, None, :])        # (R, D)
+    middle, spectra = mean(X), X.new_zeros(R, D)                             # (R, D) each
+    for r in range(R):
+        rows = weights[r, sequence].sqrt()[:, None] * (X - middle[r])        # (P, D)
+        spectra[r, :min(D, P)] = eigenvalues((rows @ rows.T if D > P else rows.T @ rows) / count[r])
+    return spectra
 
 
 def eigenvalues(S):

@@ -81,7 +81,6 @@ def changed(tokens, place, token):
     return [*tokens[:place], token, *tokens[place + 1:]]
 
 
-# ---------------------------------------------------------------------------------------------------- the tasks
 def induction(pieces, gen, size):
     *words, other = pieces.draw(gen, size + 1)
     known = size // 2 if size == SIZE else int(gen.integers(1, size))

@@ -116,7 +116,7 @@ def execute(work, jobs, threads=1):
 
 def settled(cfg, identity, asked, section, make):
     """The finished result of exactly this study, or else that of make() -> (run, result); prints its section."""
-    result = finished(cfg, identity)
+    result = finished(cfg, identity, quiet=True)
     if not result or result["measured"] != asked:
         run, result = make()
         result = {**identity, "measured": asked, **result}

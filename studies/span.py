@@ -112,7 +112,7 @@ def continuations(lm, prompt, n, samples, seed, first):
         step = lm.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache, logits = step.past_key_values, step.logits[:, -1].float()               # (S B, V)
         out.append(logits)
-        ids = choose(logits.double(), 1.0, 1.0, 0, u[i])[:, None]
+        ids = choose(logits.double(), 1.0, 1.0, u[i])[:, None]
     return torch.stack(out, 1).unflatten(0, (samples, len(prompt)))
 
 

@@ -103,8 +103,9 @@ def cells(cfg, home, model, shards, main=True):
     for seed, layer, kind in itertools.product(seeds, wanted, kinds):
         folder = home / f"{kind}_layer{layer}_seed{seed}"
         yield kind, layer, folder, stage("bridge", model, shards, folder, (
-            f"--layer {layer} --seed {seed} --objective {kind} --blocks {cfg.blocks} --steps {cfg.steps} --batch_size "
-            f"{cfg.batch_size} --eval_batches {cfg.eval_batches} --noise_seeds 1 --nfe {NFE} --nfes {NFE}"),
+            f"--layer {layer} --seed {seed} --objective {kind} --blocks {cfg.blocks} --steps {cfg.steps} "
+            f"--seq_len 128 --batch_size {cfg.batch_size} --nfe {NFE} --nfes {NFE} --noise_seeds 1 "
+            f"--eval_batches {cfg.eval_batches}"),
             *["--cache_states", str(home / f"states{seed}")] * cfg.cache_states)
 
 

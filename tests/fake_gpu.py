@@ -238,9 +238,10 @@ def attention(real):
 @contextlib.contextmanager
 def eight_gpus(gpu, rank):
     """This process is `rank` of eight, each with an H100, one of which is `gpu`."""
+    import transformers.masking_utils
     from torch.distributed.fsdp._fully_shard import _fsdp_param
     from torch.testing._internal.distributed.fake_pg import FakeStore
-    import transformers.masking_utils
+
     from core import backbone, common, run
     honest_total = common.World.sum
     join, free, alloc, to = (dist.init_process_group, _fsdp_param.free_storage, _fsdp_param.alloc_storage,

@@ -7,12 +7,13 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, fails, slow, tiny_model
-from test_bridge import B, T, net, states
 from safetensors.torch import load_file
+from test_bridge import B, T, net, states
 
 import bridge
 import data
 from core import common, denoiser, diffusion, measure
+
 
 # ----------------------------------------------------------------------------------------------------- the runs
 def command(runs, text, out, *more):

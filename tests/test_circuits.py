@@ -12,7 +12,7 @@ from conftest import fails, tiny_model
 from torch import nn
 
 import circuits
-from core import attribution, backbone, masked, overlap, tasks
+from core import attribution, backbone, masked, tasks
 from core.attribution import ADDS_UP, Subject, attribute, metric, record, without, written
 from core.common import UserError
 from core.draws import generator
@@ -250,18 +250,19 @@ def test_zeroing_is_what_it_says():
 def test_measures_have_known_answers():
     scores = torch.tensor([[5., -9., 1.], [0., 2., -7.]]).double()
     edges = torch.tensor([[True, True, True], [False, True, True]])
-    assert overlap.strongest(scores, edges, 2) == {1, 5}
-    assert overlap.jaccard({1, 2, 3}, {2, 3, 4}) == 0.5 and overlap.chance(50, 100) == pytest.approx(1 / 3)
+    assert attribution.strongest(scores, edges, 2) == {1, 5}
+    assert attribution.jaccard({1, 2, 3}, {2, 3, 4}) == 0.5 and attribution.chance(50, 100) == pytest.approx(1 / 3)
     gen, n, k = generator(0, "test"), 200, 50
-    drawn = [overlap.jaccard(*(set(gen.choice(n, k, replace=False).tolist()) for _ in "ab")) for _ in range(400)]
-    assert sum(drawn) / 400 == pytest.approx(overlap.chance(k, n), abs=0.01)
-    assert overlap.gini(torch.ones(5)) == pytest.approx(0) and overlap.gini(torch.eye(4)[0]) == pytest.approx(0.75)
+    drawn = [attribution.jaccard(*(set(gen.choice(n, k, replace=False).tolist()) for _ in "ab")) for _ in range(400)]
+    assert sum(drawn) / 400 == pytest.approx(attribution.chance(k, n), abs=0.01)
+    assert attribution.gini(torch.ones(5)) == pytest.approx(0)
+    assert attribution.gini(torch.eye(4)[0]) == pytest.approx(0.75)
     graph = attribution.Graph(["embed", "a0.0", "a0.1", "m0"],
                               ["a0.0.q", "a0.1.q", "a0.0.k", "a0.0.v", "m0", "logits"], [1, 1, 1, 1, 3, 4])
     one = torch.zeros(4, 6).double()
     one[0, 2], one[1, 4] = 4.0, -2.0                                           # embed -> shared key, a0.0 -> m0
-    assert overlap.components(one, graph.edges(), 2, graph).tolist() == [4, 2 + 2, 2, 2]
-    assert overlap.by_depth(one, graph, 1).tolist() == pytest.approx([4 / 6, 2 / 6])
+    assert attribution.components(one, graph.edges(), 2, graph).tolist() == [4, 2 + 2, 2, 2]
+    assert attribution.by_depth(one, graph, 1).tolist() == pytest.approx([4 / 6, 2 / 6])
 
 
 # --------------------------------------------------------------------------------------------------------- stage
@@ -317,7 +318,7 @@ def test_a_study_of_other_families(family, runs, monkeypatch):
     assert 0 <= found["overlap"]["20"]["AR and masked"]["mean"] < 1
     batch = circuits.stack(tasks.examples("brackets", tasks.Pieces(tokenizer), 8, seed=0), torch.device("cpu"))
     fine = attribute(subjects[1], [batch], 10)                                  # 10 points, of the masked model
-    edges = sorted(overlap.strongest(fine, subjects[1].graph().edges(), 4))
+    edges = sorted(attribution.strongest(fine, subjects[1].graph().edges(), 4))
     edges = [divmod(e, fine.shape[1]) for e in edges] + every_edge(subjects[1].graph())[::20]
     assert np.corrcoef(patch(subjects[1], batch, edges), [fine[e] for e in edges])[0, 1] > 0.5
 

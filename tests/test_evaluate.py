@@ -8,7 +8,7 @@ import torch
 from conftest import fails, tiny_model
 
 import evaluate
-from core import backbone, denoiser, masked, run, zeroshot
+from core import backbone, denoiser, masked, report, run, zeroshot
 
 
 # ---------------------------------------------------------------------------------------------------- evaluate.py
@@ -70,9 +70,9 @@ def test_the_verdict_is_what_the_numbers_say():
 
 def test_markers_are_filled_and_nothing_else_is_touched():
     text = "a\n<!-- x -->\nold\n<!-- /x -->\nb <!-- y -->\n<!-- /y -->\n"
-    once = evaluate.fill_markers(text, {"x": "new\nlines", "y": "\\1"})
+    once = report.fill_markers(text, {"x": "new\nlines", "y": "\\1"})
     assert once == "a\n<!-- x -->\nnew\nlines\n<!-- /x -->\nb <!-- y -->\n\\1\n<!-- /y -->\n"
-    assert evaluate.fill_markers(once, {"x": "new\nlines", "y": "\\1"}) == once
+    assert report.fill_markers(once, {"x": "new\nlines", "y": "\\1"}) == once
 
 
 def test_flops_are_counted(runs):

@@ -342,7 +342,7 @@ def test_parallel_decoding_becomes_sampling(family):
     want = IDS
     for i in range(9):
         logits = lm.head(lm.through(lm.embed(want), 0, lm.L))[:, -1].double()
-        want = torch.cat([want, masked.choose(logits, 0.9, 1.0, 0, u[:, i].contiguous())[:, None]], 1)
+        want = torch.cat([want, masked.choose(logits, 0.9, 1.0, u[:, i].contiguous())[:, None]], 1)
     found = [generate.jacobi(lm, IDS, 9, calls, 0.9, 3, PRIOR) for calls in (0, 1, 4, 9, 20)]
     assert torch.equal(found[3], want) and torch.equal(found[4], want)
     assert not torch.equal(found[0], want) and torch.equal(found[1][:, :15], want[:, :15])
@@ -421,6 +421,6 @@ def test_tokens_are_drawn_from_their_law():
     for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.6)):
         want = p ** (1 / temperature)
         want = want * torch.tensor([1, 1, 0, 0]) if top_p < 1 else want
-        drawn = masked.choose(p.log().expand(20000, 4), temperature, top_p, 0, u)
+        drawn = masked.choose(p.log().expand(20000, 4), temperature, top_p, u)
         assert torch.allclose(torch.bincount(drawn, minlength=4).double() / 20000, want / want.sum(), atol=1e-3)
-    assert masked.choose(p.log()[None], 0, 1.0, 0, u[:1]).item() == 0
+    assert masked.choose(p.log()[None], 0, 1.0, u[:1]).item() == 0

@@ -13,6 +13,7 @@ import hybrid
 from core import backbone, masked, metrics
 from core.common import UserError
 
+
 # ------------------------------------------------------------------------------------------------------ metrics
 def test_metrics_have_known_answers():
     ids = torch.tensor([[1, 2, 3, 4], [1, 1, 1, 1]])
