@@ -74,6 +74,8 @@ ANSWERS = {  # its second one: question -> runs and words of their findings, the
     "the score against depth alone": (("sweep", "depth alone; "),),
     "every token known: diffusion against regression": (("sweep", "KL against that of regression"),
                                                         ("bridge, regression", "by KL")),
+    "what to diffuse: a state of few dimensions against none": (("interfaces", "bottleneck against causal"),),
+    "the same, read without the model's upper blocks": (("interfaces", "latent against causal"),),
     "tokens hidden: drawn states against their mean": (("span", "tempered: sampled states against mean"),),
     "tokens hidden: drawn states against unigrams": (("span", "used: sampled states against unigrams"),),
     "text drawn by diffusion against its rivals": (("generate_seeds/equal", " against "), ("generate", " against ")),

@@ -271,12 +271,11 @@ def by_kind(cells):
 
 
 def verdicts(groups):
-    """The first target against each other one, paired by training seed."""
-    (first, ours), *others = groups.items()
-    for kind, theirs in others:
+    """The first target against each other one, and each against `causal`, the control; paired by training seed."""
+    for (one, ours), (other, theirs) in itertools.combinations(groups.items(), 2):
         both = [(a["nll"], b["nll"]) for a, b in itertools.product(ours, theirs) if a["seed"] == b["seed"]]
-        if both:
-            yield f"{first} against {kind}: {verdict(paired(*zip(*both)), MARGIN, 'nats')}"
+        if both and (one == next(iter(groups)) or other == "causal"):
+            yield f"next token, {one} against {other}: {verdict(paired(*zip(*both)), MARGIN, 'nats')}"
 
 
 def section(result):
@@ -337,6 +336,7 @@ def main(argv):
     count = torch.bincount(train_rows.windows(512).flatten(), minlength=lm.V).double() + 1
     mean = {kind: sum(c["nll"] for c in group) / len(group) for kind, group in by_kind(cells).items()}
     result = {**identity, "cells": cells, "layer": layer, "seed": cfg.seed, "windows": len(held_out),
+              "findings": list(verdicts(by_kind(cells))),
               "intact": metrics.judge(lm, held_out, 1 + SKIP).mean().item(),
               "unigram": -(count / count.sum()).log()[held_out[:, 1 + SKIP:].cpu()].mean().item(),
               **{k: getattr(cfg, k) for k in ("steps", "batch_size", "seq_len", "nfe", "draws")},

@@ -82,9 +82,10 @@ def test_verdicts_pair_the_seeds_that_both_have():
     cells = [{"kind": k, "seed": s, "nll": n} for k, s, n in (
         ("hidden", 0, 3.0), ("hidden", 1, 3.2), ("hidden", 2, 3.1), ("latent", 1, 4.2), ("latent", 2, 4.1001),
         ("latent", 0, 4.0), ("causal", 2, 3.0), ("simplex", 7, 1.0))]
-    latent, causal = interfaces.verdicts(interfaces.by_kind(cells))            # none for a seed that nothing shares
-    assert latent.startswith("hidden against latent: ahead by 1 nats (95%") and "3 seeds" in latent
-    assert causal == "hidden against causal: not known (n = 1, higher by 0.1 nats)"
+    latent, causal, control = interfaces.verdicts(interfaces.by_kind(cells))  # none for a seed that nothing shares
+    assert control == "next token, latent against causal: not known (n = 1, higher by 1.1 nats)"
+    assert latent.startswith("next token, hidden against latent: ahead by 1 nats (95%") and "3 seeds" in latent
+    assert causal == "next token, hidden against causal: not known (n = 1, higher by 0.1 nats)"
 
 
 def test_the_study_runs(runs, tmp_path, capsys, text, monkeypatch):
