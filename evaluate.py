@@ -68,7 +68,7 @@ STAGES = {  # folder under --runs, in reading order -> the command that makes it
 # one; of REPLACE see against_regression
 FIRST = {"LOCATE": ("best layer", "geometry"), "REPLACE": ("", "bridge"),
          "GENERATE": ("gen-PPL", "generate_seeds/equal", "generate"), "CONVERT": ("twin's", "repr_align/w10"),
-         "COMPARE": ("tasks both solve:", "tasks/circuits_aligned", "tasks/circuits")}
+         "COMPARE": ("tasks solved by both:", "tasks/circuits_aligned", "tasks/circuits")}
 ANSWERS = {  # its second one: question -> runs and words of their findings, the strongest evidence first
     "which layer?": (("geometry", "is chosen"),),
     "the score against depth alone": (("sweep", "depth alone; "),),
