@@ -80,8 +80,8 @@ ANSWERS = {  # its second one: question -> runs and words of their findings, the
     "tokens hidden: drawn states against unigrams": (("span", "used: sampled states against unigrams"),),
     "text drawn by diffusion against its rivals": (("generate_seeds/equal", " against "), ("generate", " against ")),
     "conversion with alignment against without": (("repr_align", "with alignment"),),
-    "circuits of the twin against those of the untrained twin": (("tasks/circuits_aligned", "(middle)"),
-                                                                 ("tasks/circuits", "(middle)"))}
+    "circuits of the twin against those of the untrained twin": (("tasks/circuits_aligned", "shares"),
+                                                                 ("tasks/circuits", "shares"))}
 ARMS = {("bridge", "regression"): ("layer", "steps", "tokens", "parameters", "seed", "eval_sequences"),
         ("repr_align/w0", "repr_align/w10"): ("steps", "seed", "eval_sequences")}   # what two compared runs share,
 SAME = ("data", "skip", "calibration", "batch_size", "seq_len", "train_tokens")     # and which of their flags
