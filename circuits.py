@@ -154,14 +154,14 @@ def verdicts(result):
         row = found["overlap"][str(result["k"])]
         before = row[f"AR and {UNTRAINED}"]["values"]
         for kind in [n for n in found["models"] if n not in ("AR", UNTRAINED)]:
-            values = row[f"AR and {kind}"]["values"]
-            sets, seeds = len(before), len(values) // len(before)
-            words = verdict(paired(values, before * seeds), MARGIN, lower_is_better=False,
-                            what=f"pairs: {sets} sets of prompts x {seeds} training seed{'s' if seeds > 1 else ''}")
+            values, sets = row[f"AR and {kind}"]["values"], len(before)
+            seeds = [statistics.mean(values[i:i + sets]) for i in range(0, len(values), sets)]    # a training is one
+            words = verdict(paired(seeds, [statistics.mean(before)] * len(seeds)), MARGIN, lower_is_better=False)
+            gaps = (f"{r[f'AR and {kind}']['mean'] - r[f'AR and {UNTRAINED}']['mean']:+.2f} at {k}"
+                    for k, r in found["overlap"].items())
             yield (f"{name} ({found['group']}), {kind}: shares {plus_minus(values, '.2f')} of the circuit with the AR "
-                   f"model, {plus_minus(before, '.2f')} before any training: {words}; "
-                   + meaning.get(words.split()[0], "no difference is known to be training's doing")
-                   + (" (in this one twin: another training may differ)" if seeds == 1 else ""))
+                   f"model, {plus_minus(before, '.2f')} before any training: {words}; by k {', '.join(gaps)}; "
+                   + meaning.get(words.split()[0], "no difference is known to be training's doing"))
 
 
 def who_solves(result):

@@ -67,18 +67,22 @@ STAGES = {  # folder under --runs, in reading order -> the command that makes it
 # the README's first table: words, and the first headline's value of the first run that is there, several seeds before
 # one; of REPLACE see against_regression
 FIRST = {"LOCATE": ("best layer", "geometry"), "REPLACE": ("", "bridge"),
-         "GENERATE": ("gen-PPL", "generate_seeds/equal", "generate"), "CONVERT": ("twin's", "repr_align/w10"),
+         "GENERATE": ("gen-PPL", "generate_seeds/equal", "generate"), "CONVERT": ("w = 10:", "repr_align/w10"),
          "COMPARE": ("tasks solved by both:", "tasks/circuits_aligned", "tasks/circuits")}
 ANSWERS = {  # its second one: question -> runs and words of their findings, the strongest evidence first
     "which layer?": (("geometry", "is chosen"),),
     "the score against depth alone": (("sweep", "depth alone; "),),
-    "every token known: diffusion against regression": (("sweep", "KL against that of regression"),
-                                                        ("bridge, regression", "by KL")),
-    "what to diffuse: a state of few dimensions against none": (("interfaces", "bottleneck against causal"),),
-    "the same, read without the model's upper blocks": (("interfaces", "latent against causal"),),
-    "tokens hidden: drawn states against their mean": (("span", "tempered: sampled states against mean"),),
-    "tokens hidden: drawn states against unigrams": (("span", "used: sampled states against unigrams"),),
-    "text drawn by diffusion against its rivals": (("generate_seeds/equal", " against "), ("generate", " against ")),
+    "every token known: diffusion (8 calls) against regression (1)": (("sweep", "FVU against that of regression"),
+                                                                      ("bridge, regression", "by KL")),
+    "every token known: diffusion against a table of token means": (("sweep", "KL against that of a table"),),
+    "h[l] in 32 dimensions and the model's upper blocks, by diffusion, against a network alone": (
+        ("interfaces", "bottleneck against causal"),),
+    "the last state in 32 dimensions and the model's head, by diffusion, against the same": (
+        ("interfaces", "latent against causal"),),
+    "tokens hidden: 16 drawn states (8 calls each) against one mean (1 call)": (("span", "tempered: sampled stat"),),
+    "tokens hidden: 16 drawn states against unigrams": (("span", "used: sampled states against unigrams"),),
+    "text drawn by diffusion against its best rival": (("generate_seeds/equal", " against "),
+                                                       ("generate", " against ")),
     "conversion with alignment against without": (("repr_align", "with alignment"),),
     "circuits of the twin against those of the untrained twin": (("tasks/circuits_aligned", "shares"),
                                                                  ("tasks/circuits", "shares"))}

@@ -55,8 +55,9 @@ def fill_markers(text, blocks):
 
 
 def answer(findings, sources):
-    """The first of `findings` that one of the `sources` names, without its interval, its verdict in bold."""
+    """The first of `findings` that one of the `sources` names, its verdict in bold; the interval only where that is
+    not known."""
     line = next((line.split("**: ", 1)[1] for run, words in sources for line in findings
                  if line.startswith(f"**{run}**: ") and words in line), "not run")
-    line = re.sub(r"95% \[[^]]*\][^,)]*, ", "", line)
+    line = line if "not known (" in line else re.sub(r"95% \[[^]]*\][^,)]*, ", "", line)
     return re.sub(r"\b(ahead|behind|ties|not known)\b|(?<=^Layer )\d+", r"**\g<0>**", line, count=1)

@@ -295,14 +295,12 @@ def test_only_what_lies_below_the_untrained_twin_is_trainings_doing():
         return {"k": 30, "tasks": {"opening": {"usable": True, "group": "middle", "overlap": {"30": row},
                                                "models": {"AR": {}, circuits.UNTRAINED: {}, "masked, w = 0": {}}}}}
     [line] = circuits.verdicts(result([0.6, 0.62, 0.58], [0.3, 0.33, 0.29], [0.28, 0.31, 0.3]))
-    assert "behind by 0.298" in line and "training moved it away" in line and "3 sets of prompts x 2 training" in line
-    assert "one twin" not in line
+    assert "behind by 0.298" in line and "training moved it away" in line and "2 seeds" in line
+    assert "by k -0.30 at 30;" in line
     [line] = circuits.verdicts(result([0.6, 0.62, 0.58], [0.6, 0.61, 0.59]))
-    assert "ties within 0.05" in line and "no difference is known to be training's doing" in line
-    [line] = circuits.verdicts(result([0.6, 0.6, 0.6], [0.4, 0.42, 0.41]))
-    assert "training moved it away (in this one twin: another training may differ)" in line
-    [line] = circuits.verdicts(result([0.6], [0.2]))
-    assert "not known (n = 1" in line and "no difference is known" in line
+    assert "not known (n = 1, equal)" in line and "no difference is known to be training's doing" in line
+    [line] = circuits.verdicts(result([0.6, 0.6, 0.6], [0.4, 0.42, 0.41]))    # three sets of prompts, one training
+    assert "not known (n = 1, lower by 0.19)" in line and "no difference is known" in line
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
