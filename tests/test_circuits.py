@@ -352,7 +352,7 @@ def test_the_stage_runs_and_refuses(runs, tmp_path, capsys, monkeypatch):
     section = read_section(tmp_path / "d")
     assert section.startswith("## COMPARE\n") and " by chance" in section
     assert "| every two tasks | AR |" in section and "| opening | untrained twin |" in section
-    assert "2 sets of prompts x 1 training seed" in section and "![" in section
+    assert "not known (n = 1" in section and "; by k " in section and "![" in section
     assert all(len(value) <= 60 for _, value in result["headline"]) and "(w = 10)" in result["headline"][0][1]
     stored = json.loads(json.dumps(result))                                     # of a fork with a task we do not know
     stored["tasks"] = {"chess": stored["tasks"]["missing"]}
