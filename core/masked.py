@@ -16,12 +16,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import DynamicCache
 
 from core import backbone
 from core.common import UserError, pick
 from core.conversion import BIDIRECTIONAL, Arm, predictors, who_sees, who_sees_cached
 from core.draws import generator
+from core.measure import LOGITS
 from core.run import read_json
 
 MASK = "<|mask|>"  # of a tokenizer that has no mask token of its own
@@ -175,6 +175,7 @@ def fill(model, ids, is_mask, steps, temperature=0.8, seed=0, order="confidence"
         raise UserError(f"this model was converted to {model.arm}; leave --block_size {block_size} out")
     cache, stretches, size = None, [(0, T)], model.arm.block_size if of_blocks else block_size
     if size and is_mask.any():
+        from transformers import DynamicCache
         if not is_mask[:, -1].any():
             raise UserError("blocks of tokens see nothing after them: leave --suffix or --block_size out")
         cache, first = DynamicCache(), int(is_mask.any(0).nonzero()[0])                # no windows: masks have them
@@ -277,6 +278,7 @@ def likelihood(model, ids, calls=64, seed=0, given=1, batch=16, key=0):
         draw = generator(seed, "subset", key, i)
         for block, k in zip(blocks, counts, strict=True):
             weight[i, block.start + torch.from_numpy(draw.permutation(len(block))[:k])] = len(block) / k
+    batch = max(1, min(batch, LOGITS // (T * model.lm.V)))                             # a row of 8B is 2 GB of logits
     pairs = torch.cat([masked_ce(model, ids, some) for some in weight.split(batch)]).view(-1, 2)   # (calls / 2, 2)
     error = (pairs[:, 0] - pairs[:, 1]).square().sum().sqrt() / 2 / len(pairs)         # a pair's mean errs by |a-b|/2
     return pairs.mean().item(), error.item()

@@ -109,7 +109,7 @@ def test_four_processes_go_on_as_one_would(runs, tmp_path, text, monkeypatch):
             bridge.main(argv)
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4",
                            "bridge.py", *argv], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True, timeout=300)
+                          capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     four = load_file(tmp_path / "4" / "bridge.safetensors")
     assert all(torch.allclose(one[k], four[k], atol=2e-5, rtol=1e-4) for k in one)
@@ -157,7 +157,7 @@ def test_two_processes_measure_a_finished_run_again(runs, tmp_path, text):
     bridge.main(command(runs, text, tmp_path / "a"))
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
                            "bridge.py", *command(runs, text, tmp_path / "a", "--nfe", "3")], cwd=ROOT,
-                          capture_output=True, text=True, timeout=300)
+                          capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "a" / "result.json").read_text())["nfe"]["3"] == alone["nfe"]["3"]
 

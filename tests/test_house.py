@@ -79,7 +79,7 @@ def test_every_flag_has_a_help_text(name, capsys):
 def test_help_is_quick():
     start = time.perf_counter()
     subprocess.run([sys.executable, "geometry.py", "--help"], cwd=ROOT, check=True, capture_output=True)
-    assert time.perf_counter() - start < 12  # 1.5 s on an idle machine; the bound is for a busy one
+    assert time.perf_counter() - start < 6  # 1.5 s on an idle machine; the bound is for a busy one
 
 
 def test_an_interrupted_stage_says_so(capsys):
@@ -319,7 +319,7 @@ def test_report(runs, tmp_path, capsys):
     assert "_rows" not in (tmp_path / "e" / "result.json").read_text()
     start = time.perf_counter()
     assert evaluate.main(argv)["cost"] == result["cost"]                      # of the same weights: not measured again
-    assert time.perf_counter() - start < 15
+    assert time.perf_counter() - start < 5
     (own / "section.md").write_text("## Somebody else's\n")
     assert "was not written by the run beside it" in fails(capsys, evaluate.main, *argv)
 

@@ -361,7 +361,7 @@ def test_shards_equal_the_whole(runs, text, tmp_path):
     one = repr_align.main([*argv, f"{tmp_path}/a/one"])
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
                            "repr_align.py", *argv, f"{tmp_path}/a/two", "--shard"], cwd=ROOT, capture_output=True,
-                          text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                          text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     a, b = (load_file(tmp_path / "a" / n / "model.safetensors") for n in ("one", "two"))
     assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], atol=2e-5) for k in a)
