@@ -319,8 +319,7 @@ def main(argv):
         bins.index_add_(0, (t * 8).long().clamp(max=7), torch.stack([each, torch.ones_like(each)], 1))
         bad = next((f", slot {s}" for s, fine in zip(slots, torch.isfinite(each)) if not fine), "")
         # 4 step, running mean of the weights
-        share = optim.share_at(step, cfg.steps, cfg.warmup, cfg.cooldown)
-        optim.step_all(optimizers, share, norm, f"step {step}{bad}")
+        optim.step_all(optimizers, optim.share_at(step, cfg.steps, cfg.warmup, cfg.cooldown), norm, f"step {step}{bad}")
         with torch.no_grad():
             torch._foreach_lerp_(list(mean_net.parameters()), params, 1 - min(cfg.ema, (1 + step) / (10 + step)))
         # 5 report, validate, save, leave when asked

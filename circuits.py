@@ -27,8 +27,7 @@ from core import backbone, masked, report
 from core.attribution import Subject, attribute, by_depth, chance, components, gini, other_tasks, overlaps, without
 from core.common import UserError, entry, parse, pick, setup
 from core.draws import generator
-from core.run import Run, atomic, finished, read_json
-from core.run import beside as beside_out
+from core.run import Run, atomic, beside, finished, read_json
 from core.stats import paired, plus_minus, verdict
 from core.tasks import MIXED, TASKS, Pair, Pieces, examples
 
@@ -273,10 +272,10 @@ def main(argv):
     world = setup(cfg.device)
     model = backbone.resolve(cfg.model, cfg.out)
     near = Path(model).parent / "repr_align"
-    beside = near if near.exists() else beside_out(cfg.out, "repr_align")
-    twins = [Path(t) for t in cfg.twins.split(",") if t] or sorted(f.parent for f in beside.glob("*/result.json"))
+    home = near if near.exists() else beside(cfg.out, "repr_align")
+    twins = [Path(t) for t in cfg.twins.split(",") if t] or sorted(f.parent for f in home.glob("*/result.json"))
     if not twins and not cfg.dry_run:
-        raise UserError(f"there is no converted model in {beside}; make one with: python repr_align.py")
+        raise UserError(f"there is no converted model in {home}; make one with: python repr_align.py")
     identity = {"base": backbone.identity(model), "weights": [backbone.identity(t) for t in twins]}
     if (result := finished(cfg, identity)) and not cfg.dry_run:
         print(section(result))

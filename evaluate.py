@@ -22,8 +22,7 @@ from typing import Literal
 import torch
 
 import data
-import hybrid
-from core import backbone, denoiser, harness, hybrid_lm, masked, report, zeroshot
+from core import backbone, denoiser, harness, masked, report, zeroshot
 from core.common import UserError, entry, parse, pick_dtype, setup
 from core.metrics import PeakBytes, seconds_of
 from core.run import Run, atomic, read_json, read_section
@@ -81,11 +80,9 @@ ANSWERS = {  # its second one: question -> runs and words of their findings, the
         ("interfaces", "latent against causal"),),
     "tokens hidden: 16 drawn states (8 calls each) against one mean (1 call)": (("span", "tempered: sampled stat"),),
     "tokens hidden: 16 drawn states against unigrams": (("span", "used: sampled states against unigrams"),),
-    "text drawn by diffusion against its best rival": (("generate_seeds/equal", " against "),
-                                                       ("generate", " against ")),
+    "text drawn against its best rival": (("generate_seeds/equal", " against "), ("generate", " against ")),
     "conversion with alignment against without": (("repr_align", "with alignment"),),
-    "circuits of the twin against those of the untrained twin": (("tasks/circuits_aligned", "shares"),
-                                                                 ("tasks/circuits", "shares"))}
+    "circuits of the twin, untrained and trained": (("tasks/circuits_aligned", "shares"), ("tasks/circuits", "shares"))}
 ARMS = {("bridge", "regression"): ("layer", "steps", "tokens", "parameters", "seed", "eval_sequences"),
         ("repr_align/w0", "repr_align/w10"): ("steps", "seed", "eval_sequences")}   # what two compared runs share,
 SAME = ("data", "skip", "calibration", "batch_size", "seq_len", "train_tokens")     # and which of their flags
@@ -191,7 +188,7 @@ def cost(model, intact, student, repeats, new):
         net = denoiser.Bridge(intact.D, intact.D, layer, heads).to(base.device).eval()
         config = copy.deepcopy(model.config)
         config.layer, config.bridge, config.nfe = layer, net.settings, default
-        some = hybrid_lm.HybridForCausalLM(config, net, copy.deepcopy(intact)).eval()
+        some = type(model)(config, net, copy.deepcopy(intact)).eval()
         of_hybrid(some, default, f"random bridge of {layer} blocks at layer {layer}, NFE {default}")
     wide, T = 4 * new, 5 * new                                                      # no cache: all tokens in each step
     text = torch.cat([ids, ids.new_full((1, wide), student.mask_id)], 1) if student else None
@@ -232,9 +229,10 @@ def cost_section(cost, path):
 
 def measure_models(cfg, runs, found, world, dtype):
     """What no stage measures: {"zero_shot": ..., "cost": ..., "harness": ...} of the models under `runs`."""
+    import hybrid
     if cfg.harness:
         harness.known(cfg.harness.split(","), cfg.harness_path)
-    model = hybrid_lm.from_bridge(runs / "bridge", device=world.device, dtype=dtype)
+    model = hybrid.from_bridge(runs / "bridge", device=world.device, dtype=dtype)
     tokenizer = hybrid.tokenizer_of(model)
     intact = backbone.load(model.config.base_model, world.device, dtype)
     if max(128, 5 * cfg.new) > intact.config.max_position_embeddings:

@@ -24,10 +24,9 @@ import numpy as np
 import torch
 
 import data
-import hybrid
 from core import backbone, conversion, masked
 from core.common import UserError, entry, parse, pick, pick_dtype, setup
-from core.diffusion import SAMPLERS
+from core.diffusion import SAMPLERS, again
 from core.draws import generator
 from core.frontier import COLDEST, HOTTEST, figure, frontier, headline, matched, nearest, table, tune, verdicts
 from core.metrics import at_entropy, measure
@@ -173,6 +172,7 @@ def twin(cx):
 
 def blocks(cx):
     """Bridges: so many tokens at once in hidden space, decoded by the product of two experts."""
+    import hybrid
     cfg, where = cx.cfg, cx.lm.model
     for folder, info in cx.bridges:
         model = hybrid.from_bridge(folder, "", 0, cfg.sampler, cfg.shift, where.device, where.dtype)
@@ -208,7 +208,7 @@ def cost(cfg, info, L):
     after the first denoising a part of its last one. A finished block is encoded for the next one by both; the prefix,
     encoded once by every method, is left out."""
     first, turns = (cfg.nfe, cfg.refinements) if info["objective"] == "diffusion" else (info.get("loops", 1), 0)
-    ours, count = first + turns * hybrid.again(first, cfg.back), -(-cfg.new // cfg.block_size)    # the bridge's calls
+    ours, count = first + turns * again(first, cfg.back), -(-cfg.new // cfg.block_size)    # the bridge's calls
     encode = first * info["blocks"] + L                                               # of a finished block, for others
     return ((ours + turns) * count + first * (count - 1), round(
         ours * info["blocks"] + (L - info["layer"]) + turns * L + encode * (1 - 1 / count)))
@@ -289,6 +289,7 @@ def main(argv):
         return result
 
     # 1 texts to report, others to choose settings on, judges
+    import hybrid
     backbone.read_config(model, cfg.prefix + cfg.new)
     tokenizer = backbone.load_tokenizer(model)
     shards, _ = data.shards_beside(cfg, tokenizer, world)

@@ -24,9 +24,11 @@ import torch.nn.functional as F
 import data
 from core import backbone, diffusion
 from core.common import UserError, entry, parse, pick_dtype, setup
-from core.hybrid_lm import HybridConfig, HybridForCausalLM, again, from_bridge, product  # noqa: F401
 from core.report import table
 from core.run import Run, beside, card, finished, read_json
+
+if __name__ != "__main__":  # as a program it looks whether its run is finished before transformers load (2 s)
+    from core.hybrid_lm import HybridConfig, HybridForCausalLM, from_bridge, product  # noqa: F401
 
 
 @dataclass
@@ -153,6 +155,7 @@ def section(result):
 
 def continue_prompt(cfg, world, dtype):
     """--prompt: its continuation on stdout, token by token or so many at once; nothing is saved."""
+    from core.hybrid_lm import from_bridge
     model = from_bridge(cfg.bridge, cfg.model, cfg.nfe, cfg.sampler, cfg.shift, world.device, dtype)
     tokenizer = tokenizer_of(model)
     if cfg.block_size:
@@ -195,6 +198,7 @@ def main(argv):
         print(f"{cfg.out} is finished: layer {result['layer']}, CE gap {result['ce_gap']:+.4f} nats")
         return result
     # 1 join, save, load again
+    from core.hybrid_lm import HybridForCausalLM, from_bridge
     model = from_bridge(cfg.bridge, cfg.model, cfg.nfe, cfg.sampler, cfg.shift, world.device, dtype)
     tokenizer = tokenizer_of(model)
     shards, _ = data.shards_beside(cfg, tokenizer, world)

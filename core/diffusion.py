@@ -155,6 +155,11 @@ def ab2(slope, x, levels):
 SAMPLERS = {"euler": euler, "ab2": ab2}  # --sampler -> (slope, x at t = 1, noise levels down to 0) -> x at 0
 
 
+def again(nfe, back):
+    """How many of `nfe` calls a refinement makes again, at least one; with nfe = 1 it starts from noise again."""
+    return max(1, round(back * nfe))
+
+
 @torch.no_grad()
 def sample(net, c, nfe, noise, positions=None, mask=None, cache=None, *, sampler="euler", shift=1.0, unknown=None,
            z=None, done=0, watch=None):

@@ -32,7 +32,6 @@ def product(upper, read, alpha=0.8, beta=0.8, prior=None):
     return logits - beta * prior.to(logits) if beta else logits
 
 
-# ------------------------------------------------------------------------------------------------- the model
 LAYER_NUMBERS = "layer_idx", "layer_id"  # what the library calls a module's place in the cache
 
 
@@ -164,7 +163,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         (V,) is log p of every token as `token_prior` counts it; the law is tempered and cut to the `top_p` nucleus."""
         ahead = 0 if suffix_ids is None else suffix_ids.shape[1]
         how = dict(nfe=nfe, prior=prior, alpha=alpha, beta=beta, temperature=temperature, top_p=top_p, back=back,
-                   refinements=refinements, seed=seed, watch=watch, done=nfe - again(nfe, back))
+                   refinements=refinements, seed=seed, watch=watch, done=nfe - diffusion.again(nfe, back))
         self._refuse(how, block_size, max_new_tokens, input_ids.shape[1], ahead)
         if self.net.settings["objective"] == "regression":
             how["refinements"] = 0  # nothing to refine: it would answer the same
@@ -342,8 +341,3 @@ def from_bridge(folder, model="", nfe=0, sampler="", shift=0.0, device="cpu", dt
                           nfe=nfe or info["nfe_default"], sampler=sampler, shift=shift or info.get("shift", 1.0),
                           bridge=net.settings, tokenizer=info["tokenizer"])
     return assemble(net, config, config.base_model, torch.device(device), dtype)
-
-
-def again(nfe, back):
-    """How many of `nfe` calls a refinement makes again, at least one; with nfe = 1 it starts from noise again."""
-    return max(1, round(back * nfe))

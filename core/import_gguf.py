@@ -23,7 +23,6 @@ from core.common import UserError, entry, parse
 class Config:
     import_gguf: str = ""       # the GGUF file
     out: str = "out/gguf"       # the model folder to write; must not exist
-    seed: int = 0               # nothing is drawn; kept so that every command takes --seed
     dry_run: bool = False       # print what would be read and written, then leave
 
 

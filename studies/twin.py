@@ -56,7 +56,6 @@ def write(cfg, model, tokenizer):
     if ids.shape[1] > model.lm.config.max_position_embeddings:
         raise UserError(f"prompt, masks and suffix are {ids.shape[1]} tokens, more than the model's "
                         f"{model.lm.config.max_position_embeddings}; shorten one")
-
     calls = []
 
     def watch(ids, is_mask):
