@@ -30,16 +30,16 @@ from core.run import Run, finished, read_json
 from core.stats import paired, plus_minus, steps_to, verdict
 
 ROOT = Path(__file__).resolve().parent.parent                          # where the stages are
-PLAIN, HALF, DOUBLE = "--objective regression", "--lr 0.01 --lr_adam 1e-3", "--lr 0.04 --lr_adam 4e-3"
+PLAIN, DOUBLE, FOURFOLD = "--objective regression", "--lr 0.04 --lr_adam 4e-3", "--lr 0.08 --lr_adam 8e-3"
 BLOCK = "--attention block --context"
 STUDIES = {  # study -> the stage that its cells are runs of (see KINDS), layers, {variant: flags of the stage}
     "objective": ("bridge", (1, 4, 7), {"diffusion": "", "regression": PLAIN}),
     # looped: as many parameters and calls without noise; both objectives at rates of their own
     "regression": ("bridge", (1, 4, 7), {
-        "diffusion": "", "diffusion, lr x 0.5": HALF, "diffusion, lr x 2": DOUBLE,
-        "diffusion, a quarter at t = 1": "--atom 0.25",
-        "regression": PLAIN, "regression, lr x 0.5": f"{PLAIN} {HALF}", "regression, lr x 2": f"{PLAIN} {DOUBLE}",
-        "regression, looped 4 times": f"{PLAIN} --loops 4"}),
+        "diffusion": "", "diffusion, lr x 2": DOUBLE, "diffusion, lr x 4": FOURFOLD,
+        "diffusion, lr x 2, a quarter at t = 1": f"--atom 0.25 {DOUBLE}",
+        "regression": PLAIN, "regression, lr x 2": f"{PLAIN} {DOUBLE}", "regression, lr x 4": f"{PLAIN} {FOURFOLD}",
+        "regression, lr x 2, looped 4 times": f"{PLAIN} --loops 4 {DOUBLE}"}),
     # a constant learning rate, so that steps to a loss can be read off
     "align": ("repr_align", (None,), {
         f"w = {w}{'' if freeze == 'embed' else ', nothing frozen'}{', 60k tokens' if few else ''}":
@@ -47,7 +47,8 @@ STUDIES = {  # study -> the stage that its cells are runs of (see KINDS), layers
         for w, freeze in ((0, "embed"), (0, "none"), (1, "embed"), (3, "embed"), (10, "embed"))}),
     # what the AR model is converted to; with a clean copy a step costs twice as much
     "arms": ("repr_align", (None,), {name: f"--align_weight 0 {flags}" for name, flags in {
-        "bidirectional": "", "bidirectional, no shift": "--no-shift", "blocks": f"{BLOCK} noisy",
+        "bidirectional": "", "bidirectional, twice the steps": "--steps {double}",
+        "bidirectional, no shift": "--no-shift", "blocks": f"{BLOCK} noisy",
         "blocks, clean context": f"{BLOCK} clean", "blocks, causal context": f"{BLOCK} causal",
         "blocks, causal context, no shift": f"{BLOCK} causal --no-shift",
         "blocks, causal context, late 1": f"{BLOCK} causal --late 1"}.items()}),
@@ -95,7 +96,8 @@ def cells(cfg):
         if only and str(layer) not in only or some and variant not in some:
             continue
         place = "" if layer is None else f"--layer {layer}"
-        flags = f"{flags} {place} --seed {seed} --steps {cfg.steps} --batch_size {cfg.batch_size}"
+        flags = f"{place} --seed {seed} --steps {cfg.steps} --batch_size {cfg.batch_size} {flags}"   # the last one wins
+        flags = flags.format(double=2 * cfg.steps)
         folder = Path(cfg.out).parent / "_".join(["cell", name, *flags.split()]).replace("--", "")
         few = " --nfes 1,4" if name == "bridge" else ""                   # the calls that the table shows
         yield Cell(variant, layer, seed, folder, stage(name, cfg.model, cfg.data, folder, flags + few))
