@@ -12,19 +12,15 @@ and the twins; of the same weights it is measured once. Writes report.md, figure
 
 Letters: N texts, T tokens, L blocks, l the replaced layer.
 """
-import copy
 import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 import data
-from core import backbone, denoiser, harness, masked, report, zeroshot
+from core import backbone, cost, harness, masked, report, zeroshot
 from core.common import UserError, entry, parse, pick_dtype, setup
-from core.metrics import PeakBytes, seconds_of
 from core.run import Run, atomic, read_json, read_section
 from core.stats import paired, verdict
 
@@ -62,9 +58,10 @@ STAGES = {  # folder under --runs, in reading order -> the command that makes it
     "generate": "python generate.py --bridges {runs}/blocks --out {out}",
     "repr_align/w0": "python repr_align.py --align_weight 0 --out {out}",
     "repr_align/w10": "python repr_align.py --align_weight 10 --out {out}",
+    "repr_align/blocks": "python repr_align.py --align_weight 0 --attention block --context causal --out {out}",
     "tasks/circuits": "python circuits.py --model {runs}/tasks/toy --out {out}"}  # of a backbone of its own
 # the README's first table: words, and the first headline's value of the first run that is there, several seeds before
-# one; of REPLACE see against_regression
+# one; of REPLACE see against_regression, of CONVERT main
 FIRST = {"LOCATE": ("best layer", "geometry"), "REPLACE": ("", "bridge"),
          "GENERATE": ("gen-PPL", "generate_seeds/equal", "generate"), "CONVERT": ("w = 10:", "repr_align/w10"),
          "COMPARE": ("tasks solved by both:", "tasks/circuits_aligned", "tasks/circuits")}
@@ -82,9 +79,12 @@ ANSWERS = {  # its second one: question -> runs and words of their findings, the
     "tokens hidden: 16 drawn states against unigrams": (("span", "used: sampled states against unigrams"),),
     "text drawn against its best rival": (("generate_seeds/equal", " against "), ("generate", " against ")),
     "conversion with alignment against without": (("repr_align", "with alignment"),),
+    "conversion to blocks, before them a causal clean copy, against all at once": (
+        ("ablate/arms", "blocks, causal context against bidirectional:"), ("repr_align", "by blocks")),
     "circuits of the twin, untrained and trained": (("tasks/circuits_aligned", "shares"), ("tasks/circuits", "shares"))}
 ARMS = {("bridge", "regression"): ("layer", "steps", "tokens", "parameters", "seed", "eval_sequences"),
-        ("repr_align/w0", "repr_align/w10"): ("steps", "seed", "eval_sequences")}   # what two compared runs share,
+        **{("repr_align/w0", f"repr_align/{arm}"): ("steps", "seed", "eval_sequences")  # what two compared runs share,
+           for arm in ("w10", "blocks")}}
 SAME = ("data", "skip", "calibration", "batch_size", "seq_len", "train_tokens")     # and which of their flags
 
 
@@ -136,97 +136,6 @@ def against_regression(found, margin):
             f"CE gap {bridge['nfe'][n]['ce_gap']:+.4f} nats, by plain regression {control['ce_gap']:+.4f}")
 
 
-# ---------------------------------------------------------------------------------------------------------- cost
-def forward_flops(lm, net, nfe, layer, keys):
-    """FLOPs of one new token with a cache of `keys` tokens: 2 a parameter, 4 a key and channel of each attention. For
-    the intact model net is None."""
-    wide = backbone.attention_width(lm.config)
-    count = [sum(p.numel() for p in block.parameters()) for block in lm.blocks]
-    total = 2 * (sum(count[layer if net else 0:]) + lm.V * lm.D) + 4 * keys * wide * (lm.L - (layer if net else 0))
-    if net is not None:
-        own = sum(p.numel() for n, p in net.named_parameters() if p.ndim == 2 and not n.startswith(("time", "readout")))
-        total += nfe * (2 * own + 4 * keys * net.settings["W"] * net.settings["blocks"])
-    return total
-
-
-@torch.no_grad()
-def cost(model, intact, student, repeats, new):
-    """Latency of cached greedy generation of `new` tokens after as many, batch 1: the intact model, the hybrid by NFE,
-    random bridges by layer (as many blocks as they replace), the masked model by steps (no cache). `predicted` is the
-    ratio of FLOPs, `blocks` that of transformer blocks run a token: a toy's time is in the calls, not in the
-    arithmetic. Memory is that of the weights a model needs and, at the peak, of the tensors it makes."""
-    base = intact.model
-    ids = torch.randint(1, intact.V, (1, new), generator=torch.Generator().manual_seed(0), device=base.device)
-    how = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0,
-               attention_mask=torch.ones_like(ids))
-    rows, flops = [], forward_flops(intact, None, 0, 0, 3 * new // 2)
-
-    def measure(what, call, predicted, blocks, weights, modules, **more):
-        ms = 1e3 * seconds_of(repeats, call) / more.pop("tokens", new)
-        with PeakBytes([t for m in modules for t in (*m.parameters(), *m.buffers())]) as peak:
-            call()
-        ratio = ms / rows[0]["ms"] if rows else 1.0
-        rows.append({"what": what, "ms": ms, "tokens_per_s": 1e3 / ms, "ratio": ratio, "predicted": predicted,
-                     "blocks": blocks, "weights_mb": weights / 1e6, "peak_mb": (weights + peak.most) / 1e6, **more})
-    whole = sum(p.numel() * p.element_size() for p in base.parameters())
-    measure("intact model", lambda: base.generate(ids, **how), 1.0, 1.0, whole, [base])
-
-    def of_hybrid(some, nfe, what):
-        layer, net = some.config.layer, some.net
-        some.set_nfe(nfe)
-        kept = sum(p.numel() * p.element_size() for p in some.lm.model.parameters())
-        measure(what, lambda: some.generate(ids, **how),
-                forward_flops(intact, net, nfe, layer, 3 * new // 2) / flops,
-                (nfe * net.settings["blocks"] + intact.L - layer) / intact.L,
-                kept + 4 * sum(p.numel() for p in net.parameters()), [some, some.lm], layer=layer, nfe=nfe)
-    default = model.config.nfe
-    for nfe in (1, 4, 16):
-        of_hybrid(model, nfe, f"hybrid at layer {model.config.layer}, NFE {nfe}")
-    model.set_nfe(default)
-    heads = max(1, intact.D // (64 if intact.D >= 512 else 32))                     # the rule of bridge.py
-    for layer in sorted({max(1, intact.L * i // 4) for i in range(1, 4)}):
-        net = denoiser.Bridge(intact.D, intact.D, layer, heads).to(base.device).eval()
-        config = copy.deepcopy(model.config)
-        config.layer, config.bridge, config.nfe = layer, net.settings, default
-        some = type(model)(config, net, copy.deepcopy(intact)).eval()
-        of_hybrid(some, default, f"random bridge of {layer} blocks at layer {layer}, NFE {default}")
-    wide, T = 4 * new, 5 * new                                                      # no cache: all tokens in each step
-    text = torch.cat([ids, ids.new_full((1, wide), student.mask_id)], 1) if student else None
-    for steps in (new // 4, new) if student else ():
-        measure(f"masked twin, {wide} tokens in {steps} steps",
-                lambda steps=steps: masked.fill(student, text, text == student.mask_id, steps),
-                steps * T / wide * forward_flops(intact, None, 0, 0, T) / flops, steps / wide, whole,
-                [student], steps=steps, tokens=wide)
-    return rows
-
-
-def cost_section(cost, path):
-    """Latency of each model beside what FLOPs and the number of blocks foretell, and its figure."""
-    hybrids = [r for r in cost if "nfe" in r]
-    near = {key: sum(abs(r["ratio"] / r[key] - 1) <= 0.25 for r in hybrids) for key in ("predicted", "blocks")}
-    still = [r["nfe"] for r in cost if r["what"].startswith("hybrid") and r["ratio"] <= 1]
-    with report.figure(path, columns=2, width=4, sharey=True) as axes:
-        for ax, start, key, title in ((axes[0, 0], "hybrid", "nfe", "network calls (NFE)"),
-                                      (axes[0, 1], "random", "layer", "layer, bridges as deep as what they replace")):
-            mine = [r for r in cost if r["what"].startswith(start)]
-            for name, style, label in (("ratio", "o-", "measured"), ("predicted", ":", "by FLOPs"),
-                                       ("blocks", "--", "by blocks run")):
-                ax.plot([r[key] for r in mine], [r[name] for r in mine], style, color=report.BLUE, label=label)
-            ax.axhline(1, color=report.RED, linewidth=1)
-            ax.set(xlabel=title, ylabel="time a token over the intact model", ylim=(0, None))
-    return ["## Cost", "", "Cached greedy generation, batch 1 (the twin: all tokens at once, no cache); ratios to the "
-            "intact model's stock generate(). FLOPs: 2 a parameter, 4 a key and channel. Peak: weights and the tensors "
-            "made on the way. Not sold as a speed-up.", "",
-            report.table(["model", "ms a token", "tokens/s", "ratio", "FLOPs ratio", "blocks ratio", "weights (MB)",
-                          "peak (MB)"],
-                         [[r["what"], f"{r['ms']:.2f}", f"{r['tokens_per_s']:.0f}", f"{r['ratio']:.2f}",
-                           f"{r['predicted']:.2f}", f"{r['blocks']:.2f}", f"{r['weights_mb']:.1f}",
-                           f"{r['peak_mb']:.1f}"] for r in cost]), "",
-            f"Break-even: {f'NFE {max(still)}' if still else 'none'}. Of {len(hybrids)} hybrids, {near['predicted']} "
-            f"are within 25% of the FLOPs ratio, {near['blocks']} of the ratio of blocks run.", "",
-            "![latency by NFE and by layer](cost.png)", ""]
-
-
 def measure_models(cfg, runs, found, world, dtype):
     """What no stage measures: {"zero_shot": ..., "cost": ..., "harness": ...} of the models under `runs`."""
     import hybrid
@@ -247,7 +156,7 @@ def measure_models(cfg, runs, found, world, dtype):
              for s in found if s.startswith("repr_align/")}
     models = {"AR": intact.model, f"hybrid, NFE {model.config.nfe}": model, **twins}
     return {"zero_shot": zeroshot.zero_shot(models, tokenizer, texts, cfg.calls, cfg.cloze, cfg.seed, world.device),
-            "cost": cost(model, intact, next(iter(twins.values()), None), cfg.repeats, cfg.new),
+            "cost": cost.cost(model, intact, next(iter(twins.values()), None), cfg.repeats, cfg.new),
             "harness": harness.evaluate_models(models, tokenizer, cfg.harness.split(","), cfg.harness_path, cfg.limit,
                                                cfg.calls, cfg.seed) if cfg.harness else {}}
 
@@ -277,7 +186,8 @@ def overview(found, path):
         for i, stage in enumerate(s for s in found if s.startswith("repr_align/")):
             curve = found[stage]["curve"]
             axes[2].plot([r[0] for r in curve], [r[1] for r in curve], "o-", markersize=3,
-                         color=(report.GREY, report.YELLOW, report.GREEN)[i % 3], label=f"w = {found[stage]['w']:g}")
+                         label=stage.removeprefix("repr_align/"),
+                         color=(report.GREY, report.YELLOW, report.GREEN, report.BLUE)[i % 4])
 
 
 def join(runs, found, out):
@@ -361,15 +271,20 @@ def main(argv):
     if {"bridge", "regression"} <= set(found):
         sentence, table["REPLACE"] = against_regression(found, cfg.margin)
         findings = [f"**bridge, regression**: {sentence}.", *findings]
-    if {"repr_align/w0", "repr_align/w10"} <= set(found):
-        findings.append(f"**repr_align**: {report.compare_arms(found['repr_align/w0'], found['repr_align/w10'])}")
+    for what, arm in (("with alignment", "w10"), ("by blocks", "blocks")):
+        if {"repr_align/w0", f"repr_align/{arm}"} <= set(found):
+            sentence = report.compare_arms(found["repr_align/w0"], found[f"repr_align/{arm}"], what)
+            findings.append(f"**repr_align**: {sentence}")
+    bounds = {s: r["bound"][0] for s, r in found.items() if s.startswith("repr_align/")}
+    if len(bounds) > 1:
+        table["CONVERT"] = "bound, nats: " + ", ".join(f"{s.split('/')[1]} {b:.3f}" for s, b in bounds.items())
     every = [[s, *row] for s in found for row in found[s].get("headline", [])]
     overview(found, out / "figure.png")
     about = next(iter(found.values()))
     text = "\n".join([
         "# Where should diffusion enter a language model?", "", *(f"- {line}" for line in findings), "",
         report.table(["run", "what", "result"], every), "", "![the three stages](figure.png)", "",
-        *join(runs, found, out), *(cost_section(own["cost"], out / "cost.png") if own["cost"] else []),
+        *join(runs, found, out), *(cost.section(own["cost"], out / "cost.png") if own["cost"] else []),
         *(zeroshot.section(own["zero_shot"], own["harness"]) if own["zero_shot"] else []),
         f"Python {about['python']}, torch {about['torch']}, transformers {about['transformers']}, device "
         f"{about['device']}, {about['threads']} threads.", ""])

@@ -37,12 +37,13 @@ def figure(path, rows=1, columns=1, width=3.7, height=3.1, **how):
     plt.close(fig)
 
 
-def compare_arms(w0, w10):
-    """What alignment bought, from the results of two conversions: the unaligned arm and an aligned one."""
-    gap = paired([w10["val_loss"]], [w0["val_loss"]])
-    cost = w10["seconds"] / w10["steps"] / (w0["seconds"] / w0["steps"])
-    return (f"Final masked CE with alignment (w = {w10['w']:g}) against w = {w0['w']:g}: {verdict(gap, unit='nats')}. "
-            f"A step of the aligned arm costs {cost:.2f}x.")
+def compare_arms(control, arm, what):
+    """What an arm of CONVERT bought, from its result and that of the unaligned bidirectional one: by the bound on a
+    text's likelihood, the only number that all arms share."""
+    gap = paired(arm["bound"][:1], control["bound"][:1])
+    cost = arm["seconds"] / arm["steps"] / (control["seconds"] / control["steps"])
+    return (f"Bound on -log p, converted {what}, against all at once without alignment: "
+            f"{verdict(gap, unit='nats a token')}. A step costs {cost:.2f}x.")
 
 
 def fill_markers(text, blocks):

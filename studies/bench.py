@@ -3,6 +3,7 @@
     python -m studies.bench                              # out/bridge and out/blocks: ~60 s on 2 cores
     python -m studies.bench --blocks ""                  # only what run_all.sh has before GENERATE
     python -m studies.bench --bridge out/l4 --repeats 1
+    python -m studies.bench --bridge "" --blocks "" --twin out/repr_align/blocks        # block decoding: a minute
 
 Prints one row a measurement: the value, the stock thing it is compared with, and their ratio. Writes nothing.
 """
@@ -11,21 +12,29 @@ import sys
 if not __package__:
     print("error: start it as: python -m studies.bench", file=sys.stderr)
     raise SystemExit(2)
+import time
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
+import data
 import hybrid
-from core import backbone, denoiser, diffusion
+from core import backbone, denoiser, diffusion, masked
 from core.common import entry, matmul_rate, parse, setup
 from core.measure import train_flops
-from core.metrics import seconds_of
+from core.metrics import measure, seconds_of
+from core.run import read_json
 
 
 @dataclass
 class Config:
-    bridge: str = "out/bridge"  # a trained bridge
-    blocks: str = "out/blocks"  # a bridge trained with --visible (empty: leave its row out)
+    bridge: str = "out/bridge"  # a trained bridge (empty: leave it out)
+    blocks: str = "out/blocks"  # a bridge trained with --visible (empty: leave it out)
+    twin: str = ""              # a twin converted with --attention block (empty: leave it out)
+    texts: int = 24             # that the twin writes
+    temperature: float = 0.8    # of them
     seed: int = 0               # of the random tokens
     repeats: int = 5            # the best of so many is reported
     dry_run: bool = False       # print what would be measured, then leave
@@ -53,25 +62,57 @@ def against_stock(name, model, repeats, calls):
           + "; ".join(f"{what}: {speed:.0f} ({speed / stock:.2f}x)" for what, speed in rows.items()))
 
 
+def block_decoding(cfg, world):
+    """Tokens a second of 64 new tokens after 64 held-out ones, batch 1, by how many a call reveals, beside stock
+    generate() of the model that the twin came from, which judges all of it; drawn at one temperature."""
+    student, tokenizer = masked.load_converted(cfg.twin, world.device, torch.float32, "block")
+    flags = read_json(Path(cfg.twin) / "config.json")["dihal"]["config"]
+    lm = backbone.load(backbone.resolve(flags["model"], cfg.twin), world.device, torch.float32)
+    shards, _ = data.shards_beside(SimpleNamespace(data=flags["data"], out=cfg.twin), tokenizer, world)
+    texts = data.Tokens(shards, "val", 63).windows(cfg.texts).to(world.device)                           # (N, 64)
+    how = dict(max_new_tokens=64, min_new_tokens=64, do_sample=True, temperature=cfg.temperature, top_k=0,
+               pad_token_id=0, attention_mask=torch.ones_like(texts[:1]))
+    calls, stock = [], None
+
+    def fill(ids, **how):
+        ids = torch.cat([ids, ids.new_full((1, 64), student.mask_id)], 1)                                # (1, 128)
+        return masked.fill(student, ids, ids == student.mask_id, temperature=cfg.temperature, seed=cfg.seed,
+                           watch=lambda *_: calls.append(1), **how)
+    rows = {"stock generate()": lambda ids: lm.model.generate(ids, **how),
+            **{f"{64 // n} a call": lambda ids, n=n: fill(ids, steps=n) for n in (64, 32, 16)},
+            **{f"threshold {c}": lambda ids, c=c: fill(ids, steps=64, threshold=c) for c in (0.9, 0.7, 0.5, 0.3)}}
+    for name, write in rows.items():
+        start, calls[:] = time.perf_counter(), []
+        written = torch.cat([write(ids) for ids in texts.split(1)])                                      # (N, 128)
+        speed, found = 64 * len(texts) / (time.perf_counter() - start), measure(lm, written, 64)
+        stock = stock or speed
+        print(f"{student.arm}, {name}: {64 * len(texts) / max(1, len(calls)):.2f} tokens a call, {speed:.0f} tokens/s "
+              f"({speed / stock:.2f}x stock), gen-PPL {found['gen_ppl']:.1f} at entropy {found['entropy']:.2f}")
+
+
 @entry
 def main(argv):
     cfg = parse(Config, argv, __doc__)
     if cfg.dry_run:
-        print(f"measures torch.mm, a bridge's step, generation with {cfg.bridge} and {cfg.blocks or 'no blocks'}")
+        print("measures torch.mm, a bridge's step, generation with "
+              + ", ".join(f for f in (cfg.bridge, cfg.blocks, cfg.twin) if f))
         return
-    setup("cpu")
+    world = setup("cpu")
     torch.manual_seed(cfg.seed)
     print(f"torch.mm at 2048^2, fp32: {matmul_rate() / 1e9:.0f} GFLOP/s on {torch.get_num_threads()} threads")
     for width in (128, 512):
         bench_step(width, cfg)
-    model = hybrid.from_bridge(cfg.bridge)
-    against_stock("hybrid", model, cfg.repeats, {
-        f"NFE {n}": lambda ids, how, n=n: (model.set_nfe(n), model.generate(ids, **how)) for n in (1, 2, 4, 8)})
+    if cfg.bridge:
+        model = hybrid.from_bridge(cfg.bridge)
+        against_stock("hybrid", model, cfg.repeats, {
+            f"NFE {n}": lambda ids, how, n=n: (model.set_nfe(n), model.generate(ids, **how)) for n in (1, 2, 4, 8)})
     if cfg.blocks:
         model = hybrid.from_bridge(cfg.blocks)
         against_stock("a block of 64", model, cfg.repeats, {
             f"NFE {nfe}": lambda ids, how, nfe=nfe: model.generate_blocks(ids, 64, 64, nfe, beta=0.0, refinements=0)
             for nfe in (4, 16)})
+    if cfg.twin:
+        block_decoding(cfg, world)
 
 
 if __name__ == "__main__":

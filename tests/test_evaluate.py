@@ -8,7 +8,7 @@ import torch
 from conftest import fails, tiny_model
 
 import evaluate
-from core import backbone, denoiser, masked, report, run, zeroshot
+from core import backbone, cost, denoiser, masked, report, run, zeroshot
 
 
 # ---------------------------------------------------------------------------------------------------- evaluate.py
@@ -79,17 +79,17 @@ def test_flops_are_counted(runs):
     lm = backbone.load(runs / "toy", torch.device("cpu"), torch.float32)
     net, info = denoiser.load(runs / "bridge", torch.device("cpu"))
     layer = info["layer"]
-    whole = evaluate.forward_flops(lm, None, 0, 0, 0)
+    whole = cost.forward_flops(lm, None, 0, 0, 0)
     assert whole == 2 * (sum(p.numel() for p in lm.blocks.parameters()) + lm.V * lm.D)
-    one, four = (evaluate.forward_flops(lm, net, n, layer, 10) for n in (1, 4))
+    one, four = (cost.forward_flops(lm, net, n, layer, 10) for n in (1, 4))
     inside = sum(p.numel() for n, p in net.named_parameters() if p.ndim == 2 and not n.startswith("time"))
     assert (four - one) == 3 * (2 * inside + 4 * 10 * net.settings["W"] * net.settings["blocks"])
-    assert evaluate.forward_flops(lm, None, 0, 0, 10) > whole
+    assert cost.forward_flops(lm, None, 0, 0, 10) > whole
 
 
 def test_peak_memory_counts_what_is_held_at_once():
     weight = torch.ones(1000)
-    with evaluate.PeakBytes([weight]) as peak:
+    with cost.PeakBytes([weight]) as peak:
         a = weight * 2                                                         # 4,000 bytes
         b = a.view(10, 100) + 1                                                # and as many again; the view is free
         del a

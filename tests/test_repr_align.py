@@ -398,11 +398,12 @@ def test_the_section_and_the_card(runs):
 
 
 def test_two_arms_compared():
-    w0 = dict(w=0, val_loss=5.0, curve=[[0, 7.0, None], [10, 5.5, None], [20, 5.0, None]], steps=20, seconds=10)
-    w10 = dict(w=10, val_loss=4.8, curve=[[0, 7.0, 0.5], [10, 5.2, 0.6], [20, 4.8, 0.7]], steps=20, seconds=30)
-    text = report.compare_arms(w0, w10)
-    assert "not known (n = 1, lower by 0.2 nats)" in text and "w = 10" in text and "3.00x" in text
-    assert "higher by 0.1 nats" in report.compare_arms(w0, {**w10, "val_loss": 5.1})
+    """By what they say of texts, never by masked CE: blocks have another task."""
+    w0 = dict(w=0, val_loss=5.0, bound=[4.5, 0.01], steps=20, seconds=10)
+    arm = dict(w=0, val_loss=9.0, bound=[4.3, 0.01], steps=20, seconds=30)
+    text = report.compare_arms(w0, arm, "by blocks")
+    assert "not known (n = 1, lower by 0.2 nats a token)" in text and "by blocks" in text and "3.00x" in text
+    assert "higher by 0.1 nats" in report.compare_arms(w0, {**arm, "bound": [4.6, 0.01]}, "by blocks")
 
 
 def test_refusals(capsys, tmp_path):
