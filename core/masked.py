@@ -166,7 +166,7 @@ def fill(model, ids, is_mask, steps, temperature=0.8, seed=0, order="confidence"
     With `block_size`, positions are filled left to right in blocks of so many, `steps` shared out among them; what lies
     before a block is cached and does not see it. A block model always does so, by the blocks of its training. With a
     `threshold` a call reveals every token more likely than that, but at least one a row, and `steps` does not count.
-    `watch` is called with (ids, is_mask) of the stretch being filled after every call."""
+    `watch` is called with (ids, is_mask), whole, after every call."""
     check_sampling(order, threshold, steps, temperature, top_p)
     if is_mask[:, 0].any():
         raise UserError("the first token cannot be a mask: give a prompt")
@@ -188,8 +188,12 @@ def fill(model, ids, is_mask, steps, temperature=0.8, seed=0, order="confidence"
             for _ in model.states(ids[:, known:lo], is_mask[:, known:lo], cache=cache):
                 pass                                                                   # what is filled joins the cache
         until = steps * int(masks[:hi].sum()) // max(1, int(masks.sum()))              # its share, by its masks
+
+        def show(some, hidden, lo=lo, hi=hi):
+            if watch is not None:
+                watch(*(torch.cat([a[:, :lo], b, a[:, hi:]], 1) for a, b in ((ids, some), (is_mask, hidden))))
         ids[:, lo:hi] = fill_stretch(model, ids[:, :hi], is_mask[:, lo:hi], max(1, until - done), temperature,
-                                     (seed, number), order, top_p, watch, cache, threshold)
+                                     (seed, number), order, top_p, show, cache, threshold)
         is_mask[:, lo:hi], done = False, until
     return ids
 
@@ -244,8 +248,7 @@ def fill_stretch(model, ids, is_mask, steps, temperature, key, order, top_p, wat
         fresh[b, i] = token
         ids = torch.where(chosen & is_mask, fresh, ids)
         is_mask = judged & ~chosen
-        if watch is not None:
-            watch(ids, is_mask)
+        watch(ids, is_mask)
     return ids
 
 

@@ -1,10 +1,12 @@
 """twin.py: use a converted model: continue a text, fill a gap, bound the likelihood of a file.
 
     python -m studies.twin --load out/repr_align/w10 --prompt "import " --sample_steps 64 --show       # seconds
+    python -m studies.twin --load out/repr_align/blocks --prompt "import " --gif film.gif
     python -m studies.twin --load out/repr_align/w10 --prompt "def f(" --suffix "return x" --middle 32
     python -m studies.twin --load out/repr_align/w10 --judge README.md      # bits per byte, with its error: ~1 min
 
-Prints text; writes nothing. repr_align.py makes such models, core/masked.py holds the samplers and the bound.
+Prints text; writes nothing but the film. repr_align.py makes such models, core/masked.py holds the samplers and the
+bound.
 """
 import sys
 
@@ -18,6 +20,7 @@ from typing import Literal
 
 import torch
 
+from core import report
 from core.common import UserError, entry, parse, pick_dtype, setup
 from core.masked import ORDERS, fill, load_converted, text_likelihood
 
@@ -36,6 +39,7 @@ class Config:
     temperature: float = 0.8    # of token draws (0: argmax)
     top_p: float = 1.0          # nucleus
     show: bool = False          # print the text after every step
+    gif: str = ""               # a GIF file that shows the tokens as they appear
     judge: str = ""             # a text file whose likelihood is bounded
     calls: int = 16             # with --judge: network calls a window
     seq_len: int = 128          # with --judge: tokens a window
@@ -56,17 +60,44 @@ def write(cfg, model, tokenizer):
     if ids.shape[1] > model.lm.config.max_position_embeddings:
         raise UserError(f"prompt, masks and suffix are {ids.shape[1]} tokens, more than the model's "
                         f"{model.lm.config.max_position_embeddings}; shorten one")
-    calls = []
+    masks = [(ids == model.mask_id)[0].tolist()]
 
     def watch(ids, is_mask):
-        calls.append(is_mask)
+        masks.append(is_mask[0].tolist())
         if cfg.show:
             text = tokenizer.decode(ids[0].masked_fill(is_mask[0], model.mask_id))
             print(repr(text.replace(tokenizer.mask_token, "_")))
     out = fill(model, ids, ids == model.mask_id, cfg.sample_steps, cfg.temperature, cfg.seed, cfg.order, cfg.top_p,
-               block_size=cfg.block_size, watch=watch, threshold=cfg.threshold)
-    print(f"{count} tokens in {len(calls)} network calls, {count / len(calls):.1f} a call")
-    return tokenizer.decode(out[0])
+               block_size=cfg.block_size, watch=watch, threshold=cfg.threshold)[0]
+    calls = len(masks) - 1
+    print(f"{count} tokens in {calls} network calls, {count / calls:.1f} a call")
+    if cfg.gif:
+        film(cfg.gif, [tokenizer.decode(i) for i in out], masks)
+    return tokenizer.decode(out)
+
+
+def film(path, words, masks):
+    """A GIF of words (tokens) appearing: masks, a list of bool a call, says which are hidden still; new ones in red."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.animation import FuncAnimation
+    rows = "".join(words).count("\n") + 1
+    fig = plt.figure(figsize=(7, 0.17 * rows + 0.2))
+    layers = [[fig.text(0.01, 1 - (row + 1) / (rows + 1), "", family="monospace", size=9, color=color)
+               for row in range(rows)] for color in (report.BLACK, report.RED, report.GREY)]
+
+    def draw(call):
+        now, before = (masks[min(max(0, i), len(masks) - 1)] for i in (call, call - 1))
+        hidden = ["." * len(w) if n else w for w, n in zip(words, now, strict=True)]
+        shown = [0 if not b else 2 if n else 1 for b, n in zip(before, now, strict=True)]    # the layer of each token
+        for number, layer in enumerate(layers):
+            text = "".join(w if n == number else " " * len(w) for w, n in zip(hidden, shown, strict=True))
+            ends = [i for i, c in enumerate("".join(words)) if c == "\n"]
+            for line, lo, hi in zip(layer, [-1, *ends], [*ends, None], strict=True):
+                line.set_text(text[lo + 1:hi])
+    FuncAnimation(fig, draw, len(masks) + 8).save(path, writer="pillow", fps=5)
+    plt.close(fig)
 
 
 def judge(cfg, model, tokenizer):

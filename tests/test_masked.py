@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CONVERTIBLE, OF_BLOCKS, ROOT, fails, slow, tiny_model
+from PIL import Image
 from transformers import DynamicCache
 
 import data
@@ -129,8 +130,10 @@ def test_a_cached_prefix_equals_block_causal_attention(family):
 def test_blocks_fill_from_left_to_right():
     s, hide, filled = student(), torch.zeros(3, 16, dtype=torch.bool), []
     hide[:, 4:] = True
-    out = fill(s, IDS, hide, 6, block_size=4, watch=lambda i, m: filled.append(i.shape[1]))
-    assert torch.equal(out[:, :4], IDS[:, :4]) and (out != s.mask_id).all() and filled == [5] * 6
+    out = fill(s, IDS, hide, 6, block_size=4, watch=lambda i, m: filled.append(m))
+    assert torch.equal(out[:, :4], IDS[:, :4]) and (out != s.mask_id).all()
+    assert [m.sum().item() for m in filled] == [30, 24, 18, 12, 6, 0]                   # of three rows
+    assert all(m[:, 8 + 4 * (call // 2):].all() for call, m in enumerate(filled))        # later blocks: all hidden yet
     assert torch.equal(out[:1], fill(s, IDS[:1], hide[:1], 6, block_size=4))
     shorter = fill(s, IDS[:, :12], hide[:, :12], 4, block_size=4)                # a later block changes no earlier one
     assert torch.equal(out[:, :12], shorter)
@@ -178,7 +181,7 @@ def test_a_block_model_writes_block_by_block(arm):
     for order in ORDERS:
         seen.clear()
         out = fill(s, IDS, hide, 5, order=order, watch=lambda i, m: seen.append(m[0].sum().item()))
-        assert torch.equal(out[:, :6], IDS[:, :6]) and (out != 63).all() and seen == [0, 2, 0, 2, 0]
+        assert torch.equal(out[:, :6], IDS[:, :6]) and (out != 63).all() and seen == [8, 6, 4, 2, 0]
         assert torch.equal(out[:1], fill(s, IDS[:1], hide[:1], 5, order=order))
         assert torch.equal(out[:, :12], fill(s, IDS[:, :12], hide[:, :12], 3, order=order))
         assert torch.equal(out, fill(s, torch.where(hide, 5, IDS), hide, 5, order=order, block_size=4))
@@ -300,6 +303,9 @@ def test_filling_between_and_judging(runs, capsys, tmp_path):
                  "--max_new_tokens 9 --temperature 0"):
         text = twin.main([*load, "--prompt", "import", *more.split()])
         assert text.startswith("import") and len(text) > 6 and masked.MASK not in text
+    twin.main([*load, "--prompt", "import", "--max_new_tokens", "6", "--gif", f"{tmp_path}/film.gif"])
+    with Image.open(tmp_path / "film.gif") as film:                     # the masks, then three calls
+        assert film.n_frames >= 4 and len({film.seek(n) or film.convert("L").tobytes() for n in range(4)}) == 4
 
 
 def test_refusals_of_the_twin(runs, capsys, tmp_path):
