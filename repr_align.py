@@ -26,7 +26,7 @@ import torch
 import data
 from core import backbone, optim, report
 from core.common import GradientSum, StopSignal, UserError, entry, parse, pick_dtype, setup, split_batch
-from core.conversion import POSITIONS, SCHEDULES, Arm, align_layers, conversion_loss, corrupt, flops_per_token
+from core.conversion import Arm, conversion_loss, corrupt, flops_per_token
 from core.masked import ORDERS, Student, add_mask, check_sampling, fill, load_converted, text_likelihood
 from core.run import Clock, Run, card, finished
 from core.shard import Whole, clip, is_sharded, report_size, shard, whole
@@ -51,9 +51,6 @@ class Config:
     ar_weight: float = 0.0      # weight of the next-token loss on a causal clean copy (0: off)
     align_weight: float = 10.0  # w (0: no alignment, no teacher)
     align_until: int = 0        # step from which w is 0 (0: none)
-    align_schedule: Literal[tuple(SCHEDULES)] = "constant"  # of w until that step
-    align_layers: str = "all"   # states that are aligned: all, or numbers of 0..L such as 0,4,8
-    align_positions: Literal[tuple(POSITIONS)] = "next-masked"  # predictors of masked tokens, those, visible, all
     path: float = 1.0           # weight of the p_correct * CE term (always on in the published code)
     freeze: Literal["embed", "none"] = "embed"  # what stays as it is: embeddings and head, or nothing
     shard: bool = False         # spread blocks of student and teacher over the processes (FSDP2; AdamW only)
@@ -115,18 +112,10 @@ def check(cfg):
         (blocks and cfg.seq_len % cfg.block_size, f"--block_size {cfg.block_size} must divide --seq_len {cfg.seq_len}"),
         (cfg.ar_weight and cfg.context != "causal", "--ar_weight needs a clean copy: add --context causal"),
         (cfg.align_until > cfg.steps, f"--align_until {cfg.align_until} lies beyond --steps {cfg.steps}"),
-        (cfg.align_schedule != "constant" and not cfg.align_until, "an --align_schedule needs an end: --align_until"),
     ):
         if wrong:
             raise UserError(why)
     check_sampling(cfg.order, cfg.threshold)
-
-
-def align_weight_at(step, cfg):
-    """w of this step."""
-    if cfg.align_until and step >= cfg.align_until:
-        return 0.0
-    return cfg.align_weight * SCHEDULES[cfg.align_schedule](step / cfg.align_until if cfg.align_until else 0.0)
 
 
 def load_models(cfg, model, tokenizer, world, dtype):
@@ -248,7 +237,6 @@ def main(argv):
     if not cfg.dry_run and (result := finished(cfg, identity, quiet=True)):
         return show_finished(cfg, result, world, dtype)
     config = backbone.read_config(model, cfg.seq_len)
-    layers = align_layers(cfg.align_layers, config.num_hidden_layers)
     if cfg.dry_run:
         return report_size(cfg, config, world, micro, dtype)
 
@@ -277,17 +265,17 @@ def main(argv):
         is_mask = corrupt(cfg.seq_len, cfg.seed, "mask", step, range(cfg.batch_size), None,
                           student.arm.plan(cfg.seq_len)[0], cfg.late)                                    # (B, T)
         count = max(1, is_mask.sum().item())
-        spots = max(1, POSITIONS[cfg.align_positions](is_mask).sum().item())
-        w, sums = align_weight_at(step, cfg), torch.zeros(2 + student.lm.L, device=world.device)
+        w = cfg.align_weight if step < (cfg.align_until or cfg.steps) else 0.0
+        sums = torch.zeros(2 + student.lm.L, device=world.device)
         for some in torch.tensor(slots).split(micro):
             ids = train.batch(cfg.seed, step, some.tolist(), cfg.batch_size)[:, :-1].to(world.device)    # (b, T)
             # 2 gradient of the mean over the whole batch's masked tokens and aligned states
             with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
                 loss = conversion_loss(student, teacher if w + cfg.distill else None, ids, is_mask[some], cfg.path,
-                                       layers, cfg.align_positions, cfg.distill > 0, cfg.ar_weight > 0)
-            (loss.each.sum() / count + w * loss.apart / spots + cfg.distill * loss.kl / count
+                                       cfg.distill > 0, cfg.ar_weight > 0)
+            (loss.each.sum() / count + w * loss.apart / count + cfg.distill * loss.kl / count
              + cfg.ar_weight * loss.ar / (cfg.batch_size * (cfg.seq_len - 1))).backward()
-            sums += torch.cat([loss.ce[None] / count, loss.cosines / spots])
+            sums += torch.cat([loss.ce[None] / count, loss.cosines / count])
         gradients.finish()
         # 3 clip, step
         norm = clip(params, 1.0, world)
@@ -309,8 +297,8 @@ def main(argv):
     seconds, tokens = clock.seconds(), cfg.steps * cfg.batch_size * cfg.seq_len
     curve.append([cfg.steps, *validate(student, teacher, held_out, cfg, world)])
     judged = text_likelihood(student, held_out.to(world.device), 4, cfg.seed)
-    shown = ("align_layers", "align_positions", "freeze", "train_tokens")  # and, where they are not as ever:
-    arms = ("path", "late", "distill", "ar_weight", "align_until", "align_schedule", *Arm._fields)
+    shown = ("freeze", "train_tokens")  # and, where they are not as ever:
+    arms = ("path", "late", "distill", "ar_weight", "align_until", *Arm._fields)
     flags = [*shown, *(flag for flag in arms if getattr(cfg, flag) != getattr(Config, flag))]
     publish(run, cfg, {
         "val_loss": curve[-1][1], "curve": curve, "w": cfg.align_weight, "cosine": curve[-1][2], "steps": cfg.steps,

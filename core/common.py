@@ -19,7 +19,7 @@ import signal
 import sys
 import textwrap
 import threading
-import time
+import timeit
 import typing
 from datetime import timedelta
 
@@ -262,12 +262,8 @@ PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16, fro
 @functools.cache
 def matmul_rate(n=2048):
     """FLOP/s of torch.mm at n x n in fp32 on this CPU: the best of five, about half a second."""
-    a, b, best = torch.randn(n, n), torch.randn(n, n), math.inf
-    for _ in range(5):
-        start = time.perf_counter()
-        torch.mm(a, b)
-        best = min(best, time.perf_counter() - start)
-    return 2 * n ** 3 / best
+    a, b = torch.randn(n, n), torch.randn(n, n)
+    return 2 * n ** 3 / min(timeit.repeat(lambda: torch.mm(a, b), number=1, repeat=5))
 
 
 def peak_flops(device):

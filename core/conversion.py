@@ -8,7 +8,6 @@ student is held to beside its teacher.
 Letters: B batch, T tokens, K states of a pass, D hidden width, L blocks, V vocabulary, r the share of masked tokens,
 n masked tokens.
 """
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +15,6 @@ import torch
 import torch.nn.functional as F
 
 from core import backbone
-from core.common import UserError, pick
 from core.draws import generator
 
 
@@ -91,27 +89,8 @@ def corrupt(T, seed, purpose, step, slots, r=None, block_size=0, late=0.0):
 
 
 # ------------------------------------------------------------------------------------------------------- alignment
-# For which tokens 1..T-1 the two states that predict it are compared, (B, T-1): the student's and the AR model's, which
-# is the state at the token before. The loss sits on masked tokens; alignment looks there too unless told otherwise.
-POSITIONS = {"next-masked": lambda is_mask: is_mask[:, 1:],
-             "masked": lambda is_mask: is_mask[:, :-1],
-             "visible": lambda is_mask: ~is_mask[:, :-1],
-             "all": lambda is_mask: torch.ones_like(is_mask[:, 1:])}
-# --align_schedule: what w is multiplied by at a share x in [0, 1) of the steps that are aligned.
-SCHEDULES = {"constant": lambda x: 1.0, "linear": lambda x: 1 - x, "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2}
-
-
-def align_layers(name, L):
-    """--align_layers -> which of the states 0 (embeddings) to L (the normed final state) are aligned; the published
-    loss takes all of them, each with the same weight."""
-    if name == "all":
-        return set(range(L + 1))
-    found = {int(part) if part.isdigit() else L + 1 for part in name.split(",")}
-    if max(found) > L:
-        raise UserError(f"--align_layers {name} must be all or numbers of 0..{L} such as 0,4,8")
-    return found
-
-
+# Where: at every layer, embeddings and normed final state too, each with the same weight; for every masked token the
+# two states that predict it are compared, the student's and the AR model's, which is the state at the token before.
 def teacher_states(lm, ids):
     """The AR model's own h[0], ..., h[L-1] and normed h[L] on the clean input, causal."""
     yield (h := lm.embed(ids))
@@ -125,7 +104,7 @@ def teacher_states(lm, ids):
 class Losses(NamedTuple):
     """All but the first are sums over positions, so that any split of a batch adds up to the same."""
     each: torch.Tensor     # (n,) CE and path term of every masked token
-    apart: torch.Tensor    # () 1 - cosine, mean over the aligned layers
+    apart: torch.Tensor    # () 1 - cosine, mean over the layers
     ce: torch.Tensor       # () CE in nats
     cosines: torch.Tensor  # (L+1,) with the teacher's state of each layer; NaN without a teacher
     kl: torch.Tensor       # () of the student's law of every masked token from the AR model's; 0 unless asked for
@@ -145,15 +124,14 @@ def places(where, device):
     return [index.to(device) for index in where.nonzero(as_tuple=True)]
 
 
-def conversion_loss(student, teacher, ids, is_mask, path, layers=None, positions="next-masked", kl=False, ar=False):
-    """Losses on ids (B, T), masked where is_mask (B, T; best on the CPU). No teacher: no alignment. No layers: all.
+def conversion_loss(student, teacher, ids, is_mask, path, kl=False, ar=False):
+    """Losses on ids (B, T), masked where is_mask (B, T; best on the CPU). No teacher: no alignment.
 
     1 student and teacher in step, cosines summed layer by layer, never stacked  2 CE of the masked tokens  3 path term:
     CE again, weighted by the model's own confidence  4 what is held to the AR model's law, or to its task."""
     T, zero = ids.shape[1], ids.new_zeros((), dtype=torch.float32)
     at = predictors(T, *student.arm.plan(T), student.arm.shift).to(ids.device)         # (T-1,)
-    b, i = places(pick(POSITIONS, positions, "--align_positions")(is_mask), ids.device)
-    layers = set(range(student.lm.L + 1)) if layers is None else layers
+    b, i = places(is_mask[:, 1:], ids.device)                                          # (n,), (n,): token i+1
     clean = teacher_states(teacher, ids) if teacher is not None else None
     apart, cosines = zero, torch.full((student.lm.L + 1,), torch.nan, device=ids.device)
     for number, h in enumerate(student.states(ids, is_mask.to(ids.device))):
@@ -162,9 +140,7 @@ def conversion_loss(student, teacher, ids, is_mask, path, layers=None, positions
                 theirs = next(clean)                                                   # (B, T, D)
             cosine = F.cosine_similarity(h[b, at[i]].float(), theirs[b, i].float(), dim=-1)     # (n,)
             cosines[number] = cosine.detach().sum()
-            if number in layers:
-                apart = apart + (1 - cosine).sum() / len(layers)
-    b, i = places(is_mask[:, 1:], ids.device)                                          # (n,), (n,): token i+1
+            apart = apart + (1 - cosine).sum() / len(cosines)
     logits = student.logits(h[b, at[i]])                                               # (n, V)
     ce = F.cross_entropy(logits, ids[b, i + 1], reduction="none")                      # (n,)
     each = ce + path * torch.exp(-ce).detach() * ce

@@ -7,7 +7,7 @@
 Letters: N texts, T tokens, V vocabulary.
 """
 import math
-import time
+import timeit
 import weakref
 
 import numpy as np
@@ -100,14 +100,11 @@ def at_entropy(points, target, key="gen_ppl"):
 # ------------------------------------------------------------------------------------------------------ programs
 def seconds_of(repeats, run):
     """The fastest of `repeats` calls: the least disturbed one."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
+    def whole():
         run()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return min(timeit.repeat(whole, number=1, repeat=repeats))
 
 
 class PeakBytes(TorchDispatchMode):

@@ -1,9 +1,8 @@
-"""bench.py: speed of a bridge's step and of generation, beside their ceilings, measured in one run.
+"""bench.py: speed of a bridge's step beside its ceiling, and of writing by blocks beside one token after another.
 
-    python -m studies.bench                              # out/bridge and out/blocks: ~60 s on 2 cores
-    python -m studies.bench --blocks ""                  # only what run_all.sh has before GENERATE
-    python -m studies.bench --bridge out/l4 --repeats 1
-    python -m studies.bench --bridge "" --blocks "" --twin out/repr_align/blocks        # block decoding: a minute
+    python -m studies.bench                                  # a bridge's step, out/repr_align/blocks: a minute
+    python -m studies.bench --twin "" --repeats 1                      # only a bridge's step
+    python -m studies.bench --twin out/mine/blocks --temperature 1
 
 Prints one row a measurement: the value, the stock thing it is compared with, and their ratio. Writes nothing.
 """
@@ -20,7 +19,6 @@ from types import SimpleNamespace
 import torch
 
 import data
-import hybrid
 from core import backbone, denoiser, diffusion, masked
 from core.common import entry, matmul_rate, parse, setup
 from core.measure import train_flops
@@ -30,12 +28,10 @@ from core.run import read_json
 
 @dataclass
 class Config:
-    bridge: str = "out/bridge"  # a trained bridge (empty: leave it out)
-    blocks: str = "out/blocks"  # a bridge trained with --visible (empty: leave it out)
-    twin: str = ""              # a twin converted with --attention block (empty: leave it out)
-    texts: int = 24             # that the twin writes
+    twin: str = "out/repr_align/blocks"  # a twin converted with --attention block (empty: leave it out)
+    texts: int = 24             # that it writes
     temperature: float = 0.8    # of them
-    seed: int = 0               # of the random tokens
+    seed: int = 0               # of all draws
     repeats: int = 5            # the best of so many is reported
     dry_run: bool = False       # print what would be measured, then leave
 
@@ -48,18 +44,6 @@ def bench_step(width, cfg):
     rate = 2048 * train_flops(net, 0, 0, 128) / seconds
     print(f"bridge of width {width}, forward and backward: {rate / 1e9:.0f} GFLOP/s, {rate / matmul_rate():.0%} of "
           "torch.mm")
-
-
-def against_stock(name, model, repeats, calls):
-    """Tokens a second of 64 new tokens after 64, batch 1, by `calls` {what: ids -> ids}, against stock generate() of
-    the intact model."""
-    intact = backbone.load(model.config.base_model, torch.device("cpu"), torch.float32).model
-    ids = torch.randint(1, intact.config.vocab_size, (1, 64))
-    how = dict(max_new_tokens=64, min_new_tokens=64, do_sample=False, pad_token_id=0, attention_mask=ids > 0)
-    stock = 64 / seconds_of(repeats, lambda: intact.generate(ids, **how))
-    rows = {what: 64 / seconds_of(repeats, lambda call=call: call(ids, how)) for what, call in calls.items()}
-    print(f"{name} at layer {model.config.layer}: stock generate() {stock:.0f} tokens/s; "
-          + "; ".join(f"{what}: {speed:.0f} ({speed / stock:.2f}x)" for what, speed in rows.items()))
 
 
 def block_decoding(cfg, world):
@@ -94,23 +78,13 @@ def block_decoding(cfg, world):
 def main(argv):
     cfg = parse(Config, argv, __doc__)
     if cfg.dry_run:
-        print("measures torch.mm, a bridge's step, generation with "
-              + ", ".join(f for f in (cfg.bridge, cfg.blocks, cfg.twin) if f))
+        print(f"measures torch.mm, a bridge's step, writing with {cfg.twin or 'no twin'}")
         return
     world = setup("cpu")
     torch.manual_seed(cfg.seed)
     print(f"torch.mm at 2048^2, fp32: {matmul_rate() / 1e9:.0f} GFLOP/s on {torch.get_num_threads()} threads")
     for width in (128, 512):
         bench_step(width, cfg)
-    if cfg.bridge:
-        model = hybrid.from_bridge(cfg.bridge)
-        against_stock("hybrid", model, cfg.repeats, {
-            f"NFE {n}": lambda ids, how, n=n: (model.set_nfe(n), model.generate(ids, **how)) for n in (1, 2, 4, 8)})
-    if cfg.blocks:
-        model = hybrid.from_bridge(cfg.blocks)
-        against_stock("a block of 64", model, cfg.repeats, {
-            f"NFE {nfe}": lambda ids, how, nfe=nfe: model.generate_blocks(ids, 64, 64, nfe, beta=0.0, refinements=0)
-            for nfe in (4, 16)})
     if cfg.twin:
         block_decoding(cfg, world)
 

@@ -1,9 +1,8 @@
-"""twin.py: use a converted model: continue a text, fill a gap, bound the likelihood of a file.
+"""twin.py: use a converted model: continue a text, fill a gap. Its likelihood of a file: evaluate.py --text.
 
     python -m studies.twin --load out/repr_align/w10 --prompt "import " --sample_steps 64 --show       # seconds
     python -m studies.twin --load out/repr_align/blocks --prompt "import " --gif film.gif
     python -m studies.twin --load out/repr_align/w10 --prompt "def f(" --suffix "return x" --middle 32
-    python -m studies.twin --load out/repr_align/w10 --judge README.md      # bits per byte, with its error: ~1 min
 
 Prints text; writes nothing but the film. repr_align.py makes such models, core/masked.py holds the samplers and the
 bound.
@@ -13,16 +12,14 @@ import sys
 if not __package__:
     print("error: start it as: python -m studies.twin", file=sys.stderr)
     raise SystemExit(2)
-import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 
 from core import report
 from core.common import UserError, entry, parse, pick_dtype, setup
-from core.masked import ORDERS, fill, load_converted, text_likelihood
+from core.masked import ORDERS, fill, load_converted
 
 
 @dataclass
@@ -40,9 +37,6 @@ class Config:
     top_p: float = 1.0          # nucleus
     show: bool = False          # print the text after every step
     gif: str = ""               # a GIF file that shows the tokens as they appear
-    judge: str = ""             # a text file whose likelihood is bounded
-    calls: int = 16             # with --judge: network calls a window
-    seq_len: int = 128          # with --judge: tokens a window
     seed: int = 0               # of every draw
     device: str = "auto"        # auto, cpu, cuda
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the weights
@@ -100,38 +94,15 @@ def film(path, words, masks):
     plt.close(fig)
 
 
-def judge(cfg, model, tokenizer):
-    """Bits per byte of a text file (an upper bound) with its standard error, in windows of --seq_len tokens."""
-    text = Path(cfg.judge).read_text(encoding="utf-8", errors="replace")
-    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-    ids = torch.tensor([tokenizer.eos_token_id or 0, *tokens], device=model.shift.device)                # (tokens,)
-    if len(ids) < 3 or model.mask_id in tokens:
-        raise UserError(f"--judge {cfg.judge} holds fewer than two tokens, or the mask token itself; use another text")
-    if not 2 <= cfg.seq_len <= model.lm.config.max_position_embeddings:
-        raise UserError(f"--seq_len {cfg.seq_len} must lie in 2..{model.lm.config.max_position_embeddings}, the "
-                        "positions of the model")
-    hop = cfg.seq_len - 1                    # the last token of a window is the given first one of the next
-    windows = [ids[lo:lo + cfg.seq_len] for lo in range(0, len(ids) - 1, hop)]
-    nats, error = text_likelihood(model, windows, cfg.calls, cfg.seed)
-    bits = len(text.encode()) * math.log(2)
-    return (f"{nats / bits:.4f} +- {error / bits:.4f} bits per byte at most, {cfg.judge}: {len(ids) - 1} tokens, "
-            f"{cfg.calls} network calls a window of {cfg.seq_len}")
-
-
 @entry
 def main(argv):
     cfg = parse(Config, argv, __doc__)
-    if cfg.judge and (cfg.prompt or cfg.suffix):
-        raise UserError("--judge reads a file; leave --prompt and --suffix out")
-    if cfg.judge and not Path(cfg.judge).is_file():
-        raise UserError(f"--judge {cfg.judge}: there is no such file")
     if cfg.dry_run:
-        print(f"would use {cfg.load} to " + (f"judge {cfg.judge}" if cfg.judge else f"write in order {cfg.order}"))
+        print(f"would use {cfg.load} to write in order {cfg.order}")
         return None
     world = setup(cfg.device)
     model, tokenizer = load_converted(cfg.load, world.device, pick_dtype(cfg, world.device))
-    text = (judge if cfg.judge else write)(cfg, model, tokenizer)
-    print(text)
+    print(text := write(cfg, model, tokenizer))
     return text
 
 

@@ -10,7 +10,6 @@ from conftest import FEW, OF_BLOCKS, fails, tiny_model
 
 import repr_align
 from core import backbone, conversion, report, run
-from core.common import UserError
 from core.conversion import BIDIRECTIONAL, Arm, conversion_loss, corrupt, predictors, who_sees, who_sees_cached
 from core.masked import MASK, Student, fill, load_converted
 
@@ -85,11 +84,9 @@ class Echo(torch.nn.Module):
 @pytest.mark.parametrize("sign, penalty", [(1.0, 0.0), (-1.0, 2.0)])
 def test_alignment_is_zero_for_the_teacher_and_two_for_its_negative(sign, penalty):
     teacher, is_mask = backbone.Backbone(tiny_model("qwen3")), masks()
-    for positions in conversion.POSITIONS:
-        loss = conversion_loss(Echo(teacher, sign), teacher, IDS, is_mask, 1.0, None, positions)
-        count = conversion.POSITIONS[positions](is_mask).sum().item()
-        assert loss.apart.item() / count == pytest.approx(penalty, abs=1e-4)
-        assert (loss.cosines / count).tolist() == pytest.approx([sign] * (teacher.L + 1), abs=1e-4)
+    loss, count = conversion_loss(Echo(teacher, sign), teacher, IDS, is_mask, 1.0), is_mask.sum().item()
+    assert loss.apart.item() / count == pytest.approx(penalty, abs=1e-4)
+    assert (loss.cosines / count).tolist() == pytest.approx([sign] * (teacher.L + 1), abs=1e-4)
 
 
 def test_who_sees_whom_by_hand():
@@ -160,6 +157,18 @@ def test_distillation_pulls_towards_the_other_law():
     assert conversion.divergence(theirs, F.pad(theirs, (0, 1)), 63).item() == pytest.approx(0, abs=1e-5)
 
 
+def test_alignment_ends(runs, text, tmp_path, monkeypatch):
+    taught = []
+
+    def spied(student, teacher, *more, **how):
+        taught.append(teacher is not None) if torch.is_grad_enabled() else None         # validation always has it
+        return conversion_loss(student, teacher, *more, **how)
+    monkeypatch.setattr(repr_align, "conversion_loss", spied)
+    repr_align.main(f"--preset tiny --model {runs}/toy --data {text} --steps 4 --align_until 2 --micro_batch 4 "
+                    f"--out {tmp_path}/until/w10".split())
+    assert taught == [True, True, False, False]
+
+
 def test_masks_by_blocks_and_late_ones():
     many = dict(T=64, seed=0, purpose="mask", step=0, slots=range(300))
     assert torch.equal(corrupt(**many), corrupt(**many, block_size=64))
@@ -167,26 +176,6 @@ def test_masks_by_blocks_and_late_ones():
     assert abs(torch.corrcoef(by_block[:, 1:].T)[0, 1]) < 0.2 and by_block.std().item() > 0.25
     late = corrupt(**many, block_size=16, late=2.0).view(300, 4, 16).float().mean(0)[1:].mean(0)
     assert late[-4:].mean() - late[:4].mean() > 0.15 and late.mean().item() == pytest.approx(0.5, abs=0.06)
-
-
-def test_alignment_ends_and_fades():
-    def weights(**how):
-        return [repr_align.align_weight_at(step, repr_align.Config(**how)) for step in (0, 10, 20, 199)]
-    assert weights() == [10] * 4 and weights(align_until=20) == [10, 10, 0, 0]
-    assert weights(align_until=20, align_schedule="linear") == [10, 5, 0, 0]
-    assert weights(align_until=20, align_schedule="cosine") == pytest.approx([10, 5, 0, 0])
-
-
-def test_only_the_chosen_layers_are_aligned():
-    assert conversion.align_layers("all", 8) == set(range(9)) and conversion.align_layers("0,4,8", 8) == {0, 4, 8}
-    s, teacher, is_mask = student(), backbone.Backbone(tiny_model("qwen3", 1)), masks()
-    parts = [conversion_loss(s, teacher, IDS, is_mask, 1.0, {i}).apart.item() for i in range(5)]
-    some = conversion_loss(s, teacher, IDS, is_mask, 1.0, {1, 3}).apart.item()
-    assert some == pytest.approx((parts[1] + parts[3]) / 2, rel=1e-5) and len(set(parts)) == 5
-    s.requires_grad_(True)                                                     # and nothing above them is pulled
-    conversion_loss(s, teacher, IDS, is_mask, 1.0, {2}).apart.backward()
-    pulled = [any(p.grad is not None and p.grad.any() for p in b.parameters()) for b in s.lm.blocks]
-    assert pulled == [True, True, False, False]
 
 
 def test_micro_batches_add_up_exactly():
@@ -414,11 +403,6 @@ def test_refusals(capsys, tmp_path):
                         ("--block_size 256 must divide", "--attention block --block_size 256"),
                         ("--context causal", "--ar_weight 1 --attention block --context clean"),
                         ("beyond --steps 200", "--align_until 201"), ("negative", "--distill -1"),
-                        ("needs an end", "--align_schedule linear"), ("--threshold", "--threshold 1.5"),
+                        ("--threshold", "--threshold 1.5"),
                         ("--threshold", "--threshold -0.1"), ("invalid choice", "--attention causal")):
         assert word in fails(capsys, repr_align.main, *flags.split(), "--out", tmp_path / "x/y"), flags
-    for name in ("9", "0,,4", "upper", "-1", ""):
-        with pytest.raises(UserError, match="numbers of 0..8"):
-            conversion.align_layers(name, 8)
-    with pytest.raises(UserError, match="there are next-masked, masked, visible, all"):
-        conversion_loss(student(), None, IDS, masks(), 1.0, positions="none")
