@@ -51,7 +51,12 @@ STUDIES = {  # study -> the stage that its cells are runs of (see KINDS), layers
         "bidirectional, no shift": "--no-shift", "blocks": f"{BLOCK} noisy",
         "blocks, clean context": f"{BLOCK} clean", "blocks, causal context": f"{BLOCK} causal",
         "blocks, causal context, no shift": f"{BLOCK} causal --no-shift",
-        "blocks, causal context, late 1": f"{BLOCK} causal --late 1"}.items()}),
+        "blocks, causal context, late 1": f"{BLOCK} causal --late 1",
+        "blocks, causal context, distill 1": f"{BLOCK} causal --distill 1",
+        "blocks, causal context, next-token loss 1": f"{BLOCK} causal --ar_weight 1",
+        "blocks, causal context, w = 10": f"{BLOCK} causal --align_weight 10",
+        "blocks, causal context, w = 10 for a quarter":
+            f"{BLOCK} causal --align_weight 10 --align_until {{quarter}}"}.items()}),
 }
 
 
@@ -101,7 +106,7 @@ def cells(cfg):
             continue
         place = "" if layer is None else f"--layer {layer}"
         flags = f"{place} --seed {seed} --steps {cfg.steps} --batch_size {cfg.batch_size} {flags}"   # the last one wins
-        flags = flags.format(double=2 * cfg.steps)
+        flags = flags.format(double=2 * cfg.steps, quarter=cfg.steps // 4)
         folder = Path(cfg.out).parent / "_".join(["cell", name, *flags.split()]).replace("--", "")
         few = " --nfes 1,4" if name == "bridge" else ""                   # the calls that the table shows
         yield Cell(variant, layer, seed, folder, stage(name, cfg.model, cfg.data, folder, flags + few))
