@@ -141,7 +141,7 @@ def figure(result, path):
     """Every row's frontier: blocks from violet to red by layer, rivals in colours of their own."""
     layers = sorted({r["layer"] for r in result["rows"] if "layer" in r})
     colors = {"unigrams": report.GREY, "AR, intact model": report.BLACK}
-    cycle = itertools.cycle([report.YELLOW, report.BLUE, report.GREEN, "#b5838d"])
+    cycle = itertools.cycle([report.YELLOW, report.BLUE, report.GREEN, "#b5838d", "#00798c"])
     for row in result["rows"]:
         if "layer" in row:
             colors[row["name"]] = (layers.index(row["layer"]) / max(1, len(layers) - 1) * 0.6, 0.45, 0.65)

@@ -18,12 +18,15 @@ study() {  # study "what it asks and how long it takes" name flags...
         printf '\nstudies/all.sh stopped: %s failed\n' "${*:2}" >&2; exit 1; }
 }
 
-printf '\n=== GENERATE and its twin with three training seeds (20 min)\n'
-bridges="$OUT/blocks" twins=""   # both at 400 steps of 8 x 128 tokens; the default run's twin has had 120 only
+printf '\n=== GENERATE and its twins with three training seeds (16 min)\n'
+bridges="$OUT/blocks" twins=""   # all at 400 steps of 8 x 128 tokens; the default run's twins have had 120 only
 for seed in 0 1 2; do
-    python repr_align.py --model "$OUT/toy" --data "$DATA" --align_weight 0 --batch_size 8 --steps 400 \
-        --eval_every 100 --seed $seed --out "$OUT/generate_seeds/twin400_$seed"
-    twins+="${twins:+,}$OUT/generate_seeds/twin400_$seed"
+    for arm in twin400 blocks400; do    # all masks at once; block after block, at twice the compute
+        python repr_align.py --model "$OUT/toy" --data "$DATA" --align_weight 0 --batch_size 8 --steps 400 \
+            --eval_every 100 --seed $seed --out "$OUT/generate_seeds/${arm}_$seed" \
+            $([ $arm = twin400 ] || echo --attention block --context causal)
+        twins+="${twins:+,}$OUT/generate_seeds/${arm}_$seed"
+    done
     [ $seed = 0 ] && continue
     python bridge.py --model "$OUT/toy" --data "$DATA" --layer 2 --visible mix --bidirectional --self_condition \
         --t_mean 0.7 --nfes 8 --blocks 4 --batch_size 8 --steps 400 --noise_seeds 1 --eval_batches 64 \
@@ -32,6 +35,8 @@ for seed in 0 1 2; do
 done
 python generate.py --data "$DATA" --bridges "$bridges" --twin "$twins" --texts 32 --alphas 0.8 --betas 0.8 \
     ${JUDGE:+--second_judge "$JUDGE"} --out "$OUT/generate_seeds/equal"
+printf '\n=== CONVERT: to what, and by which loss, three training seeds (16 min)\n'
+python -m studies.ablate --study arms --steps 200 --model "$OUT/toy" --data "$DATA" --out "$OUT/ablate/arms"
 printf '\n=== COMPARE: what an aligned twin solves, and by which circuits (2 min)\n'
 python repr_align.py --data "$DATA" --align_weight 10 --seq_len 64 --steps 500 --eval_every 250 --eval_batches 16 \
     --out "$OUT/tasks/repr_align/w10"
