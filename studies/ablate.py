@@ -49,6 +49,7 @@ STUDIES = {  # study -> the stage that its cells are runs of (see KINDS), layers
     "arms": ("repr_align", (None,), {name: f"--align_weight 0 {flags}" for name, flags in {
         "bidirectional": "", "bidirectional, twice the steps": "--steps {double}",
         "bidirectional, no shift": "--no-shift", "blocks": f"{BLOCK} noisy",
+        "blocks, twice the steps": f"{BLOCK} noisy --steps {{double}}",
         "blocks, clean context": f"{BLOCK} clean", "blocks, causal context": f"{BLOCK} causal",
         "blocks, causal context, no shift": f"{BLOCK} causal --no-shift",
         "blocks, causal context, late 1": f"{BLOCK} causal --late 1",
