@@ -11,7 +11,7 @@ the clean input. loss = CE + path * p_correct * CE + w * (1 - mean cosine over l
 is masked (REPR-ALIGN, arXiv 2605.06885; core/conversion.py). studies/twin.py uses the converted model.
 A block model sees its block of tokens and what is before it, masked (--context noisy) or as it is: a clean copy in the
 same pass, at twice the compute, which sees itself by blocks (clean) or by tokens (causal, as the AR model did).
-Writes an ordinary Hugging Face folder, section.md with convert.png, log.jsonl and result.json to --out.
+Writes a Hugging Face folder (see core/twin_lm.py), section.md with convert.png, log.jsonl and result.json to --out.
 
 Letters: B batch, T tokens, L blocks, N held-out rows, w the weight of alignment.
 """
@@ -206,7 +206,7 @@ def publish(run, cfg, result, model, student, tokenizer):
     result["headline"] = [[f"masked twin, w = {result['w']:g}{arm}", f"masked CE {result['curve'][0][1]:.3f} -> "
                            f"{result['val_loss']:.3f} nats, {result['seconds']:.0f} s"]]
     if run.world.main:
-        backbone.save_model(student.lm.model, tokenizer, run.out, **weights)
+        backbone.save_model(student.lm.model, tokenizer, run.out, twin=True, **weights)
         card(run.out, "A masked diffusion language model", "" if Path(model).exists() else model, result)
         with report.figure(run.out / "convert.png") as axes:
             steps, ce, *_ = zip(*result["curve"], strict=True)

@@ -29,6 +29,7 @@ from core.common import UserError
 from core.run import beside, read_json
 
 EOS = "<|endoftext|>"  # of a tokenizer that we train ourselves
+TWIN = "nanodihal_twin"  # what transformers is told a converted model is
 
 
 def blocks_of(model):
@@ -313,11 +314,15 @@ def made_of(out, folders):
 
 def read_config(name, seq_len=0):
     """The transformers config of a folder or Hub id; raises UserError for what is no causal LM, or too short a one."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
     if Path(name).exists() and not (Path(name) / "config.json").exists():
         raise UserError(f"{name} is no model folder: it has no config.json")
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        raw, _ = PretrainedConfig.get_config_dict(name)
+        if raw.get("model_type") == TWIN:                                  # core.twin_lm's, of an ordinary model
+            config = CONFIG_MAPPING[raw["backbone_type"]].from_dict(raw | {"model_type": raw["backbone_type"]})
+        else:
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
         raise no_model(name, error) from None
     try:
@@ -401,9 +406,10 @@ def tokenizer_hash(tokenizer):
     return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def save_model(model, tokenizer, out, **how):
+def save_model(model, tokenizer, out, twin=False, **how):
     """Save as a Hugging Face folder: all files are written apart, then renamed into place, config.json last. The
-    run's own settings stay in it under `dihal`; a README.md that core.run.card wrote stays as well."""
+    run's own settings stay in it under `dihal`; a README.md that core.run.card wrote stays as well. A converted model
+    goes by a type of its own (core/twin_lm.py), lest the library take it for an AR model."""
     out, apart = Path(out), Path(out) / ".saving"
     shutil.rmtree(apart, ignore_errors=True)
     with quiet():
@@ -411,6 +417,7 @@ def save_model(model, tokenizer, out, **how):
     tokenizer.save_pretrained(apart)
     settings = json.loads((out / "config.json").read_text())["dihal"]
     config = json.loads((apart / "config.json").read_text())
+    config |= {"model_type": TWIN, "backbone_type": config["model_type"]} if twin else {}
     (apart / "config.json").write_text(json.dumps({**config, "dihal": settings}, indent=1))
     for file in sorted(apart.iterdir(), key=lambda f: f.name == "config.json"):
         shutil.rmtree(out / file.name, ignore_errors=True)  # a folder: left by an earlier try

@@ -11,11 +11,11 @@ import pytest
 import torch
 from conftest import CONVERTIBLE, OF_BLOCKS, ROOT, fails, slow, tiny_model
 from PIL import Image
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import data
 import repr_align
-from core import backbone, masked
+from core import backbone, masked, twin_lm
 from core.common import UserError
 from core.conversion import BIDIRECTIONAL, Arm, corrupt
 from core.masked import ORDERS, TAKES_BACK, Student, fill
@@ -288,6 +288,53 @@ def test_likelihood_refuses():
         masked.likelihood(student(), IDS[0], 5)
     with pytest.raises(UserError, match="one to judge"):
         masked.likelihood(student(), IDS[0, :1], 4)
+
+
+# ------------------------------------------------------------------------------------------- as one of transformers'
+@pytest.fixture(scope="session")
+def block_twin(runs, text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("twin") / "arms" / "blocks"
+    repr_align.main(f"--preset tiny --model {runs}/toy --data {text} --steps 3 --attention block --block_size 8 "
+                    f"--context causal --align_weight 0 --out {out}".split())
+    return out
+
+
+def test_the_twin_as_a_model_of_transformers(runs, block_twin):
+    """One that the library does not know without us, and never takes for an AR model; batches, padding, streaming."""
+    lonely = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(block_twin)!r})"
+    done = subprocess.run([sys.executable, "-c", lonely], capture_output=True, text=True)
+    assert done.returncode == 1 and "nanodihal_twin" in done.stderr
+    for folder in (block_twin, runs / "repr_align" / "w0"):
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        assert isinstance(model, twin_lm.TwinForCausalLM)
+        s, _ = masked.load_converted(folder, torch.device("cpu"), torch.float32)
+        tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.eos_token
+        texts = ["import os", "def f(x):\n    return x", "import os"]
+        batch = tokenizer(texts, padding=True, return_tensors="pt")
+        out = model.generate(**batch, max_new_tokens=9, sample_steps=4)
+        P = batch["input_ids"].shape[1]
+        assert torch.equal(out[:, :P], batch["input_ids"]) and out.shape == (3, P + 9) and (out != s.mask_id).all()
+        alone = tokenizer(texts[1], return_tensors="pt")["input_ids"]
+        hide = torch.cat([alone, alone.new_full((1, 9), s.mask_id)], 1)
+        assert torch.equal(out[1:2], fill(s, hide, hide == s.mask_id, 4))                  # padding is never seen
+        assert torch.allclose(model(hide).logits, s.logits(s.foretell(hide, hide == s.mask_id)))
+
+        class Streamer:
+            heard, ended = [], 0
+
+            def put(self, value):
+                self.heard = [*self.heard, *value.flatten().tolist()]
+
+            def end(self):
+                self.ended += 1
+        streamer = Streamer()
+        said = model.generate(alone, max_new_tokens=9, threshold=0.3, streamer=streamer)
+        assert streamer.heard == said[0].tolist() and streamer.ended == 1
+        for how, words in ((dict(streamer=streamer, attention_mask=batch["attention_mask"]), "one text at a time"),
+                           (dict(attention_mask=batch["attention_mask"].flip(1)), "padded on the left"),
+                           (dict(max_new_tokens=9999), "ask for fewer"), (dict(num_beams=2), "knows no num_beams")):
+            with pytest.raises(UserError, match=words):
+                model.generate(batch["input_ids"], **how)
 
 
 # ------------------------------------------------------------------------------------------------ the command line

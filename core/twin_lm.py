@@ -1,0 +1,89 @@
+"""twin_lm.py: a converted model as one of transformers': loaded by AutoModelForCausalLM, it writes through generate().
+
+    import core.twin_lm                                            # registers the architecture
+    model = AutoModelForCausalLM.from_pretrained("out/repr_align/blocks")
+    ids = model.generate(**tokenizer(texts, padding=True, return_tensors="pt"), max_new_tokens=64, threshold=0.9)
+
+Without the import its folder is of a type that transformers does not know: better than an AR model that it is not.
+
+Letters: B batch, P prompt, T tokens, V vocabulary.
+"""
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from core import masked
+from core.backbone import TWIN
+from core.common import UserError
+
+
+class TwinConfig(PretrainedConfig):
+    """That of the AR model it came from, under another name; core.backbone.read_config gives that one back."""
+    model_type = TWIN
+
+
+class TwinForCausalLM(PreTrainedModel):
+    """A masked.Student that transformers knows how to load. It holds the student, which is saved by repr_align.py."""
+    config_class = TwinConfig
+    main_input_name = "input_ids"
+
+    def __init__(self, config, student):
+        super().__init__(config)
+        self.student = student
+
+    @classmethod
+    def from_pretrained(cls, folder, *_, config=None, dtype=None, device="cpu", **__):
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+        student, _ = masked.load_converted(folder, torch.device(device),
+                                           dtype if isinstance(dtype, torch.dtype) else torch.float32)
+        return cls(config or TwinConfig.from_pretrained(folder), student).eval()
+
+    def forward(self, input_ids, **_):
+        """Logits (B, T - 1, V): at i the law of token i + 1, whatever stands there being the mask or not."""
+        return CausalLMOutput(logits=self.student.logits(self.student.foretell(
+            input_ids, input_ids == self.student.mask_id)))
+
+    @torch.no_grad()
+    def generate(self, input_ids=None, attention_mask=None, max_new_tokens=64, do_sample=True, temperature=0.8,
+                 top_p=1.0, sample_steps=0, threshold=0.0, order="confidence", seed=0, streamer=None, **unknown):
+        """Prompts (B, P), padded on the left, and max_new_tokens tokens after each, by masked.fill: one a call, or in
+        sample_steps calls, or all that are certain enough in each. Raises UserError for what it cannot do."""
+        if unknown:
+            raise UserError(f"generate() of a converted model knows no {', '.join(unknown)}; see its signature")
+        B, P = input_ids.shape
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        known = mask.sum(1)                                                            # (B,): tokens but the padding
+        if streamer is not None and (B > 1 or order in masked.TAKES_BACK):
+            raise UserError("only one text at a time can be streamed, and none by an order that takes tokens back")
+        if not mask[:, -1].all() or (mask.diff(dim=1) < 0).any():
+            raise UserError("prompts must be padded on the left: tokenizer.padding_side = 'left'")
+        if P + max_new_tokens > self.student.lm.config.max_position_embeddings:
+            raise UserError(f"prompt and max_new_tokens are {P + max_new_tokens} tokens, more than the model's "
+                            f"{self.student.lm.config.max_position_embeddings}; ask for fewer")
+        out = torch.cat([input_ids, input_ids.new_full((B, max_new_tokens), self.student.mask_id)], 1)
+
+        shown = P
+
+        def stream(ids, is_mask):                                                      # what no mask stands before
+            nonlocal shown
+            hidden = is_mask[0].nonzero()
+            until = int(hidden[0]) if len(hidden) else ids.shape[1]
+            if until > shown:
+                streamer.put(ids[0, shown:until].cpu())
+                shown = until
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+        for length in known.unique().tolist():                                         # texts of one length together
+            rows = (known == length).nonzero()[:, 0]
+            ids = out[rows, P - length:]
+            out[rows, P - length:] = masked.fill(
+                self.student, ids, ids == self.student.mask_id, sample_steps or max_new_tokens,
+                temperature if do_sample else 0.0, seed, order, top_p, threshold=threshold,
+                watch=stream if streamer is not None else None)
+        if streamer is not None:
+            streamer.end()
+        return out
+
+
+AutoConfig.register(TwinConfig.model_type, TwinConfig)
+AutoModelForCausalLM.register(TwinConfig, TwinForCausalLM)
