@@ -26,7 +26,7 @@ from tqdm import tqdm
 import data
 from core import backbone, report
 from core.common import UserError, entry, parse, pick_dtype, setup
-from core.conditional import GUESSES, errors, fit, left
+from core.conditional import left
 from core.draws import generator
 from core.run import Run, finished, read_section
 from core.states import collect, cost, eigenvalues, local_spread, neighbours, resampled_spectra
@@ -96,7 +96,6 @@ class Config:
     score_by: Literal[("all", *PROXIES)] = "all"  # all: the signed sum; or one proxy alone
     resamples: int = 200        # R: bootstrap replicates of sequences and anchors
     exact_resamples: bool = False  # an eigendecomposition for each, not first-order perturbation of the spectrum
-    conditional: int = 0        # training sequences for what is left of h[l] once h[0] is known (0: not measured)
     dry_run: bool = False       # print memory and cost, then leave
 
 
@@ -196,22 +195,6 @@ def residual(lm, known, windows, cfg):
         f"{name} of the residual": replace(raw, score_by=name) for name in PROXIES}})[0]
 
 
-def conditional(lm, rows, shards, cfg):
-    """name -> (C,): how well a bridge that needs no training does with h[0], and the score of what a ridge leaves."""
-    text = data.Tokens(shards, "train", cfg.seq_len)
-    known = fit(lm, range(1, lm.L), text.windows(64, cfg.seed)[:, :-1], text.windows(cfg.conditional)[:, :-1], rows,
-                cfg.skip, cfg.seed)
-    found = errors(lm, known, rows, skip=cfg.skip).values()                  # a layer each
-    return {**{f"-FVU, {name}": torch.tensor([-of[name]["fvu"] for of in found]) for name in GUESSES},
-            **residual(lm, known, rows[:, :-1], cfg)}
-
-
-def rivals(found, point):
-    """name -> (C,) as rows of the result: what each would choose, and whether it agrees with the score."""
-    return [{"name": name, "best_layer": int(row.argmax()) + 1, "values": row.tolist(),
-             "spearman_with_score": spearman(row, point)} for name, row in found.items()]
-
-
 def resample(states, e, spread, distance, cfg):
     """Proxies (R, C, K) of bootstrap replicates: sequences for the spectrum, anchors for the neighbours, with the pool
     fixed (drawing neighbours with replacement would shrink distances). e (C, D), spread (C, A), distance (C, A, k)."""
@@ -260,7 +243,8 @@ def analyse(states, cfg):
                        "limit": (C - 1) ** 0.5},
         "variants": [{"name": name, "best_layer": int(row.argmax()) + 1, "scores": row.tolist(),
                       "spearman_with_default": spearman(row, point)} for name, row in rows.items()],
-        "trivial": rivals(trivial, point),
+        "trivial": [{"name": name, "best_layer": int(row.argmax()) + 1, "values": row.tolist(),
+                     "spearman_with_score": spearman(row, point)} for name, row in trivial.items()],
         "signs": {name: sign for name, (sign, _) in PROXIES.items()},
         "proxy_correlation": torch.corrcoef(x.T).nan_to_num().tolist(),
         "replicates": scores.tolist(), "flags": asdict(cfg)}
@@ -278,8 +262,7 @@ def section(result):
     pairs = [f"{a} and {b} {result['proxy_correlation'][i][j]:.2f}" for i, a in enumerate(names)
              for j, b in enumerate(names) if i < j]
     chooses = [(v["name"], v["best_layer"], v["spearman_with_default"]) for v in result["variants"]]
-    chooses += [(f"{kind}: {t['name']}", t["best_layer"], t["spearman_with_score"]) for kind in (
-        "trivial", "conditional") for t in result.get(kind, ())]
+    chooses += [(f"trivial: {t['name']}", t["best_layer"], t["spearman_with_score"]) for t in result["trivial"]]
     return "\n\n".join([
         "## LOCATE",
         f"{result['tokens']} states a layer from {result['sequences']} held-out sequences of {flags['seq_len']} tokens "
@@ -369,8 +352,6 @@ def main(argv):
     collected = time.perf_counter()
     result = {**analyse(states, cfg), "tokens": tokens, "sequences": len(rows), "model": model, **identity}
     plot(result, run.out / "geometry.png")
-    if cfg.conditional:
-        result["conditional"] = rivals(conditional(lm, rows, shards, cfg), [row["score"] for row in result["layers"]])
     result |= {"seconds": time.perf_counter() - start, "seconds_collect": collected - start, "headline": [[
         "layer where diffusion enters", f"{result['best_layer']} of {L - 1}, margin {result['margin']:.2f} "
         f"({result['margin_log']:.2f} by log)"]]}

@@ -3,12 +3,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import fails, tiny_model
+from conftest import tiny_model
 
 import geometry
 from core import backbone, conditional, denoiser, measure
 from core.conditional import GUESSES
-from core.run import read_section
 
 SKIP = 4
 
@@ -111,13 +110,3 @@ def test_the_residual_is_what_the_ridge_leaves(family):
     assert int(found["stiffness of the residual"].argmax()) == int(found["curvature of the residual"].argmax()) == 0
     assert set(found) == {"score of the residual", "score of the residual, raw", *(
         f"{name} of the residual" for name in geometry.PROXIES)}
-
-
-def test_geometry_reports_it(runs, tmp_path, text, capsys):
-    argv = [*f"--preset tiny --model {runs}/toy --out {tmp_path}/g --conditional 40 --data".split(), str(text)]
-    result = geometry.main(argv)
-    named = {row["name"]: row for row in result["conditional"]}
-    assert set(named) >= {"-FVU, ridge", "-FVU, token mean", "-FVU, one-block probe", "score of the residual"}
-    assert -1 < named["-FVU, ridge"]["values"][0] < 0 and named["-FVU, ridge"]["best_layer"] == 1
-    assert "| conditional: -FVU, ridge | 1 |" in read_section(tmp_path / "g")
-    assert "--conditional must be at least 0" in fails(capsys, geometry.main, *argv[:-4], "--conditional", "-1")
