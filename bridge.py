@@ -15,7 +15,7 @@ l the replaced layer, z the standardised h[l], c the standardised h[0].
 """
 import copy
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -29,7 +29,7 @@ from core.denoiser import Bridge, calibrate, targets
 from core.diffusion import SAMPLERS, TIMES, hide, readout_loss, times, token_loss
 from core.draws import generator, normal
 from core.measure import NOISE_ROWS, numbers, report_size, section, summary, train_flops
-from core.run import TRACKERS, Clock, Run, finished, measures, read_json, write_json
+from core.run import TRACKERS, Clock, Run, finished, read_json
 
 
 @dataclass
@@ -226,19 +226,6 @@ def keep_states(cfg, lm, train, layers, identity, world):
     return cache.States(cfg.cache_states, layers[-1])
 
 
-def measure_again(cfg, result, model, world, dtype, identity):
-    """A finished run asked for with another sampler or other texts: its weights stay, its numbers are taken anew."""
-    world = replace(world, size=1)                                   # the others have left: nobody to wait for
-    net, info = denoiser.load(cfg.out, world.device)
-    _, _, held_out = texts(cfg, model, 0, world)
-    run = Run(cfg, world, identity)
-    lm = backbone.load(model, world.device, dtype)
-    result |= numbers(lm, net, None, held_out, result["layer"], cfg)
-    write_json(run.out / "bridge.json", {**info, **{k: result[k] for k in ("nfe_default", "sampler", "shift")}})
-    run.finish(result, section(result))
-    return run.result
-
-
 @entry
 def main(argv):
     cfg = parse(Config, argv, __doc__, PRESETS, lambda cfg: backbone.preset_of(cfg.model, cfg.out))
@@ -252,9 +239,7 @@ def main(argv):
     model = backbone.resolve(cfg.model, cfg.out)
     layer = choose_layer(cfg) if cfg.layer != "all" else None
     identity = {"layer_number": layer, "base": backbone.identity(model, cfg.random_init)}
-    if (result := finished(cfg, identity, quiet=True)) and not cfg.dry_run:
-        if world.main and result["nfe"] and result["measures"] != measures(cfg):
-            result = measure_again(cfg, result, model, world, dtype, identity)
+    if (result := finished(cfg, identity)) and not cfg.dry_run:
         print(f"{cfg.out} is finished: " + summary(result))
         return result
     shape = backbone.read_config(model, cfg.seq_len)

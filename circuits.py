@@ -47,7 +47,6 @@ class Config:
     k: int = 30                 # edges in a circuit; the figure shows others too
     least: float = 0.5          # a task that a model solves less often is not analysed for it
     micro_batch: int = 16       # pairs at a time
-    dry_run: bool = False       # print the graph's size, then leave
 
 
 PRESETS = {"tiny": {"pairs": 4, "resamples": 2, "ig_steps": 2},
@@ -274,24 +273,20 @@ def main(argv):
     near = Path(model).parent / "repr_align"
     home = near if near.exists() else beside(cfg.out, "repr_align")
     twins = [Path(t) for t in cfg.twins.split(",") if t] or sorted(f.parent for f in home.glob("*/result.json"))
-    if not twins and not cfg.dry_run:
+    if not twins:
         raise UserError(f"there is no converted model in {home}; make one with: python repr_align.py")
     identity = {"base": backbone.identity(model), "weights": [backbone.identity(t) for t in twins]}
-    if (result := finished(cfg, identity)) and not cfg.dry_run:
+    if result := finished(cfg, identity):
         print(section(result))
         return result
 
     # ------------------------------------------------------------------------------------------------- setup
-    subjects = load_subjects(model, [] if cfg.dry_run else twins, identity["base"], world.device)
+    subjects = load_subjects(model, twins, identity["base"], world.device)
     graph = subjects[0].graph()
     edges = graph.edges()
     count = int(edges.sum())
     if cfg.k > count:
         raise UserError(f"--k {cfg.k} is more than the {count} edges of this model")
-    if cfg.dry_run:
-        print(f"{model}: {len(graph.senders)} senders, {len(graph.receivers)} receivers, {count} edges; twins: "
-              f"{', '.join(map(str, twins))}")
-        return None
     pieces = Pieces(backbone.load_tokenizer(model))
     run = Run(cfg, world, identity)
 

@@ -48,7 +48,6 @@ class Config:
     tasks: float = 0.0          # with the toy's own BPE: share of generated lines (tasks.py) in the training text
     max_tokens: int = 0         # stop after this many training tokens (0: the whole corpus)
     seed: int = 0               # unused by the shards themselves; kept so that every stage takes --seed
-    dry_run: bool = False       # print what would be read and written, then leave
 
 
 # ---------------------------------------------------------------------------------------------- text -> documents
@@ -365,10 +364,6 @@ def prefetch(make, keys):
 @entry
 def main(argv):
     cfg = parse(Config, argv, __doc__)
-    source = resolve(cfg.data)
-    if cfg.dry_run:
-        print(f"would read {source}\nwould write train.bin, val.bin, meta.json, tokenizer.json to {cfg.out}")
-        return
     tokenizer = None if cfg.model == "toy" else load_tokenizer(cfg.model)
     out, meta = prepare(cfg.data, tokenizer, cfg.out, vocab=cfg.vocab, max_tokens=cfg.max_tokens, tasks=cfg.tasks)
     print(f"{out}: {meta['tokens']['train']:,} train and {meta['tokens']['val']:,} val tokens of "

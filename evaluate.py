@@ -44,7 +44,6 @@ class Config:
     margin: float = 0.005       # nats of CE or KL within which two models are called equal
     seed: int = 0               # of the questions and the twins' masks
     publish: str = ""           # copy figures and numbers to results/NAME, a column of the README (empty: do not)
-    dry_run: bool = False       # print what would be read, then leave
     MEASURES = ("preset", "text", "texts", "calls", "cloze", "dtype", "repeats", "new", "harness", "harness_path",
                 "limit", "margin", "seed")  # the report is made anew whenever it is asked for
 
@@ -243,9 +242,6 @@ def publish(run, name):
 def main(argv):
     cfg = parse(Config, argv, __doc__, PRESETS, lambda cfg: backbone.preset_of("", cfg.out, f"{cfg.runs}/bridge"))
     runs, out = Path(cfg.runs), Path(cfg.out)
-    if cfg.dry_run:
-        print("\n".join(f"reads {cfg.runs}/{stage}/section.md" for stage in STAGES))
-        return None
     if min(cfg.texts, cfg.cloze) < 2 or cfg.repeats < 1 or cfg.new < 4 or cfg.calls < 4 or cfg.calls % 2:
         raise UserError("--texts and --cloze must be at least 2, --repeats at least 1, --new at least 4, --calls even "
                         "and at least 4")

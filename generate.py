@@ -59,7 +59,6 @@ class Config:
     betas: str = "1,0.8"        # shares of the token prior that are divided out of their product: likewise
     temperatures: str = "1.0"   # where frontiers start; they go on until real text's entropy is reached
     second_judge: str = ""      # a folder or Hub id that shares no block with the decoder (empty: none)
-    dry_run: bool = False       # print what would be sampled, then leave
 
 
 PRESETS = {"tiny": {"texts": 4, "tune_texts": 2, "prefix": 16, "new": 12, "block_size": 12, "nfe": 2, "refinements": 1,
@@ -256,8 +255,6 @@ def check(cfg):
     if cfg.texts < 2 or cfg.tune_texts not in (0, *range(2, cfg.texts + 1)) or cfg.new < 4 or cfg.prefix < 2:
         raise UserError("--texts and --prefix must be at least 2, --new 4, and --tune_texts 0 or 2..--texts")
     cfg.twin = cfg.twin if "twin" in asked(cfg) else ""
-    if cfg.dry_run:
-        return []
     remedy = "train one with: python bridge.py --preset blocks --layer 2 --blocks 4 --out out/blocks"
     bridges = [(f, read_json(Path(f) / "bridge.json", remedy)) for f in split(cfg.bridges)]
     for folder, info in bridges:
@@ -277,10 +274,6 @@ def main(argv):
                 lambda cfg: backbone.preset_of("", cfg.out, cfg.bridges.split(",")[0]))
     world, bridges = setup(cfg.device), check(cfg)
     dtype = pick_dtype(cfg, world.device)
-    if cfg.dry_run:
-        print(f"would write {cfg.texts} texts of {cfg.new} tokens by {', '.join(asked(cfg))}, with {cfg.bridges} and "
-              f"{cfg.twin or 'no masked twin'}, settings chosen on {cfg.tune_texts} others")
-        return None
     model = bridges[0][1]["model"]
     weights = [backbone.identity(f) for f in [*split(cfg.bridges), *split(cfg.twin), *split(cfg.second_judge)]]
     identity = {"base": bridges[0][1]["base"], "weights": weights}

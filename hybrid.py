@@ -55,10 +55,8 @@ class Config:
     top_p: float = 1.0          # with --block_size: nucleus
     show: bool = False          # with --block_size: print what the readout makes of every denoising step
     compare: bool = False       # print the intact model's continuation beside it
-    standalone: bool = False    # copy the base model's folder too, so that the hybrid can travel
     seq_len: int = 128          # tokens a sequence of the CE gap
     eval_batches: int = 512     # sequences of the CE gap
-    dry_run: bool = False       # print what would be loaded, then leave
     MEASURES = ("prompt", "max_new_tokens", "temperature", "block_size", "suffix", "refinements", "alpha", "beta",
                 "top_p", "show", "compare")
 
@@ -186,10 +184,6 @@ def main(argv):
     if cfg.block_size and (cfg.compare or not cfg.prompt):
         raise UserError("--block_size goes with --prompt and without --compare")
     info = read_json(Path(cfg.bridge) / "bridge.json", "train a bridge with: python bridge.py")
-    if cfg.dry_run:
-        print(f"would join the bridge at layer {info['layer']} in {cfg.bridge} to blocks {info['layer'] + 1}.. of "
-              f"{cfg.model or info['model']} and save to {cfg.out}")
-        return None
     if cfg.prompt:
         return continue_prompt(cfg, world, dtype)
 
@@ -204,7 +198,7 @@ def main(argv):
     shards, _ = data.shards_beside(cfg, tokenizer, world)
     rows = data.Tokens(shards, "val", cfg.seq_len).windows(cfg.eval_batches).to(world.device)
     run = Run(cfg, world, identity)
-    backbone.save_model(model, tokenizer, run.out, standalone=cfg.standalone)
+    backbone.save_model(model, tokenizer, run.out)
     model = HybridForCausalLM.from_pretrained(run.out, dtype=dtype, device=world.device)
     # 2 measure what was saved
     intact = backbone.load(model.config.base_model, world.device, dtype)

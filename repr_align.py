@@ -46,7 +46,6 @@ class Config:
     block_size: int = 16        # tokens of a block, with --attention block
     context: Literal["noisy", "clean", "causal"] = "noisy"  # what a block sees before it: masks, or a clean copy
     shift: bool = True          # the state at a token predicts the next one, as in the AR model, not the token itself
-    late: float = 0.0           # of --attention block: mask the end of a block more (0: no, 1: by e, ...)
     distill: float = 0.0        # weight of KL to the AR model's law of a masked token, clean text before it (0: off)
     ar_weight: float = 0.0      # weight of the next-token loss on a causal clean copy (0: off)
     align_weight: float = 10.0  # w (0: no alignment, no teacher)
@@ -104,11 +103,10 @@ def check(cfg):
     """Refuse what can be seen from the flags alone."""
     blocks = cfg.attention == "block"
     for wrong, why in (
-        (min(cfg.align_weight, cfg.path, cfg.late, cfg.distill, cfg.ar_weight) < 0,
-         "--align_weight, --path, --late, --distill and --ar_weight must not be negative"),
+        (min(cfg.align_weight, cfg.path, cfg.distill, cfg.ar_weight) < 0,
+         "--align_weight, --path, --distill and --ar_weight must not be negative"),
         (cfg.seq_len < 3, "--seq_len must be at least 3: the first token is never masked"),
-        (not blocks and (cfg.context != "noisy" or cfg.late),
-         f"--context {cfg.context} and --late {cfg.late:g} are of blocks: add --attention block"),
+        (not blocks and cfg.context != "noisy", f"--context {cfg.context} is of blocks: add --attention block"),
         (blocks and cfg.seq_len % cfg.block_size, f"--block_size {cfg.block_size} must divide --seq_len {cfg.seq_len}"),
         (cfg.ar_weight and cfg.context != "causal", "--ar_weight needs a clean copy: add --context causal"),
         (cfg.align_until > cfg.steps, f"--align_until {cfg.align_until} lies beyond --steps {cfg.steps}"),
@@ -263,7 +261,7 @@ def main(argv):
                 run.log(step, cfg.steps, val_loss=curve[-1][1])
         # 1 masks of the whole batch, text of this process: functions of (seed, step, slot)
         is_mask = corrupt(cfg.seq_len, cfg.seed, "mask", step, range(cfg.batch_size), None,
-                          student.arm.plan(cfg.seq_len)[0], cfg.late)                                    # (B, T)
+                          student.arm.plan(cfg.seq_len)[0])                                              # (B, T)
         count = max(1, is_mask.sum().item())
         w = cfg.align_weight if step < (cfg.align_until or cfg.steps) else 0.0
         sums = torch.zeros(2 + student.lm.L, device=world.device)
@@ -298,7 +296,7 @@ def main(argv):
     curve.append([cfg.steps, *validate(student, teacher, held_out, cfg, world)])
     judged = text_likelihood(student, held_out.to(world.device), 4, cfg.seed)
     shown = ("freeze", "train_tokens")  # and, where they are not as ever:
-    arms = ("path", "late", "distill", "ar_weight", "align_until", *Arm._fields)
+    arms = ("path", "distill", "ar_weight", "align_until", *Arm._fields)
     flags = [*shown, *(flag for flag in arms if getattr(cfg, flag) != getattr(Config, flag))]
     publish(run, cfg, {
         "val_loss": curve[-1][1], "curve": curve, "w": cfg.align_weight, "cosine": curve[-1][2], "steps": cfg.steps,

@@ -72,7 +72,8 @@ def parse(Config, argv, doc="", presets=None, size=None):
     for, given the Config without one.
 
     Types are int, float, str, bool (--flag / --no-flag) and Literal (a choice). Raises UserError naming the nearest
-    flag for one it does not know."""
+    flag for one it does not know. A Config without a --dry_run of its own, which tells more, gets one that prints it.
+    """
     argv = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in argv]
     argv = ["--no-" + a[5:] if a.startswith("--no_") else a for a in argv]
     comments = dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(Config), re.M))
@@ -88,7 +89,10 @@ def parse(Config, argv, doc="", presets=None, size=None):
         else:
             how = dict(type=f.type, metavar=f.type.__name__.upper())
         parser.add_argument(f"--{f.name}", help=help_text, **how)
+    if dry := "dry_run" not in {f.name for f in fields}:
+        parser.add_argument("--dry_run", action="store_true", help="print all settings, then leave [False]")
     given, unknown = parser.parse_known_args(argv)
+    dry = dry and vars(given).pop("dry_run", False)
     if unknown:
         name = unknown[0].lstrip("-").split("=")[0]
         near = difflib.get_close_matches(name, [f.name for f in fields], n=1, cutoff=0.5)
@@ -103,6 +107,9 @@ def parse(Config, argv, doc="", presets=None, size=None):
             raise UserError(f"--{f.name} must be at least {least}, not {value}")
         if f.type is float and not math.isfinite(value):
             raise UserError(f"--{f.name} must be a finite number, not {value}")
+    if dry:
+        print("\n".join(f"  {k} = {v}" for k, v in vars(cfg).items()))
+        raise SystemExit(0)
     return cfg
 
 

@@ -72,17 +72,12 @@ def predictors(T, block_size, context, shift):
     return torch.where(i % block_size == 0, i - 1, noisy) if shift else noisy
 
 
-def corrupt(T, seed, purpose, step, slots, r=None, block_size=0, late=0.0):
+def corrupt(T, seed, purpose, step, slots, r=None, block_size=0):
     """Which tokens are masked: (B, T) bool for the B slots. One r ~ U(0, 1) a sequence, or a block of one, clamped to
-    [1/500, 1 - 1/500], each token masked with probability r; position 0 never is: it is given.
-
-    `late` masks the end of a block more: a token is left visible with probability (1 - r) ** x, where x goes from
-    exp(-late / 2) at its start to exp(late / 2) at its end."""
+    [1/500, 1 - 1/500], each token masked with probability r; position 0 never is: it is given."""
     draws, size = [generator(seed, purpose, step, s) for s in slots], block_size or T
     share = np.stack([g.random(-(-T // size)) if r is None else np.full(-(-T // size), r) for g in draws])
     share = np.clip(share, 1 / 500, 1 - 1 / 500).repeat(size, 1)[:, :T]                                  # (B, T)
-    if late:
-        share = 1 - (1 - share) ** np.exp(late * ((np.arange(T) % size + 0.5) / size - 0.5))
     is_mask = torch.from_numpy(np.stack([g.random(T) for g in draws]) < share)                           # (B, T)
     is_mask[:, 0] = False
     return is_mask

@@ -7,50 +7,37 @@ import copy
 
 import torch
 
-from core import backbone, denoiser, masked, report
+from core import denoiser, masked, report
 from core.metrics import PeakBytes, seconds_of
-
-
-def forward_flops(lm, net, nfe, layer, keys):
-    """FLOPs of one new token with a cache of `keys` tokens: 2 a parameter, 4 a key and channel of each attention. For
-    the intact model net is None."""
-    wide = backbone.attention_width(lm.config)
-    count = [sum(p.numel() for p in block.parameters()) for block in lm.blocks]
-    total = 2 * (sum(count[layer if net else 0:]) + lm.V * lm.D) + 4 * keys * wide * (lm.L - (layer if net else 0))
-    if net is not None:
-        own = sum(p.numel() for n, p in net.named_parameters() if p.ndim == 2 and not n.startswith(("time", "readout")))
-        total += nfe * (2 * own + 4 * keys * net.settings["W"] * net.settings["blocks"])
-    return total
 
 
 @torch.no_grad()
 def cost(model, intact, student, repeats, new):
     """Latency of cached greedy generation of `new` tokens after as many, batch 1: the intact model, the hybrid by NFE,
-    random bridges by layer (as many blocks as they replace), the masked model by steps (no cache). `predicted` is the
-    ratio of FLOPs, `blocks` that of transformer blocks run a token: a toy's time is in the calls, not in the
-    arithmetic. Memory is that of the weights a model needs and, at the peak, of the tensors it makes."""
+    random bridges by layer (as many blocks as they replace), the masked model by steps (no cache). `blocks` is the
+    ratio of transformer blocks run a token: a toy's time is in the calls, not in the arithmetic. Memory is that of the
+    weights a model needs and, at the peak, of the tensors it makes."""
     base = intact.model
     ids = torch.randint(1, intact.V, (1, new), generator=torch.Generator().manual_seed(0), device=base.device)
     how = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0,
                attention_mask=torch.ones_like(ids))
-    rows, flops = [], forward_flops(intact, None, 0, 0, 3 * new // 2)
+    rows = []
 
-    def measure(what, call, predicted, blocks, weights, modules, **more):
+    def measure(what, call, blocks, weights, modules, **more):
         ms = 1e3 * seconds_of(repeats, call) / more.pop("tokens", new)
         with PeakBytes([t for m in modules for t in (*m.parameters(), *m.buffers())]) as peak:
             call()
         ratio = ms / rows[0]["ms"] if rows else 1.0
-        rows.append({"what": what, "ms": ms, "tokens_per_s": 1e3 / ms, "ratio": ratio, "predicted": predicted,
+        rows.append({"what": what, "ms": ms, "tokens_per_s": 1e3 / ms, "ratio": ratio,
                      "blocks": blocks, "weights_mb": weights / 1e6, "peak_mb": (weights + peak.most) / 1e6, **more})
     whole = sum(p.numel() * p.element_size() for p in base.parameters())
-    measure("intact model", lambda: base.generate(ids, **how), 1.0, 1.0, whole, [base])
+    measure("intact model", lambda: base.generate(ids, **how), 1.0, whole, [base])
 
     def of_hybrid(some, nfe, what):
         layer, net = some.config.layer, some.net
         some.set_nfe(nfe)
         kept = sum(p.numel() * p.element_size() for p in some.lm.model.parameters())
         measure(what, lambda: some.generate(ids, **how),
-                forward_flops(intact, net, nfe, layer, 3 * new // 2) / flops,
                 (nfe * net.settings["blocks"] + intact.L - layer) / intact.L,
                 kept + 4 * sum(p.numel() for p in net.parameters()), [some, some.lm], layer=layer, nfe=nfe)
     default = model.config.nfe
@@ -64,38 +51,33 @@ def cost(model, intact, student, repeats, new):
         config.layer, config.bridge, config.nfe = layer, net.settings, default
         some = type(model)(config, net, copy.deepcopy(intact)).eval()
         of_hybrid(some, default, f"random bridge of {layer} blocks at layer {layer}, NFE {default}")
-    wide, T = 4 * new, 5 * new                                                      # no cache: all tokens in each step
+    wide = 4 * new                                                                  # no cache: all tokens in each step
     text = torch.cat([ids, ids.new_full((1, wide), student.mask_id)], 1) if student else None
     for steps in (new // 4, new) if student else ():
         measure(f"masked twin, {wide} tokens in {steps} steps",
                 lambda steps=steps: masked.fill(student, text, text == student.mask_id, steps),
-                steps * T / wide * forward_flops(intact, None, 0, 0, T) / flops, steps / wide, whole,
-                [student], steps=steps, tokens=wide)
+                steps / wide, whole, [student], steps=steps, tokens=wide)
     return rows
 
 
 def section(cost, path):
     """Latency of each model beside what FLOPs and the number of blocks foretell, and its figure."""
     hybrids = [r for r in cost if "nfe" in r]
-    near = {key: sum(abs(r["ratio"] / r[key] - 1) <= 0.25 for r in hybrids) for key in ("predicted", "blocks")}
+    near = sum(abs(r["ratio"] / r["blocks"] - 1) <= 0.25 for r in hybrids)
     still = [r["nfe"] for r in cost if r["what"].startswith("hybrid") and r["ratio"] <= 1]
     with report.figure(path, columns=2, width=4, sharey=True) as axes:
         for ax, start, key, title in ((axes[0, 0], "hybrid", "nfe", "network calls (NFE)"),
                                       (axes[0, 1], "random", "layer", "layer, bridges as deep as what they replace")):
             mine = [r for r in cost if r["what"].startswith(start)]
-            for name, style, label in (("ratio", "o-", "measured"), ("predicted", ":", "by FLOPs"),
-                                       ("blocks", "--", "by blocks run")):
+            for name, style, label in (("ratio", "o-", "measured"), ("blocks", "--", "by blocks run")):
                 ax.plot([r[key] for r in mine], [r[name] for r in mine], style, color=report.BLUE, label=label)
             ax.axhline(1, color=report.RED, linewidth=1)
             ax.set(xlabel=title, ylabel="time a token over the intact model", ylim=(0, None))
     return ["## Cost", "", "Cached greedy generation, batch 1 (the twin: all tokens at once, no cache); ratios to the "
-            "intact model's stock generate(). FLOPs: 2 a parameter, 4 a key and channel. Peak: weights and the tensors "
-            "made on the way. Not sold as a speed-up.", "",
-            report.table(["model", "ms a token", "tokens/s", "ratio", "FLOPs ratio", "blocks ratio", "weights (MB)",
-                          "peak (MB)"],
+            "intact model's stock generate(). Peak: weights and the tensors made on the way.", "",
+            report.table(["model", "ms a token", "tokens/s", "ratio", "blocks ratio", "weights (MB)", "peak (MB)"],
                          [[r["what"], f"{r['ms']:.2f}", f"{r['tokens_per_s']:.0f}", f"{r['ratio']:.2f}",
-                           f"{r['predicted']:.2f}", f"{r['blocks']:.2f}", f"{r['weights_mb']:.1f}",
-                           f"{r['peak_mb']:.1f}"] for r in cost]), "",
-            f"Break-even: {f'NFE {max(still)}' if still else 'none'}. Of {len(hybrids)} hybrids, {near['predicted']} "
-            f"are within 25% of the FLOPs ratio, {near['blocks']} of the ratio of blocks run.", "",
+                           f"{r['blocks']:.2f}", f"{r['weights_mb']:.1f}", f"{r['peak_mb']:.1f}"] for r in cost]), "",
+            f"Break-even: {f'NFE {max(still)}' if still else 'none'}. Of {len(hybrids)} hybrids, {near} "
+            "are within 25% of the ratio of blocks run.", "",
             "![latency by NFE and by layer](cost.png)", ""]

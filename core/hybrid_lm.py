@@ -6,7 +6,6 @@
 Letters: B batch, T tokens, D hidden width, L blocks, l the replaced layer, V vocabulary.
 """
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -277,17 +276,13 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         u = torch.tensor(np.stack(u), device=z.device)
         return masked.choose(logits, how["temperature"], how["top_p"], u)
 
-    def save_pretrained(self, folder, standalone=False, **_):
-        """config.json and hybrid.safetensors (the bridge alone); `standalone` puts a copy of the base's folder beside
-        them, so that the hybrid can travel."""
+    def save_pretrained(self, folder, **_):
+        """config.json and hybrid.safetensors (the bridge alone)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in self.net.state_dict().items()}, folder / "hybrid.safetensors")
-        config = self.config.to_dict()
-        if standalone:
-            shutil.copytree(self.config.base_model, folder / "base", ignore=shutil.ignore_patterns(".lock", "*.jsonl"))
-            config["base_model"] = "base"
-        (folder / "config.json").write_text(json.dumps({"architectures": ["HybridForCausalLM"], **config}, indent=1))
+        config = {"architectures": ["HybridForCausalLM"], **self.config.to_dict()}
+        (folder / "config.json").write_text(json.dumps(config, indent=1))
 
     @classmethod
     def from_pretrained(cls, folder, *_, config=None, base_model=None, dtype=None, device="cpu", **__):
@@ -303,8 +298,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
             raise UserError(f"{folder}/hybrid.safetensors could not be read ({reason}); save it again") from None
         dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
         dtype = dtype if isinstance(dtype, torch.dtype) else torch.float32
-        inside = str(Path(folder) / "base") if config.base_model == "base" else config.base_model
-        return assemble(net, config, base_model or inside, torch.device(device), dtype)
+        return assemble(net, config, base_model or config.base_model, torch.device(device), dtype)
 
 
 AutoConfig.register(HybridConfig.model_type, HybridConfig)

@@ -23,7 +23,6 @@ from core.common import UserError, entry, parse
 class Config:
     import_gguf: str = ""       # the GGUF file
     out: str = "out/gguf"       # the model folder to write; must not exist
-    dry_run: bool = False       # print what would be read and written, then leave
 
 
 def head_size(config):
@@ -58,9 +57,6 @@ def lost(file, config):
 def main(argv):
     cfg = parse(Config, argv, __doc__)
     file, out = Path(cfg.import_gguf), Path(cfg.out)
-    if cfg.dry_run:
-        print(f"would make a model folder {out} of {file}")
-        return
     if not cfg.import_gguf or not file.is_file():
         raise UserError(f"--import_gguf {cfg.import_gguf!r} is no file")
     if out.exists():

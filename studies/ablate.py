@@ -52,7 +52,6 @@ STUDIES = {  # study -> the stage that its cells are runs of (see KINDS), layers
         "blocks, twice the steps": f"{BLOCK} noisy --steps {{double}}",
         "blocks, clean context": f"{BLOCK} clean", "blocks, causal context": f"{BLOCK} causal",
         "blocks, causal context, no shift": f"{BLOCK} causal --no-shift",
-        "blocks, causal context, late 1": f"{BLOCK} causal --late 1",
         "blocks, causal context, distill 1": f"{BLOCK} causal --distill 1",
         "blocks, causal context, next-token loss 1": f"{BLOCK} causal --ar_weight 1",
         "blocks, causal context, w = 10": f"{BLOCK} causal --align_weight 10",

@@ -33,7 +33,6 @@ class Config:
     temperature: float = 0.8    # of them
     seed: int = 0               # of all draws
     repeats: int = 5            # the best of so many is reported
-    dry_run: bool = False       # print what would be measured, then leave
 
 
 def bench_step(width, cfg):
@@ -77,9 +76,6 @@ def block_decoding(cfg, world):
 @entry
 def main(argv):
     cfg = parse(Config, argv, __doc__)
-    if cfg.dry_run:
-        print(f"measures torch.mm, a bridge's step, writing with {cfg.twin or 'no twin'}")
-        return
     world = setup("cpu")
     torch.manual_seed(cfg.seed)
     print(f"torch.mm at 2048^2, fp32: {matmul_rate() / 1e9:.0f} GFLOP/s on {torch.get_num_threads()} threads")

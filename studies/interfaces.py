@@ -59,7 +59,6 @@ class Config:
     nfe: int = 4                # network calls of a draw
     draws: int = 16             # noises over which a likelihood is averaged
     windows: int = 128          # held-out sequences of the likelihood
-    dry_run: bool = False       # print what would be trained, then leave
     MEASURES = ("kinds", "seeds")  # which cells; the others stay valid
 
 
@@ -307,9 +306,6 @@ def main(argv):
     layer = cfg.layer or read_json(Path(cfg.out).parent / "geometry" / "result.json",
                                    "run python geometry.py first, or pass --layer N")["best_layer"]
     identity = {"base": backbone.identity(model), "layer_number": layer}
-    if cfg.dry_run:
-        print(f"would train {', '.join(kinds)} for {cfg.steps} steps with {cfg.seeds} seeds each on {model}")
-        return None
     result = finished(cfg, identity, quiet=True)
     wanted = list(itertools.product(range(cfg.seed, cfg.seed + cfg.seeds), kinds))
     known = [(c["seed"], c["kind"]) for c in result["cells"]] if result else []

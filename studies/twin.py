@@ -40,7 +40,6 @@ class Config:
     seed: int = 0               # of every draw
     device: str = "auto"        # auto, cpu, cuda
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the weights
-    dry_run: bool = False       # print what would be done, then leave
 
 
 def write(cfg, model, tokenizer):
@@ -97,9 +96,6 @@ def film(path, words, masks):
 @entry
 def main(argv):
     cfg = parse(Config, argv, __doc__)
-    if cfg.dry_run:
-        print(f"would use {cfg.load} to write in order {cfg.order}")
-        return None
     world = setup(cfg.device)
     model, tokenizer = load_converted(cfg.load, world.device, pick_dtype(cfg, world.device))
     print(text := write(cfg, model, tokenizer))

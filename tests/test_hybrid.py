@@ -245,15 +245,6 @@ def test_generate(family):
     assert torch.equal(*drawn)
 
 
-@torch.no_grad()
-def test_a_standalone_hybrid_travels(runs, tmp_path):
-    made = hybrid.from_bridge(runs / "bridge")
-    made.save_pretrained(tmp_path / "a", standalone=True)
-    shutil.move(tmp_path / "a", tmp_path / "b")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
-    assert again.config.base_model.startswith(str(tmp_path)) and torch.equal(again(IDS).logits, made(IDS).logits)
-
-
 def test_the_stage_reports_the_gap_of_what_it_saved(runs):
     result = json.loads((runs / "hybrid" / "result.json").read_text())
     near = json.loads((runs / "bridge" / "result.json").read_text())["nfe"]["4"]["ce_gap"]

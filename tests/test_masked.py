@@ -373,13 +373,13 @@ def test_flags_of_the_arms(runs, text, tmp_path, capsys):
     assert 0 < repr_align.main([*argv, *flags])["val_loss"] < 20
     for context in ("noisy", "causal"):
         out = tmp_path / "arms" / context
-        more = f"--attention block --block_size 8 --context {context} --late 1 --threshold 0.1 --out {out}".split()
+        more = f"--attention block --block_size 8 --context {context} --threshold 0.1 --out {out}".split()
         more += ["--no-shift"] if context == "noisy" else "--distill 1 --ar_weight 1 --align_until 2".split()
         result = repr_align.main([*argv, *more])
         s, _ = masked.load_converted(out, torch.device("cpu"), torch.float32, "block")
         assert s.arm == Arm("block", 8, context, context != "noisy")             # its folder says what it is
         assert result["sample"]["calls"] == 32 / result["sample"]["tokens_per_call"] <= 32
-        assert "blocks of 8" in result["headline"][0][0] and result["flags"]["late"] == 1
+        assert "blocks of 8" in result["headline"][0][0]
         assert [len(row) for row in result["curve"]] == [3 + (context == "causal")] * 2
         rows = data.Tokens(runs / "data", "val", 32).windows(4)[:, :-1]
         nats, se = masked.text_likelihood(s, rows, 4)                            # the saved model, judged again

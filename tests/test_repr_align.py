@@ -169,13 +169,11 @@ def test_alignment_ends(runs, text, tmp_path, monkeypatch):
     assert taught == [True, True, False, False]
 
 
-def test_masks_by_blocks_and_late_ones():
+def test_masks_by_blocks():
     many = dict(T=64, seed=0, purpose="mask", step=0, slots=range(300))
     assert torch.equal(corrupt(**many), corrupt(**many, block_size=64))
     by_block = corrupt(**many, block_size=16).view(300, 4, 16).float().mean(-1)
     assert abs(torch.corrcoef(by_block[:, 1:].T)[0, 1]) < 0.2 and by_block.std().item() > 0.25
-    late = corrupt(**many, block_size=16, late=2.0).view(300, 4, 16).float().mean(0)[1:].mean(0)
-    assert late[-4:].mean() - late[:4].mean() > 0.15 and late.mean().item() == pytest.approx(0.5, abs=0.06)
 
 
 def test_micro_batches_add_up_exactly():
@@ -400,7 +398,7 @@ def test_two_arms_compared():
 def test_refusals(capsys, tmp_path):
     assert "negative" in fails(capsys, repr_align.main, "--align_weight", "-1", "--out", tmp_path / "x/y")
     assert "at least 3" in fails(capsys, repr_align.main, "--seq_len", "2", "--out", tmp_path / "x/y")
-    for word, flags in (("--attention block", "--context clean"), ("--attention block", "--late 1"),
+    for word, flags in (("--attention block", "--context clean"),
                         ("--block_size 24 must divide --seq_len 128", "--attention block --block_size 24"),
                         ("--block_size 256 must divide", "--attention block --block_size 256"),
                         ("--context causal", "--ar_weight 1 --attention block --context clean"),
