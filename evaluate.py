@@ -57,7 +57,7 @@ STAGES = {  # folder under --runs, in reading order -> the command that makes it
     "generate": "python generate.py --bridges {runs}/blocks --out {out}",
     "repr_align/w0": "python repr_align.py --align_weight 0 --out {out}",
     "repr_align/w10": "python repr_align.py --align_weight 10 --out {out}",
-    "repr_align/blocks": "python repr_align.py --align_weight 0 --attention block --context causal --out {out}",
+    "repr_align/blocks": "python repr_align.py --align_weight 0 --attention block --out {out}",
     "tasks/circuits": "python circuits.py --model {runs}/tasks/toy --out {out}"}  # of a backbone of its own
 # the README's first table: words, and the first headline's value of the first run that is there, several seeds before
 # one; of REPLACE see against_regression, of CONVERT main
@@ -78,8 +78,8 @@ ANSWERS = {  # its second one: question -> runs and words of their findings, the
     "tokens hidden: 16 drawn states against unigrams": (("span", "used: sampled states against unigrams"),),
     "text drawn against its best rival": (("generate_seeds/equal", " against "), ("generate", " against ")),
     "conversion with alignment against without": (("repr_align", "with alignment"),),
-    "conversion to blocks, before them a causal clean copy, against all at once": (
-        ("ablate/arms", "blocks, causal context against bidirectional:"), ("repr_align", "by blocks")),
+    "conversion to blocks of tokens against all at once": (
+        ("ablate/arms", "blocks against bidirectional:"), ("repr_align", "by blocks")),
     "circuits of the twin, untrained and trained": (("tasks/circuits_aligned", "shares"), ("tasks/circuits", "shares"))}
 ARMS = {("bridge", "regression"): ("layer", "steps", "tokens", "parameters", "seed", "eval_sequences"),
         **{("repr_align/w0", f"repr_align/{arm}"): ("steps", "seed", "eval_sequences")  # what two compared runs share,

@@ -40,8 +40,8 @@ HYBRID: join the bridge to the upper blocks $(default '(10 s)')
 CONVERT: masked diffusion without alignment, then with $(default '(60 s)')
     repr_align.py $common --align_weight 0 $convert --out "$OUT/repr_align/w0"
     repr_align.py $common --align_weight 10 $convert --out "$OUT/repr_align/w10"
-CONVERT: to blocks of tokens, what is before them clean $(default '(40 s)')
-    repr_align.py $common --align_weight 0 --attention block --context causal $convert --out "$OUT/repr_align/blocks"
+CONVERT: to blocks of tokens, one after another $(default '(20 s)')
+    repr_align.py $common --align_weight 0 --attention block $convert --out "$OUT/repr_align/blocks"
 GENERATE: train a bridge that meets unknown tokens $(default '(90 s)')
     bridge.py $common --layer $BLOCKS_LAYER --visible mix --bidirectional --self_condition --t_mean 0.7 --nfes 8 \
         --out "$OUT/blocks" $(default --blocks 4 --batch_size 8 --steps 400 --noise_seeds 1 --eval_batches 64) \
