@@ -390,7 +390,8 @@ def load_tokenizer(folder):
     if (Path(folder) / "meta.json").exists():
         return PreTrainedTokenizerFast(tokenizer_file=str(Path(folder) / "tokenizer.json"), eos_token=EOS)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        with quiet():                                                    # it knows no TWIN, and needs none
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # the library makes an empty one of a bare config
             raise ValueError("it knows no words")
     except Exception as error:

@@ -45,7 +45,7 @@ STUDIES = {  # study -> the stage that its cells are runs of (see KINDS), layers
         f"w = {w}{'' if freeze == 'embed' else ', nothing frozen'}{', 60k tokens' if few else ''}":
         f"--align_weight {w} --cooldown 0 --freeze {freeze} --train_tokens {few}" for few in (0, 60000)
         for w, freeze in ((0, "embed"), (0, "none"), (1, "embed"), (3, "embed"), (10, "embed"))}),
-    # what the AR model is converted to; with a clean copy a step costs twice as much
+    # what the AR model is converted to; with a clean copy (clean, causal) a step costs twice as much
     "arms": ("repr_align", (None,), {name: f"--align_weight 0 {flags}" for name, flags in {
         "bidirectional": "", "bidirectional, twice the steps": "--steps {double}",
         "bidirectional, no shift": "--no-shift", "blocks": f"{BLOCK} noisy",
@@ -179,11 +179,17 @@ def unaligned(name, arms):
     return rival
 
 
+def without(name, arms):
+    """The arm to which this one adds something, by their names; else the first."""
+    parts = name.split(", ")
+    return next((n for i in range(len(parts) - 1, 0, -1) if (n := ", ".join(parts[:i])) in arms), next(iter(arms)))
+
+
 KINDS = {  # study or stage -> (result, the rival's result) -> {column: number; None: never reached},
     # (variant, {variant: results}) -> the variant it is judged against, columns in nats with a verdict
     "bridge": (read_bridge, best_regression, ("KL", "CE gap")),
     "repr_align": (read_arm, unaligned, ("best on the way",)),
-    "arms": (read_bound, lambda name, arms: next(iter(arms)), ("bound, nats a token",))}
+    "arms": (read_bound, without, ("bound, nats a token",))}
 
 
 # ----------------------------------------------------------------------------------------------------------- tables
@@ -233,13 +239,6 @@ Paired by seed; "ties" only where the whole interval lies within {result["margin
 """
 
 
-def headline(cfg, verdicts):
-    """For the README: diffusion against regression by KL, layer by layer."""
-    said = {layer: words.split(" (")[0] for layer, name, _, by, words in verdicts if (name, by) == ("diffusion", "KL")}
-    what = f"REPLACE: diffusion's KL against regression's, layers {', '.join(map(str, said))}, {cfg.seeds} seeds, nats"
-    return [[what, "; ".join(said.values()).replace(" nats", "")]] if said else []
-
-
 @entry
 def main(argv):
     cfg = parse(Config, argv, __doc__)
@@ -261,7 +260,7 @@ def main(argv):
         run = Run(cfg, world, identity)
         execute([(f"{c.variant}{of(c.layer)}, seed {c.seed}", c.command) for c in work], cfg.jobs)
         rows, verdicts = collect(cfg, work)
-        return run, {"rows": rows, "verdicts": verdicts, "headline": headline(cfg, verdicts), "findings": [
+        return run, {"rows": rows, "verdicts": verdicts, "findings": [
             f"{cfg.study}{of(layer)}, by {by}: {name} against {rival}: {words}"
             for layer, name, rival, by, words in verdicts], **{
             name: getattr(cfg, name) for name in ("study", "margin", "seeds", "seed", "steps", "batch_size")}}

@@ -36,8 +36,6 @@ def test_the_verdict_follows_the_numbers(tmp_path):
     assert said[4, "diffusion", "CE gap"].startswith("not known (95%")
     assert said[7, "diffusion", "KL"].startswith("behind by 0.02 nats") and "| 7 | regression | 1.00 | 1 |" in text
     assert "| 1 | diffusion | 1.00 | 4 | 0.1000 | 0.0400 +- 0.0010 |" in text
-    (what, value), = ablate.headline(cfg, verdicts)
-    assert value == "ahead by 0.01; not known; behind by 0.02" and "layers 1, 4, 7, 3 seeds" in what
     loose = {(layer, by): words for layer, name, _, by, words in ablate.collect(
         ablate.Config(study="objective", out=cfg.out, margin=0.05), list(ablate.cells(cfg)))[1]}
     assert loose[4, "KL"].startswith("ties within 0.05")
@@ -108,6 +106,9 @@ def test_arms_are_compared_by_their_bounds(tmp_path):
     for name, _, seed, folder, command in ablate.cells(cfg):
         assert ("--context causal" in " ".join(command)) == ("causal" in name)
         write(folder, bound=[4.0 - (name == "blocks, causal context") + 0.01 * seed, 0.1], val_loss=9.0, seconds=7.0)
-    text, said, _ = shown(cfg)
+    text, said, verdicts = shown(cfg)
+    rivals = {name: rival for _, name, rival, *_ in verdicts}                    # what an arm adds something to
+    assert rivals["blocks, causal context, w = 10"] == "blocks, causal context" and rivals["blocks"] == "bidirectional"
+    assert rivals["blocks, causal context"] == "blocks" and rivals["bidirectional, no shift"] == "bidirectional"
     assert said[None, "blocks, causal context", "bound, nats a token"].startswith("ahead by 1 nats (95%")
     assert "bidirectional" not in {name for _, name, _ in said} and "| - | bidirectional | 4.005 +- 0.007 |" in text
