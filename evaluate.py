@@ -57,7 +57,7 @@ STAGES = {  # folder under --runs, in reading order -> the command that makes it
     "generate": "python generate.py --bridges {runs}/blocks --out {out}",
     "repr_align/w0": "python repr_align.py --align_weight 0 --out {out}",
     "repr_align/w10": "python repr_align.py --align_weight 10 --out {out}",
-    "repr_align/blocks": "python repr_align.py --align_weight 0 --attention block --out {out}",
+    "repr_align/block": "python repr_align.py --align_weight 0 --attention block --out {out}",
     "tasks/circuits": "python circuits.py --model {runs}/tasks/toy --out {out}"}  # of a backbone of its own
 # the README's first table: words, and the first headline's value of the first run that is there, several seeds before
 # one; of REPLACE see against_regression, of CONVERT main
@@ -83,7 +83,7 @@ ANSWERS = {  # its second one: question -> runs and words of their findings, the
     "circuits of the twin, untrained and trained": (("tasks/circuits_aligned", "shares"), ("tasks/circuits", "shares"))}
 ARMS = {("bridge", "regression"): ("layer", "steps", "tokens", "parameters", "seed", "eval_sequences"),
         **{("repr_align/w0", f"repr_align/{arm}"): ("steps", "seed", "eval_sequences")  # what two compared runs share,
-           for arm in ("w10", "blocks")}}
+           for arm in ("w10", "block")}}
 SAME = ("data", "skip", "calibration", "batch_size", "seq_len", "train_tokens")     # and which of their flags
 
 
@@ -267,7 +267,7 @@ def main(argv):
     if {"bridge", "regression"} <= set(found):
         sentence, table["REPLACE"] = against_regression(found, cfg.margin)
         findings = [f"**bridge, regression**: {sentence}.", *findings]
-    for what, arm in (("with alignment", "w10"), ("by blocks", "blocks")):
+    for what, arm in (("with alignment", "w10"), ("by blocks", "block")):
         if {"repr_align/w0", f"repr_align/{arm}"} <= set(found):
             sentence = report.compare_arms(found["repr_align/w0"], found[f"repr_align/{arm}"], what)
             findings.append(f"**repr_align**: {sentence}")

@@ -38,7 +38,7 @@ from core.run import Run, atomic, finished, read_json
 class Config:
     preset: Literal["auto", "tiny", "toy", "135m"] = "auto"  # auto: by the backbone's size
     bridges: str = "out/blocks"  # folders of bridges trained with --visible prefix, span or mix, comma-separated
-    twin: str = "out/repr_align/w0,out/repr_align/blocks"  # folders of masked twins, by arm and seed (empty: none)
+    twin: str = "out/repr_align/w0,out/repr_align/block"  # folders of masked twins, by arm and seed (empty: none)
     methods: str = "all"        # which to draw with, comma-separated (all: METHODS, below)
     data: str = "stdlib"        # held-out text; see data.py
     out: str = "out/generate"   # run folder

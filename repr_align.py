@@ -3,7 +3,7 @@
     python repr_align.py --out out/mine/w10                           # w = 10 on the toy: ~1 min on 2 cores
     python repr_align.py --align_weight 0 --out out/mine/w0           # the control arm: same batches, same masks
     python repr_align.py --out out/mine/w10 --order p2                # finished: another sample of the same model
-    python repr_align.py --attention block --context causal --align_weight 0 --out out/mine/blocks    # writes by blocks
+    python repr_align.py --attention block --align_weight 0 --out out/mine/block     # writes block after block
     torchrun --nproc_per_node 8 repr_align.py --preset 8b --shard --model meta-llama/Llama-3.1-8B
 
 Student = the AR weights with bidirectional attention on masked input; teacher = the same weights, frozen, causal, on

@@ -1,7 +1,7 @@
 """twin_lm.py: a converted model as one of transformers': loaded by AutoModelForCausalLM, it writes through generate().
 
     import core.twin_lm                                            # registers the architecture
-    model = AutoModelForCausalLM.from_pretrained("out/repr_align/blocks")
+    model = AutoModelForCausalLM.from_pretrained("out/repr_align/block")
     ids = model.generate(**tokenizer(texts, padding=True, return_tensors="pt"), max_new_tokens=64, threshold=0.9)
 
 Without the import its folder is of a type that transformers does not know: better than an AR model that it is not.

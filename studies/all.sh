@@ -21,7 +21,7 @@ study() {  # study "what it asks and how long it takes" name flags...
 printf '\n=== GENERATE and its twins with three training seeds (16 min)\n'
 bridges="$OUT/blocks" twins=""   # all at 400 steps of 8 x 128 tokens; the default run's twins have had 120 only
 for seed in 0 1 2; do
-    for arm in twin400 blocks400; do    # all masks at once; block after block
+    for arm in twin400 block400; do    # all masks at once; block after block
         python repr_align.py --model "$OUT/toy" --data "$DATA" --align_weight 0 --batch_size 8 --steps 400 \
             --eval_every 100 --seed $seed --out "$OUT/generate_seeds/${arm}_$seed" \
             $([ $arm = twin400 ] || echo --attention block)

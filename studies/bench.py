@@ -1,8 +1,8 @@
 """bench.py: speed of a bridge's step beside its ceiling, and of writing by blocks beside one token after another.
 
-    python -m studies.bench                                  # a bridge's step, out/repr_align/blocks: a minute
+    python -m studies.bench                                  # a bridge's step, out/repr_align/block: a minute
     python -m studies.bench --twin "" --repeats 1                      # only a bridge's step
-    python -m studies.bench --twin out/mine/blocks --temperature 1
+    python -m studies.bench --twin out/mine/block --temperature 1
 
 Prints one row a measurement: the value, the stock thing it is compared with, and their ratio. Writes nothing.
 """
@@ -28,7 +28,7 @@ from core.run import read_json
 
 @dataclass
 class Config:
-    twin: str = "out/repr_align/blocks"  # a twin converted with --attention block (empty: leave it out)
+    twin: str = "out/repr_align/block"  # a twin converted with --attention block (empty: leave it out)
     texts: int = 24             # that it writes
     temperature: float = 0.8    # of them
     seed: int = 0               # of all draws

@@ -1,7 +1,7 @@
 """twin.py: use a converted model: continue a text, fill a gap. Its likelihood of a file: evaluate.py --text.
 
     python -m studies.twin --load out/repr_align/w10 --prompt "import " --sample_steps 64 --show       # seconds
-    python -m studies.twin --load out/repr_align/blocks --prompt "import " --gif film.gif
+    python -m studies.twin --load out/repr_align/block --prompt "import " --gif film.gif
     python -m studies.twin --load out/repr_align/w10 --prompt "def f(" --suffix "return x" --middle 32
 
 Prints text; writes nothing but the film. repr_align.py makes such models, core/masked.py holds the samplers and the
