@@ -77,7 +77,8 @@ ANSWERS = {  # its second one: question -> runs and words of their findings, the
     "tokens hidden: 16 drawn states (8 calls each) against one mean (1 call)": (("span", "tempered: sampled stat"),),
     "tokens hidden: 16 drawn states against unigrams": (("span", "used: sampled states against unigrams"),),
     "text drawn against its best rival": (("generate_seeds/equal", " against "), ("generate", " against ")),
-    "conversion with alignment against without": (("repr_align", "with alignment"),),
+    "conversion with alignment against without": (("ablate/arms", "w = 10 against blocks, causal context:"),
+                                                  ("repr_align", "with alignment")),
     "conversion to blocks of tokens against all at once": (
         ("ablate/arms", "blocks against bidirectional:"), ("repr_align", "by blocks")),
     "circuits of the twin, untrained and trained": (("tasks/circuits_aligned", "shares"), ("tasks/circuits", "shares"))}
