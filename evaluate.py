@@ -69,6 +69,8 @@ ANSWERS = {  # its second one: question -> runs and words of their findings, the
     "the score against depth alone": (("sweep", "depth alone; "),),
     "every token known: diffusion (8 calls) against regression (1)": (("sweep", "FVU against that of regression"),
                                                                       ("bridge, regression", "by KL")),
+    "the same at layer 4, each at its best learning rate, a quarter of diffusion's training at t = 1": (
+        ("ablate/regression", "layer 4, by KL: diffusion, lr x 2, a quarter at t = 1 against"),),
     "every token known: diffusion against a table of token means": (("sweep", "KL against that of a table"),),
     "h[l] in 32 dimensions and the model's upper blocks, by diffusion, against a network alone": (
         ("interfaces", "bottleneck against causal"),),
