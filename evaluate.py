@@ -270,13 +270,11 @@ def main(argv):
     if {"bridge", "regression"} <= set(found):
         sentence, table["REPLACE"] = against_regression(found, cfg.margin)
         findings = [f"**bridge, regression**: {sentence}.", *findings]
-    for what, arm in (("with alignment", "w10"), ("by blocks", "block")):
-        if {"repr_align/w0", f"repr_align/{arm}"} <= set(found):
-            sentence = report.compare_arms(found["repr_align/w0"], found[f"repr_align/{arm}"], what)
-            findings.append(f"**repr_align**: {sentence}")
-    bounds = {s: r["bound"][0] for s, r in found.items() if s.startswith("repr_align/")}
-    if len(bounds) > 1:
-        table["CONVERT"] = "bound, nats: " + ", ".join(f"{s.split('/')[1]} {b:.3f}" for s, b in bounds.items())
+    twins = {s.removeprefix("repr_align/"): found[s] for s in found if s.startswith("repr_align/")}
+    findings += [f"**repr_align**: {report.compare_arms(twins['w0'], twins[arm], what)}" for what, arm in (
+        ("with alignment", "w10"), ("by blocks", "block")) if {"w0", arm} <= set(twins)]
+    if len(twins) > 1:
+        table["CONVERT"] = "bound, nats: " + ", ".join(f"{arm} {r['bound'][0]:.3f}" for arm, r in twins.items())
     every = [[s, *row] for s in found for row in found[s].get("headline", [])]
     overview(found, out / "figure.png")
     about = next(iter(found.values()))

@@ -92,10 +92,6 @@ def stage(name, model, text, folder, flags, *more):
             *more, "--out", str(folder)]
 
 
-def of(layer):
-    return "" if layer is None else f", layer {layer}"
-
-
 def cells(cfg):
     """Every cell of the study, seed by seed."""
     name, layers, variants = STUDIES[cfg.study]
@@ -258,10 +254,10 @@ def main(argv):
     def make():
         data.shards_beside(cfg, backbone.load_tokenizer(model), world)  # once, before two cells want it
         run = Run(cfg, world, identity)
-        execute([(f"{c.variant}{of(c.layer)}, seed {c.seed}", c.command) for c in work], cfg.jobs)
+        execute([(f"{c.variant}, layer {c.layer or '-'}, seed {c.seed}", c.command) for c in work], cfg.jobs)
         rows, verdicts = collect(cfg, work)
         return run, {"rows": rows, "verdicts": verdicts, "findings": [
-            f"{cfg.study}{of(layer)}, by {by}: {name} against {rival}: {words}"
+            f"{cfg.study}{f', layer {layer}' if layer else ''}, by {by}: {name} against {rival}: {words}"
             for layer, name, rival, by, words in verdicts], **{
             name: getattr(cfg, name) for name in ("study", "margin", "seeds", "seed", "steps", "batch_size")}}
     asked = {"cells": [cell.folder.name for cell in work], **{name: getattr(cfg, name) for name in cfg.MEASURES}}
