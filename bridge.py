@@ -3,7 +3,7 @@
     python bridge.py --out out/mine                              # the toy at the layer geometry chose: ~1 min, 2 cores
     torchrun --nproc_per_node 2 bridge.py --layer 2 --model out/toy    # on CPU too: same weights to rounding
     torchrun --nproc_per_node 8 bridge.py --layer 6 --preset 8b --model meta-llama/Llama-3.1-8B
-    python bridge.py --preset blocks --layer 2 --blocks 4 --out out/blocks2   # meets unknown tokens: for generate.py
+    python bridge.py --preset blocks --layer 1 --blocks 4 --out out/blocks1   # meets unknown tokens: for generate.py
 
 The maths is in core/diffusion.py, the network in core/denoiser.py, the numbers (FVU, KL, CE gap) in core/measure.py.
 Expected on the default toy: next-token CE about 0.01 nats above the intact model's. There every token is known, so h[l]

@@ -2,7 +2,7 @@
 
     python generate.py                                            # out/blocks beside its rivals: ~4 min on two cores
     python generate.py --bridges out/a,out/b --twin out/m,out/n --out out/generate2    # layers and seeds; mean +- sd
-    python bridge.py --preset blocks --layer 2 --blocks 4 --out out/blocks2            # makes such a bridge
+    python bridge.py --preset blocks --layer 1 --blocks 4 --out out/blocks1            # makes such a bridge
 
 Each text is a held-out prefix and what a method writes after it. Methods are compared by gen-PPL at real text's entropy
 (explained at core.metrics.at_entropy), over temperatures that go on until that entropy is reached. Where a method has
@@ -255,7 +255,7 @@ def check(cfg):
     if cfg.texts < 2 or cfg.tune_texts not in (0, *range(2, cfg.texts + 1)) or cfg.new < 4 or cfg.prefix < 2:
         raise UserError("--texts and --prefix must be at least 2, --new 4, and --tune_texts 0 or 2..--texts")
     cfg.twin = cfg.twin if "twin" in asked(cfg) else ""
-    remedy = "train one with: python bridge.py --preset blocks --layer 2 --blocks 4 --out out/blocks"
+    remedy = "train one with: python bridge.py --preset blocks --layer 1 --blocks 4 --out out/blocks"
     bridges = [(f, read_json(Path(f) / "bridge.json", remedy)) for f in split(cfg.bridges)]
     for folder, info in bridges:
         if info["base"] != bridges[0][1]["base"]:

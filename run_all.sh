@@ -9,7 +9,7 @@
 #   MODEL=HuggingFaceTB/SmolLM2-135M DATA=notes/ OUT=out/smollm2 bash run_all.sh    # a folder or a Hub id, on a CPU
 #   MODEL=Qwen/Qwen3-0.6B DATA=Salesforce/wikitext:wikitext-103-raw-v1 OUT=out/qwen3 bash run_all.sh       # one GPU
 set -euo pipefail
-MODEL=${MODEL:-toy} DATA=${DATA:-stdlib} LAYER=${LAYER:-auto} BLOCKS_LAYER=${BLOCKS_LAYER:-2} PRESET=${PRESET:-}
+MODEL=${MODEL:-toy} DATA=${DATA:-stdlib} LAYER=${LAYER:-auto} BLOCKS_LAYER=${BLOCKS_LAYER:-auto} PRESET=${PRESET:-}
 BLOCKS_STEPS=${BLOCKS_STEPS:-}                                 # of the bridge that draws blocks of tokens
 OUT=${OUT:-$([ "$PRESET" = tiny ] && echo out/tiny || echo out)}
 tiny=$([ "$PRESET" != tiny ] || echo --preset tiny)            # for what knows no other preset

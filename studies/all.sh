@@ -19,6 +19,7 @@ study() {  # study "what it asks and how long it takes" name flags...
 }
 
 printf '\n=== GENERATE and its twins with three training seeds (16 min)\n'
+layer=$(python -c "import json, sys; print(json.load(open(sys.argv[1]))['layer'])" "$OUT/blocks/bridge.json")
 bridges="$OUT/blocks" twins=""   # all at 400 steps of 8 x 128 tokens; the default run's twins have had 120 only
 for seed in 0 1 2; do
     for arm in twin400 block400; do    # all masks at once; block after block
@@ -28,7 +29,7 @@ for seed in 0 1 2; do
         twins+="${twins:+,}$OUT/generate_seeds/${arm}_$seed"
     done
     [ $seed = 0 ] && continue
-    python bridge.py --model "$OUT/toy" --data "$DATA" --layer 2 --visible mix --bidirectional --self_condition \
+    python bridge.py --model "$OUT/toy" --data "$DATA" --layer "$layer" --visible mix --bidirectional --self_condition \
         --t_mean 0.7 --nfes 8 --blocks 4 --batch_size 8 --steps 400 --noise_seeds 1 --eval_batches 64 \
         --seed $seed --out "$OUT/generate_seeds/blocks_$seed"
     bridges+=",$OUT/generate_seeds/blocks_$seed"
