@@ -272,7 +272,8 @@ def main(argv):
     model = backbone.resolve(cfg.model, cfg.out)
     near = Path(model).parent / "repr_align"
     home = near if near.exists() else beside(cfg.out, "repr_align")
-    twins = [Path(t) for t in cfg.twins.split(",") if t] or sorted(f.parent for f in home.glob("*/result.json"))
+    twins = [Path(t) for t in cfg.twins.split(",") if t] or sorted(
+        f.parent for f in home.glob("*/result.json") if "attention" not in read_json(f).get("flags", {}))
     if not twins:
         raise UserError(f"there is no converted model in {home}; make one with: python repr_align.py")
     identity = {"base": backbone.identity(model), "weights": [backbone.identity(t) for t in twins]}

@@ -6,7 +6,7 @@
     python evaluate.py --publish toy                     # also copies them to results/toy/ and fills the README
 
 Every run wrote a section.md of its own; here they are joined in reading order, with whatever else lies under --runs.
-Two findings need two runs: diffusion beside its regression control, the aligned twin beside the unaligned one. Measured
+Some findings need two runs: diffusion beside its regression control, a twin beside another one. Measured
 here is only what no stage measures: speed and memory, bits per byte and a cloze suite of the intact model, the hybrid
 and the twins; of the same weights it is measured once. Writes report.md, figures and result.json to --out.
 
@@ -69,7 +69,7 @@ ANSWERS = {  # its second one: question -> runs and words of their findings, the
     "the score against depth alone": (("sweep", "depth alone; "),),
     "every token known: diffusion (8 calls) against regression (1)": (("sweep", "FVU against that of regression"),
                                                                       ("bridge, regression", "by KL")),
-    "the same at layer 4, each at its best learning rate, a quarter of diffusion's training at t = 1": (
+    "the same at layer 4, twice the rate, a quarter of diffusion's training at t = 1; regression at its best rate": (
         ("ablate/regression", "layer 4, by KL: diffusion, lr x 2, a quarter at t = 1 against"),),
     "every token known: diffusion against a table of token means": (("sweep", "KL against that of a table"),),
     "h[l] in 32 dimensions and the model's upper blocks, by diffusion, against a network alone": (
@@ -78,6 +78,7 @@ ANSWERS = {  # its second one: question -> runs and words of their findings, the
         ("interfaces", "latent against causal"),),
     "tokens hidden: 16 drawn states (8 calls each) against one mean (1 call)": (("span", "tempered: sampled stat"),),
     "tokens hidden: 16 drawn states against unigrams": (("span", "used: sampled states against unigrams"),),
+    "at which layer is text drawn best?": (("layers/text", "against blocks at layer"),),
     "text drawn against its best rival": (("generate_seeds/equal", " against "), ("generate", " against ")),
     "conversion with alignment against without": (("ablate/arms", "w = 10 against blocks, causal context:"),
                                                   ("repr_align", "with alignment")),
@@ -185,7 +186,8 @@ def overview(found, path):
             table = found.get(stage, {}).get("nfe", {})
             axes[1].errorbar([int(n) for n in table], [r["ce_gap"] for r in table.values()], fmt="o-", capsize=3,
                              yerr=[r["ce_gap_se"] for r in table.values()], color=color, label=label, markersize=4)
-        for i, stage in enumerate(s for s in found if s.startswith("repr_align/")):
+        alike = [s for s in found if s.startswith("repr_align/") and "attention" not in found[s]["flags"]]
+        for i, stage in enumerate(alike):                                # another arm's masked CE is of another task
             curve = found[stage]["curve"]
             axes[2].plot([r[0] for r in curve], [r[1] for r in curve], "o-", markersize=3,
                          label=stage.removeprefix("repr_align/"),

@@ -326,7 +326,7 @@ def main(argv):
     figure(result, run.out / "generation.png")
     made_of = backbone.made_of(cfg.out, [*split(cfg.bridges), *split(cfg.twin)])
     run.finish({**result, "headline": headline(result), "made_of": made_of,
-                "findings": [line.removeprefix("- ") for line in list(verdicts(result))[:2]]}, section(result))
+                "findings": [line.removeprefix("- ") for line in list(verdicts(result))[:4]]}, section(result))
     print(table(result))
     return run.result
 

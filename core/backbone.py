@@ -273,6 +273,8 @@ def resolve(model, out):
     """`toy` means the folder `toy` beside --out. A local folder is given back whole, so that it can be found again from
     another working directory."""
     if model != "toy":
+        if (Path(model) / "result.json").exists() and "mask_id" in read_json(Path(model) / "result.json"):
+            raise UserError(f"{model} is a converted model, no AR model; pass the one that it came from")
         return str(Path(model).resolve()) if Path(model).exists() else model
     folder = beside(out, "toy").resolve()
     if not (folder / "result.json").exists():

@@ -90,12 +90,12 @@ def parse(Config, argv, doc="", presets=None, size=None):
             how = dict(type=f.type, metavar=f.type.__name__.upper())
         parser.add_argument(f"--{f.name}", help=help_text, **how)
     if dry := "dry_run" not in {f.name for f in fields}:
-        parser.add_argument("--dry_run", action="store_true", help="print all settings, then leave [False]")
+        parser.add_argument("--dry_run", action="store_true", help="print all settings, then leave")
     given, unknown = parser.parse_known_args(argv)
     dry = dry and vars(given).pop("dry_run", False)
     if unknown:
         name = unknown[0].lstrip("-").split("=")[0]
-        near = difflib.get_close_matches(name, [f.name for f in fields], n=1, cutoff=0.5)
+        near = difflib.get_close_matches(name, ["dry_run", *(f.name for f in fields)], n=1, cutoff=0.5)
         raise UserError(f"unknown argument {unknown[0]}; " + (f"did you mean --{near[0]}?" if near else "see --help"))
     if getattr(given, "preset", getattr(Config, "preset", None)) == "auto":
         given.preset = size(Config(**vars(given)))

@@ -1,4 +1,4 @@
-"""cost.py: what a token costs, in time, arithmetic and memory: the intact model, the hybrid, the masked twin.
+"""cost.py: what a token costs, in time, blocks run and memory: the intact model, the hybrid, the masked twin.
 
     rows = cost(hybrid, intact, student, repeats=2, new=64)
     lines = section(rows, "cost.png")                          # Markdown; draws the figure
@@ -61,7 +61,7 @@ def cost(model, intact, student, repeats, new):
 
 
 def section(cost, path):
-    """Latency of each model beside what FLOPs and the number of blocks foretell, and its figure."""
+    """Latency of each model beside what the number of blocks foretells, and its figure."""
     hybrids = [r for r in cost if "nfe" in r]
     near = sum(abs(r["ratio"] / r["blocks"] - 1) <= 0.25 for r in hybrids)
     still = [r["nfe"] for r in cost if r["what"].startswith("hybrid") and r["ratio"] <= 1]

@@ -113,7 +113,11 @@ def reached(groups):
 
 
 def verdicts(result):
-    """Lines: ours against every rival at no more calls, log gen-PPL at real entropy, paired over seeds."""
+    """Lines: our best layer against the others, ours against every rival at no more calls; log gen-PPL at real entropy,
+    paired over seeds."""
+    best, *others = reached(ours(result)) or [None]
+    for other, theirs in others:
+        yield f"- {best[0]} against {other}: {against(best[1], theirs)}."
     for name, group in reached(ours(result)):
         for other, theirs in reached(rivals(result, group[0])):
             yield f"- {name} against {other}: {against(group, theirs)}."

@@ -2,6 +2,7 @@
 
     import core.twin_lm                                            # registers the architecture
     model = AutoModelForCausalLM.from_pretrained("out/repr_align/block")
+    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
     ids = model.generate(**tokenizer(texts, padding=True, return_tensors="pt"), max_new_tokens=64, threshold=0.9)
 
 Without the import its folder is of a type that transformers does not know: better than an AR model that it is not.
@@ -38,8 +39,10 @@ class TwinForCausalLM(PreTrainedModel):
                                            dtype if isinstance(dtype, torch.dtype) else torch.float32)
         return cls(config or TwinConfig.from_pretrained(folder), student).eval()
 
-    def forward(self, input_ids, **_):
+    def forward(self, input_ids, attention_mask=None, **_):
         """Logits (B, T - 1, V): at i the law of token i + 1, whatever stands there being the mask or not."""
+        if attention_mask is not None and not attention_mask.all():
+            raise UserError("a converted model's logits are of whole texts: no padding")
         return CausalLMOutput(logits=self.student.logits(self.student.foretell(
             input_ids, input_ids == self.student.mask_id)))
 
@@ -47,11 +50,11 @@ class TwinForCausalLM(PreTrainedModel):
     def generate(self, input_ids=None, attention_mask=None, max_new_tokens=64, do_sample=True, temperature=0.8,
                  top_p=1.0, sample_steps=0, threshold=0.0, order="confidence", seed=0, streamer=None, **unknown):
         """Prompts (B, P), padded on the left, and max_new_tokens tokens after each, by masked.fill: one a call, or in
-        sample_steps calls, or all that are certain enough in each. Raises UserError for what it cannot do."""
-        if unknown:
-            raise UserError(f"generate() of a converted model knows no {', '.join(unknown)}; see its signature")
+        sample_steps calls, or all that are certain enough in each; no end-of-text token ends it. Raises UserError."""
+        if unknown or input_ids is None or not input_ids.shape[1] or max_new_tokens < 1:
+            raise UserError(f"generate() of a converted model needs a prompt and knows no {', '.join(unknown)}")
         B, P = input_ids.shape
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        mask = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).long()
         known = mask.sum(1)                                                            # (B,): tokens but the padding
         if streamer is not None and (B > 1 or order in masked.TAKES_BACK):
             raise UserError("only one text at a time can be streamed, and none by an order that takes tokens back")
@@ -62,7 +65,7 @@ class TwinForCausalLM(PreTrainedModel):
                             f"{self.student.lm.config.max_position_embeddings}; ask for fewer")
         out = torch.cat([input_ids, input_ids.new_full((B, max_new_tokens), self.student.mask_id)], 1)
 
-        shown = P
+        shown = int(known.max())
 
         def stream(ids, is_mask):                                                      # what no mask stands before
             nonlocal shown

@@ -1,7 +1,7 @@
 """ablate.py: what the choices of a stage are worth. Variants x layers x seeds at equal budget, one table a study.
 
     python -m studies.ablate                                # diffusion against regression, layers 1, 4, 7: ~15 min
-    python -m studies.ablate --study regression             # and against its controls, rates tuned for both: ~75 min
+    python -m studies.ablate --study regression             # and against its controls, rates tuned for both: ~50 min
     python -m studies.ablate --study align --steps 200 --variants "w = 0;w = 3"     # arms of repr_align.py: ~10 min
     python -m studies.ablate --seeds 1 --steps 100 --out out/look/objective         # a quick look
 
@@ -102,7 +102,7 @@ def cells(cfg):
             continue
         place = "" if layer is None else f"--layer {layer}"
         flags = f"{place} --seed {seed} --steps {cfg.steps} --batch_size {cfg.batch_size} {flags}"   # the last one wins
-        flags = flags.format(double=2 * cfg.steps, quarter=cfg.steps // 4)
+        flags = flags.format(double=2 * cfg.steps, quarter=max(1, cfg.steps // 4))
         folder = Path(cfg.out).parent / "_".join(["cell", name, *flags.split()]).replace("--", "")
         few = " --nfes 1,4" if name == "bridge" else ""                   # the calls that the table shows
         yield Cell(variant, layer, seed, folder, stage(name, cfg.model, cfg.data, folder, flags + few))

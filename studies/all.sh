@@ -7,6 +7,7 @@
 #   DATA=notes/ OUT=out/notes bash studies/all.sh                           # as given to run_all.sh
 #   JUDGE=HuggingFaceTB/SmolLM2-135M bash studies/all.sh                    # gen-PPL by a second judge as well
 #   python -m studies.ablate --study regression --steps 200                 # half an hour more: regression's controls
+#   python -m studies.ablate --study arms --steps 200                       # a quarter: what to convert to, which loss
 set -euo pipefail
 DATA=${DATA:-stdlib} OUT=$(realpath -m "${OUT:-out}")
 [ -e "$DATA" ] && DATA=$(realpath "$DATA")
@@ -18,9 +19,14 @@ study() {  # study "what it asks and how long it takes" name flags...
         printf '\nstudies/all.sh stopped: %s failed\n' "${*:2}" >&2; exit 1; }
 }
 
-printf '\n=== GENERATE and its twins with three training seeds (16 min)\n'
-layer=$(python -c "import json, sys; print(json.load(open(sys.argv[1]))['layer'])" "$OUT/blocks/bridge.json")
-bridges="$OUT/blocks" twins=""   # all at 400 steps of 8 x 128 tokens; the default run's twins have had 120 only
+printf '\n=== GENERATE and its twins with three training seeds, then at other layers (20 min)\n'
+best=$(python -c "import json, sys; print(json.load(open(sys.argv[1]))['layer'])" "$OUT/blocks/bridge.json")
+blocks() {  # blocks layer seed folder: a bridge like out/blocks
+    python bridge.py --model "$OUT/toy" --data "$DATA" --layer "$1" --visible mix --bidirectional --self_condition \
+        --t_mean 0.7 --nfes 8 --blocks 4 --batch_size 8 --steps 400 --noise_seeds 1 --eval_batches 64 \
+        --seed "$2" --out "$3"
+}
+bridges="" twins="" layers=""       # all at 400 steps of 8 x 128 tokens; the default run's twins have had 120 only
 for seed in 0 1 2; do
     for arm in twin400 block400; do    # all masks at once; block after block
         python repr_align.py --model "$OUT/toy" --data "$DATA" --align_weight 0 --batch_size 8 --steps 400 \
@@ -28,16 +34,18 @@ for seed in 0 1 2; do
             $([ $arm = twin400 ] || echo --attention block)
         twins+="${twins:+,}$OUT/generate_seeds/${arm}_$seed"
     done
-    [ $seed = 0 ] && continue
-    python bridge.py --model "$OUT/toy" --data "$DATA" --layer "$layer" --visible mix --bidirectional --self_condition \
-        --t_mean 0.7 --nfes 8 --blocks 4 --batch_size 8 --steps 400 --noise_seeds 1 --eval_batches 64 \
-        --seed $seed --out "$OUT/generate_seeds/blocks_$seed"
-    bridges+=",$OUT/generate_seeds/blocks_$seed"
+    [ $seed = 0 ] || blocks "$best" $seed "$OUT/generate_seeds/blocks_$seed"
+    bridges+="${bridges:+,}$OUT/$([ $seed = 0 ] && echo blocks || echo generate_seeds/blocks_$seed)"
+    for layer in 0 1 2 4 7; do
+        [ $layer = "$best" ] && continue
+        blocks $layer $seed "$OUT/layers/cell_${layer}_$seed"
+        layers+=",$OUT/layers/cell_${layer}_$seed"
+    done
 done
 python generate.py --data "$DATA" --bridges "$bridges" --twin "$twins" --texts 32 --alphas 0.8 --betas 0.8 \
     ${JUDGE:+--second_judge "$JUDGE"} --out "$OUT/generate_seeds/equal"
-printf '\n=== CONVERT: to what, and by which loss, three training seeds (16 min)\n'
-python -m studies.ablate --study arms --steps 200 --model "$OUT/toy" --data "$DATA" --out "$OUT/ablate/arms"
+python generate.py --data "$DATA" --bridges "$bridges$layers" --methods blocks,jacobi --alphas 0.8 --betas 0.8 \
+    --out "$OUT/layers/text"
 printf '\n=== COMPARE: what an aligned twin solves, and by which circuits (2 min)\n'
 python repr_align.py --data "$DATA" --align_weight 10 --seq_len 64 --steps 500 --eval_every 250 --eval_batches 16 \
     --out "$OUT/tasks/repr_align/w10"

@@ -32,7 +32,7 @@ class Config:
     texts: int = 24             # that it writes
     temperature: float = 0.8    # of them
     seed: int = 0               # of all draws
-    repeats: int = 5            # the best of so many is reported
+    repeats: int = 5            # of a bridge's step: the best of so many is reported
 
 
 def bench_step(width, cfg):
@@ -48,9 +48,10 @@ def bench_step(width, cfg):
 def block_decoding(cfg, world):
     """Tokens a second of 64 new tokens after 64 held-out ones, batch 1, by how many a call reveals, beside stock
     generate() of the model that the twin came from, which judges all of it; drawn at one temperature."""
-    student, tokenizer = masked.load_converted(cfg.twin, world.device, torch.float32, "block")
+    student, _ = masked.load_converted(cfg.twin, world.device, torch.float32, "block")
     flags = read_json(Path(cfg.twin) / "config.json")["dihal"]["config"]
-    lm = backbone.load(backbone.resolve(flags["model"], cfg.twin), world.device, torch.float32)
+    model = backbone.resolve(flags["model"], cfg.twin)
+    lm, tokenizer = backbone.load(model, world.device, torch.float32), backbone.load_tokenizer(model)
     shards, _ = data.shards_beside(SimpleNamespace(data=flags["data"], out=cfg.twin), tokenizer, world)
     texts = data.Tokens(shards, "val", 63).windows(cfg.texts).to(world.device)                           # (N, 64)
     how = dict(max_new_tokens=64, min_new_tokens=64, do_sample=True, temperature=cfg.temperature, top_k=0,
@@ -69,8 +70,9 @@ def block_decoding(cfg, world):
         written = torch.cat([write(ids) for ids in texts.split(1)])                                      # (N, 128)
         speed, found = 64 * len(texts) / (time.perf_counter() - start), measure(lm, written, 64)
         stock = stock or speed
-        print(f"{student.arm}, {name}: {64 * len(texts) / max(1, len(calls)):.2f} tokens a call, {speed:.0f} tokens/s "
-              f"({speed / stock:.2f}x stock), gen-PPL {found['gen_ppl']:.1f} at entropy {found['entropy']:.2f}")
+        each = 64 * len(texts) / len(calls) if calls else 1
+        print(f"{student.arm}, {name}: {each:.2f} tokens a call, {speed:.0f} tokens/s ({speed / stock:.2f}x stock), "
+              f"gen-PPL {found['gen_ppl']:.1f} at entropy {found['entropy']:.2f}")
 
 
 @entry

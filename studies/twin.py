@@ -76,14 +76,14 @@ def film(path, words, masks):
     import matplotlib.pyplot as plt
     from matplotlib.animation import FuncAnimation
     rows = "".join(words).count("\n") + 1
-    fig = plt.figure(figsize=(7, 0.17 * rows + 0.2))
-    layers = [[fig.text(0.01, 1 - (row + 1) / (rows + 1), "", family="monospace", size=9, color=color)
+    fig = plt.figure(figsize=(max(7, 0.08 * max(map(len, "".join(words).split("\n")))), 0.17 * rows + 0.2))
+    layers = [[fig.text(0.01, 1 - (row + 1) / (rows + 1), "", family="monospace", size=9, color=color, parse_math=False)
                for row in range(rows)] for color in (report.BLACK, report.RED, report.GREY)]
 
     def draw(call):
         now, before = (masks[min(max(0, i), len(masks) - 1)] for i in (call, call - 1))
         hidden = ["." * len(w) if n else w for w, n in zip(words, now, strict=True)]
-        shown = [0 if not b else 2 if n else 1 for b, n in zip(before, now, strict=True)]    # the layer of each token
+        shown = [2 if n else 1 if b else 0 for b, n in zip(before, now, strict=True)]    # the layer of each token
         for number, layer in enumerate(layers):
             text = "".join(w if n == number else " " * len(w) for w, n in zip(hidden, shown, strict=True))
             ends = [i for i, c in enumerate("".join(words)) if c == "\n"]
@@ -96,6 +96,8 @@ def film(path, words, masks):
 @entry
 def main(argv):
     cfg = parse(Config, argv, __doc__)
+    if cfg.gif and not cfg.gif.endswith(".gif"):
+        raise UserError(f"--gif {cfg.gif}: the name of a film must end in .gif")
     world = setup(cfg.device)
     model, tokenizer = load_converted(cfg.load, world.device, pick_dtype(cfg, world.device))
     print(text := write(cfg, model, tokenizer))

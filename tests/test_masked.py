@@ -299,7 +299,7 @@ def block_twin(runs, text, tmp_path_factory):
     return out
 
 
-def test_the_twin_as_a_model_of_transformers(runs, block_twin):
+def test_the_twin_as_a_model_of_transformers(runs, block_twin, capsys):
     """One that the library does not know without us, and never takes for an AR model; batches, padding, streaming."""
     lonely = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(block_twin)!r})"
     done = subprocess.run([sys.executable, "-c", lonely], capture_output=True, text=True)
@@ -327,14 +327,20 @@ def test_the_twin_as_a_model_of_transformers(runs, block_twin):
 
             def end(self):
                 self.ended += 1
-        streamer = Streamer()
-        said = model.generate(alone, max_new_tokens=9, threshold=0.3, streamer=streamer)
-        assert streamer.heard == said[0].tolist() and streamer.ended == 1
+        for pads in (0, 3):
+            streamer, padded = Streamer(), torch.cat([alone.new_full((1, pads), tokenizer.pad_token_id), alone], 1)
+            seen = torch.arange(padded.shape[1])[None] >= pads
+            said = model.generate(padded, seen, max_new_tokens=9, threshold=0.3, streamer=streamer)
+            assert streamer.heard == said[0].tolist() and streamer.ended == 1
         for how, words in ((dict(streamer=streamer, attention_mask=batch["attention_mask"]), "one text at a time"),
                            (dict(attention_mask=batch["attention_mask"].flip(1)), "padded on the left"),
-                           (dict(max_new_tokens=9999), "ask for fewer"), (dict(num_beams=2), "knows no num_beams")):
+                           (dict(max_new_tokens=9999), "ask for fewer"), (dict(num_beams=2), "knows no num_beams"),
+                           (dict(max_new_tokens=0), "needs a prompt")):
             with pytest.raises(UserError, match=words):
                 model.generate(batch["input_ids"], **how)
+        with pytest.raises(UserError, match="no padding"):
+            model(**batch)
+    assert "is a converted model, no AR model" in fails(capsys, repr_align.main, "--model", block_twin)
 
 
 # ------------------------------------------------------------------------------------------------ the command line
@@ -355,7 +361,7 @@ def test_filling_and_filming(runs, capsys, tmp_path):
 def test_refusals_of_the_twin(runs, capsys):
     load = ["--load", f"{runs}/repr_align/w10"]
     for word, flags in (("mask token itself", ["--prompt", f"a{masked.MASK}b"]), ("--middle", "--suffix x --middle 0"),
-                        ("--sample_steps", "--sample_steps 0"), ("--top_p", "--top_p 0"),
+                        ("--sample_steps", "--sample_steps 0"), ("--top_p", "--top_p 0"), (".gif", "--gif film"),
                         ("--temperature", "--temperature -1"),
                         ("shorten one", "--max_new_tokens 5000"), ("--threshold", "--threshold 1.5"),
                         ("invalid choice", "--order best"),
