@@ -46,7 +46,6 @@ class Config:
     block_size: int = 16        # tokens of a block, with --attention block
     context: Literal["noisy", "clean", "causal"] = "noisy"  # what a block sees before it: masks, or a clean copy
     shift: bool = True          # the state at a token predicts the next one, as in the AR model, not the token itself
-    distill: float = 0.0        # weight of KL to the AR model's law of a masked token, clean text before it (0: off)
     ar_weight: float = 0.0      # weight of the next-token loss on a causal clean copy (0: off)
     align_weight: float = 10.0  # w (0: no alignment, no teacher)
     align_until: int = 0        # step from which w is 0 (0: none)
@@ -103,8 +102,8 @@ def check(cfg):
     """Refuse what can be seen from the flags alone."""
     blocks = cfg.attention == "block"
     for wrong, why in (
-        (min(cfg.align_weight, cfg.path, cfg.distill, cfg.ar_weight) < 0,
-         "--align_weight, --path, --distill and --ar_weight must not be negative"),
+        (min(cfg.align_weight, cfg.path, cfg.ar_weight) < 0,
+         "--align_weight, --path and --ar_weight must not be negative"),
         (cfg.seq_len < 3, "--seq_len must be at least 3: the first token is never masked"),
         (not blocks and cfg.context != "noisy", f"--context {cfg.context} is of blocks: add --attention block"),
         (blocks and cfg.seq_len % cfg.block_size, f"--block_size {cfg.block_size} must divide --seq_len {cfg.seq_len}"),
@@ -119,7 +118,7 @@ def check(cfg):
 def load_models(cfg, model, tokenizer, world, dtype):
     """(student in fp32, teacher or None): the same weights twice."""
     load = dict(device=world.device, random_init=cfg.random_init)
-    teacher = backbone.load(model, dtype=dtype, **load) if cfg.align_weight + cfg.distill > 0 else None
+    teacher = backbone.load(model, dtype=dtype, **load) if cfg.align_weight > 0 else None
     lm = backbone.load(model, dtype=torch.float32, **load)
     student = Student(lm, add_mask(lm, tokenizer), Arm(*(getattr(cfg, name) for name in Arm._fields)))
     freeze(student, cfg.freeze)
@@ -269,9 +268,8 @@ def main(argv):
             ids = train.batch(cfg.seed, step, some.tolist(), cfg.batch_size)[:, :-1].to(world.device)    # (b, T)
             # 2 gradient of the mean over the whole batch's masked tokens and aligned states
             with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
-                loss = conversion_loss(student, teacher if w + cfg.distill else None, ids, is_mask[some], cfg.path,
-                                       cfg.distill > 0, cfg.ar_weight > 0)
-            (loss.each.sum() / count + w * loss.apart / count + cfg.distill * loss.kl / count
+                loss = conversion_loss(student, teacher if w else None, ids, is_mask[some], cfg.path, cfg.ar_weight > 0)
+            (loss.each.sum() / count + w * loss.apart / count
              + cfg.ar_weight * loss.ar / (cfg.batch_size * (cfg.seq_len - 1))).backward()
             sums += torch.cat([loss.ce[None] / count, loss.cosines / count])
         gradients.finish()
@@ -296,7 +294,7 @@ def main(argv):
     curve.append([cfg.steps, *validate(student, teacher, held_out, cfg, world)])
     judged = text_likelihood(student, held_out.to(world.device), 4, cfg.seed)
     shown = ("freeze", "train_tokens")  # and, where they are not as ever:
-    arms = ("path", "distill", "ar_weight", "align_until", *Arm._fields)
+    arms = ("path", "ar_weight", "align_until", *Arm._fields)
     flags = [*shown, *(flag for flag in arms if getattr(cfg, flag) != getattr(Config, flag))]
     publish(run, cfg, {
         "val_loss": curve[-1][1], "curve": curve, "w": cfg.align_weight, "cosine": curve[-1][2], "steps": cfg.steps,

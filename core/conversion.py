@@ -102,15 +102,7 @@ class Losses(NamedTuple):
     apart: torch.Tensor    # () 1 - cosine, mean over the layers
     ce: torch.Tensor       # () CE in nats
     cosines: torch.Tensor  # (L+1,) with the teacher's state of each layer; NaN without a teacher
-    kl: torch.Tensor       # () of the student's law of every masked token from the AR model's; 0 unless asked for
     ar: torch.Tensor       # () next-token CE of T-1 tokens on a causal clean copy; 0 unless asked for
-
-
-def divergence(theirs, mine, mask_id):
-    """Sum of KL(theirs || mine) over rows of logits (n, V); neither law has the mask token."""
-    keep = torch.arange(theirs.shape[-1], device=theirs.device) != mask_id             # the student may have a row more
-    p, q = (F.log_softmax(logits[:, :len(keep)][:, keep].float(), -1) for logits in (theirs, mine))
-    return F.kl_div(q, p, reduction="sum", log_target=True)
 
 
 def places(where, device):
@@ -119,11 +111,11 @@ def places(where, device):
     return [index.to(device) for index in where.nonzero(as_tuple=True)]
 
 
-def conversion_loss(student, teacher, ids, is_mask, path, kl=False, ar=False):
+def conversion_loss(student, teacher, ids, is_mask, path, ar=False):
     """Losses on ids (B, T), masked where is_mask (B, T; best on the CPU). No teacher: no alignment.
 
     1 student and teacher in step, cosines summed layer by layer, never stacked  2 CE of the masked tokens  3 path term:
-    CE again, weighted by the model's own confidence  4 what is held to the AR model's law, or to its task."""
+    CE again, weighted by the model's own confidence  4 the AR model's own task, which the clean copy can go on with."""
     T, zero = ids.shape[1], ids.new_zeros((), dtype=torch.float32)
     at = predictors(T, *student.arm.plan(T), student.arm.shift).to(ids.device)         # (T-1,)
     b, i = places(is_mask[:, 1:], ids.device)                                          # (n,), (n,): token i+1
@@ -139,10 +131,9 @@ def conversion_loss(student, teacher, ids, is_mask, path, kl=False, ar=False):
     logits = student.logits(h[b, at[i]])                                               # (n, V)
     ce = F.cross_entropy(logits, ids[b, i + 1], reduction="none")                      # (n,)
     each = ce + path * torch.exp(-ce).detach() * ce
-    far = divergence(teacher.unnormed_head(theirs[b, i]), logits, student.mask_id) if kl else zero
     forgot = F.cross_entropy(student.logits(h[:, :T - 1]).flatten(0, 1), ids[:, 1:].flatten(),
                              reduction="sum") if ar else zero
-    return Losses(each, apart, ce.detach().sum(), cosines, far, forgot)
+    return Losses(each, apart, ce.detach().sum(), cosines, forgot)
 
 
 def flops_per_token(lm, T, teacher, copies=1):

@@ -110,7 +110,7 @@ def report_size(cfg, config, world, micro, dtype):
     inside = sum(p.numel() for p in lm.blocks.parameters())
     outside = sum(p.numel() for p in lm.parameters()) - inside
     ways = (world.size if world.size > 1 else 8) if cfg.shard else 1
-    copies, teacher = (2 if cfg.context != "noisy" else 1), cfg.align_weight + cfg.distill > 0
+    copies, teacher = (2 if cfg.context != "noisy" else 1), cfg.align_weight > 0
     tokens = micro * cfg.seq_len
     wide = getattr(config, "intermediate_size", 4 * lm.D)
     moments = 4 if cfg.lr > 0 and not cfg.shard else 8                      # bytes: Muon keeps one, AdamW two

@@ -52,11 +52,8 @@ STUDIES = {  # study -> the stage that its cells are runs of (see KINDS), layers
         "blocks, twice the steps": f"{BLOCK} noisy --steps {{double}}",
         "blocks, clean context": f"{BLOCK} clean", "blocks, causal context": f"{BLOCK} causal",
         "blocks, causal context, no shift": f"{BLOCK} causal --no-shift",
-        "blocks, causal context, distill 1": f"{BLOCK} causal --distill 1",
         "blocks, causal context, next-token loss 1": f"{BLOCK} causal --ar_weight 1",
-        "blocks, causal context, w = 10": f"{BLOCK} causal --align_weight 10",
-        "blocks, causal context, w = 10 for a quarter":
-            f"{BLOCK} causal --align_weight 10 --align_until {{quarter}}"}.items()}),
+        "blocks, causal context, w = 10": f"{BLOCK} causal --align_weight 10"}.items()}),
 }
 
 
@@ -102,7 +99,7 @@ def cells(cfg):
             continue
         place = "" if layer is None else f"--layer {layer}"
         flags = f"{place} --seed {seed} --steps {cfg.steps} --batch_size {cfg.batch_size} {flags}"   # the last one wins
-        flags = flags.format(double=2 * cfg.steps, quarter=max(1, cfg.steps // 4))
+        flags = flags.format(double=2 * cfg.steps)
         folder = Path(cfg.out).parent / "_".join(["cell", name, *flags.split()]).replace("--", "")
         few = " --nfes 1,4" if name == "bridge" else ""                   # the calls that the table shows
         yield Cell(variant, layer, seed, folder, stage(name, cfg.model, cfg.data, folder, flags + few))

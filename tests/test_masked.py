@@ -380,7 +380,7 @@ def test_flags_of_the_arms(runs, text, tmp_path, capsys):
     for context in ("noisy", "causal"):
         out = tmp_path / "arms" / context
         more = f"--attention block --block_size 8 --context {context} --threshold 0.1 --out {out}".split()
-        more += ["--no-shift"] if context == "noisy" else "--distill 1 --ar_weight 1 --align_until 2".split()
+        more += ["--no-shift"] if context == "noisy" else "--ar_weight 1 --align_until 2".split()
         result = repr_align.main([*argv, *more])
         s, _ = masked.load_converted(out, torch.device("cpu"), torch.float32, "block")
         assert s.arm == Arm("block", 8, context, context != "noisy")             # its folder says what it is
