@@ -176,7 +176,7 @@ def section(result):
     by, flags = result["sample"], ", ".join(f"{k} {v}" for k, v in result["flags"].items())
     columns = ["step", "masked CE (nats)", "cosine with the AR model's states", "next-token CE, clean copy (nats)"]
     rows = [[step, *(None if value is None else f"{value:.3f}" for value in rest)] for step, *rest in result["curve"]]
-    return f"""## CONVERT, w = {result['w']:g}
+    return f"""## CONVERT, {result["headline"][0][0].removeprefix("masked twin, ")}
 
 {result['steps']} steps of {result['batch_size']} x {result['seq_len']} tokens in {result['seconds']:.0f} s \
 ({result['tokens_per_s']:,.0f} tokens/s), one training seed ({result['seed']}); means over {result['eval_sequences']} \
