@@ -67,7 +67,7 @@ FIRST = {"LOCATE": ("best layer", "geometry"), "REPLACE": ("", "bridge"),
 ANSWERS = {  # its second one: question -> runs and words of their findings, the strongest evidence first
     "which layer?": (("geometry", "is chosen"),),
     "the score against depth alone": (("sweep", "depth alone; "),),
-    "every token known: diffusion (8 calls) against regression (1)": (("sweep", "FVU against that of regression"),
+    "every token known: diffusion (4 or 8 calls) against regression (1)": (("sweep", "FVU against that of regression"),
                                                                       ("bridge, regression", "by KL")),
     "the same at layer 4, twice the rate, a quarter of diffusion's training at t = 1; regression at its best rate": (
         ("ablate/regression", "layer 4, by KL: diffusion, lr x 2, a quarter at t = 1 against"),),

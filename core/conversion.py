@@ -3,7 +3,7 @@ student is held to beside its teacher.
 
     is_mask = corrupt(T, seed, "mask", step, slots)
     loss = conversion_loss(student, teacher, ids, is_mask, path=1.0)        # Losses
-    total = loss.each.sum() / count + w * loss.apart / spots
+    total = loss.each.sum() / count + w * loss.apart / count
 
 Letters: B batch, T tokens, K states of a pass, D hidden width, L blocks, V vocabulary, r the share of masked tokens,
 n masked tokens.
