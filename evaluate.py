@@ -67,9 +67,9 @@ FIRST = {"LOCATE": ("best layer", "geometry"), "REPLACE": ("", "bridge"),
 ANSWERS = {  # its second one: question -> runs and words of their findings, the strongest evidence first
     "which layer?": (("geometry", "is chosen"),),
     "the score against depth alone": (("sweep", "depth alone; "),),
-    "every token known: diffusion (4 or 8 calls) against regression (1)": (("sweep", "FVU against that of regression"),
-                                                                      ("bridge, regression", "by KL")),
-    "the same at layer 4, twice the rate, a quarter of diffusion's training at t = 1; regression at its best rate": (
+    "every token known: diffusion (4 or 8 calls) against regression (1)": (("sweep", "KL against that of regression"),
+                                                                          ("bridge, regression", "by KL")),
+    "the same, layer 4, 4 calls: twice the rate, a quarter of it at t = 1; regression at the better of two rates": (
         ("ablate/regression", "layer 4, by KL: diffusion, lr x 2, a quarter at t = 1 against"),),
     "every token known: diffusion against a table of token means": (("sweep", "KL against that of a table"),),
     "h[l] in 32 dimensions and the model's upper blocks, by diffusion, against a network alone": (
@@ -78,11 +78,12 @@ ANSWERS = {  # its second one: question -> runs and words of their findings, the
         ("interfaces", "latent against causal"),),
     "tokens hidden: 16 drawn states (8 calls each) against one mean (1 call)": (("span", "tempered: sampled stat"),),
     "tokens hidden: 16 drawn states against unigrams": (("span", "used: sampled states against unigrams"),),
-    "at which layer is text drawn best?": (("layers/text", "against blocks at layer"),),
-    "text drawn against its best rival": (("generate_seeds/equal", " against "), ("generate", " against ")),
-    "conversion with alignment against without": (("ablate/arms", "w = 10 against blocks, causal context:"),
-                                                  ("repr_align", "with alignment")),
-    "conversion to blocks of tokens against all at once": (
+    "at which of layers 0, 1, 2, 4, 7 is text drawn best?": (("layers/text", "against blocks at layer"),),
+    "text drawn against its best rival at no more calls (one draw of it)": (
+        ("generate_seeds/equal", " against "), ("generate", " against ")),
+    "conversion with alignment against without, by the bound (speed in steps was not measured)": (
+        ("ablate/arms", "w = 10 against blocks, causal context:"), ("repr_align", "with alignment")),
+    "conversion to blocks of tokens against all at once, by the bound, 200 steps": (
         ("ablate/arms", "blocks against bidirectional:"), ("repr_align", "by blocks")),
     "circuits of the twin, untrained and trained": (("tasks/circuits_aligned", "shares"), ("tasks/circuits", "shares"))}
 ARMS = {("bridge", "regression"): ("layer", "steps", "tokens", "parameters", "seed", "eval_sequences"),

@@ -45,7 +45,7 @@ done
 python generate.py --data "$DATA" --bridges "$bridges" --twin "$twins" --texts 32 --alphas 0.8 --betas 0.8 \
     ${JUDGE:+--second_judge "$JUDGE"} --out "$OUT/generate_seeds/equal"
 python generate.py --data "$DATA" --bridges "$bridges$layers" --methods blocks,jacobi --alphas 0.8 --betas 0.8 \
-    --out "$OUT/layers/text"
+    --texts 70 --tune_texts 0 --temperatures 0.64,0.8 --out "$OUT/layers/text"
 printf '\n=== COMPARE: what an aligned twin solves, and by which circuits (2 min)\n'
 python repr_align.py --data "$DATA" --align_weight 10 --seq_len 64 --steps 500 --eval_every 250 --eval_batches 16 \
     --out "$OUT/tasks/repr_align/w10"
