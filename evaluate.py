@@ -59,8 +59,7 @@ STAGES = {  # folder under --runs, in reading order -> the command that makes it
     "repr_align/w10": "python repr_align.py --align_weight 10 --out {out}",
     "repr_align/block": "python repr_align.py --align_weight 0 --attention block --out {out}",
     "tasks/circuits": "python circuits.py --model {runs}/tasks/toy --out {out}"}  # of a backbone of its own
-# the README's first table: words, and the first headline's value of the first run that is there, several seeds before
-# one; of REPLACE see against_regression, of CONVERT main
+# the README's first table: words, and the first headline of the first run that is there (REPLACE, CONVERT: see main)
 FIRST = {"LOCATE": ("best layer", "geometry"), "REPLACE": ("", "bridge"),
          "GENERATE": ("gen-PPL", "generate_seeds/equal", "generate"), "CONVERT": ("w = 10:", "repr_align/w10"),
          "COMPARE": ("tasks solved by both:", "tasks/circuits_aligned", "tasks/circuits")}
@@ -78,7 +77,8 @@ ANSWERS = {  # its second one: question -> runs and words of their findings, the
         ("interfaces", "latent against causal"),),
     "tokens hidden: 16 drawn states (8 calls each) against one mean (1 call)": (("span", "tempered: sampled stat"),),
     "tokens hidden: 16 drawn states against unigrams": (("span", "used: sampled states against unigrams"),),
-    "at which of layers 0, 1, 2, 4, 7 is text drawn best?": (("layers/text", "against blocks at layer"),),
+    "text drawn at the best of layers 0, 1, 2, 4, 7 against the next": (("layers/text", "against blocks at layer"),),
+    "text drawn at that layer against the embedding's": (("layers/text", "against blocks at layer 0"),),
     "text drawn against its best rival at no more calls (one draw of it)": (
         ("generate_seeds/equal", " against "), ("generate", " against ")),
     "conversion with alignment against without, by the bound (speed in steps was not measured)": (
