@@ -409,6 +409,12 @@ def tokenizer_hash(tokenizer):
     return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def as_dtype(dtype):
+    """What from_pretrained may be given (None, "auto", "bfloat16", a dtype) -> a dtype; fp32 where it says nothing."""
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
 def save_model(model, tokenizer, out, twin=False, **how):
     """Save as a Hugging Face folder: all files are written apart, then renamed into place, config.json last. The
     run's own settings stay in it under `dihal`; a README.md that core.run.card wrote stays as well. A converted model

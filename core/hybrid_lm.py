@@ -296,9 +296,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         except Exception as error:
             reason = str(error).strip().split("\n")[0]
             raise UserError(f"{folder}/hybrid.safetensors could not be read ({reason}); save it again") from None
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-        dtype = dtype if isinstance(dtype, torch.dtype) else torch.float32
-        return assemble(net, config, base_model or config.base_model, torch.device(device), dtype)
+        return assemble(net, config, base_model or config.base_model, torch.device(device), backbone.as_dtype(dtype))
 
 
 AutoConfig.register(HybridConfig.model_type, HybridConfig)

@@ -171,6 +171,8 @@ def fill(model, ids, is_mask, steps, temperature=0.8, seed=0, order="confidence"
     if is_mask[:, 0].any():
         raise UserError("the first token cannot be a mask: give a prompt")
     ids, is_mask, T, of_blocks = ids.clone(), is_mask.clone(), ids.shape[1], model.arm.attention == "block"
+    if T > (most := model.lm.config.max_position_embeddings):
+        raise UserError(f"text and masks are {T} tokens, more than the model's {most}; shorten one")
     if of_blocks and block_size not in (0, model.arm.block_size):
         raise UserError(f"this model was converted to {model.arm}; leave --block_size {block_size} out")
     cache, stretches, size = None, [(0, T)], model.arm.block_size if of_blocks else block_size

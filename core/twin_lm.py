@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.modeling_outputs import CausalLMOutput
 
 from core import masked
-from core.backbone import TWIN
+from core.backbone import TWIN, as_dtype
 from core.common import UserError
 
 
@@ -34,9 +34,7 @@ class TwinForCausalLM(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, folder, *_, config=None, dtype=None, device="cpu", **__):
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-        student, _ = masked.load_converted(folder, torch.device(device),
-                                           dtype if isinstance(dtype, torch.dtype) else torch.float32)
+        student, _ = masked.load_converted(folder, torch.device(device), as_dtype(dtype))
         return cls(config or TwinConfig.from_pretrained(folder), student).eval()
 
     def forward(self, input_ids, attention_mask=None, **_):
@@ -52,7 +50,8 @@ class TwinForCausalLM(PreTrainedModel):
         """Prompts (B, P), padded on the left, and max_new_tokens tokens after each, by masked.fill: one a call, or in
         sample_steps calls, or all that are certain enough in each; no end-of-text token ends it. Raises UserError."""
         if unknown or input_ids is None or not input_ids.shape[1] or max_new_tokens < 1:
-            raise UserError(f"generate() of a converted model needs a prompt and knows no {', '.join(unknown)}")
+            raise UserError("generate() of a converted model needs a prompt and max_new_tokens; it knows no "
+                            f"{', '.join(unknown) or 'other length'}")
         B, P = input_ids.shape
         mask = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).long()
         known = mask.sum(1)                                                            # (B,): tokens but the padding
@@ -60,11 +59,7 @@ class TwinForCausalLM(PreTrainedModel):
             raise UserError("only one text at a time can be streamed, and none by an order that takes tokens back")
         if not mask[:, -1].all() or (mask.diff(dim=1) < 0).any():
             raise UserError("prompts must be padded on the left: tokenizer.padding_side = 'left'")
-        if P + max_new_tokens > self.student.lm.config.max_position_embeddings:
-            raise UserError(f"prompt and max_new_tokens are {P + max_new_tokens} tokens, more than the model's "
-                            f"{self.student.lm.config.max_position_embeddings}; ask for fewer")
         out = torch.cat([input_ids, input_ids.new_full((B, max_new_tokens), self.student.mask_id)], 1)
-
         shown = int(known.max())
 
         def stream(ids, is_mask):                                                      # what no mask stands before

@@ -58,10 +58,10 @@ def block_decoding(cfg, world):
                pad_token_id=0, attention_mask=torch.ones_like(texts[:1]))
     calls, stock = [], None
 
-    def fill(ids, **how):
+    def fill(ids, **more):
         ids = torch.cat([ids, ids.new_full((1, 64), student.mask_id)], 1)                                # (1, 128)
         return masked.fill(student, ids, ids == student.mask_id, temperature=cfg.temperature, seed=cfg.seed,
-                           watch=lambda *_: calls.append(1), **how)
+                           watch=lambda *_: calls.append(1), **more)
     rows = {"stock generate()": lambda ids: lm.model.generate(ids, **how),
             **{f"{64 // n} a call": lambda ids, n=n: fill(ids, steps=n) for n in (64, 32, 16)},
             **{f"threshold {c}": lambda ids, c=c: fill(ids, steps=64, threshold=c) for c in (0.9, 0.7, 0.5, 0.3)}}

@@ -50,9 +50,6 @@ def write(cfg, model, tokenizer):
     if tokenizer.mask_token_id in [*before, *after]:
         raise UserError("the prompt or the suffix holds the mask token itself; leave it out")
     ids = torch.tensor([[*before, *[model.mask_id] * count, *after]], device=model.shift.device)         # (1, tokens)
-    if ids.shape[1] > model.lm.config.max_position_embeddings:
-        raise UserError(f"prompt, masks and suffix are {ids.shape[1]} tokens, more than the model's "
-                        f"{model.lm.config.max_position_embeddings}; shorten one")
     masks = [(ids == model.mask_id)[0].tolist()]
 
     def watch(ids, is_mask):

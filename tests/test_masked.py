@@ -334,7 +334,7 @@ def test_the_twin_as_a_model_of_transformers(runs, block_twin, capsys):
             assert streamer.heard == said[0].tolist() and streamer.ended == 1
         for how, words in ((dict(streamer=streamer, attention_mask=batch["attention_mask"]), "one text at a time"),
                            (dict(attention_mask=batch["attention_mask"].flip(1)), "padded on the left"),
-                           (dict(max_new_tokens=9999), "ask for fewer"), (dict(num_beams=2), "knows no num_beams"),
+                           (dict(max_new_tokens=9999), "shorten one"), (dict(num_beams=2), "knows no num_beams"),
                            (dict(max_new_tokens=0), "needs a prompt")):
             with pytest.raises(UserError, match=words):
                 model.generate(batch["input_ids"], **how)
