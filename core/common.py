@@ -45,7 +45,7 @@ def entry(main):
         except SystemExit as left:  # a run that was asked to stop
             leave_group(left.code)
             raise
-        except (UserError, KeyboardInterrupt) as error:
+        except (UserError, KeyboardInterrupt, BrokenPipeError) as error:        # the last: | head has read enough
             message, code = (str(error), 2) if isinstance(error, UserError) else ("stopped; start it again", 130)
         except Exception as error:  # a full disk: safetensors and shutil have errors of their own for it
             if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error)):

@@ -336,6 +336,15 @@ def test_the_readme_states_the_published_numbers():
     assert (ROOT / "results" / "toy" / "figure.png").stat().st_size > 20_000
 
 
+def test_a_reader_who_has_read_enough_is_no_full_disk(capsys):
+    @common.entry
+    def main(argv):
+        raise BrokenPipeError(32, "Broken pipe")
+    with pytest.raises(SystemExit) as left:
+        main([])
+    assert left.value.code == 130 and "space" not in capsys.readouterr().err
+
+
 def test_lines_of_code():
     """The house is small: a stage has fewer than 400 lines; everything outside tests may shrink, not grow."""
     lines = {f: len(f.read_text().splitlines()) for f in FILES}
