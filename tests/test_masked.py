@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -60,8 +61,8 @@ def test_the_orders_differ_and_p2_takes_tokens_back():
 class Fickle(torch.nn.Module):
     """Shows token 1 at position 1 first; once position 2 is filled, it wants token 2 there."""
     mask_id = 3
-
     arm = BIDIRECTIONAL
+    lm = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=4))
 
     def states(self, ids, masked, cache=None, **_):
         yield torch.stack([ids.float(), masked.float(), masked[:, 2:3].float().expand_as(ids)], -1)
