@@ -53,7 +53,6 @@ class Config:
     times: Literal[tuple(TIMES)] = "logit-normal"  # law of t in training
     t_mean: float = 0.0         # mean of logit t; above 0 trains more near t = 1, where sampling starts
     atom: float = 0.0           # share of training sequences at t = 1 exactly
-    loops: int = 1              # with --objective regression: apply the network so many times, to its own last answer
     head_start: Literal["none", "ridge"] = "none"  # ridge: the network adds to the best linear map from c
     self_condition: bool = False  # feed the last estimate of z back in (half of the time in training)
     width: int = 0              # W (0: D)
@@ -186,8 +185,6 @@ def check(cfg):
         raise UserError("--cache_states keeps the states of a real text: not with --random_init")
     if cfg.head_start == "ridge" and cfg.prediction != "x":
         raise UserError("--head_start ridge is a first guess of z: it needs --prediction x")
-    if cfg.loops > 1 and cfg.objective != "regression":
-        raise UserError("--loops goes with --objective regression: diffusion's calls are --nfe")
 
 
 def build(cfg, shape, layer):
@@ -202,7 +199,7 @@ def build(cfg, shape, layer):
         raise UserError(f"--width {W} does not split into {H} heads; use a multiple of {each}")
     torch.manual_seed(cfg.seed)
     return Bridge(shape.hidden_size, W, blocks, H, cfg.objective, cfg.prediction, cfg.source, cfg.self_condition,
-                  cfg.visible, cfg.bidirectional, shape.vocab_size, loops=cfg.loops, head_start=cfg.head_start)
+                  cfg.visible, cfg.bidirectional, shape.vocab_size, head_start=cfg.head_start)
 
 
 def texts(cfg, model, vocab, world):

@@ -7,7 +7,7 @@
 
 Every run wrote a section.md of its own; here they are joined in reading order, with whatever else lies under --runs.
 Some findings need two runs: diffusion beside its regression control, a twin beside another one. Measured
-here is only what no stage measures: speed and memory, bits per byte and a cloze suite of the intact model, the hybrid
+here is only what no stage measures: speed and memory, bits per byte of the intact model, the hybrid
 and the twins; of the same weights it is measured once. Writes report.md, figures and result.json to --out.
 
 Letters: N texts, T tokens, L blocks, l the replaced layer.
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 import data
-from core import backbone, cost, harness, masked, report, zeroshot
+from core import backbone, cost, masked, report, zeroshot
 from core.common import UserError, entry, parse, pick_dtype, setup
 from core.run import Run, atomic, read_json, read_section
 from core.stats import paired, verdict
@@ -33,7 +33,6 @@ class Config:
     text: str = ""              # a text file to judge beside the held-out text
     texts: int = 32             # held-out windows of 128 tokens for bits per byte
     calls: int = 8              # network calls a window of the twins' likelihood
-    cloze: int = 40             # questions of each kind
     device: str = "auto"        # auto, cpu, cuda
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the models
     repeats: int = 2            # timings are the fastest of so many
@@ -42,14 +41,14 @@ class Config:
     harness_path: str = ""      # folder of local task descriptions
     limit: int = 0              # examples a task (0: all)
     margin: float = 0.005       # nats of CE or KL within which two models are called equal
-    seed: int = 0               # of the questions and the twins' masks
+    seed: int = 0               # of the twins' masks
     publish: str = ""           # copy figures and numbers to results/NAME, a column of the README (empty: do not)
-    MEASURES = ("preset", "text", "texts", "calls", "cloze", "dtype", "repeats", "new", "harness", "harness_path",
+    MEASURES = ("preset", "text", "texts", "calls", "dtype", "repeats", "new", "harness", "harness_path",
                 "limit", "margin", "seed")  # the report is made anew whenever it is asked for
 
 
-PRESETS = {"tiny": dict(texts=3, calls=4, cloze=4, repeats=1, new=4),
-           "135m": dict(texts=8, calls=4, cloze=16, repeats=1, new=32)}
+PRESETS = {"tiny": dict(texts=3, calls=4, repeats=1, new=4),
+           "135m": dict(texts=8, calls=4, repeats=1, new=32)}
 STAGES = {  # folder under --runs, in reading order -> the command that makes it
     "toy": "python toy.py --out {out}", "geometry": "python geometry.py --out {out}",
     "bridge": "python bridge.py --out {out}", "regression": "python bridge.py --objective regression --out {out}",
@@ -144,7 +143,7 @@ def measure_models(cfg, runs, found, world, dtype):
     """What no stage measures: {"zero_shot": ..., "cost": ..., "harness": ...} of the models under `runs`."""
     import hybrid
     if cfg.harness:
-        harness.known(cfg.harness.split(","), cfg.harness_path)
+        zeroshot.known(cfg.harness.split(","), cfg.harness_path)
     model = hybrid.from_bridge(runs / "bridge", device=world.device, dtype=dtype)
     tokenizer = hybrid.tokenizer_of(model)
     intact = backbone.load(model.config.base_model, world.device, dtype)
@@ -159,10 +158,10 @@ def measure_models(cfg, runs, found, world, dtype):
     twins = {f"masked, {s.removeprefix('repr_align/')}": masked.load_converted(runs / s, world.device, dtype)[0]
              for s in found if s.startswith("repr_align/")}
     models = {"AR": intact.model, f"hybrid, NFE {model.config.nfe}": model, **twins}
-    return {"zero_shot": zeroshot.zero_shot(models, tokenizer, texts, cfg.calls, cfg.cloze, cfg.seed, world.device),
+    return {"zero_shot": zeroshot.zero_shot(models, texts, cfg.calls, cfg.seed),
             "cost": cost.cost(model, intact, next(iter(twins.values()), None), cfg.repeats, cfg.new),
-            "harness": harness.evaluate_models(models, tokenizer, cfg.harness.split(","), cfg.harness_path, cfg.limit,
-                                               cfg.calls, cfg.seed) if cfg.harness else {}}
+            "harness": zeroshot.harness(models, tokenizer, cfg.harness.split(","), cfg.harness_path, cfg.limit,
+                                        cfg.calls, cfg.seed) if cfg.harness else {}}
 
 
 # --------------------------------------------------------------------------------------------------------- join
@@ -248,9 +247,8 @@ def publish(run, name):
 def main(argv):
     cfg = parse(Config, argv, __doc__, PRESETS, lambda cfg: backbone.preset_of("", cfg.out, f"{cfg.runs}/bridge"))
     runs, out = Path(cfg.runs), Path(cfg.out)
-    if min(cfg.texts, cfg.cloze) < 2 or cfg.repeats < 1 or cfg.new < 4 or cfg.calls < 4 or cfg.calls % 2:
-        raise UserError("--texts and --cloze must be at least 2, --repeats at least 1, --new at least 4, --calls even "
-                        "and at least 4")
+    if cfg.texts < 2 or cfg.repeats < 1 or cfg.new < 4 or cfg.calls < 4 or cfg.calls % 2:
+        raise UserError("--texts must be at least 2, --repeats 1, --new 4, and --calls 4 and even")
     if cfg.text and not Path(cfg.text).is_file():
         raise UserError(f"--text {cfg.text}: there is no such file")
     found = read_runs(runs, out)

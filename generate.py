@@ -206,7 +206,7 @@ def cost(cfg, info, L):
     with the bridge of this bridge.json. The intact model's pass of a refinement is a call too, the retained blocks'
     after the first denoising a part of its last one. A finished block is encoded for the next one by both; the prefix,
     encoded once by every method, is left out."""
-    first, turns = (cfg.nfe, cfg.refinements) if info["objective"] == "diffusion" else (info.get("loops", 1), 0)
+    first, turns = (cfg.nfe, cfg.refinements) if info["objective"] == "diffusion" else (1, 0)
     ours, count = first + turns * again(first, cfg.back), -(-cfg.new // cfg.block_size)    # the bridge's calls
     encode = first * info["blocks"] + L                                               # of a finished block, for others
     return ((ours + turns) * count + first * (count - 1), round(

@@ -188,9 +188,10 @@ def score_all(states, cfg, table):
 
 
 def residual(lm, known, windows, cfg):
-    """name -> (C,): the published proxies of what a ridge leaves of the states; raw: how much it leaves counts too."""
+    """name -> (C,): the published proxies of what a ridge leaves of the states, compared over the layers that `known`
+    has; raw: how much it leaves counts too."""
     how, raw = (cfg.skip, cfg.pool, cfg.seed, cfg.batch_size), replace(cfg, normalize="raw")
-    states = collect(lm, windows, *how, lambda c, h, h0: left(known[c + 1], h, h0))
+    states = collect(lm, windows, *how, lambda layer, h, h0: left(known[layer], h, h0), sorted(known))
     return score_all(states, cfg, {"score of the residual": cfg, "score of the residual, raw": raw, **{
         f"{name} of the residual": replace(raw, score_by=name) for name in PROXIES}})[0]
 

@@ -1,7 +1,7 @@
 """conditional.py: what is left of h[l] once h[0] is known, for all layers by the same forward passes.
 
     known = fit(lm, layers, calibration, train, wanted=held_out)      # rows of ids (N, T) each
-    table = errors(lm, known, held_out)              # layer -> guess -> fvu, and of `decoded` guesses kl and ce_gap
+    table = joined([errors(lm, guesses(known), held_out)])    # layer -> guess -> fvu, and of those decoded kl, ce_gap
     rest = left(known[l], hl, h0)                    # (B, T, D): h[l] less its ridge, in the units a bridge diffuses
 
 The published score looks at h[l] alone, but a bridge is given h[0]: a layer is easy for it where h[0] says nearly all.
@@ -111,27 +111,51 @@ def teach(lm, known, batches, skip):
         p.requires_grad_(False)
 
 
+def guesses(known, decoded=(), skip=4):
+    """layer -> name -> (units, function of z, c and ids, is it decoded?), as `errors` wants them. True states of the
+    first positions are given: a table of tokens knows no attention sinks, and its text would pay."""
+    def answer(at, guess):
+        return lambda z, c, ids: torch.cat([z[:, :skip], guess(at, c, ids)[:, skip:]], 1)
+    return {layer: {name: (at.net, answer(at, guess), name in decoded) for name, guess in GUESSES.items()}
+            for layer, at in known.items()}
+
+
 @torch.no_grad()
-def errors(lm, known, held_out, decoded=(), skip=4):
-    """layer -> guess -> {fvu, and of the `decoded` guesses kl, ce_gap} on held-out rows (N, T + 1), as core/measure.py
-    has them. True states of the first positions are given: a table of tokens knows no attention sinks, and its text
-    would pay."""
-    sums = {layer: torch.zeros(len(GUESSES), 4, dtype=torch.float64) for layer in known}
+def errors(lm, guesses, held_out, skip=4):
+    """layer -> name -> sums over positions >= skip of held-out rows (N, T + 1): of z^2, of the guess's squared error
+    and, where it is decoded, of KL and CE gap; last the positions. One pass of the intact model serves all guesses;
+    `guesses`: layer -> name -> (a bridge, in whose units it is, the guess (z, c, ids) -> (B, T, D), is it decoded?)."""
+    sums = {layer: {name: torch.zeros(5, dtype=torch.float64) for name in some} for layer, some in guesses.items()}
     for ids in held_out.split(BATCH):
-        rows, right = ids[:, :-1], ids[:, 1:, None]
-        h0 = lm.embed(rows)
-        intact = lm.head(lm.through(h0, 0, lm.L)).float().log_softmax(-1) if decoded else None          # (B, T, V)
-        for layer, z, c, side in pairs(lm, known, rows):
-            for i, (name, guess) in enumerate(GUESSES.items()):
-                z_hat = torch.cat([z[:, :skip], guess(known[layer], c, rows)[:, skip:]], 1)
-                each = [z ** 2, (z_hat - z) ** 2]
-                if name in decoded:
-                    upper = lm.through(known[layer].net.hidden(z_hat).to(h0.dtype), layer, lm.L, side)
-                    logp = lm.head(upper).float().log_softmax(-1)
-                    each += [intact.exp() * (intact - logp), (intact - logp).gather(-1, right)]
-                sums[layer][i, :len(each)] += torch.stack([e[:, skip:].sum() for e in each]).double().cpu()
-    for of in sums.values():
-        of[:, 1] /= of[:, 0].clamp_min(1e-12)
-        of[:, 2:] /= held_out[:, 1 + skip:].numel()
-    return {layer: {name: dict(zip(("fvu", "kl", "ce_gap"), of[i, 1:4 if name in decoded else 2].tolist()))
-                    for i, name in enumerate(GUESSES)} for layer, of in sums.items()}
+        rows, right = ids[:, :-1], ids[:, 1 + skip:, None]
+        passed = list(lm.at(rows, {*guesses, lm.L}))
+        states, (*_, h0, side) = {layer: h for layer, h, *_ in passed}, passed[-1]   # (B, T, D) each
+        intact = lm.head(states[lm.L][:, skip:]).float().log_softmax(-1)             # (B, T - skip, V)
+        p, ce = intact.exp(), -intact.gather(-1, right)[..., 0]
+        entropy = -torch.einsum("btv,btv->bt", p, intact)                            # (B, T - skip)
+        for layer, some in guesses.items():
+            for name, (net, guess, decoded) in some.items():
+                z = net.standard_z(states[layer])
+                z_hat = guess(z, net.standard_c(h0), rows)
+                each = [z[:, skip:] ** 2, (z_hat - z)[:, skip:] ** 2]
+                if decoded:
+                    upper = lm.through(net.hidden(z_hat).to(h0.dtype), layer, lm.L, side)
+                    q = lm.head(upper[:, skip:]).float()                             # (B, T - skip, V), not normalised
+                    total = q.logsumexp(-1)
+                    each += [total - torch.einsum("btv,btv->bt", p, q) - entropy,
+                             total - q.gather(-1, right)[..., 0] - ce]
+                sums[layer][name][:len(each)] += torch.stack([e.sum() for e in each]).double().cpu()
+                sums[layer][name][-1] += ce.numel()
+    return {layer: {name: of.tolist() for name, of in some.items()} for layer, some in sums.items()}
+
+
+def joined(parts):
+    """Sums of `errors` over several sets of rows -> layer -> name -> {fvu, and of what is decoded kl, ce_gap}, as
+    core/measure.py has them."""
+    out = {}
+    for layer, some in parts[0].items():
+        for name in some:
+            energy, error, kl, gap, n = (sum(x) for x in zip(*(part[layer][name] for part in parts), strict=True))
+            out.setdefault(int(layer), {})[name] = {"fvu": error / max(energy, 1e-12), **(
+                {"kl": kl / n, "ce_gap": gap / n} if kl or gap else {})}
+    return out

@@ -70,13 +70,12 @@ class Bridge(nn.Module):
     FREQUENCIES = 16
 
     def __init__(self, D, W, blocks, H, objective="diffusion", prediction="x", source="noise", self_condition=False,
-                 visible="full", bidirectional=False, V=0, C=0, loops=1, head_start="none"):
+                 visible="full", bidirectional=False, V=0, C=0, head_start="none"):
         super().__init__()
         C = C or D
         self.settings = {"D": D, "W": W, "blocks": blocks, "H": H, "objective": objective, "prediction": prediction,
                          "source": source, "self_condition": self_condition, "visible": visible,
-                         "bidirectional": bidirectional, "V": V, "C": C, "loops": loops,
-                         "head_start": head_start}
+                         "bidirectional": bidirectional, "V": V, "C": C, "head_start": head_start}
         self.recompute = False                                                # activation checkpointing of the blocks
         self.generates = visible != "full"                                    # it has met unknown tokens
         # [x_t, c] side by side, then the last z and whether the token is unknown, where there are such

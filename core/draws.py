@@ -28,7 +28,6 @@ DRAWS = {  # every purpose of a draw -> who draws it, and the rest of its key; a
     "fill": "core/masked: tokens and chance order (stretch, round, row)",
     "count": "core/masked: mask counts (text)", "subset": "core/masked: masks of one count (text, call)",
     "controls": "circuits: random components ()",
-    "cloze NAME": "core/zeroshot: questions ()",
     "permutations": "core/stats ()", "resampled seeds": "studies/sweep ()",
     "resampled backbones": "studies/sweep ()", "permuted layers": "studies/sweep ()",
     "ceiling": "studies/interfaces: true tokens (batch)",

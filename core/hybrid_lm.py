@@ -81,8 +81,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         """Use `nfe` network calls from now on: the retained blocks' layers in the cache move accordingly."""
         if nfe < 1:
             raise UserError(f"the number of network calls must be at least 1, not {nfe}")
-        calls = nfe if self.net.settings["objective"] == "diffusion" else self.net.settings["loops"]
-        first = calls * self.net.settings["blocks"]
+        first = (nfe if self.net.settings["objective"] == "diffusion" else 1) * self.net.settings["blocks"]
         gone, L = self.config.layer, self.lm.L
         for i in range(0 if self.net.generates else gone, L):
             numbered = [(m, name) for m in self.lm.blocks[i].modules() for name in LAYER_NUMBERS if hasattr(m, name)]

@@ -116,7 +116,7 @@ def train_flops(net, replaced, layer, T):
     blocks, W, D = net.settings["blocks"], net.settings["W"], net.settings["D"]
     passes = 8 if net.settings["self_condition"] else 6                      # one more forward for the first estimate
     readout = 4 * D * net.settings["V"] if net.generates else 0                 # its input needs no gradient
-    return passes * net.settings["loops"] * (own + blocks * W * T) + readout + 2 * (replaced + layer * D * T)
+    return passes * (own + blocks * W * T) + readout + 2 * (replaced + layer * D * T)
 
 
 def report_size(cfg, net, shape, layer, world, micro, dtype):

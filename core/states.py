@@ -40,12 +40,13 @@ class States:
 
 
 @torch.no_grad()
-def collect(lm, windows, skip, pool, seed, batch_size, view=None):
-    """One forward pass for all layers at once. windows (S, T) int64 -> States; with a `view` those of view(c, h[c+1],
-    h[0]) instead of h[c+1].
+def collect(lm, windows, skip, pool, seed, batch_size, view=None, layers=None):
+    """One forward pass for all layers at once, or for `layers`. windows (S, T) int64 -> States; with a `view` those of
+    view(l, h[l], h[0]) instead of h[l].
 
     Second moments are taken about the first batch's mean: a state's mean can be large beside its spread."""
-    C, D, per_row = lm.L - 1, lm.D, windows.shape[1] - skip
+    layers = layers or range(1, lm.L)
+    C, D, per_row = len(layers), lm.D, windows.shape[1] - skip
     device = lm.model.device
     pick = torch.from_numpy(np.sort(generator(seed, "pool").choice(len(windows) * per_row, pool, replace=False)))
     shift, total = torch.zeros(C, D, device=device), torch.zeros(C, D, device=device)
@@ -55,10 +56,10 @@ def collect(lm, windows, skip, pool, seed, batch_size, view=None):
     for ids in tqdm(windows.split(batch_size), desc="hidden states", unit="batch", leave=False, disable=None):
         n = len(ids) * per_row
         here = pick[(pick >= seen) & (pick < seen + n)] - seen               # pool members in this batch
-        for c, (_, h, h0, _) in enumerate(lm.at(ids.to(device), range(1, lm.L))):          # h[c+1], h[0] (B, T, D)
+        for c, (layer, h, h0, _) in enumerate(lm.at(ids.to(device), layers)):              # h[l], h[0] (B, T, D)
             # The first positions are attention sinks: a few states of huge norm, which would by themselves be the first
             # eigenvalue of the covariance and the scale of the layer.
-            seen_as = h if view is None else view(c, h, h0)
+            seen_as = h if view is None else view(layer, h, h0)
             X = seen_as[:, skip:].flatten(0, 1)                              # (B (T - skip), D)
             kept[c, filled:filled + len(here)] = X[here]
             X = X.float()
@@ -71,7 +72,7 @@ def collect(lm, windows, skip, pool, seed, batch_size, view=None):
             second[c].addmm_(X.T, X)
         seen, filled = seen + n, filled + len(here)
     if not torch.isfinite(second).all():
-        bad = int((~torch.isfinite(second).flatten(1).all(1)).nonzero()[0]) + 1
+        bad = layers[int((~torch.isfinite(second).flatten(1).all(1)).nonzero()[0])]
         raise UserError(f"the hidden states of layer {bad} are not finite; try --dtype fp32, or another model")
     total /= seen                                                            # mean about the shift
     second /= seen

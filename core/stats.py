@@ -20,11 +20,16 @@ def plus_minus(values, form):
     return f"{statistics.mean(values):{form}}{sd}"
 
 
+def ranks(x):
+    """Ranks of x (n,), ties averaged, centred and of length 1: the product of two is their rank correlation."""
+    x = np.asarray(x)
+    x = np.array([(x < v).sum() + (x <= v).sum() for v in x], float)
+    return (x - x.mean()) / max(np.linalg.norm(x - x.mean()), 1e-12)
+
+
 def spearman(a, b):
     """Rank correlation of two vectors, ties averaged; 0 if either is constant."""
-    rank = [np.array([np.mean([(x < v).sum(), (x <= v).sum() - 1]) for v in x]) for x in (np.asarray(a), np.asarray(b))]
-    a, b = rank[0] - rank[0].mean(), rank[1] - rank[1].mean()
-    return float((a * b).sum() / max(np.sqrt((a ** 2).sum() * (b ** 2).sum()), 1e-12))
+    return float(ranks(a) @ ranks(b))
 
 
 def permutation_p(a, b, seed=0):
@@ -32,9 +37,7 @@ def permutation_p(a, b, seed=0):
     by 20,000 draws, the given order counted as one."""
     n, draw = len(a), generator(seed, "permutations")
     orders = np.array(list(itertools.permutations(range(n))) if n <= 8 else [draw.permutation(n) for _ in range(20000)])
-    a, b = (np.array([(x < v).sum() + (x <= v).sum() for v in x], float) for x in (np.asarray(a), np.asarray(b)))
-    shared = a[orders] @ (b - b.mean())                                              # ranks: as spearman orders them
-    hits = (shared >= a @ (b - b.mean()) - 1e-9).sum()
+    hits = (ranks(a)[orders] @ ranks(b) >= spearman(a, b) - 1e-9).sum()
     return float(hits / len(orders) if n <= 8 else (1 + hits) / (1 + len(orders)))
 
 

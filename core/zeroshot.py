@@ -1,10 +1,12 @@
-"""zeroshot.py: how well a model finds text it was not trained on: bits per byte, and which of two tokens comes next.
+"""zeroshot.py: how well a model finds text it was not trained on: bits per byte, and lm-evaluation-harness' tasks.
 
-    found = zero_shot(models, tokenizer, texts, calls=8, count=60, seed=0, device=device)
+    found = zero_shot(models, texts, calls=8, seed=0)
+    python evaluate.py --harness my_task --harness_path tasks/     # a local yaml file; needs pip install "lm-eval[hf]"
 
-A model is a transformers causal LM, or a masked.Student, whose likelihood is a bound.
+A model is a transformers causal LM, or a masked.Student, whose likelihood is a bound with a standard error: the harness
+sees the first through its own interface, the second through one made here.
 
-Letters: N windows, T tokens, V vocabulary.
+Letters: N windows, T tokens.
 """
 import math
 from pathlib import Path
@@ -14,58 +16,7 @@ import torch.nn.functional as F
 
 from core import masked
 from core.common import UserError
-from core.draws import generator
 from core.report import table
-
-NAMES = ("value", "name", "path", "data", "line", "item", "result", "index", "key", "text")
-MODULES = ("os", "sys", "re", "json", "time", "math", "random", "string", "types", "copy", "socket", "struct")
-
-
-def questions(tokenizer, kind, count, seed):
-    """[(context ids, right id, wrong id)]: which of two tokens comes next. Three kinds: the bracket that is open, the
-    module that was imported, whether a line is indented. Each answer is right about as often as it is wrong."""
-    draw, out = generator(seed, f"cloze {kind}"), []
-    while len(out) < count:
-        a, b, f = (NAMES[i] for i in draw.choice(len(NAMES), 3, replace=False))
-        m, n = (MODULES[i] for i in draw.choice(len(MODULES), 2, replace=False))
-        if kind == "brackets":
-            inner = bool(draw.integers(2))
-            context, right, wrong = (f"{a} = {f}({b}[0", "]", ")") if inner else (f"{a} = {f}({b}", ")", "]")
-        elif kind == "imports":
-            context, right, wrong = f"import {m}\n\ndef {f}({a}):\n    return {m}.{b}({a})\n\n{b} = ", m, n
-        else:
-            opened = bool(draw.integers(2))
-            context = f"def {f}({a}):\n    {b} = {a}\n    return {b}\n" if not opened else f"def {f}({a}):\n"
-            right, wrong = ("    ", "\n") if opened else ("\n", "    ")
-        head = tokenizer(context, add_special_tokens=False)["input_ids"]
-        first = [tokenizer(context + end + "x", add_special_tokens=False)["input_ids"] for end in (right, wrong)]
-        n = len(head)
-        if any(ids[:n] != head or len(ids) == n for ids in first):  # merged with the context: the first that differs
-            n = next((i for i, (x, y) in enumerate(zip(*first, strict=False)) if x != y), 0)
-        one, two = first[0][n], first[1][n]
-        if one != two:
-            out.append(([tokenizer.eos_token_id or 0, *first[0][:n]], one, two))
-    return out
-
-
-@torch.no_grad()
-def next_logits(model, ids):
-    """Logits (V,) of the token after ids (1, T), from a causal LM or a masked student."""
-    if not isinstance(model, masked.Student):
-        return model(ids).logits[0, -1]
-    ids = torch.cat([ids, ids.new_full((1, 1), model.mask_id)], 1)
-    return model.logits(model.foretell(ids, ids == model.mask_id)[:, -1])[0]
-
-
-def cloze(models, tokenizer, count, seed, device):
-    """{model: {kind: accuracy}} over `count` questions a kind."""
-    asked = {kind: questions(tokenizer, kind, count, seed) for kind in ("brackets", "imports", "indentation")}
-
-    def right(model, ids, one, two):
-        logits = next_logits(model, torch.tensor([ids], device=device))                                       # (V,)
-        return bool(logits[one] > logits[two])
-    return {name: {kind: sum(right(model, *item) for item in items) / len(items) for kind, items in asked.items()}
-            for name, model in models.items()}
 
 
 @torch.no_grad()
@@ -92,24 +43,100 @@ def windows_of(file, tokenizer, device):
     return torch.tensor(ids[:len(ids) // 128 * 128], device=device).view(-1, 128), len(text.encode()) / len(ids)
 
 
-def zero_shot(models, tokenizer, texts, calls, count, seed, device):
-    """{model: {text: {bits_per_byte, se}}} on texts {title: (windows (N, T), bytes a token)}, and the cloze suite."""
+def zero_shot(models, texts, calls, seed):
+    """{model: {text: {bits_per_byte, se}}} on texts {title: (windows (N, T), bytes a token)}."""
     bits = {name: {title: dict(zip(("bits_per_byte", "se"), bits_per_byte(model, rows, each, calls, seed), strict=True))
                    for title, (rows, each) in texts.items()} for name, model in models.items()}
-    return {"bits": bits, "windows": {title: len(rows) for title, (rows, _) in texts.items()},
-            "cloze": cloze(models, tokenizer, count, seed, device), "questions": count, "calls": calls}
+    return {"bits": bits, "windows": {title: len(rows) for title, (rows, _) in texts.items()}, "calls": calls}
+
+
+# ------------------------------------------------------------------------------------------ lm-evaluation-harness
+def twin_interface(student, tokenizer, calls, steps, seed):
+    """The masked twin as the harness' LM: log-likelihoods are minus the bound."""
+    from lm_eval.api.model import LM
+    most = student.lm.config.max_position_embeddings
+
+    class Twin(LM):
+        def ids(self, context, rest):
+            head, both = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (context, context + rest))
+            same = next((i for i, (x, y) in enumerate(zip(head, both, strict=False)) if x != y), len(head))
+            ids = torch.tensor([tokenizer.eos_token_id or 0, *both], device=student.shift.device)
+            cut = max(0, len(ids) - most)                         # a token across the border belongs to the rest
+            return ids[cut:], min(max(1, 1 + same - cut), len(ids) - cut - 1)
+
+        def loglikelihood(self, requests):
+            """[(log p(rest | context), whether filling the rest greedily, most certain first, gives it)]"""
+            out = []
+            for i, request in enumerate(requests):
+                ids, given = self.ids(*request.args)
+                hide = (torch.arange(len(ids), device=ids.device) >= given)[None]
+                greedy = masked.fill(student, ids[None], hide, int(hide.sum()), temperature=0.0)[0]
+                out.append((-masked.likelihood(student, ids, calls, seed, given, key=i)[0], torch.equal(greedy, ids)))
+            return out
+
+        def loglikelihood_rolling(self, requests):
+            """[log p(text)], in windows of the model's length; the last token of one is the given first of the next."""
+            out = []
+            for request in requests:
+                rest = tokenizer(request.args[0], add_special_tokens=False)["input_ids"]
+                ids = torch.tensor([tokenizer.eos_token_id or 0, *rest], device=student.shift.device)
+                windows = [ids[lo:lo + most] for lo in range(0, len(ids) - 1, most - 1)]         # of 2 tokens at least
+                out.append(-masked.text_likelihood(student, windows, calls, seed)[0])
+            return out
+
+        def generate_until(self, requests):
+            """Greedy tokens, most certain first, cut at the first stop string."""
+            out = []
+            for request in requests:
+                context, how = request.args
+                new = min(how.get("max_gen_toks", 64), most - 1)
+                head = self.ids(context, "")[0][-(most - new):]
+                ids = torch.cat([head, head.new_full((new,), student.mask_id)])[None]
+                text = tokenizer.decode(masked.fill(student, ids, ids == student.mask_id, min(steps, new),
+                                                    temperature=0.0)[0, len(head):])
+                stops = [how["until"]] if isinstance(how.get("until"), str) else how.get("until") or []
+                out.append(min((text.split(stop)[0] for stop in stops if stop), key=len, default=text))
+            return out
+
+    return Twin()
+
+
+def known(tasks, path):
+    """The harness' TaskManager. Raises UserError where the package or a task is not there."""
+    try:
+        import lm_eval.models.huggingface  # noqa: F401
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UserError(f"--harness needs a package ({error}); install it with: pip install 'lm-eval[hf]'") from None
+    manager = TaskManager(include_path=path or None, include_defaults=not path)
+    unknown = [t for t in tasks if t not in manager.all_tasks]
+    if unknown:
+        raise UserError(f"--harness {unknown[0]}: lm-evaluation-harness knows no such task; describe it in a yaml file "
+                        "and pass its folder as --harness_path")
+    return manager
+
+
+def harness(models, tokenizer, tasks, path, limit, calls, seed):
+    """models: name -> a transformers model or a masked.Student. Returns {name: {task: {metric: value}}}."""
+    manager, out = known(tasks, path), {}
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    for name, model in models.items():
+        face = twin_interface(model, tokenizer, calls, 64, seed) if isinstance(model, masked.Student) else HFLM(
+            pretrained=model, tokenizer=tokenizer)
+        found = simple_evaluate(face, tasks=list(tasks), task_manager=manager, limit=limit or None, bootstrap_iters=0)
+        out[name] = {task: {k: v for k, v in row.items() if isinstance(v, (int, float))}
+                     for task, row in found["results"].items()}
+    return out
 
 
 def section(some, tasks):
-    """Bits per byte, cloze accuracy, and the harness' tasks where they were asked for."""
-    kinds = list(next(iter(some["cloze"].values())))
+    """Bits per byte, and the harness' tasks where they were asked for."""
     windows = ", ".join(f"{n} of {title}" for title, n in some["windows"].items())
     rows = [[name, *(f"{t['bits_per_byte']:.3f}" + (f" +- {t['se']:.3f}" if t["se"] is not None else "")
-                     for t in texts.values()), *(f"{v:.0%}" for v in some["cloze"][name].values())]
-            for name, texts in some["bits"].items()]
+                     for t in texts.values())] for name, texts in some["bits"].items()]
     return ["## Zero-shot", "", f"Bits per byte over windows of 128 tokens ({windows}; a twin's is an upper bound, "
-            f"{some['calls']} calls a window, +- standard error of the estimate), and which of two tokens comes next "
-            f"({some['questions']} questions a kind, half of them right by chance).", "",
-            table(["model", *some["windows"], *kinds], rows), "",
+            f"{some['calls']} calls a window, +- standard error of the estimate).", "",
+            table(["model", *some["windows"]], rows), "",
             *(f"- lm-evaluation-harness, {name}, {task}: " + ", ".join(f"{k} {v:.4g}" for k, v in row.items())
               for name, found in tasks.items() for task, row in found.items()), ""]

@@ -34,12 +34,11 @@ PLAIN, DOUBLE, FOURFOLD = "--objective regression", "--lr 0.04 --lr_adam 4e-3", 
 BLOCK = "--attention block --context"
 STUDIES = {  # study -> the stage that its cells are runs of (see KINDS), layers, {variant: flags of the stage}
     "objective": ("bridge", (1, 4, 7), {"diffusion": "", "regression": PLAIN}),
-    # looped: as many parameters and calls without noise; both objectives at rates of their own
+    # both objectives at rates of their own
     "regression": ("bridge", (1, 4, 7), {
         "diffusion": "", "diffusion, lr x 2": DOUBLE, "diffusion, lr x 4": FOURFOLD,
         "diffusion, lr x 2, a quarter at t = 1": f"--atom 0.25 {DOUBLE}",
-        "regression": PLAIN, "regression, lr x 2": f"{PLAIN} {DOUBLE}", "regression, lr x 4": f"{PLAIN} {FOURFOLD}",
-        "regression, lr x 2, looped 4 times": f"{PLAIN} --loops 4 {DOUBLE}"}),
+        "regression": PLAIN, "regression, lr x 2": f"{PLAIN} {DOUBLE}", "regression, lr x 4": f"{PLAIN} {FOURFOLD}"}),
     # a constant learning rate, so that steps to a loss can be read off
     "align": ("repr_align", (None,), {
         f"w = {w}{'' if freeze == 'embed' else ', nothing frozen'}{', 60k tokens' if few else ''}":
@@ -145,7 +144,7 @@ def read_bridge(result, _):
 
 def best_regression(name, arms):
     """The regression of lowest KL over its learning rates: chosen on the texts that judge, so if anything too good."""
-    plain = [n for n in arms if n.split(",")[0] == "regression" and "looped" not in n]
+    plain = [n for n in arms if n.split(",")[0] == "regression"]
     return min(plain, key=lambda n: statistics.mean(r["nfe"][used(r)]["kl"] for r in arms[n]), default=None)
 
 

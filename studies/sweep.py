@@ -7,9 +7,9 @@
 Every layer of a backbone gets the same network, batches and steps; each run is an ordinary one of bridge.py under
 --out, so an interrupted sweep goes on where it stopped. Beside them stand bridges that need no training, fitted on the
 very windows that the bridges saw, predictors that need no geometry, all variants of the score, and what is left of a
-layer once h[0] is known. From the logs of the runs: how much worse is the layer that each way of choosing takes, and
-what does choosing cost? Which backbones count is decided by RULES, not by hand. Writes sweep.png, regret.png,
-section.md and result.json to --out.
+layer once h[0] is known, and a rule learned on the other backbones. What choosing a layer by them is worth, and costs,
+is core/regret.py's. Which backbones count is decided by RULES, not by hand. Writes sweep.png, regret.png, section.md
+and result.json to --out.
 
 Letters: B batch, T tokens, D hidden width, V vocabulary, L blocks, C layers swept, R resamples.
 """
@@ -19,7 +19,6 @@ if not __package__:
     print("error: start it as: python -m studies.sweep", file=sys.stderr)
     raise SystemExit(2)
 import itertools
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,15 +27,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import data
 import geometry as locate
-from core import backbone, cache, report
+from core import backbone, cache, denoiser, regret, report
 from core.common import UserError, entry, parse, setup
-from core.conditional import errors, fit
+from core.conditional import GUESSES, errors, fit, guesses, joined
+from core.diffusion import position_noise, sample
 from core.draws import generator
-from core.run import Run, finished, read_json
-from core.stats import paired, permutation_p, plus_minus, spearman, verdict
+from core.run import Run, finished, read_json, write_json
+from core.stats import paired, permutation_p, plus_minus, ranks, spearman, verdict
 from studies.ablate import ROOT, execute, stage
 
 
@@ -46,20 +47,25 @@ class Config:
     data: str = "stdlib"        # a folder of shards of --model; or the text of the backbones that --pool trains
     out: str = "out/sweep"      # folder of the runs and the report
     pool: bool = False          # also on the backbones of POOL, made under --out
+    beside: str = ""            # result.json of another sweep, or of a report with one: its backbones count too
     layers: str = ""            # only these, such as 1,4,7 (empty: 1 to L - 1)
     seeds: int = 3              # training seeds on the model (one on the others)
     cache_states: bool = False  # keep the prefix states of all layers under --out: one pass a seed, not one a bridge
     blocks: int = 2             # of every bridge (0: as many as it replaces)
     steps: int = 300            # of each bridge
     batch_size: int = 8         # sequences a step
+    seq_len: int = 128          # tokens a sequence
     eval_batches: int = 512     # held-out sequences of all numbers
     jobs: int = 2               # runs at a time, one thread each
     seed: int = 0               # the first training seed
     dry_run: bool = False       # print the commands, then leave
+    MEASURES = ("beside",)
 
 
 NFE, SKIP = 8, 4                     # calls of a bridge; first positions left out: attention sinks, as in bridge.py
+PART = 64                            # held-out sequences measured at a time: what a killed study may lose
 DECODED = ("token mean",)            # guesses whose KL is measured too
+LEARNED = "a ridge over all, learned on the other backbones"
 ERRORS = {"fvu": "FVU", "kl": "KL", "ce_gap": "CE gap"}    # of a bridge: bridgeability is their absence
 COLUMNS = {**ERRORS, **{f"regression_{key}": f"regression: {name}" for key, name in ERRORS.items()}}
 MIN_STEPS, TIE, MARGIN = 300, 0.02, 0.1                    # see RULES; a difference in rho within MARGIN is a tie
@@ -104,8 +110,8 @@ def cells(cfg, home, model, shards, main=True):
         folder = home / f"{kind}_layer{layer}_seed{seed}"
         yield kind, layer, folder, stage("bridge", model, shards, folder, (
             f"--layer {layer} --seed {seed} --objective {kind} --blocks {cfg.blocks} --steps {cfg.steps} "
-            f"--seq_len 128 --batch_size {cfg.batch_size} --nfe {NFE} --nfes {NFE} --noise_seeds 1 "
-            f"--eval_batches {cfg.eval_batches}"),
+            f"--seq_len {cfg.seq_len} --batch_size {cfg.batch_size} --nfe {NFE} --nfes {NFE} --noise_seeds 1 "
+            f"--log_every {max(1, cfg.steps // 6)} --eval_batches 8"),           # a glance: collect() measures all
             *["--cache_states", str(home / f"states{seed}")] * cfg.cache_states)
 
 
@@ -115,8 +121,8 @@ def keep_states(cfg, home, model, shards, work):
     layers = sorted({layer for layer, _ in left})
     for seed in sorted({int(folder.name.split("seed")[-1]) for _, folder in left}) if cfg.cache_states else ():
         lm = backbone.load(str(model), torch.device("cpu"), torch.float32, blocks=layers[-1])
-        how = SimpleNamespace(seed=seed, steps=cfg.steps, batch_size=cfg.batch_size, seq_len=128)
-        cache.write(home / f"states{seed}", lm, data.Tokens(shards, "train", 128), layers, how,
+        how = SimpleNamespace(seed=seed, steps=cfg.steps, batch_size=cfg.batch_size, seq_len=cfg.seq_len)
+        cache.write(home / f"states{seed}", lm, data.Tokens(shards, "train", cfg.seq_len), layers, how,
                     backbone.identity(str(model)))
 
 
@@ -154,17 +160,29 @@ def correlations(geometry, rows, seed=0):
     return out
 
 
+def shared(found):
+    """Names of the predictors that all of these backbones have, but for what is made of them."""
+    return [n for n in found[0]["predictors"] if n != LEARNED and all(n in b["predictors"] for b in found)]
+
+
+def learned(found, error, penalty=1.0):
+    """A value for each layer of each backbone: ridge regression of minus the bridges' `error` on all predictors, both
+    as ranks within a backbone, fitted on the other backbones only. The penalty is not tuned."""
+    names = shared(found)
+    x = [np.array([ranks(b["predictors"][n]) for n in names]).T for b in found]                        # (C, n) each
+    y = [ranks(negative(error, b)) for b in found]                                                      # (C,) each
+    for i, mine in enumerate(x):
+        a, b = np.concatenate(x[:i] + x[i + 1:]), np.concatenate(y[:i] + y[i + 1:])
+        yield (mine @ np.linalg.solve(a.T @ a + penalty * np.eye(len(names)), a.T @ b)).tolist()
+
+
 def corrected(found, draws=20000, seed=0):
     """name -> {rho, p}: mean Spearman with -FVU over the backbones, and how often the *best* of all predictors does as
     well when the layers of every backbone stand in random order (one-sided; the given order is counted as one)."""
-    names = [n for n in found[0]["predictors"] if all(n in b["predictors"] for b in found)]
+    names = shared(found)
     rho, chance, draw = np.zeros(len(names)), np.zeros((draws, len(names))), generator(seed, "permuted layers")
-
-    def ranks(x):
-        x = np.array([sum(np.array(x) < v) + sum(np.array(x) <= v) for v in x], float)
-        return (x - x.mean()) / max(np.linalg.norm(x - x.mean()), 1e-12)
     for b in found:
-        theirs, goal = np.array([ranks(b["predictors"][n]) for n in names]), ranks(negative("fvu", b))
+        theirs, goal = np.array([ranks(b["predictors"][n]) for n in names]), ranks(negative("fvu", b))   # (n, C), (C,)
         orders = draw.permuted(np.tile(np.arange(len(goal)), (draws, 1)), axis=1)                   # (draws, C)
         rho, chance = rho + theirs @ goal / len(found), chance + goal[orders] @ theirs.T / len(found)
     p = (1 + (chance.max(1)[:, None] >= rho - 1e-9).sum(0)) / (1 + draws)
@@ -208,68 +226,6 @@ RULES = {  # why a backbone says nothing about LOCATE -> test of its entry in th
         mean(row["fvu"]) < row["untrained"]["token mean"]["fvu"] for row in b["layers"]) < 0.5,
     f"FVU is {TIE:.0%} apart at fewer than half of its layers": lambda b: values_apart(b) < len(b["layers"]) / 2,
 }
-
-
-# --------------------------------------------------------------------------------------------- what LOCATE is worth
-WORTH = {  # what makes a layer the best -> function of (loss, layer), low is good
-    "KL": lambda loss, layer: loss,
-    "KL per replaced block": lambda loss, layer: loss / layer,                 # replacing more is worth more
-}
-CHOOSERS = {"score": "score", "conditional (ridge)": "-FVU, ridge", "depth": "-layer"}       # name -> predictor
-
-
-def losses_at(log):
-    """step -> mean training loss over the window that ends there, from the lines of a bridge's log.jsonl. Texts, noise
-    levels and noises are the same at every layer, and the texts are new to it: as good as validation, and free."""
-    return {row["step"]: float(np.dot(row["loss_by_t"], row["count_by_t"]) / max(1, sum(row["count_by_t"])))
-            for row in map(json.loads, log) if "loss_by_t" in row}
-
-
-def halving(curves, start, first, worth):
-    """Successive halving -> (chosen layer, steps spent). curves: layer -> {step: loss}, of equal steps. The layers
-    `start` train `first` steps, the better half goes on to the next logged step at least twice as far, and so on; the
-    last one trains to the end."""
-    steps, alive, at, spent = sorted(curves[start[0]]), list(start), first, 0
-    while len(alive) > 1:
-        rank = sorted(alive, key=lambda layer: worth(curves[layer][at], layer))
-        alive = rank[:1 if at == steps[-1] else len(rank) // 2]
-        spent += at * (len(rank) - len(alive))
-        at = next((step for step in steps if step >= 2 * at), steps[-1])
-    return alive[0], spent + steps[-1]
-
-
-def regrets(curves, kl, choosers, worth):
-    """strategy -> [[spent, regret]], cheapest first. curves: layer -> {step: loss}; kl: layer -> KL of its bridge;
-    choosers: name -> {layer: value, high is good}.
-
-    Regret: what the chosen layer's bridge, fully trained, is worse than the best layer's. Spent: steps of all bridges,
-    in units of one bridge's training, the chosen one's own included: to choose without training costs 1."""
-    layers, steps = sorted(kl), sorted(next(iter(curves.values())))
-    final = {layer: worth(kl[layer], layer) for layer in layers}
-    best, starts = min(final.values()), {"halving": layers}
-    out = {"random layer": [[1.0, mean(final.values()) - best]]}
-    for name, values in choosers.items():
-        order = sorted(layers, key=values.get, reverse=True)
-        out[name], starts[f"{name}'s half, halving"] = [[1.0, final[order[0]] - best]], order[:-(-len(order) // 2)]
-    for name, start in starts.items():
-        found = [halving(curves, start, first, worth) for first in steps]
-        out[name] = sorted([spent / steps[-1], final[layer] - best] for layer, spent in found)
-    return {**out, "all layers": [[float(len(layers)), 0.0]]}
-
-
-def worth_of_locate(rows, predictors, logs):
-    """criterion -> strategy -> [[spent, mean regret, its sd]] over training seeds. logs: (layer, seed) -> lines."""
-    choosers = {name: dict(zip([r["layer"] for r in rows], predictors[p], strict=True))
-                for name, p in CHOOSERS.items() if p in predictors}
-    curves, found = {key: losses_at(log) for key, log in logs.items()}, {}
-    shared = set.intersection(*map(set, curves.values()))                      # older runs may have logged less often
-    for name, worth in WORTH.items():
-        by_seed = [regrets({r["layer"]: {step: curves[r["layer"], seed][step] for step in shared} for r in rows},
-                           {r["layer"]: r["kl"][seed] for r in rows}, choosers, worth)
-                   for seed in range(len(rows[0]["kl"]))]
-        found[name] = {strategy: np.concatenate([np.mean(of, 0), np.std(of, 0)[:, 1:]], 1).tolist()
-                       for strategy in by_seed[0] for of in [np.array([b[strategy] for b in by_seed])]}
-    return found
 
 
 # --------------------------------------------------------------------------------------------------------- report
@@ -328,41 +284,13 @@ def section(result):
                   [[name, key.replace("|", "\\|"), of["fvu"]["pairs"], *(of[e]["right"] for e in ERRORS)]
                    for name, key, of in some])] if some else []
     if len(found) > 1:
-        gaps = [("score", over, error, a) for error, some in result["against_depth"].items()
-                for over, a in some.items()]
-        gaps += [(name, "kept" if result["kept"] else "all", error, a)
-                 for name, some in result.get("conditional_against_depth", {}).items() for error, a in some.items()]
-        lines += ["", "rho of a predictor minus rho of depth: by backbone, median with bootstrap interval, verdict on "
-                  "the mean.", "", report.table(
-                      ["predictor", "error", "over", *found, "median", "95%", "against depth"],
-                      [[name, ERRORS[error], over, *(f"{a['gaps'][n]:+.2f}" if n in a["gaps"] else None for n in found),
+        lines += ["", "Over the same: rho of a predictor minus rho of depth, by backbone, median with bootstrap "
+                  "interval, verdict on the mean.", "", report.table(
+                      ["predictor", "error", *found, "median", "95%", "against depth"],
+                      [[name, ERRORS[error], *(f"{a['gaps'][n]:+.2f}" if n in a["gaps"] else None for n in found),
                         f"{a['median']:+.2f}", "[{:+.2f}, {:+.2f}]".format(*a["interval"]), a["verdict"]]
-                       for name, over, error, a in gaps])]
-    return "\n".join([*lines, *section_of_worth(found), ""])
-
-
-def section_of_worth(found):
-    """Regret against training spent, both ends of each strategy's curve."""
-    some = {name: b["regret"] for name, b in found.items() if "regret" in b}
-    rows = [[name, criterion, strategy, *(f"{spent:.2f}: {regret:.4f} +- {sd:.4f}" for spent, regret, sd in (
-        points[0], points[-1]))] for name, of in some.items() for criterion, strategies in of.items()
-        for strategy, points in strategies.items()]
-    return ["", "What LOCATE is worth. Spent: steps of all bridges over those of one, the chosen one's own included; "
-            "regret: nats of KL above the best layer's bridge, mean +- sd over training seeds. Halving goes by "
-            "training loss; a half is a chooser's better half of the layers.", "", report.table(
-                ["backbone", "by", "strategy", "least spent: regret", "most spent: regret"], rows), "",
-            "![regret against training spent](regret.png)"] if rows else []
-
-
-def draw_worth(found, path):
-    """Regret against training spent: a column a backbone, a row a criterion."""
-    criteria = list(next(iter(found.values()))["regret"])
-    with report.figure(path, len(criteria), len(found), 4.2, 3.3) as axes:
-        for column, (name, b) in zip(axes.T, found.items(), strict=True):
-            for ax, criterion in zip(column, criteria, strict=True):
-                for strategy, points in b["regret"][criterion].items():
-                    ax.plot([p[0] for p in points], [p[1] for p in points], "o-", markersize=4, label=strategy)
-                ax.set(title=name, xlabel="training spent, in bridges", ylabel=f"regret, {criterion} (nats)")
+                       for name, some in result["against_depth"].items() for error, a in some.items()])]
+    return "\n".join([*lines, *regret.section(found), ""])
 
 
 def draw(result, path):
@@ -383,34 +311,47 @@ def draw(result, path):
 
 
 # ----------------------------------------------------------------------------------------------------------- main
+def measured(lm, guesses, rows, home):
+    """core.conditional's errors, PART sequences at a time, each part kept under `home`: a rerun measures the rest."""
+    parts = []
+    for i, some in enumerate(tqdm(rows.split(PART), desc="held-out sequences", leave=False, disable=None)):
+        file = home / f"errors{i}.json"
+        if not file.exists() or read_json(file)["of"] != [len(some), *map(list, guesses.values())]:
+            write_json(file, {"of": [len(some), *map(list, guesses.values())], "sums": errors(lm, guesses, some, SKIP)})
+        parts.append(read_json(file)["sums"])
+    return joined(parts)
+
+
 def collect(cfg, model, shards, work):
     """The entry of one backbone in the result, from its finished runs and the bridges that need no training."""
-    done, logs, rows = {}, {}, []
-    for kind, layer, folder, _ in work:
-        done.setdefault((kind, layer), []).append(read_json(folder / "result.json"))
-        if kind == "diffusion":
-            logs[layer, len(done[kind, layer]) - 1] = (folder / "log.jsonl").read_text().splitlines()
-    geometry, layers = done["geometry", 0][0], sorted({layer for _, layer in done} - {0})
-    train, slots, held_out = data.Tokens(shards, "train", 128), range(cfg.batch_size), data.Tokens(
-        shards, "val", 128).windows(cfg.eval_batches)
+    logs, rows, cpu = {}, [], torch.device("cpu")
+    geometry, layers = read_json(work[0][2] / "result.json"), sorted({layer for _, layer, *_ in work} - {0})
+    train, slots, held_out = data.Tokens(shards, "train", cfg.seq_len), range(cfg.batch_size), data.Tokens(
+        shards, "val", cfg.seq_len).windows(cfg.eval_batches)
     seen = torch.cat([train.batch(cfg.seed, step, slots, cfg.batch_size)[:, :-1] for step in range(cfg.steps)])
-    lm, flags = backbone.load(str(model), torch.device("cpu"), torch.float32), locate.Config(**geometry["flags"])
-    texts = locate.held_out(flags, shards)[:, :-1]
-    known = fit(lm, range(1, lm.L), train.windows(64, cfg.seed)[:, :-1], seen, held_out, SKIP, cfg.seed)
-    left = locate.residual(lm, known, texts, flags)
-    free = errors(lm, {layer: known[layer] for layer in layers}, held_out, DECODED, SKIP)
+    lm, flags = backbone.load(str(model), cpu, torch.float32), locate.Config(**geometry["flags"])
+    known = fit(lm, layers, train.windows(64, cfg.seed)[:, :-1], seen, held_out, SKIP, cfg.seed)
+    left = locate.residual(lm, known, locate.held_out(flags, shards)[:, :-1], flags)
+    asked, noise = guesses(known, DECODED, SKIP), position_noise(0, range(cfg.seq_len), lm.D, cpu)
+    for kind, layer, folder, _ in work[1:]:
+        net = denoiser.load(folder, cpu)[0]
+        asked[layer][folder.name] = net, lambda z, c, ids, net=net: sample(net, c, NFE, noise), True
+        if kind == "diffusion":
+            logs[layer, sum(layer == n for n, _ in logs)] = (folder / "log.jsonl").read_text().splitlines()
+    found = measured(lm, asked, held_out, work[0][2].parent)
     for layer in layers:
-        row = {"layer": layer, "score": geometry["layers"][layer - 1]["score"], "untrained": free[layer],
-               "residual": {name: float(values[layer - 1]) for name, values in left.items()}}
-        for kind, calls, mark in (("diffusion", NFE, ""), ("regression", 1, "regression_")):
-            last = [r["nfe"][str(calls)] for r in done.get((kind, layer), [])]
-            row |= {mark + key: [r[key] for r in last] for key in ERRORS if last}
+        row = {"layer": layer, "score": geometry["layers"][layer - 1]["score"],
+               "untrained": {name: found[layer][name] for name in GUESSES},
+               "residual": {name: float(values[layers.index(layer)]) for name, values in left.items()}}
+        for kind, mark in (("diffusion", ""), ("regression", "regression_")):
+            mine = [of for name, of in found[layer].items() if name.startswith(kind)]
+            row |= {mark + key: [of[key] for of in mine] for key in ERRORS if mine}
         rows.append(row)
     about = read_json(model / "config.json").get("dihal", {}).get("config", {})
     out = {"layers": rows, "seeds": len(rows[0]["fvu"]), "trained_steps": about.get("steps", MIN_STEPS),
-           "eval_sequences": done["diffusion", layers[0]][0]["eval_sequences"],
+           "eval_sequences": len(held_out),
            "predictors": predictors(geometry, rows), "correlations": correlations(geometry, rows)}
-    out["regret"] = worth_of_locate(rows, out["predictors"], logs)
+    out["regret"] = regret.worth_of_locate(rows, out["predictors"], logs)
     out["disagreements"] = {name: {error: disagreements(out, name, error) for error in ERRORS} for name in out[
         "predictors"] if name == "score" or name.startswith("-FVU")}
     return {**out, "excluded": [why for why, holds in RULES.items() if holds(out)]}
@@ -428,11 +369,15 @@ def main(argv):
         print("\n".join(" ".join(command) for *_, command in cells(cfg, out / first, *own)))
         return None
     identity, pool = {"base": backbone.identity(cfg.model)}, POOL if cfg.pool else {}
-    if (result := finished(cfg, identity)) and set(pool) <= set(result["backbones"]):    # else: POOL has a new one
+    result = finished(cfg, identity, quiet=True) or {"backbones": {}, "measures": {}}
+    if {first, *pool} <= set(result["backbones"]) and result["measures"].get("beside", "") == cfg.beside:
         print(section(result))
         return result
     run, found = Run(cfg, setup("cpu"), identity), {}
     for name, make in {first: lambda cfg, home: own, **pool}.items():
+        if name in result["backbones"]:                     # finished: POOL has a new one, or --beside is another
+            found[name] = result["backbones"][name]
+            continue
         home = out / name.split(" (")[0].replace(" ", "_")
         home.mkdir(parents=True, exist_ok=True)
         model, shards = make(cfg, home)
@@ -440,23 +385,28 @@ def main(argv):
         keep_states(cfg, home, model, shards, work)
         execute([(f"{home.name}, {folder.name}", command) for *_, folder, command in work], cfg.jobs)
         found[name] = collect(cfg, model, shards, work)
+    if cfg.beside:
+        other = read_json(cfg.beside, "--beside wants the result.json of a sweep, or of a report that holds one")
+        found |= {name: b for name, b in other.get("sweep", other)["backbones"].items() if name not in found}
     kept = {name: b for name, b in found.items() if not b["excluded"]}
-    result = {**identity, "backbones": found, "kept": list(kept), "nfe": NFE,
-              **{k: getattr(cfg, k) for k in ("steps", "blocks", "batch_size", "seed")},
-              "corrected": corrected(list((kept or found).values())), "against_depth": {
-                  error: {title: against_depth(some, error) for title, some in (("all", found), ("kept", kept)) if some}
-                  for error in ERRORS}, "conditional_against_depth": {
-                  name: {error: against_depth(kept or found, error, name) for error in ERRORS}
-                  for name in found[first]["disagreements"] if name != "score"}}
-    rho, a = found[first]["correlations"], list(result["against_depth"]["fvu"].values())[-1]
+    counted = kept or found
+    many, rivals = corrected(list(counted.values())), list(found[first]["disagreements"])
+    if len(counted) > 2:                                    # else a rule would be learned on one
+        for b, values in zip(counted.values(), learned(list(counted.values()), "kl"), strict=True):
+            b["predictors"][LEARNED] = values
+        rivals.append(LEARNED)
+    result = {**identity, "backbones": found, "kept": list(kept), "nfe": NFE, "corrected": many,
+              **{k: getattr(cfg, k) for k in ("steps", "blocks", "batch_size", "seed")}, "against_depth": {
+                  name: {error: against_depth(counted, error, name) for error in ERRORS} for name in rivals}}
+    rho, a = found[first]["correlations"], result["against_depth"]["score"]["fvu"]
     result["headline"] = [
         [f"score and bridgeability, {first}",
          f"rho {rho['score']['rho']:.2f}, of depth alone {rho['-layer']['rho']:.2f}"],
         [f"score minus depth, {len(a['gaps'])} backbones", "median {:+.2f} [{:+.2f}, {:+.2f}]".format(
-            a["median"], *a["interval"])]][:1 + bool(pool)]
+            a["median"], *a["interval"])]][:len(found)]
     result["findings"] = list(findings(result))
     draw(result, run.out / "sweep.png")
-    draw_worth(found, run.out / "regret.png")
+    regret.draw(found, run.out / "regret.png")
     run.finish(result, section(result))
     print(section(result))
     return run.result

@@ -6,7 +6,7 @@ import torch
 from conftest import tiny_model
 
 import geometry
-from core import backbone, conditional, denoiser, measure
+from core import backbone, conditional, denoiser, diffusion, measure
 from core.conditional import GUESSES
 
 SKIP = 4
@@ -24,11 +24,17 @@ def known_of(lm, train, wanted, layers=(0, 3), probe_steps=1):
     return conditional.fit(lm, layers, train[:16], train, wanted, SKIP, probe_steps=probe_steps)
 
 
+def numbers_of(lm, known, held_out, decoded=()):
+    """layer -> guess -> its numbers, from two sets of rows."""
+    asked = conditional.guesses(known, decoded, SKIP)
+    return conditional.joined([conditional.errors(lm, asked, rows, SKIP) for rows in held_out.split([2, 4])])
+
+
 def test_guesses_have_the_error_they_must(toy):
     """Layer 0 is the condition itself: identity, ridge and, but for one pseudo-count, the token's mean all know it."""
     lm, train, held_out = toy
     known = known_of(lm, held_out[:, :-1], held_out)
-    found = conditional.errors(lm, known, held_out, ("identity", "token mean"), SKIP)
+    found = numbers_of(lm, known, held_out, ("identity", "token mean"))
     assert list(found[0]["identity"].values()) == pytest.approx([0, 0, 0], abs=1e-6) and found[0]["ridge"]["fvu"] < 0.02
     assert 0 < found[0]["token mean"]["fvu"] < 0.5                             # shrunk by one pseudo-count
     assert found[0]["token mean"]["kl"] > 1e-4 and set(found[0]["ridge"]) == {"fvu"}
@@ -57,30 +63,24 @@ def test_the_ridge_is_that_of_the_normal_equations(toy):
 
 def test_the_probe_begins_as_the_ridge_and_learns(toy):
     lm, train, held_out = toy
-    none, some = (conditional.errors(lm, known_of(lm, train, held_out, (1,), steps), held_out, skip=SKIP)[1]
+    none, some = (numbers_of(lm, known_of(lm, train, held_out, (1,), steps), held_out)[1]
                   for steps in (0, 25))
     assert none["one-block probe"]["fvu"] == pytest.approx(none["ridge"]["fvu"], rel=1e-5)
     assert some["ridge"]["fvu"] == pytest.approx(none["ridge"]["fvu"], rel=1e-5)
     assert some["one-block probe"]["fvu"] < 0.98 * some["ridge"]["fvu"]
 
 
-def test_errors_are_those_of_a_bridge(toy, monkeypatch):
-    """A regression bridge that answers as a guess does has that guess's numbers in measure.py."""
-    class Answer(torch.nn.Module):
-        def __init__(self, at):
-            super().__init__()
-            self.settings = {**at.net.settings, "objective": "regression"}
-            self.at, self.standard_z, self.standard_c, self.hidden = at, at.z, at.c, at.net.hidden
-
-        def forward(self, x, c, t, *_, **__):
-            return torch.cat([self.true[:, :SKIP], GUESSES["ridge"](self.at, c, None)[:, SKIP:]], 1)
+@pytest.mark.parametrize("objective", ["diffusion", "regression"])
+def test_errors_are_those_of_a_bridge(toy, objective):
+    """A trained bridge among the guesses has the numbers that measure.py gives it."""
     lm, train, held_out = toy
-    at = known_of(lm, train, held_out)[3]
-    answer = Answer(at)
-    answer.true = at.z(lm.through(lm.embed(held_out[:, :-1]), 0, 3))
+    net = denoiser.Bridge(lm.D, 32, 1, 1, objective)
+    denoiser.calibrate(lm, net, train[:16], 3, SKIP)
     how = SimpleNamespace(skip=SKIP, noise_seeds=1, sampler="euler", shift=1.0)
-    theirs = measure.measure(lm, answer, held_out, 3, (1,), how)[0]["1"]
-    mine = conditional.errors(lm, {3: at}, held_out, ("ridge",), SKIP)[3]["ridge"]
+    theirs = measure.measure(lm, net, held_out, 3, (2,), how)[0]["2"]
+    noise = diffusion.position_noise(0, range(held_out.shape[1] - 1), lm.D, "cpu")
+    asked = {3: {"mine": (net, lambda z, c, ids: diffusion.sample(net, c, 2, noise), True)}}
+    mine = conditional.joined([conditional.errors(lm, asked, rows, SKIP) for rows in held_out.split([5, 1])])[3]["mine"]
     assert mine == pytest.approx({key: theirs[key] for key in mine}, rel=1e-4) and len(mine) == 3
 
 
@@ -107,6 +107,10 @@ def test_the_residual_is_what_the_ridge_leaves(family):
     cfg = geometry.Config(tokens=600, seq_len=20, pool=400, anchors=50, k=6, batch_size=8)
     known = conditional.fit(lm, range(1, lm.L), rows[:8, :-1], rows[:, :-1], rows, cfg.skip, probe_steps=0)
     found = geometry.residual(lm, known, rows[:, :-1], cfg)
+    some = geometry.residual(lm, {layer: known[layer] for layer in list(known)[:-1]}, rows[:, :-1], cfg)
+    raw = "stiffness of the residual"
+    assert all(len(values) == len(known) - 1 for values in some.values())       # only the layers it is asked for
+    assert some[raw].argmax() == 0 and len(found[raw]) == len(known)
     assert int(found["stiffness of the residual"].argmax()) == int(found["curvature of the residual"].argmax()) == 0
     assert set(found) == {"score of the residual", "score of the residual, raw", *(
         f"{name} of the residual" for name in geometry.PROXIES)}

@@ -30,18 +30,18 @@ def test_all_three_models_in_the_harness(runs, tmp_path):
     from lm_eval.api.instance import Instance
 
     import hybrid
-    from core import backbone, harness, masked
+    from core import backbone, masked, zeroshot
     from core.common import UserError
     local_task(tmp_path)
     student, tokenizer = masked.load_converted(runs / "repr_align" / "w0", torch.device("cpu"), torch.float32)
     models = {"AR": backbone.load(runs / "toy", torch.device("cpu"), torch.float32).model,
               "hybrid": hybrid.from_bridge(runs / "bridge"), "twin": student}
-    found = harness.evaluate_models(models, data_tokenizer(runs), ["bracket"], str(tmp_path), 0, 8, 0)
+    found = zeroshot.harness(models, data_tokenizer(runs), ["bracket"], str(tmp_path), 0, 8, 0)
     assert set(found) == set(models) and all(0 <= f["bracket"]["acc,none"] <= 1 for f in found.values())
     with pytest.raises(UserError, match="knows no such task"):
-        harness.evaluate_models(models, tokenizer, ["chess"], str(tmp_path), 0, 8, 0)
+        zeroshot.harness(models, tokenizer, ["chess"], str(tmp_path), 0, 8, 0)
 
-    face = harness.twin_interface(student, tokenizer, 64, 8, 0)
+    face = zeroshot.twin_interface(student, tokenizer, 64, 8, 0)
     context, rest = "x = (1", ")"
     (got, greedy), = face.loglikelihood([Instance("loglikelihood", {}, (context, rest), 0)])
     head, both = (tokenizer(t)["input_ids"] for t in (context, context + rest))

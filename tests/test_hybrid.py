@@ -134,7 +134,7 @@ def test_cached_logits_equal_recomputed_ones(family):
 @pytest.mark.parametrize("layer", [1, 4])
 @torch.no_grad()
 def test_cached_logits_at_every_nfe_and_layer(nfe, layer):
-    model = random_hybrid("qwen3", "regression", layer=layer, nfe=nfe, loops=nfe)
+    model = random_hybrid("qwen3", "regression", layer=layer, nfe=nfe)
     want = model(TOKENS, use_cache=False).logits
     assert torch.allclose(cached_logits(model, TOKENS, 20), want, atol=1e-4, rtol=1e-4)
     for sampler, again in (("euler", False), ("ab2", False), ("euler", True)):

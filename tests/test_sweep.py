@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, fails, slow
 
 import data
-from core import run, stats
+from core import regret, run, stats
 from studies import sweep
 
 
@@ -108,6 +108,23 @@ def test_the_manual_is_a_corpus(tmp_path):
     assert 1 < sum(held) < len(held) / 3 and sum(map(len, documents)) > 300_000
 
 
+def test_a_rule_is_learned_on_the_other_backbones():
+    """Four backbones whose layers follow one predictor, and one on which it lies: only that one is misled, and by the
+    others. What it says of a backbone does not depend on that backbone's own bridges."""
+    gen, pool = np.random.default_rng(3), []
+    for i in range(5):
+        fvu = gen.permutation(6) / 10 + 0.1
+        b = backbone_of(gen.permutation(6).tolist(), fvu)
+        b["predictors"]["oracle"] = (fvu if i == 4 else -fvu).tolist()
+        pool.append(b)
+    rho = [stats.spearman(v, sweep.negative("kl", b)) for v, b in zip(sweep.learned(pool, "kl"), pool, strict=True)]
+    assert min(rho[:4]) > 0.6 and rho[4] < -0.8
+    other = {**pool[0], "layers": rows_of([0.] * 6, [gen.random(6)])}
+    assert next(iter(sweep.learned([other, *pool[1:]], "kl"))) == next(iter(sweep.learned(pool, "kl")))
+    pool[0]["predictors"][sweep.LEARNED] = [0.] * 6
+    assert sweep.LEARNED not in sweep.shared(pool[:1]) and set(sweep.shared(pool)) == {"score", "-layer", "oracle"}
+
+
 def test_where_score_and_depth_disagree():
     fvu = [0.3, 0.1, 0.2, 0.4]                                                 # depth would say 1 < 2 < 3 < 4
     right = backbone_of([2., 4., 3., 1.], fvu)
@@ -124,26 +141,26 @@ CURVES = {1: {10: 5., 20: 3., 40: 1.}, 2: {10: 3., 20: 2., 40: 2.}, 3: {10: 4., 
 
 
 def test_halving_by_hand():
-    kl = sweep.WORTH["KL"]
+    kl = regret.WORTH["KL"]
     # after 10: 4 and 2 stay (1 and 3 cost 10 each); after 20: 2 (4 cost 20); 2 trains to the end
-    assert sweep.halving(CURVES, [1, 2, 3, 4], 10, kl) == (2, 10 + 10 + 20 + 40)
-    assert sweep.halving(CURVES, [1, 2, 3, 4], 20, kl) == (1, 20 + 20 + 40 + 40)      # the better end is seen
-    assert sweep.halving(CURVES, [1, 2, 3, 4], 40, kl) == (1, 4 * 40)                 # all of them, whole
-    assert sweep.halving(CURVES, [3], 10, kl) == (3, 40)
-    assert sweep.halving(CURVES, [1, 2, 3], 10, kl) == (2, 10 + 10 + 40)
-    assert sweep.halving(CURVES, [1, 4], 40, sweep.WORTH["KL per replaced block"]) == (1, 80)
-    assert sweep.halving(CURVES, [2, 3], 20, sweep.WORTH["KL per replaced block"]) == (2, 60)     # 1 against 4 / 3
+    assert regret.halving(CURVES, [1, 2, 3, 4], 10, kl) == (2, 10 + 10 + 20 + 40)
+    assert regret.halving(CURVES, [1, 2, 3, 4], 20, kl) == (1, 20 + 20 + 40 + 40)      # the better end is seen
+    assert regret.halving(CURVES, [1, 2, 3, 4], 40, kl) == (1, 4 * 40)                 # all of them, whole
+    assert regret.halving(CURVES, [3], 10, kl) == (3, 40)
+    assert regret.halving(CURVES, [1, 2, 3], 10, kl) == (2, 10 + 10 + 40)
+    assert regret.halving(CURVES, [1, 4], 40, regret.WORTH["KL per replaced block"]) == (1, 80)
+    assert regret.halving(CURVES, [2, 3], 20, regret.WORTH["KL per replaced block"]) == (2, 60)     # 1 against 4 / 3
 
 
 def test_regret_by_hand():
     kl, choosers = {1: .1, 2: .2, 3: .4, 4: .5}, {"depth": {1: 4, 2: 3, 3: 2, 4: 1}, "bad": {1: 1, 2: 2, 3: 3, 4: 4}}
-    found = sweep.regrets(CURVES, kl, choosers, sweep.WORTH["KL"])
+    found = regret.regrets(CURVES, kl, choosers, regret.WORTH["KL"])
     assert found["random layer"] == [[1, pytest.approx(.2)]] and found["all layers"] == [[4, 0]]
     assert found["depth"] == [[1, 0]] and found["bad"] == [[1, pytest.approx(.4)]]
     assert found["halving"] == [[2, pytest.approx(.1)], [3, 0], [4, 0]]
     assert found["bad's half, halving"] == [[1.25, pytest.approx(.4)], [1.5, pytest.approx(.3)], [2, pytest.approx(.3)]]
     assert found["depth's half, halving"] == [[1.25, pytest.approx(.1)], [1.5, pytest.approx(.1)], [2, 0]]
-    per_block = sweep.regrets(CURVES, kl, choosers, sweep.WORTH["KL per replaced block"])   # .1 .1 .133 .125
+    per_block = regret.regrets(CURVES, kl, choosers, regret.WORTH["KL per replaced block"])   # .1 .1 .133 .125
     assert per_block["bad"] == [[1, pytest.approx(.025)]] and per_block["depth"] == [[1, 0]]
 
 
@@ -152,11 +169,11 @@ def test_worth_of_locate_from_logs():
     def log(*losses):
         return [*(json.dumps({"step": 10 * 2 ** i, "loss": 9, "loss_by_t": [loss, 7.0], "count_by_t": [4, 0]})
                   for i, loss in enumerate(losses)), '{"step": 20, "val_loss": 0.5}']
-    assert sweep.losses_at(['{"step": 5, "loss_by_t": [1.0, 4.0], "count_by_t": [2, 1]}']) == {5: 2.0}
-    assert sweep.losses_at(log(3., 2.)) == {10: 3., 20: 2.}
+    assert regret.losses_at(['{"step": 5, "loss_by_t": [1.0, 4.0], "count_by_t": [2, 1]}']) == {5: 2.0}
+    assert regret.losses_at(log(3., 2.)) == {10: 3., 20: 2.}
     rows = [{"layer": 2, "kl": [.1, .3]}, {"layer": 5, "kl": [.2, .2]}]
     logs = {(2, 0): log(1, 1), (5, 0): log(2, 2, 2), (2, 1): log(1, 3), (5, 1): log(2, 2)}
-    found = sweep.worth_of_locate(rows, {"score": [1., 2.], "-layer": [-2, -5]}, logs)["KL"]
+    found = regret.worth_of_locate(rows, {"score": [1., 2.], "-layer": [-2, -5]}, logs)["KL"]
     assert found["score"] == [[1, pytest.approx(.05), pytest.approx(.05)]]
     assert found["depth"] == [[1, pytest.approx(.05), pytest.approx(.05)]] and "conditional (ridge)" not in found
     assert found["halving"] == [[1.5, pytest.approx(.05), pytest.approx(.05)], [2, 0, 0]]
@@ -183,7 +200,7 @@ def test_the_sweep_runs(runs, tmp_path, monkeypatch, capsys):
     assert set(toy["correlations"]) >= {"score", "-layer", "score, curvature only", "-FVU, ridge", "-FVU, token mean",
                                         "-FVU, one-block probe", "score of the residual", "curvature of the residual"}
     assert toy["predictors"]["-FVU, ridge"] == [-r["untrained"]["ridge"]["fvu"] for r in toy["layers"]]
-    assert "-FVU, ridge" in result["conditional_against_depth"] and "| -FVU, ridge | KL |" in text
+    assert {"score", "-FVU, ridge"} <= set(result["against_depth"]) and "| -FVU, ridge | KL |" in text
     assert result["kept"] == [] and all(len(b["excluded"]) >= 1 for b in result["backbones"].values())
     assert text.startswith("## Does the score foretell bridgeability?\n") and text == run.read_section(out)
     assert "| -layer |" in text and "![" in text and "**again**: left out, not as 300" in text
@@ -196,6 +213,14 @@ def test_the_sweep_runs(runs, tmp_path, monkeypatch, capsys):
     assert sweep.main(argv)["backbones"] == result["backbones"] and len(started) == count      # nothing is started
     monkeypatch.setattr(sweep, "POOL", {**sweep.POOL, "untrained": lambda cfg, home: (runs / "toy", runs / "data")})
     assert set(sweep.main(argv)["backbones"]) == {"toy", "again", "untrained"}          # a new entry: only it is run
+    other = tmp_path / "other.json"                                            # a sweep published elsewhere
+    other.write_text(json.dumps({"sweep": {"backbones": {"far": toy}}}))
+    more = sweep.main([*argv, "--beside", str(other)])
+    assert set(more["backbones"]) == {"toy", "again", "untrained", "far"} and len(started) > count
+    begun, a = len(started), more["against_depth"][sweep.LEARNED]["kl"]
+    assert set(a["gaps"]) == set(more["backbones"]) and sweep.LEARNED in sweep.section(more)
+    assert sweep.main([*argv, "--beside", str(other)])["backbones"] == more["backbones"] and len(started) == begun
+    assert "that holds one" in fails(capsys, sweep.main, *argv, "--beside", tmp_path / "none.json")
     assert "numbers" in fails(capsys, sweep.main, *argv[:2], "--out", tmp_path / "t", "--layers", "1,,3")
     assert "1 to 3" in fails(capsys, sweep.main, *argv[:2], "--out", tmp_path / "t", "--layers", "9")
     assert "toy.py" in fails(capsys, sweep.main, "--model", tmp_path / "none", "--out", tmp_path / "t")
