@@ -1,7 +1,6 @@
 """evaluate.py: EVALUATE. One report from the runs of the other stages; no number in it is typed.
 
     python evaluate.py                                   # reads out/, writes out/evaluate/report.md: half a minute
-    python evaluate.py --text notes.txt --out out/evaluate_notes      # another text beside the held-out one
     python evaluate.py --harness lambada_openai --limit 100 --out out/evaluate_lm    # needs pip install "lm-eval[hf]"
     python evaluate.py --publish toy                     # also copies them to results/toy/ and fills the README
 
@@ -30,7 +29,6 @@ class Config:
     preset: Literal["auto", "tiny", "toy", "135m"] = "auto"  # auto: by the backbone's size
     runs: str = "out"           # folder that holds the stages' runs
     out: str = "out/evaluate"   # folder of the report
-    text: str = ""              # a text file to judge beside the held-out text
     texts: int = 32             # held-out windows of 128 tokens for bits per byte
     calls: int = 8              # network calls a window of the twins' likelihood
     device: str = "auto"        # auto, cpu, cuda
@@ -43,12 +41,11 @@ class Config:
     margin: float = 0.005       # nats of CE or KL within which two models are called equal
     seed: int = 0               # of the twins' masks
     publish: str = ""           # copy figures and numbers to results/NAME, a column of the README (empty: do not)
-    MEASURES = ("preset", "text", "texts", "calls", "dtype", "repeats", "new", "harness", "harness_path",
+    MEASURES = ("preset", "texts", "calls", "dtype", "repeats", "new", "harness", "harness_path",
                 "limit", "margin", "seed")  # the report is made anew whenever it is asked for
 
 
-PRESETS = {"tiny": dict(texts=3, calls=4, repeats=1, new=4),
-           "135m": dict(texts=8, calls=4, repeats=1, new=32)}
+PRESETS = {"tiny": dict(texts=3, calls=4, repeats=1, new=4), "135m": dict(texts=8, calls=4, repeats=1, new=32)}
 STAGES = {  # folder under --runs, in reading order -> the command that makes it
     "toy": "python toy.py --out {out}", "geometry": "python geometry.py --out {out}",
     "bridge": "python bridge.py --out {out}", "regression": "python bridge.py --objective regression --out {out}",
@@ -153,8 +150,6 @@ def measure_models(cfg, runs, found, world, dtype):
     meta = read_json(runs / "data" / "meta.json")
     texts = {"held-out": (data.Tokens(runs / "data", "val", 127).windows(cfg.texts).to(world.device),
                           meta["bytes"]["val"] / meta["tokens"]["val"])}
-    if cfg.text:
-        texts[Path(cfg.text).name] = zeroshot.windows_of(cfg.text, tokenizer, world.device)
     twins = {f"masked, {s.removeprefix('repr_align/')}": masked.load_converted(runs / s, world.device, dtype)[0]
              for s in found if s.startswith("repr_align/")}
     models = {"AR": intact.model, f"hybrid, NFE {model.config.nfe}": model, **twins}
@@ -249,8 +244,6 @@ def main(argv):
     runs, out = Path(cfg.runs), Path(cfg.out)
     if cfg.texts < 2 or cfg.repeats < 1 or cfg.new < 4 or cfg.calls < 4 or cfg.calls % 2:
         raise UserError("--texts must be at least 2, --repeats 1, --new 4, and --calls 4 and even")
-    if cfg.text and not Path(cfg.text).is_file():
-        raise UserError(f"--text {cfg.text}: there is no such file")
     found = read_runs(runs, out)
 
     # ------------------------------------------------------------------------------------- what no stage measures

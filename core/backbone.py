@@ -339,6 +339,24 @@ def read_config(name, seq_len=0):
     return config
 
 
+def free_bytes(device):
+    """Memory that a model may still take on this device; infinite where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), math.inf)
+
+
+def refuse_large(name, config, device, dtype):
+    """Raise UserError for weights that do not fit the device's memory: the system would end the process unheard."""
+    from transformers import AutoModelForCausalLM
+    with quiet(), torch.device("meta"):
+        needed = dtype.itemsize * sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    if needed > (free := free_bytes(device)):
+        raise UserError(f"the weights of {name} take {needed / 1e9:.2f} GB in {dtype}, {(needed - free) / 1e9:.2f} GB "
+                        f"more than {device} has free; use a smaller model, or --dtype bf16 for half of it")
+
+
 def load(name, device, dtype, blocks=None, random_init=False):
     """Backbone of a local folder or Hub id, frozen, in eval mode; with `blocks` only the first so many are read.
 
@@ -351,6 +369,7 @@ def load(name, device, dtype, blocks=None, random_init=False):
             if "layer" in key and isinstance(value, list) and len(value) == L:
                 setattr(config, key, value[:blocks])
         config.num_hidden_layers = blocks
+    refuse_large(name, config, device, dtype)
     try:
         with quiet():
             if random_init:

@@ -9,7 +9,6 @@ sees the first through its own interface, the second through one made here.
 Letters: N windows, T tokens.
 """
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -32,15 +31,6 @@ def bits_per_byte(model, rows, bytes_per_token, calls, seed):
         logits = model(ids, use_cache=False).logits[:, :-1].float()                                     # (n, T-1, V)
         nats += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
     return bits(nats), None
-
-
-def windows_of(file, tokenizer, device):
-    """(windows (N, 128), bytes a token) of a text file. Raises UserError if it does not fill one window."""
-    text = Path(file).read_text(encoding="utf-8", errors="replace")
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if len(ids) < 128:
-        raise UserError(f"--text {file} has fewer than 128 tokens; use a longer text")
-    return torch.tensor(ids[:len(ids) // 128 * 128], device=device).view(-1, 128), len(text.encode()) / len(ids)
 
 
 def zero_shot(models, texts, calls, seed):

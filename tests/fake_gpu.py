@@ -269,6 +269,7 @@ def eight_gpus(gpu, rank):
                          synchronize=lambda d=None: None, get_device_name=lambda d=None: about.name,
                          get_device_capability=lambda d=None: (9, 0), get_device_properties=lambda d=None: about,
                          max_memory_allocated=lambda d=None: gpu.peaks[gpu.phase],
+                         mem_get_info=lambda d=None: (80 * 2 ** 30, 80 * 2 ** 30),
                          is_bf16_supported=lambda *_, **__: True,
                          is_current_stream_capturing=lambda: False, get_rng_state=lambda *_: torch.get_rng_state(),
                          set_rng_state=lambda *_: None, Stream=Stream, Event=Stream, current_stream=lambda *_: Stream(),

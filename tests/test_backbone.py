@@ -124,6 +124,20 @@ def test_refusals(tmp_path, capsys, text):
     assert not (tmp_path / "g").exists()
 
 
+def test_a_model_larger_than_memory_is_refused(runs, tmp_path, capsys, text, monkeypatch):
+    """By its own count, before anything is read or written; of a cut model only the blocks that stay count."""
+    lm = backbone.load(runs / "toy", torch.device("cpu"), torch.float32)
+    whole, one = (4 * sum(p.numel() for p in backbone.load(
+        runs / "toy", torch.device("cpu"), torch.float32, blocks=n).parameters()) for n in (None, 1))
+    monkeypatch.setattr(backbone, "free_bytes", lambda device: whole - 1)
+    said = fails(capsys, geometry.main, "--model", runs / "toy", "--data", text, "--preset", "tiny", "--out",
+                 tmp_path / "g")
+    assert "GB more than cpu has free" in said and "--dtype bf16" in said and not (tmp_path / "g").exists()
+    assert one < whole and backbone.load(runs / "toy", torch.device("cpu"), torch.float32, blocks=1).L == lm.L
+    monkeypatch.undo()
+    assert 1e6 < backbone.free_bytes(torch.device("cpu"))
+
+
 def test_damaged_weights_are_refused(runs, tmp_path, capsys, text):
     broken = tmp_path / "broken"
     shutil.copytree(runs / "toy", broken)

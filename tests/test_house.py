@@ -302,9 +302,7 @@ def test_report(runs, tmp_path, capsys):
     fork.finish({"headline": [["my own", "42"]], "findings": ["Mine is ahead."]}, "## Mine\n\n![it](mine.png)\n")
     shutil.copytree(own, tmp_path / "r" / "tiny" / "theirs")     # beside a report of its own: another pipeline's
     (tmp_path / "r" / "tiny" / "evaluate").mkdir()
-    (tmp_path / "own.txt").write_text(inspect.getsource(ast)[:1500])
-    argv = ["--preset", "tiny", "--runs", str(tmp_path / "r"), "--out", str(tmp_path / "e"), "--text",
-            str(tmp_path / "own.txt")]
+    argv = ["--preset", "tiny", "--runs", str(tmp_path / "r"), "--out", str(tmp_path / "e")]
     result = evaluate.main(argv)
     text = (tmp_path / "e" / "report.md").read_text()
     places = [text.index(t) for t in ("## LOCATE", "## REPLACE: diffusion", "## REPLACE: regression", "## CONVERT",
@@ -315,7 +313,7 @@ def test_report(runs, tmp_path, capsys):
         assert (tmp_path / "e" / figure).stat().st_size > 5_000
     bridge = run.read_json(runs / "bridge" / "result.json")["nfe"]["4"]
     assert f"{bridge['ce_gap']:+.4f}" in text and f"{bridge['fvu']:.4f}" in text
-    assert result["zero_shot"]["windows"]["own.txt"] > 1 and "**mine**: Mine is ahead." in result["findings"]
+    assert result["zero_shot"]["windows"]["held-out"] > 1 and "**mine**: Mine is ahead." in result["findings"]
     assert all(row["peak_mb"] > row["weights_mb"] for row in result["cost"])
     assert set(result) >= {"sweep", "interfaces", "generation", "cost", "conversion", "circuits", "zero_shot"}
     assert "_rows" not in (tmp_path / "e" / "result.json").read_text()
