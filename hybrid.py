@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 
 import data
 from core import backbone, diffusion
 from core.common import UserError, entry, parse, pick_dtype, setup
+from core.metrics import against
 from core.report import table
 from core.run import Run, beside, card, finished, read_json
 
@@ -126,12 +126,12 @@ def compare(model, intact, rows):
     model (nats) and its standard error over rows, kl(intact || hybrid), agree = share of equal top-1 tokens."""
     gaps, total = [], torch.zeros(3, dtype=torch.float64)
     for ids in rows.split(16):
-        p = F.log_softmax(intact.head(intact.through(intact.embed(ids[:, :-1]), 0, intact.L)).float(), -1)   # (B, T, V)
-        q = F.log_softmax(model(ids[:, :-1], use_cache=False).logits.float(), -1)
-        token = ids[:, 1:, None]
-        gaps += (p - q).gather(-1, token).double().mean((1, 2)).tolist()
-        total += torch.stack([(p.exp() * (p - q)).sum(), (p.argmax(-1) == q.argmax(-1)).sum(),
-                              -p.gather(-1, token).sum()]).double().cpu()
+        token, logits = ids[:, 1:, None], model(ids[:, :-1], use_cache=False).logits   # (B, T, 1), (B, T, V)
+        own = intact.head(intact.through(intact.embed(ids[:, :-1]), 0, intact.L))      # (B, T, V)
+        ce, gaps_of = against(own, token)
+        kl, gap = gaps_of(logits)                                                      # (B, T) each
+        gaps += gap.double().mean(1).tolist()
+        total += torch.stack([kl.sum(), (own.argmax(-1) == logits.argmax(-1)).sum(), ce.sum()]).double().cpu()
     kl, agree, ce_intact = (total / rows[:, 1:].numel()).tolist()
     return {"ce_gap": statistics.mean(gaps), "kl": kl, "agree": agree, "ce_intact": ce_intact,
             "ce_gap_se": statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else None}

@@ -14,6 +14,7 @@ from torch import nn
 
 from core import optim
 from core.denoiser import Bridge, Moments, ridge
+from core.metrics import against
 
 BATCH, SHARE, WIDTH = 8, 1e-3, 64        # rows a pass; ridge, as a share of the mean eigenvalue; of a probe
 GUESSES = {  # name -> guess of z (B, T, D) from what `fit` knows of the layer, c (B, T, D) and ids (B, T)
@@ -130,9 +131,7 @@ def errors(lm, guesses, held_out, skip=4):
         rows, right = ids[:, :-1], ids[:, 1 + skip:, None]
         passed = list(lm.at(rows, {*guesses, lm.L}))
         states, (*_, h0, side) = {layer: h for layer, h, *_ in passed}, passed[-1]   # (B, T, D) each
-        intact = lm.head(states[lm.L][:, skip:]).float().log_softmax(-1)             # (B, T - skip, V)
-        p, ce = intact.exp(), -intact.gather(-1, right)[..., 0]
-        entropy = -torch.einsum("btv,btv->bt", p, intact)                            # (B, T - skip)
+        _, gaps = against(lm.head(states[lm.L][:, skip:]), right)
         for layer, some in guesses.items():
             for name, (net, guess, decoded) in some.items():
                 z = net.standard_z(states[layer])
@@ -140,12 +139,9 @@ def errors(lm, guesses, held_out, skip=4):
                 each = [z[:, skip:] ** 2, (z_hat - z)[:, skip:] ** 2]
                 if decoded:
                     upper = lm.through(net.hidden(z_hat).to(h0.dtype), layer, lm.L, side)
-                    q = lm.head(upper[:, skip:]).float()                             # (B, T - skip, V), not normalised
-                    total = q.logsumexp(-1)
-                    each += [total - torch.einsum("btv,btv->bt", p, q) - entropy,
-                             total - q.gather(-1, right)[..., 0] - ce]
+                    each += gaps(lm.head(upper[:, skip:]))
                 sums[layer][name][:len(each)] += torch.stack([e.sum() for e in each]).double().cpu()
-                sums[layer][name][-1] += ce.numel()
+                sums[layer][name][-1] += right.numel()
     return {layer: {name: of.tolist() for name, of in some.items()} for layer, some in sums.items()}
 
 

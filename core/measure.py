@@ -13,11 +13,11 @@ import collections
 import dataclasses
 
 import torch
-import torch.nn.functional as F
 
 from core import backbone
 from core.denoiser import produce
 from core.diffusion import position_noise, sample
+from core.metrics import against
 from core.report import table
 
 NOISE_ROWS = 64  # sequences on which the spread over sampler noises is measured
@@ -38,21 +38,21 @@ def measure(lm, net, rows, layer, nfes, cfg):
         side = lm.side(h0)
         hl = produce(lm, h0, layer, side)
         z, c = net.standard_z(hl), net.standard_c(h0)
-        intact = F.log_softmax(lm.head(lm.through(hl, layer, lm.L, side)).float(), -1)  # (b, T, V)
-        ce = -intact.gather(-1, token)[..., 0]                                         # (b, T)
+        intact = lm.head(lm.through(hl, layer, lm.L, side))                            # (b, T, V)
+        ce, gaps = against(intact, token)                                              # (b, T)
         found["ce"].append(ce[:, skip:].mean(1).cpu())
         found["energy"].append(torch.stack([z[:, skip:].square().sum((1, 2)), z[:, :skip].square().sum((1, 2))]).cpu())
         for n in nfes:
             for s, noise in enumerate(noises if first < NOISE_ROWS else noises[:1]):
                 z_hat = sample(net, c, n, noise, sampler=cfg.sampler, shift=cfg.shift)
                 upper = lm.through(net.hidden(z_hat).to(hl.dtype), layer, lm.L, side)
-                hybrid = F.log_softmax(lm.head(upper).float(), -1)
+                logits = lm.head(upper)                                                # (b, T, V)
+                kl, gap = gaps(logits)                                                 # (b, T) each
                 error = (z_hat - z).square().sum(-1)                                   # (b, T)
                 for what, value in (
                         ("error", error[:, skip:].sum(1)), ("sinks", error[:, :skip].sum(1)),
-                        ("kl", (intact.exp() * (intact - hybrid)).sum(-1)[:, skip:].mean(1)),
-                        ("ce_gap", (-hybrid.gather(-1, token)[..., 0] - ce)[:, skip:].mean(1)),
-                        ("agree", (hybrid.argmax(-1) == intact.argmax(-1))[:, skip:].float().mean(1))):
+                        ("kl", kl[:, skip:].mean(1)), ("ce_gap", gap[:, skip:].mean(1)),
+                        ("agree", (logits.argmax(-1) == intact.argmax(-1))[:, skip:].float().mean(1))):
                     found[n, s, what].append(value.double().cpu())
     energy, sinks = torch.cat(found["energy"], 1).double()                             # (N,) each
     out, few = {}, min(len(rows), NOISE_ROWS)

@@ -1,5 +1,6 @@
-"""metrics.py: what is measured of a text (perplexity, entropy, repetition) and of a program (seconds, bytes).
+"""metrics.py: what is measured of a law, of a text (perplexity, entropy, repetition) and of a program (seconds, bytes).
 
+    ce, gaps = against(intact, right); kl, gap = gaps(logits)      # of next-token laws
     row = measure(lm, ids, prefix)                 # all text metrics of what follows the prefix, judged by lm
     seconds = seconds_of(5, call)                  # the fastest of five calls
     with PeakBytes() as peak: call()               # peak.most: bytes held at once by tensors made meanwhile
@@ -19,6 +20,21 @@ from torch.utils._pytree import tree_flatten
 from core.common import UserError
 
 SHAPE = ("entropy", "diversity", "rep_4")  # of a text, whoever judges it
+
+
+# ---------------------------------------------------------------------------------------------- next-token laws
+def against(logits, right):
+    """(CE (B, T) of the tokens `right` (B, T, 1), a function of other logits -> KL of their law from that of these (B,
+    T, V), and CE less this one). No second log-softmax: over 49,152 tokens its elements cost as much as the head."""
+    logp = logits.float().log_softmax(-1)
+    p, ce = logp.exp(), -logp.gather(-1, right)[..., 0]
+    entropy = -torch.einsum("btv,btv->bt", p, logp)                                                    # (B, T)
+
+    def gaps(other):
+        total = other.float().logsumexp(-1)
+        return (total - torch.einsum("btv,btv->bt", p, other.float()) - entropy,
+                total - other.float().gather(-1, right)[..., 0] - ce)
+    return ce, gaps
 
 
 # --------------------------------------------------------------------------------------------------------- texts

@@ -70,7 +70,6 @@ class Config:
     margin: float = 0.005       # nats; "ties" needs the whole interval within it
     jobs: int = 2               # cells at a time, one thread each
     seed: int = 0               # the first training seed
-    dry_run: bool = False       # print the commands, then leave
     MEASURES = ("layers", "variants", "seeds", "margin")  # what they choose: result["measured"]
 
 
@@ -241,9 +240,6 @@ def main(argv):
                         f"{cfg.variants or '(all)'}")
     for cell in work if cfg.study == "align" else ():                   # refused now, and not after all cells have run
         unaligned(cell.variant, {c.variant for c in work})
-    if cfg.dry_run:
-        print("\n".join(" ".join(cell.command) for cell in work))
-        return None
     world, model = setup("cpu"), backbone.resolve(cfg.model, cfg.out)
     identity = {"base": backbone.identity(model)}
 

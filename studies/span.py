@@ -67,7 +67,6 @@ class Config:
     device: str = "auto"        # auto, cpu, cuda
     jobs: int = 2               # bridges at a time, one thread each
     seed: int = 0               # the first training seed, and of every draw
-    dry_run: bool = False       # print the commands, then leave
     MEASURES = ("prefix", "hidden", "texts", "samples", "nfe", "margin", "seeds", "layers")
 
 
@@ -225,9 +224,6 @@ def main(argv):
     work = list(cells(cfg)) if all(layer.isdigit() for layer in cfg.layers.split(",")) else []
     if not work or cfg.hidden < 2 or cfg.texts < 8:
         raise UserError("--layers must be numbers such as 2,4, --hidden at least 2 and --texts at least 8")
-    if cfg.dry_run:
-        print("\n".join(" ".join(command) for *_, command in work))
-        return None
     world, model = setup(cfg.device), backbone.resolve(cfg.model, cfg.out)
     identity = {"base": backbone.identity(model)}
 

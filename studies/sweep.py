@@ -58,7 +58,6 @@ class Config:
     eval_batches: int = 512     # held-out sequences of all numbers
     jobs: int = 2               # runs at a time, one thread each
     seed: int = 0               # the first training seed
-    dry_run: bool = False       # print the commands, then leave
     MEASURES = ("beside",)
 
 
@@ -365,9 +364,6 @@ def main(argv):
     read_json(Path(cfg.model) / "config.json", f"make it with: python toy.py --out {cfg.model}")
     near = Path(cfg.data) if (Path(cfg.data) / "meta.json").exists() else Path(cfg.model).parent / "data"
     own, out, first = (Path(cfg.model), near), Path(cfg.out), Path(cfg.model).resolve().name
-    if cfg.dry_run:
-        print("\n".join(" ".join(command) for *_, command in cells(cfg, out / first, *own)))
-        return None
     identity, pool = {"base": backbone.identity(cfg.model)}, POOL if cfg.pool else {}
     result = finished(cfg, identity, quiet=True) or {"backbones": {}, "measures": {}}
     if {first, *pool} <= set(result["backbones"]) and result["measures"].get("beside", "") == cfg.beside:

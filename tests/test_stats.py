@@ -5,8 +5,9 @@ import statistics
 
 import numpy as np
 import pytest
+import torch
 
-from core import stats
+from core import metrics, stats
 from core.stats import Gap
 
 
@@ -109,3 +110,15 @@ def test_what_is_not_finite_is_not_known():
         gap = stats.paired([1.0, bad, 2.0], [1.0, bad, 1.0])
         assert gap.half == math.inf
         assert stats.verdict(gap, margin=9) == "not known (a value is not finite, 3 seeds)"
+
+
+def test_gaps_of_next_token_laws_by_their_definition():
+    a, b = (5 * torch.randn(2, 3, 500, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    right = torch.randint(500, (2, 3, 1), generator=torch.Generator().manual_seed(2))
+    ce, gaps = metrics.against(a, right)
+    p, q = a.double().log_softmax(-1), b.double().log_softmax(-1)
+    kl, gap = gaps(b)
+    assert torch.allclose(ce.double(), -p.gather(-1, right)[..., 0], atol=1e-5)
+    assert torch.allclose(kl.double(), (p.exp() * (p - q)).sum(-1), atol=1e-5)
+    assert torch.allclose(gap.double(), (p - q).gather(-1, right)[..., 0], atol=1e-5)
+    assert max(x.abs().max() for x in gaps(a + 7)) < 5e-5                      # the same law: logits know no zero
