@@ -53,7 +53,8 @@ class Config:
     times: Literal[tuple(TIMES)] = "logit-normal"  # law of t in training
     t_mean: float = 0.0         # mean of logit t; above 0 trains more near t = 1, where sampling starts
     atom: float = 0.0           # share of training sequences at t = 1 exactly
-    head_start: Literal["none", "ridge"] = "none"  # ridge: the network adds to the best linear map from c
+    head_start: Literal["none", "ridge", "tokens"] = "none"  # what the network adds to: the best linear map from h[0];
+    #                             from h[0] and the mean h[l] of its token, which it is told too
     self_condition: bool = False  # feed the last estimate of z back in (half of the time in training)
     width: int = 0              # W (0: D)
     blocks: int = 0             # of the bridge (0: as many as it replaces)
@@ -91,6 +92,7 @@ class Config:
 PRESETS = {
     "tiny": {"steps": 20, "batch_size": 4, "seq_len": 32, "calibration": 8, "eval_batches": 4, "eval_every": 10,
              "save_every": 10, "log_every": 10, "warmup": 5},
+    "toy": {"head_start": "tokens", "calibration": 1024},                    # a third of none's KL at layer 1: LOG.md
     # run_all.sh spells these out with 400 steps: those are the published numbers
     "blocks": {"visible": "mix", "bidirectional": True, "self_condition": True, "t_mean": 0.7, "batch_size": 8,
                "steps": 800, "noise_seeds": 1},
@@ -183,8 +185,9 @@ def check(cfg):
                         "or mix")
     if cfg.cache_states and cfg.random_init:
         raise UserError("--cache_states keeps the states of a real text: not with --random_init")
-    if cfg.head_start == "ridge" and cfg.prediction != "x":
-        raise UserError("--head_start ridge is a first guess of z: it needs --prediction x")
+    if cfg.head_start != "none" and (cfg.prediction, cfg.source) != ("x", "noise"):
+        raise UserError(f"--head_start {cfg.head_start} is a first guess of z: with --prediction {cfg.prediction} and "
+                        f"--source {cfg.source} choose --head_start none")
 
 
 def build(cfg, shape, layer):
@@ -331,11 +334,12 @@ def main(argv):
     if not world.main:  # the final numbers need the whole backbone: rank 0 alone loads it
         return world.barrier()
     tokens = cfg.steps * cfg.batch_size * cfg.seq_len
-    info = {"layer": layer, "objective": cfg.objective, "visible": cfg.visible, "seed": cfg.seed, "model": model,
-            "size_ratio": size / replaced if layer else None, "base": identity["base"], "nfe_default": cfg.nfe,
-            "sampler": cfg.sampler, "shift": cfg.shift}
+    info = {"layer": layer, "head_start": cfg.head_start, "objective": cfg.objective, "visible": cfg.visible,
+            "seed": cfg.seed, "model": model, "size_ratio": size / replaced if layer else None,
+            "base": identity["base"], "nfe_default": cfg.nfe, "sampler": cfg.sampler, "shift": cfg.shift}
     denoiser.save(mean_net, run.out, {**info, "tokenizer": tokenizer and backbone.tokenizer_hash(tokenizer)})
     result = {**info, "val_loss": val_loss, "readout_accuracy": named, "parameters": size, "steps": cfg.steps,
+              "table": mean_net.means.numel() if cfg.head_start == "tokens" else 0,
               "replaced_parameters": replaced, "tokens": tokens, "tokens_per_s": tokens / seconds, "seconds": seconds,
               "mfu": run.mfu(tokens / seconds, flops), "flops_per_token": flops, "nfe": {}}
     if not cfg.random_init:  # a network of random weights has no upper blocks worth asking

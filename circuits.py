@@ -213,11 +213,10 @@ def section(result):
 
 def headline(result):
     """[[what, value]]: how many tasks are analysed. Overlaps of different tasks are not averaged."""
-    used = [found for found in result["tasks"].values() if found["usable"]]
+    models = [found.get("models", ()) for found in result["tasks"].values()]
     kinds = list(dict.fromkeys(kind_of(n) for n in result["subjects"] if n not in ("AR", UNTRAINED)))
-    short = {kind: kind.removeprefix("masked, ") for kind in kinds}
-    return [[f"tasks solved by the AR model and a twin, of {len(result['tasks'])}",
-             ", ".join(f"{sum(kind in found['models'] for found in used)} ({short[kind]})" for kind in kinds[:4])]]
+    return [[f"tasks solved by the AR model and a twin, of {len(models)}", ", ".join(
+        f"{sum(kind in some for some in models)} ({kind.removeprefix('masked, ')})" for kind in kinds[:4])]]
 
 
 def figure(result, path):

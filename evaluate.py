@@ -20,7 +20,7 @@ from typing import Literal
 import data
 from core import backbone, cost, masked, report, zeroshot
 from core.common import UserError, entry, parse, pick_dtype, setup
-from core.run import Run, atomic, read_json, read_section
+from core.run import Run, read_json, read_section, write_text
 from core.stats import paired, verdict
 
 
@@ -233,9 +233,7 @@ def publish(run, name):
     (root / "results" / name).mkdir(exist_ok=True, parents=True)
     for file in [*run.out.glob("*.png"), run.out / "report.md", run.out / "result.json"]:
         shutil.copy(file, root / "results" / name / file.name)
-    text = report.fill_markers((root / "README.md").read_text(), readme_blocks(root))
-    with atomic(root / "README.md") as temporary:
-        temporary.write_text(text)
+    write_text(root / "README.md", report.fill_markers((root / "README.md").read_text(), readme_blocks(root)))
 
 
 @entry
@@ -279,8 +277,7 @@ def main(argv):
         *(zeroshot.section(own["zero_shot"], own["harness"]) if own["zero_shot"] else []),
         f"Python {about['python']}, torch {about['torch']}, transformers {about['transformers']}, device "
         f"{about['device']}, {about['threads']} threads.", ""])
-    with atomic(out / "report.md") as temporary:
-        temporary.write_text(text)
+    write_text(out / "report.md", text)
 
     def short(result):  # without the per-text lists, which stay in the run's own folder
         return result if not isinstance(result, dict) else {

@@ -31,7 +31,7 @@ from core.draws import generator
 from core.frontier import COLDEST, HOTTEST, figure, frontier, headline, matched, nearest, table, tune, verdicts
 from core.metrics import at_entropy, measure
 from core.report import table as markdown
-from core.run import Run, atomic, finished, read_json
+from core.run import Run, finished, read_json, write_text
 
 
 @dataclass
@@ -319,8 +319,7 @@ def main(argv):
         run.say(f"{name:44} gen-PPL at real text's entropy: {matched([row])}   (real text {real['gen_ppl']:.1f})")
 
     # 3 report
-    with atomic(run.out / "samples.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(s) + "\n" for s in samples))
+    write_text(run.out / "samples.jsonl", "".join(json.dumps(s) + "\n" for s in samples))
     result = {**identity, "rows": rows, "real": real, "tuned": tuned, "texts": len(text), "tune_texts": len(apart),
               "settings": asdict(cfg)}
     figure(result, run.out / "generation.png")

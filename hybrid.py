@@ -79,7 +79,6 @@ def tokenizer_of(model):
     return tokenizer
 
 
-@torch.no_grad()
 def continue_text(model, tokenizer, prompt, max_new_tokens, temperature, seed, stream=False):
     """The prompt's continuation as text; greedy at temperature 0. With `stream` it is printed as it comes."""
     torch.manual_seed(seed)
@@ -94,7 +93,6 @@ def continue_text(model, tokenizer, prompt, max_new_tokens, temperature, seed, s
     return tokenizer.decode(out[0, ids.shape[1]:])
 
 
-@torch.no_grad()
 def write_blocks(model, tokenizer, cfg):
     """The prompt, the drawn tokens and the suffix as text; with --show each denoising step is printed as it is made."""
     def ids(text):
@@ -151,11 +149,8 @@ def section(result):
         f"Greedy after `{result['prompt']}`:", "", "```", result["sample"], "```", ""])
 
 
-def continue_prompt(cfg, world, dtype):
+def continue_prompt(cfg, model, tokenizer, world, dtype):
     """--prompt: its continuation on stdout, token by token or so many at once; nothing is saved."""
-    from core.hybrid_lm import from_bridge
-    model = from_bridge(cfg.bridge, cfg.model, cfg.nfe, cfg.sampler, cfg.shift, world.device, dtype)
-    tokenizer = tokenizer_of(model)
     if cfg.block_size:
         print(text := write_blocks(model, tokenizer, cfg))
         return text
@@ -184,17 +179,16 @@ def main(argv):
     if cfg.block_size and (cfg.compare or not cfg.prompt):
         raise UserError("--block_size goes with --prompt and without --compare")
     info = read_json(Path(cfg.bridge) / "bridge.json", "train a bridge with: python bridge.py")
-    if cfg.prompt:
-        return continue_prompt(cfg, world, dtype)
-
-    identity = {"base": info["base"], "layer": info["layer"], "bridge_weights": backbone.identity(cfg.bridge)}
-    if result := finished(cfg, identity):
+    identity = {"base": info.get("base"), "layer": info.get("layer"), "bridge_weights": backbone.identity(cfg.bridge)}
+    if not cfg.prompt and (result := finished(cfg, identity)):
         print(f"{cfg.out} is finished: layer {result['layer']}, CE gap {result['ce_gap']:+.4f} nats")
         return result
     # 1 join, save, load again
     from core.hybrid_lm import HybridForCausalLM, from_bridge
     model = from_bridge(cfg.bridge, cfg.model, cfg.nfe, cfg.sampler, cfg.shift, world.device, dtype)
     tokenizer = tokenizer_of(model)
+    if cfg.prompt:
+        return continue_prompt(cfg, model, tokenizer, world, dtype)
     shards, _ = data.shards_beside(cfg, tokenizer, world)
     rows = data.Tokens(shards, "val", cfg.seq_len).windows(cfg.eval_batches).to(world.device)
     run = Run(cfg, world, identity)

@@ -72,7 +72,6 @@ class Config:
     sample_steps: int = 32      # of the sample at the end: network calls
     threshold: float = 0.0      # of that sample: reveal all tokens this certain in a call (0: by --sample_steps)
     dry_run: bool = False       # print sizes, then leave
-
     MEASURES = ("order", "sample_steps", "threshold")  # a finished run can be asked for another sample
 
 
@@ -90,14 +89,6 @@ PROMPT = "def main(args):"      # of the sample at the end
 
 
 # ---------------------------------------------------------------------------------------------------------- set-up
-def freeze(student, what):
-    """Everything learns, but for "embed" neither embeddings nor head. The mask token's own vector always learns."""
-    student.requires_grad_(True)
-    if what == "embed":
-        student.lm.model.get_input_embeddings().requires_grad_(False)
-        student.lm.model.get_output_embeddings().requires_grad_(False)
-
-
 def check(cfg):
     """Refuse what can be seen from the flags alone."""
     blocks = cfg.attention == "block"
@@ -121,7 +112,10 @@ def load_models(cfg, model, tokenizer, world, dtype):
     teacher = backbone.load(model, dtype=dtype, **load) if cfg.align_weight > 0 else None
     lm = backbone.load(model, dtype=torch.float32, **load)
     student = Student(lm, add_mask(lm, tokenizer), Arm(*(getattr(cfg, name) for name in Arm._fields)))
-    freeze(student, cfg.freeze)
+    student.requires_grad_(True)                                             # the mask token's own vector always learns
+    if cfg.freeze == "embed":
+        lm.model.get_input_embeddings().requires_grad_(False)
+        lm.model.get_output_embeddings().requires_grad_(False)
     if cfg.shard:
         shard([lm, teacher], world, dtype)
     return student, teacher
@@ -210,7 +204,6 @@ def publish(run, cfg, result, model, student, tokenizer):
             axes[0, 0].plot(steps, ce, "o-", markersize=3, color=report.BLUE)
             axes[0, 0].set(title=f"CONVERT: masked CE, w = {result['w']:g}", xlabel="step",
                            ylabel="nats a masked token")
-    run.world.barrier()
     run.finish(result, section(result))
 
 
@@ -293,9 +286,8 @@ def main(argv):
     seconds, tokens = clock.seconds(), cfg.steps * cfg.batch_size * cfg.seq_len
     curve.append([cfg.steps, *validate(student, teacher, held_out, cfg, world)])
     judged = text_likelihood(student, held_out.to(world.device), 4, cfg.seed)
-    shown = ("freeze", "train_tokens")  # and, where they are not as ever:
-    arms = ("path", "ar_weight", "align_until", *Arm._fields)
-    flags = [*shown, *(flag for flag in arms if getattr(cfg, flag) != getattr(Config, flag))]
+    arms = ("path", "ar_weight", "align_until", *Arm._fields)                       # shown where they are not as ever
+    flags = ["freeze", "train_tokens", *(flag for flag in arms if getattr(cfg, flag) != getattr(Config, flag))]
     publish(run, cfg, {
         "val_loss": curve[-1][1], "curve": curve, "w": cfg.align_weight, "cosine": curve[-1][2], "steps": cfg.steps,
         "bound": [nats / held_out[:, 1:].numel() for nats in judged], "batch_size": cfg.batch_size,

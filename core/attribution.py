@@ -147,9 +147,8 @@ def written(subject, h0, seen):
 
 def through_norm(norm, x, g):
     """Gradients g (P, T, n, D) at the output of a norm whose input is x (P, T, D) -> at its input, for each of n."""
-    with torch.enable_grad():
-        x = x.detach()[:, :, None].expand_as(g).clone().requires_grad_()
-        return torch.autograd.grad(norm.forward(x), x, g)[0]
+    x = x.detach()[:, :, None].expand_as(g).clone().requires_grad_()
+    return torch.autograd.grad(norm.forward(x), x, g)[0]
 
 
 def attribute(subject, batches, steps):

@@ -136,10 +136,7 @@ class Backbone(nn.Module):
         if see is not None:
             attention_mask = h.new_zeros(see.shape).masked_fill(~see, low)                   # additive
         elif not causal:
-            mask = h.new_zeros(1, 1, h.shape[1], past + h.shape[1])                          # (1, 1, T, K), additive
-            if attention_mask is not None:
-                mask = mask.masked_fill(attention_mask[:, None, None, :] == 0, low)
-            attention_mask = mask
+            attention_mask = h.new_zeros(1, 1, h.shape[1], past + h.shape[1])                # (1, 1, T, K), additive
         calls = [call[1:] for call in self._handed(inputs_embeds=h, position_ids=positions, past_key_values=cache,
                                                    attention_mask=attention_mask, use_cache=cache is not None)]
         window = getattr(self.config, "sliding_window", None)
@@ -342,7 +339,8 @@ def read_config(name, seq_len=0):
 def free_bytes(device):
     """Memory that a model may still take on this device; infinite where the system does not say."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
+            device)                                                            # what torch holds for later is free too
     lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), math.inf)
 
@@ -354,7 +352,8 @@ def refuse_large(name, config, device, dtype):
         needed = dtype.itemsize * sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     if needed > (free := free_bytes(device)):
         raise UserError(f"the weights of {name} take {needed / 1e9:.2f} GB in {dtype}, {(needed - free) / 1e9:.2f} GB "
-                        f"more than {device} has free; use a smaller model, or --dtype bf16 for half of it")
+                        f"more than {device} has free; use a smaller model" + (
+                            ", or --dtype bf16 for half of it" if dtype == torch.float32 else ""))
 
 
 def load(name, device, dtype, blocks=None, random_init=False):
@@ -453,17 +452,16 @@ def save_model(model, tokenizer, out, twin=False, **how):
     apart.rmdir()
 
 
-def attention_width(config):
-    """Channels of all query heads together: a head's width need not be D over their number."""
-    each = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return config.num_attention_heads * each
+def head_size(config):
+    """Channels of one head: they need not be D over the number of heads."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def flops_per_token(model, T):
     """Training FLOPs a token: 6 per parameter (forward 2, backward 4) and 6 per attended key and channel, causal.
     A tied embedding counts once, as the head."""
-    n = sum(p.numel() for p in model.parameters())
-    return 6 * n + 6 * model.config.num_hidden_layers * attention_width(model.config) * T
+    n, config = sum(p.numel() for p in model.parameters()), model.config
+    return 6 * n + 6 * config.num_hidden_layers * config.num_attention_heads * head_size(config) * T
 
 
 SIZES = {"toy": 3e7, "135m": 4e8, "0.6b": 3e9, "8b": math.inf}  # preset -> below how many parameters it is meant

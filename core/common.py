@@ -164,15 +164,12 @@ def setup(device="auto"):
     return World(rank, size, device)
 
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
 def pick_dtype(cfg, device):
     """The torch dtype of --dtype. auto is bf16 on a GPU, fp32 on a CPU (bf16 products are ~100x slower on CPUs without
     AVX512-BF16), and is replaced in cfg: a run that moves to another device must not change its dtype unnoticed."""
     if cfg.dtype == "auto":
         cfg.dtype = "bf16" if device.type == "cuda" else "fp32"
-    return DTYPES[cfg.dtype]
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.dtype]
 
 
 def split_batch(batch_size, micro_batch, world):

@@ -14,7 +14,7 @@ from torch import nn
 
 from core import optim
 from core.denoiser import Bridge, Moments, ridge
-from core.metrics import against
+from core.metrics import LOGITS, against
 
 BATCH, SHARE, WIDTH = 8, 1e-3, 64        # rows a pass; ridge, as a share of the mean eigenvalue; of a probe
 GUESSES = {  # name -> guess of z (B, T, D) from what `fit` knows of the layer, c (B, T, D) and ids (B, T)
@@ -126,8 +126,9 @@ def errors(lm, guesses, held_out, skip=4):
     """layer -> name -> sums over positions >= skip of held-out rows (N, T + 1): of z^2, of the guess's squared error
     and, where it is decoded, of KL and CE gap; last the positions. One pass of the intact model serves all guesses;
     `guesses`: layer -> name -> (a bridge, in whose units it is, the guess (z, c, ids) -> (B, T, D), is it decoded?)."""
-    sums = {layer: {name: torch.zeros(5, dtype=torch.float64) for name in some} for layer, some in guesses.items()}
-    for ids in held_out.split(BATCH):
+    sums = {layer: {name: torch.zeros(5 if decoded else 3, dtype=torch.float64) for name, (*_, decoded) in some.items()}
+            for layer, some in guesses.items()}
+    for ids in held_out.split(max(1, min(BATCH, LOGITS // (held_out.shape[1] * lm.V)))):
         rows, right = ids[:, :-1], ids[:, 1 + skip:, None]
         passed = list(lm.at(rows, {*guesses, lm.L}))
         states, (*_, h0, side) = {layer: h for layer, h, *_ in passed}, passed[-1]   # (B, T, D) each
@@ -135,13 +136,12 @@ def errors(lm, guesses, held_out, skip=4):
         for layer, some in guesses.items():
             for name, (net, guess, decoded) in some.items():
                 z = net.standard_z(states[layer])
-                z_hat = guess(z, net.standard_c(h0), rows)
+                z_hat = guess(z, net.standard_c(h0, rows), rows)
                 each = [z[:, skip:] ** 2, (z_hat - z)[:, skip:] ** 2]
                 if decoded:
                     upper = lm.through(net.hidden(z_hat).to(h0.dtype), layer, lm.L, side)
                     each += gaps(lm.head(upper[:, skip:]))
-                sums[layer][name][:len(each)] += torch.stack([e.sum() for e in each]).double().cpu()
-                sums[layer][name][-1] += right.numel()
+                sums[layer][name] += torch.stack([*(e.sum() for e in each), right.new_tensor(right.numel())]).double()
     return {layer: {name: of.tolist() for name, of in some.items()} for layer, some in sums.items()}
 
 
@@ -151,7 +151,7 @@ def joined(parts):
     out = {}
     for layer, some in parts[0].items():
         for name in some:
-            energy, error, kl, gap, n = (sum(x) for x in zip(*(part[layer][name] for part in parts), strict=True))
-            out.setdefault(int(layer), {})[name] = {"fvu": error / max(energy, 1e-12), **(
-                {"kl": kl / n, "ce_gap": gap / n} if kl or gap else {})}
+            energy, error, *gaps, n = (sum(x) for x in zip(*(part[layer][name] for part in parts), strict=True))
+            out.setdefault(int(layer), {})[name] = {"fvu": error / max(energy, 1e-12), **{
+                key: gap / n for key, gap in zip(("kl", "ce_gap"), gaps)}}
     return out

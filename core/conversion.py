@@ -105,12 +105,6 @@ class Losses(NamedTuple):
     ar: torch.Tensor       # () next-token CE of T-1 tokens on a causal clean copy; 0 unless asked for
 
 
-def places(where, device):
-    """where (B, T-1) bool -> rows (n,) and columns (n,) of what is true, on `device`: found where `where` lies, so that
-    with masks on the CPU no GPU is waited for."""
-    return [index.to(device) for index in where.nonzero(as_tuple=True)]
-
-
 def conversion_loss(student, teacher, ids, is_mask, path, ar=False):
     """Losses on ids (B, T), masked where is_mask (B, T; best on the CPU). No teacher: no alignment.
 
@@ -118,7 +112,8 @@ def conversion_loss(student, teacher, ids, is_mask, path, ar=False):
     CE again, weighted by the model's own confidence  4 the AR model's own task, which the clean copy can go on with."""
     T, zero = ids.shape[1], ids.new_zeros((), dtype=torch.float32)
     at = predictors(T, *student.arm.plan(T), student.arm.shift).to(ids.device)         # (T-1,)
-    b, i = places(is_mask[:, 1:], ids.device)                                          # (n,), (n,): token i+1
+    # the masked tokens are found where the masks lie, so that with masks on the CPU no GPU is waited for
+    b, i = (index.to(ids.device) for index in is_mask[:, 1:].nonzero(as_tuple=True))   # (n,), (n,): token i+1
     clean = teacher_states(teacher, ids) if teacher is not None else None
     apart, cosines = zero, torch.full((student.lm.L + 1,), torch.nan, device=ids.device)
     for number, h in enumerate(student.states(ids, is_mask.to(ids.device))):
@@ -140,6 +135,6 @@ def flops_per_token(lm, T, teacher, copies=1):
     """Of training the student, whose attention looks both ways and whose head sees the masked half of the tokens, with
     `copies` of the text in a pass, and of the teacher's blocks, causal and forward only."""
     blocks = sum(p.numel() for p in lm.blocks.parameters())
-    attention = lm.L * backbone.attention_width(lm.config) * T
+    attention = lm.L * lm.config.num_attention_heads * backbone.head_size(lm.config) * T
     student = copies * (6 * blocks + 12 * attention) + 2 * lm.V * lm.D
     return student + (2 * blocks + 2 * attention if teacher else 0)

@@ -11,7 +11,6 @@ from core import denoiser, masked, report
 from core.metrics import PeakBytes, seconds_of
 
 
-@torch.no_grad()
 def cost(model, intact, student, repeats, new):
     """Latency of cached greedy generation of `new` tokens after as many, batch 1: the intact model, the hybrid by NFE,
     random bridges by layer (as many blocks as they replace), the masked model by steps (no cache). `blocks` is the

@@ -79,19 +79,22 @@ class Bridge(nn.Module):
         self.recompute = False                                                # activation checkpointing of the blocks
         self.generates = visible != "full"                                    # it has met unknown tokens
         # [x_t, c] side by side, then the last z and whether the token is unknown, where there are such
-        self.enter = nn.Linear((1 + self_condition) * D + C + self.generates, W)
+        wide = C + D * (head_start == "tokens")                               # channels of the condition
+        self.enter = nn.Linear((1 + self_condition) * D + wide + self.generates, W)
         self.time = nn.Linear(2 * self.FREQUENCIES, 6 * W)
         self.blocks = nn.ModuleList(Block(W, H) for _ in range(blocks))
         self.leave = nn.Linear(W, D)
         if self.generates:
-            self.null = nn.Parameter(torch.zeros(C))                          # the condition of an unknown token
+            self.null = nn.Parameter(torch.zeros(wide))                       # the condition of an unknown token
             self.readout = nn.Linear(D, V)                                    # z -> the token itself
             nn.init.zeros_(self.readout.weight)
         for name, value in (("mu_z", torch.zeros(D)), ("mu_c", torch.zeros(C)), ("sigma_z", torch.ones(D)),
                             ("sigma_c", torch.ones(C))):                      # set by `calibrate`, below
             self.register_buffer(name, value)
-        if head_start == "ridge":                                             # z = A c + what the network adds to it
-            self.register_buffer("ridge", torch.zeros(D, C))                  # A, set by `calibrate` in closed form
+        if head_start == "tokens":                                            # mean z of each token, part of c
+            self.register_buffer("means", torch.zeros(V, D))
+        if head_start != "none":                                              # z = A c + what the network adds to it
+            self.register_buffer("ridge", torch.zeros(D, wide))               # A, set by `calibrate` in closed form
             nn.init.zeros_(self.leave.weight)
             nn.init.zeros_(self.leave.bias)
         for p in self.time.parameters():
@@ -125,13 +128,16 @@ class Bridge(nn.Module):
             else:
                 h = block(h, modulation, positions, mask, cache, layer + i)
         out = self.leave(F.rms_norm(h, h.shape[-1:])).float()                          # (B, T, D)
-        if self.settings["head_start"] == "ridge":
+        if self.settings["head_start"] != "none":
             known = c if unknown is None else c.masked_fill(unknown[..., None], 0.0)
             out = out + known.float() @ self.ridge.T
         return out
 
-    def standard_c(self, h0):
-        return (h0.float() - self.mu_c) / self.sigma_c
+    def standard_c(self, h0, ids=None):
+        """The condition (B, T, C) of h[0] (B, T, C) and, where the bridge knows mean states, of the tokens ids (B, T),
+        which come beside it."""
+        c = (h0.float() - self.mu_c) / self.sigma_c
+        return torch.cat([c, self.means[ids]], -1) if self.settings["head_start"] == "tokens" else c
 
     def standard_z(self, hl):
         return (hl.float() - self.mu_z) / self.sigma_z
@@ -159,10 +165,10 @@ def produce(lm, h0, layer, side=None):
 
 @torch.no_grad()
 def targets(lm, net, ids, layer, state=None):
-    """ids (B, T) -> (z, c), both (B, T, D): the pair the bridge learns from, by one pass through the frozen prefix, or
-    from h[layer] (B, T, D) where it is known."""
+    """ids (B, T) -> (z, c), (B, T, D) and (B, T, C): the pair the bridge learns from, by one pass through the frozen
+    prefix, or from h[layer] (B, T, D) where it is known."""
     h0 = lm.embed(ids)
-    return net.standard_z(produce(lm, h0, layer) if state is None else state), net.standard_c(h0)
+    return net.standard_z(produce(lm, h0, layer) if state is None else state), net.standard_c(h0, ids)
 
 
 class Moments:
@@ -194,10 +200,18 @@ def calibrate(lm, net, rows, layer, skip):
         c.add(h0[:, skip:])
     for buffer, value in zip((net.mu_z, net.sigma_z, net.mu_c, net.sigma_c), (*z.mean_and_sd(), *c.mean_and_sd())):
         buffer.copy_(value)
-    if net.settings["head_start"] == "ridge":
+    if net.settings["head_start"] == "tokens":           # a rare token's mean is drawn towards 0, that of all
+        total, count = torch.zeros_like(net.means), torch.ones_like(net.means[:, :1])
+        for ids in rows[::2].split(8):
+            z, ids = net.standard_z(produce(lm, lm.embed(ids), layer))[:, skip:], ids[:, skip:].flatten()
+            total.index_add_(0, ids, z.flatten(0, 1))
+            count.index_add_(0, ids, torch.ones_like(ids, dtype=torch.float32)[:, None])
+        net.means.copy_(total / count)
+        rows = rows[1::2]                                # other text for the ridge: the means must not know it
+    if net.settings["head_start"] != "none":
         cc, cz = 0.0, 0.0
         for ids in rows.split(8):
-            z, c = (part[:, skip:].flatten(0, 1).double() for part in targets(lm, net, ids, layer))     # (n, D) each
+            z, c = (part[:, skip:].flatten(0, 1).double() for part in targets(lm, net, ids, layer))     # (n, D), (n, C)
             cc, cz = cc + c.T @ c, cz + c.T @ z
         net.ridge.copy_(ridge(cc, cz, RIDGE).T)
 

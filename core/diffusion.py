@@ -36,11 +36,8 @@ def logit_normal(draws, mean):
     return torch.sigmoid(torch.tensor([mean + g.standard_normal() for g in draws], dtype=torch.float32))
 
 
-def uniform(draws, mean):
-    return torch.tensor([g.random() for g in draws], dtype=torch.float32)
-
-
-TIMES = {"logit-normal": logit_normal, "uniform": uniform}  # --times -> (generators, mean of logit t) -> t (B,)
+TIMES = {"logit-normal": logit_normal,  # --times -> (generators, mean of logit t) -> t (B,)
+         "uniform": lambda draws, mean: torch.tensor([g.random() for g in draws], dtype=torch.float32)}
 
 
 def times(law, mean, seed, step, slots, atom=0.0):

@@ -68,8 +68,7 @@ def grouped(rows):
     """[(name, its rows)]: bridges and twins that differ in their seed alone."""
     groups = {}
     for row in rows:
-        alike = groups.setdefault((row["name"], row.get("steps"), row.get("parameters")), [])
-        alike.append(row)
+        groups.setdefault((row["name"], row.get("steps"), row.get("parameters")), []).append(row)
     return [(name, group) for (name, *_), group in groups.items()]
 
 

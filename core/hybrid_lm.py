@@ -114,12 +114,12 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
                 own = torch.zeros_like(mask).diagonal_scatter(mask.new_ones(T), past)
                 mask = (mask & (attention_mask[:, None, None, :] > 0)) | own           # (B, 1, T, K)
             mask = mask.expand(len(h0), 1, T, past + T)
-        z = self.states(h0, self.config.nfe, self.noise_at(positions), positions, mask, cache)
+        z = self.states(h0, input_ids, self.config.nfe, self.noise_at(positions), positions, mask, cache)
         return self.net.hidden(z).to(h0.dtype) if self.config.layer else h0, side
 
-    def states(self, h0, nfe, *noise_positions_mask_cache, **more):
-        """Standardised h[l] (B, T, D) of h[0], by the sampler and shift of the config."""
-        return diffusion.sample(self.net, self.net.standard_c(h0), nfe, *noise_positions_mask_cache,
+    def states(self, h0, ids, nfe, *noise_positions_mask_cache, **more):
+        """Standardised h[l] (B, T, D) of h[0] of ids (B, T), by the sampler and shift of the config."""
+        return diffusion.sample(self.net, self.net.standard_c(h0, ids), nfe, *noise_positions_mask_cache,
                                 sampler=self.config.sampler, shift=self.config.shift, **more)
 
     def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, labels=None,
@@ -139,9 +139,8 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         h, side = self.hidden(input_ids, position_ids, attention_mask, past_key_values)
         h = self.lm.through(h, self.config.layer, self.lm.L, side)                                           # (B, T, D)
         logits = self.lm.head(h[:, -logits_to_keep:])                                                    # (B, T, V)
-        loss = None
-        if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())        # ignores -100
+        loss = None if labels is None else F.cross_entropy(                                              # ignores -100
+            logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None)
 
     # ------------------------------------------------------------------------------------------- blocks of tokens
@@ -222,13 +221,10 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
             backbone.trim(cache, past)                                                 # what is drawn leaves no trace
             return out
 
-        def noise(turn):
-            rows = [normal((T, self.lm.D), device, how["seed"], "block", key, turn, b) for b in range(B)]
-            return torch.stack(rows)                                                                   # (B, T, D)
-
         def denoise(turn, **more):
             h0 = self.lm.embed(ids, positions)                                                         # (B, T, D)
-            return on_cache(self.states, h0, how["nfe"], noise(turn), positions, wide, cache, unknown=unknown,
+            noise = torch.stack([normal(h0.shape[1:], device, how["seed"], "block", key, turn, b) for b in range(B)])
+            return on_cache(self.states, h0, ids, how["nfe"], noise, positions, wide, cache, unknown=unknown,
                             watch=how["watch"], **more)
         # 1 draw the hidden states; the retained blocks foretell tokens from them
         z = denoise(0)

@@ -25,19 +25,15 @@ class Config:
     out: str = "out/gguf"       # the model folder to write; must not exist
 
 
-def head_size(config):
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
 def rope(config):
     return getattr(config, "rope_parameters", None) or {}
 
 
 KEPT = {  # key of the file, after its architecture -> what the config made of it
-    "attention.key_length": head_size,
+    "attention.key_length": backbone.head_size,
     "attention.sliding_window": lambda c: getattr(c, "sliding_window", None),
     "rope.freq_base": lambda c: rope(c).get("rope_theta"),
-    "rope.dimension_count": lambda c: int(head_size(c) * rope(c).get("partial_rotary_factor", 1.0)),
+    "rope.dimension_count": lambda c: int(backbone.head_size(c) * rope(c).get("partial_rotary_factor", 1.0)),
 }
 
 

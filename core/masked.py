@@ -123,27 +123,22 @@ def choose(logits, temperature, top_p, u):
 
 # How soon a position is revealed, the highest first: (n,) from its logits (n, V), the token drawn there (n,) and u (n,)
 # uniform in [0, 1), the n positions in reading order. From the model's own law, whatever temperature the draw had.
-def chance(logits, token, u):
-    return u
-
-
 def confidence(logits, token, u):
     return torch.softmax(logits, -1).gather(-1, token[..., None])[..., 0]
 
 
 def entropy(logits, token, u):
-    p = torch.softmax(logits, -1)
-    return torch.xlogy(p, p).sum(-1)                                                   # minus the entropy: low is soon
+    return -torch.special.entr(torch.softmax(logits, -1)).sum(-1)                      # minus the entropy: low is soon
 
 
 def margin(logits, token, u):
-    best = torch.softmax(logits, -1).topk(2, -1).values                                # (n, 2)
-    return best[..., 0] - best[..., 1]
+    return -torch.softmax(logits, -1).topk(2, -1).values.diff()[..., 0]                # the best less the second
 
 
 # To add an order: a function and an entry here. Those in TAKES_BACK also judge tokens already revealed, and mask them
 # again when they have become the least certain ("p2", arXiv 2502.03540).
-ORDERS = {"random": chance, "confidence": confidence, "entropy": entropy, "margin": margin, "p2": confidence}
+ORDERS = {"random": lambda logits, token, u: u, "confidence": confidence, "entropy": entropy, "margin": margin,
+          "p2": confidence}
 TAKES_BACK = {"p2"}
 
 

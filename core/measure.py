@@ -17,11 +17,10 @@ import torch
 from core import backbone
 from core.denoiser import produce
 from core.diffusion import position_noise, sample
-from core.metrics import against
+from core.metrics import LOGITS, against
 from core.report import table
 
 NOISE_ROWS = 64  # sequences on which the spread over sampler noises is measured
-LOGITS = 2 ** 27  # at most so many logits at once when the final numbers are taken: five such tensors live together
 
 
 @torch.no_grad()
@@ -37,7 +36,7 @@ def measure(lm, net, rows, layer, nfes, cfg):
         h0 = lm.embed(ids[:, :-1])
         side = lm.side(h0)
         hl = produce(lm, h0, layer, side)
-        z, c = net.standard_z(hl), net.standard_c(h0)
+        z, c = net.standard_z(hl), net.standard_c(h0, ids[:, :-1])
         intact = lm.head(lm.through(hl, layer, lm.L, side))                            # (b, T, V)
         ce, gaps = against(intact, token)                                              # (b, T)
         found["ce"].append(ce[:, skip:].mean(1).cpu())
@@ -85,6 +84,8 @@ def summary(result):
 def section(result):
     """This run's part of the report."""
     size = f", {result['size_ratio']:.2f}x the {result['replaced_parameters']:,} it replaces" if result["layer"] else ""
+    size += f"; head start: {result['head_start']}" + (
+        f", a table of {result['table']:,} numbers" if result.get("table") else "")
     raw = {f"{n}, last weights, {NOISE_ROWS} texts": r for n, r in result["raw_nfe"].items()}  # else: running mean
     rows = [[n, f"{r['fvu']:.4f}", f"{r['kl']:.4f}", f"{r['ce_gap']:+.4f} +- {r['ce_gap_se']:.4f}",
              f"{r['ce_gap_noise_sd']:.5f}", f"{r['agree']:.1%}"] for n, r in {**result["nfe"], **raw}.items()]
@@ -138,7 +139,8 @@ def report_size(cfg, net, shape, layer, world, micro, dtype):
     each = 100 if dtype == torch.float32 else 52 if cfg.compile else 76
     saved = W * (4 * blocks + each if cfg.recompute else each * blocks) + 18 * D
     saved += 8 * net.settings["V"] * net.generates                                  # the readout's logits
-    held = {"frozen prefix": dtype.itemsize * (whole - upper), "weights": 4 * size, "EMA": 4 * size,
+    copy = 4 * (size + sum(b.numel() for b in net.buffers()))
+    held = {"frozen prefix": dtype.itemsize * (whole - upper), "weights": copy, "EMA": copy,
             "optimizer": 4 * sum(matrices) + 8 * (size - sum(matrices))}
     gigabytes = {**held, "gradients": 4 * size,   # as activations go, the buckets that travel come
                  "activations": max(tokens * saved, 4 * size * (ways > 1))}

@@ -11,7 +11,6 @@ import math
 import timeit
 import weakref
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,22 +18,24 @@ from torch.utils._pytree import tree_flatten
 
 from core.common import UserError
 
+LOGITS = 2 ** 27  # at most so many logits at once where laws are compared: five such tensors live together
 SHAPE = ("entropy", "diversity", "rep_4")  # of a text, whoever judges it
 
 
 # ---------------------------------------------------------------------------------------------- next-token laws
 def against(logits, right):
     """(CE (B, T) of the tokens `right` (B, T, 1), a function of other logits -> KL of their law from that of these (B,
-    T, V), and CE less this one). No second log-softmax: over 49,152 tokens its elements cost as much as the head."""
-    logp = logits.float().log_softmax(-1)
-    p, ce = logp.exp(), -logp.gather(-1, right)[..., 0]
-    entropy = -torch.einsum("btv,btv->bt", p, logp)                                                    # (B, T)
+    T, V), and CE less this one). Text by text: over 49,152 tokens each temporary tensor of a batch is new memory. The
+    difference before the sum: sums of the logits themselves would carry their common offset into fp32's last digits."""
+    own, total = logits.float(), logits.float().logsumexp(-1)                                   # (B, T, V), (B, T)
+    p, mine = own.softmax(-1), own.gather(-1, right)[..., 0]
 
     def gaps(other):
-        total = other.float().logsumexp(-1)
-        return (total - torch.einsum("btv,btv->bt", p, other.float()) - entropy,
-                total - other.float().gather(-1, right)[..., 0] - ce)
-    return ce, gaps
+        other = other.float()
+        more = other.logsumexp(-1) - total                                                       # (B, T)
+        apart = torch.stack([(a * (b - c)).sum(-1) for a, b, c in zip(p, own, other, strict=True)])
+        return more + apart, more + mine - other.gather(-1, right)[..., 0]
+    return total - mine, gaps
 
 
 # --------------------------------------------------------------------------------------------------------- texts
@@ -49,7 +50,6 @@ def judge(lm, ids, prefix):
     return torch.cat(rows)
 
 
-@torch.no_grad()
 def judge_text(lm, theirs, ours, ids, prefix):
     """The same by a judge with another tokenizer: ids (N, T) are decoded by `ours`, prefix and continuation apart, and
     encoded by `theirs`. A list of N vectors, one number a token of the judge's."""
@@ -58,19 +58,14 @@ def judge_text(lm, theirs, ours, ids, prefix):
         head, tail = (theirs(ours.decode(part), add_special_tokens=False)["input_ids"]
                       for part in (row[:prefix], row[prefix:]))
         head = head or [theirs.eos_token_id or 0]
-        both = torch.tensor([[*head, *tail]], device=ids.device)
-        logits = lm.head(lm.through(lm.embed(both[:, :-1]), 0, lm.L))[0, len(head) - 1:]                      # (n, V)
-        out.append(F.cross_entropy(logits.double(), both[0, len(head):], reduction="none"))
+        out.append(judge(lm, torch.tensor([[*head, *tail]], device=ids.device), len(head))[0])
     return out
 
 
 def entropy(ids):
     """Entropy (nats) of a text's own token histogram, mean over ids (N, T). At most ln T."""
-    total = 0.0
-    for row in ids.tolist():
-        counts = np.unique(row, return_counts=True)[1] / len(row)
-        total -= (counts * np.log(counts)).sum()
-    return total / len(ids)
+    shares = [row.unique(return_counts=True)[1].double() / len(row) for row in ids.cpu()]
+    return sum(torch.special.entr(share).sum().item() for share in shares) / len(ids)
 
 
 def repetition(ids, n):

@@ -44,7 +44,6 @@ class TwinForCausalLM(PreTrainedModel):
         return CausalLMOutput(logits=self.student.logits(self.student.foretell(
             input_ids, input_ids == self.student.mask_id)))
 
-    @torch.no_grad()
     def generate(self, input_ids=None, attention_mask=None, max_new_tokens=64, do_sample=True, temperature=0.8,
                  top_p=1.0, sample_steps=0, threshold=0.0, order="confidence", seed=0, streamer=None, **unknown):
         """Prompts (B, P), padded on the left, and max_new_tokens tokens after each, by masked.fill: one a call, or in
@@ -64,8 +63,7 @@ class TwinForCausalLM(PreTrainedModel):
 
         def stream(ids, is_mask):                                                      # what no mask stands before
             nonlocal shown
-            hidden = is_mask[0].nonzero()
-            until = int(hidden[0]) if len(hidden) else ids.shape[1]
+            until = int((~is_mask[0]).cumprod(0).sum())
             if until > shown:
                 streamer.put(ids[0, shown:until].cpu())
                 shown = until

@@ -24,7 +24,7 @@ best=$(python -c "import json, sys; print(json.load(open(sys.argv[1]))['layer'])
 blocks() {  # blocks layer seed folder: a bridge like out/blocks
     python bridge.py --model "$OUT/toy" --data "$DATA" --layer "$1" --visible mix --bidirectional --self_condition \
         --t_mean 0.7 --nfes 8 --blocks 4 --batch_size 8 --steps 400 --noise_seeds 1 --eval_batches 64 \
-        --seed "$2" --out "$3"
+        --head_start none --calibration 64 --seed "$2" --out "$3"
 }
 bridges="" twins="" layers=""       # all at 400 steps of 8 x 128 tokens; the default run's twins have had 120 only
 for seed in 0 1 2; do

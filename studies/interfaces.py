@@ -221,7 +221,6 @@ def next_token_nll(way, net, rows, cfg):
     return total / rows[:, 1 + SKIP:].numel()
 
 
-@torch.no_grad()
 def ceiling(way, rows, draws, seed):
     """The same number for a perfect denoiser, whose samples are true targets; those of the next token itself are drawn
     from the intact model's law, `draws` times. None where nothing is diffused."""
@@ -238,7 +237,6 @@ def ceiling(way, rows, draws, seed):
     return total / rows[:, 1 + SKIP:].numel()
 
 
-@torch.no_grad()
 def fit_width(way, net, rows, cfg):
     """The width that makes training windows `rows` most likely, by as many draws as the held-out ones."""
     c, found = way.condition(rows[:, :-1]), {}

@@ -85,24 +85,21 @@ def cells(cfg):
 
 
 # ---------------------------------------------------------------------------------------------------------- states
-@torch.no_grad()
 def states(net, info, lm, ids, unknown, cfg, first):
     """z (S, B, T, D) of a bridge: draws, or the one mean of a regression. ids are hidden from it where `unknown`."""
-    c, shape = net.standard_c(lm.embed(ids)), (*ids.shape, net.settings["D"])
+    c, shape = net.standard_c(lm.embed(ids), ids), (*ids.shape, net.settings["D"])
     how = {"sampler": info.get("sampler", "euler"), "shift": info.get("shift", 1.0), "unknown": unknown}
     draws = cfg.samples if net.settings["objective"] == "diffusion" else 1
     return torch.stack([sample(net, c, cfg.nfe, normal(shape, c.device, cfg.seed, "span", s, first), **how)
                         for s in range(draws)])
 
 
-@torch.no_grad()
 def decode(net, lm, layer, z, gap):
     """z (S, B, T, D) -> logits (S, B, n, V) of the tokens in the slice `gap`, by the retained blocks and the head."""
     h = net.hidden(z).flatten(0, 1).to(lm.model.dtype)                           # (S B, T, D)
     return lm.head(lm.through(h, layer, lm.L)[:, gap.start - 1:gap.stop - 1]).unflatten(0, z.shape[:2])
 
 
-@torch.no_grad()
 def continuations(lm, prompt, n, samples, seed, first):
     """Logits (S, B, n, V) of the n tokens after prompt (B, P), each after what the intact model has drawn."""
     ids, cache, out = prompt.repeat(samples, 1), None, []                              # (S B, P)
@@ -140,6 +137,7 @@ def summary(each):
     return {name: value.item() for name, value in columns.items()}, nats[0, ~apart, 1:].mean(1).tolist()
 
 
+@torch.no_grad()
 def measure(cfg, lm, bridges, rows, unigram):
     """{row of the table: each (heats, S, N, n)} on rows (N, T), by {objective: (net, info)} of one layer and seed, or
     without any bridge by the bounds."""

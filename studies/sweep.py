@@ -20,10 +20,9 @@ if not __package__:
     raise SystemExit(2)
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -58,13 +57,13 @@ class Config:
     eval_batches: int = 512     # held-out sequences of all numbers
     jobs: int = 2               # runs at a time, one thread each
     seed: int = 0               # the first training seed
-    MEASURES = ("beside",)
+    MEASURES = ("pool", "beside")  # which backbones count: the others' runs stay valid
 
 
 NFE, SKIP = 8, 4                     # calls of a bridge; first positions left out: attention sinks, as in bridge.py
 PART = 64                            # held-out sequences measured at a time: what a killed study may lose
 DECODED = ("token mean",)            # guesses whose KL is measured too
-LEARNED = "a ridge over all, learned on the other backbones"
+LEARNED = "a ridge over all, learned by KL on the other backbones"
 ERRORS = {"fvu": "FVU", "kl": "KL", "ce_gap": "CE gap"}    # of a bridge: bridgeability is their absence
 COLUMNS = {**ERRORS, **{f"regression_{key}": f"regression: {name}" for key, name in ERRORS.items()}}
 MIN_STEPS, TIE, MARGIN = 300, 0.02, 0.1                    # see RULES; a difference in rho within MARGIN is a tie
@@ -120,9 +119,8 @@ def keep_states(cfg, home, model, shards, work):
     layers = sorted({layer for layer, _ in left})
     for seed in sorted({int(folder.name.split("seed")[-1]) for _, folder in left}) if cfg.cache_states else ():
         lm = backbone.load(str(model), torch.device("cpu"), torch.float32, blocks=layers[-1])
-        how = SimpleNamespace(seed=seed, steps=cfg.steps, batch_size=cfg.batch_size, seq_len=cfg.seq_len)
-        cache.write(home / f"states{seed}", lm, data.Tokens(shards, "train", cfg.seq_len), layers, how,
-                    backbone.identity(str(model)))
+        cache.write(home / f"states{seed}", lm, data.Tokens(shards, "train", cfg.seq_len), layers,
+                    replace(cfg, seed=seed), backbone.identity(str(model)))
 
 
 # ----------------------------------------------------------------------------------------------------- statistics
@@ -255,16 +253,15 @@ def section(result):
     """The section of the report: a pure function of result.json."""
     found, first = result["backbones"], next(iter(result["backbones"]))
     title = "## Does the score foretell bridgeability?" + ("" if result["blocks"] else " As deep as what is replaced")
-    lines = [title, "", f"Training seeds: {found[first]['seeds']} on {first} from {result['seed']} on, one elsewhere; "
-             f"{result['steps']} steps of {result['batch_size']} sequences, {result['blocks'] or 'as many'} blocks, "
-             f"{found[first]['eval_sequences']} held-out sequences, NFE {result['nfe']}. rho: Spearman's with minus "
-             f"FVU over layers; ties: within {MARGIN:g}.", "", *(f"- {line}" for line in findings(result)), "",
+    lines = [title, "", f"Training seeds from {result['seed']} on, NFE {result['nfe']}. rho: Spearman's with minus FVU "
+             f"over layers; ties: within {MARGIN:g}.", "", *(f"- {line}" for line in findings(result)), "",
              "![the score against what the bridges reach](sweep.png)"]
     for name, b in found.items():
         why = f": left out, {'; '.join(b['excluded'])}" if b["excluded"] else ""
         trained = [key for key in COLUMNS if key in b["layers"][0]]
         free = [(n, key) for n, row in b["layers"][0]["untrained"].items() for key in row]
-        lines += ["", f"**{name}**{why}", "", report.table(
+        lines += ["", f"**{name}**{why} (seeds: {b['seeds']}; {b['budget']}; {b['eval_sequences']} held-out sequences)",
+                  "", report.table(
             ["layer", "score", *(COLUMNS[key] for key in trained), *(f"{n}: {ERRORS[key]}" for n, key in free)],
             [[r["layer"], f"{r['score']:+.2f}", *(plus_minus(r[key], ".4f") for key in trained),
               *(f"{r['untrained'][n][key]:.4f}" for n, key in free)] for r in b["layers"]])]
@@ -315,8 +312,9 @@ def measured(lm, guesses, rows, home):
     parts = []
     for i, some in enumerate(tqdm(rows.split(PART), desc="held-out sequences", leave=False, disable=None)):
         file = home / f"errors{i}.json"
-        if not file.exists() or read_json(file)["of"] != [len(some), *map(list, guesses.values())]:
-            write_json(file, {"of": [len(some), *map(list, guesses.values())], "sums": errors(lm, guesses, some, SKIP)})
+        of = [NFE, SKIP, len(some), *([[name, what[-1]] for name, what in each.items()] for each in guesses.values())]
+        if not file.exists() or read_json(file)["of"] != of:
+            write_json(file, {"of": of, "sums": errors(lm, guesses, some, SKIP)})
         parts.append(read_json(file)["sums"])
     return joined(parts)
 
@@ -356,6 +354,21 @@ def collect(cfg, model, shards, work):
     return {**out, "excluded": [why for why, holds in RULES.items() if holds(out)]}
 
 
+def budget(of):
+    """What each bridge had, by the flags of its sweep or by the sweep's result."""
+    return f"{of['steps']} steps of {of['batch_size']} x {of.get('seq_len', 128)}, {of['blocks'] or 'as many'} blocks"
+
+
+def joining(file, own):
+    """The backbones of --beside, none of which may be called as one of `own`."""
+    other = read_json(file, "--beside wants the result.json of a sweep, or of a report that holds one") if file else {}
+    other = other.get("sweep", other) or {}
+    found = {name: {"budget": budget(other), **b} for name, b in other.get("backbones", {}).items()}
+    if file and (not found or set(found) & set(own)):
+        raise UserError(f"--beside {file} holds no sweep of other backbones than {', '.join(own)}; pass one that does")
+    return found
+
+
 @entry
 def main(argv):
     cfg = parse(Config, argv, f"{__doc__}\nBackbones of --pool: {', '.join(POOL)}")
@@ -366,13 +379,14 @@ def main(argv):
     own, out, first = (Path(cfg.model), near), Path(cfg.out), Path(cfg.model).resolve().name
     identity, pool = {"base": backbone.identity(cfg.model)}, POOL if cfg.pool else {}
     result = finished(cfg, identity, quiet=True) or {"backbones": {}, "measures": {}}
-    if {first, *pool} <= set(result["backbones"]) and result["measures"].get("beside", "") == cfg.beside:
+    others, asked = joining(cfg.beside, [first, *pool]), {"pool": cfg.pool, "beside": cfg.beside}
+    if {first, *pool, *others} <= set(result["backbones"]) and result["measures"] == asked:
         print(section(result))
         return result
     run, found = Run(cfg, setup("cpu"), identity), {}
     for name, make in {first: lambda cfg, home: own, **pool}.items():
         if name in result["backbones"]:                     # finished: POOL has a new one, or --beside is another
-            found[name] = result["backbones"][name]
+            found[name] = {"budget": budget(asdict(cfg)), **result["backbones"][name]}
             continue
         home = out / name.split(" (")[0].replace(" ", "_")
         home.mkdir(parents=True, exist_ok=True)
@@ -380,19 +394,18 @@ def main(argv):
         work = list(cells(cfg, home, model, shards, name == first))
         keep_states(cfg, home, model, shards, work)
         execute([(f"{home.name}, {folder.name}", command) for *_, folder, command in work], cfg.jobs)
-        found[name] = collect(cfg, model, shards, work)
-    if cfg.beside:
-        other = read_json(cfg.beside, "--beside wants the result.json of a sweep, or of a report that holds one")
-        found |= {name: b for name, b in other.get("sweep", other)["backbones"].items() if name not in found}
+        found[name] = {"budget": budget(asdict(cfg)), **collect(cfg, model, shards, work)}
+    found |= others
     kept = {name: b for name, b in found.items() if not b["excluded"]}
     counted = kept or found
-    many, rivals = corrected(list(counted.values())), list(found[first]["disagreements"])
+    many = corrected(list(counted.values()))
+    rivals = [name for name in found[first]["disagreements"] if name in many]
     if len(counted) > 2:                                    # else a rule would be learned on one
         for b, values in zip(counted.values(), learned(list(counted.values()), "kl"), strict=True):
             b["predictors"][LEARNED] = values
         rivals.append(LEARNED)
     result = {**identity, "backbones": found, "kept": list(kept), "nfe": NFE, "corrected": many,
-              **{k: getattr(cfg, k) for k in ("steps", "blocks", "batch_size", "seed")}, "against_depth": {
+              **{k: getattr(cfg, k) for k in ("steps", "blocks", "batch_size", "seq_len", "seed")}, "against_depth": {
                   name: {error: against_depth(counted, error, name) for error in ERRORS} for name in rivals}}
     rho, a = found[first]["correlations"], result["against_depth"]["score"]["fvu"]
     result["headline"] = [

@@ -1,4 +1,4 @@
-"""twin.py: use a converted model: continue a text, fill a gap. Its likelihood of a file: evaluate.py --text.
+"""twin.py: use a converted model: continue a text, fill a gap.
 
     python -m studies.twin --load out/repr_align/w10 --prompt "import " --sample_steps 64 --show       # seconds
     python -m studies.twin --load out/repr_align/block --prompt "import " --gif film.gif

@@ -4,10 +4,10 @@ import time
 
 import pytest
 import torch
-from conftest import randomise, slow
+from conftest import randomise, slow, tiny_model
 
 import data
-from core import common, denoiser, diffusion, optim
+from core import backbone, common, denoiser, diffusion, optim
 
 B, T, D = 3, 12, 16
 
@@ -121,6 +121,28 @@ def test_an_unknown_name_lists_the_known_ones():
 def test_the_control_answers_at_once_and_without_noise():
     (z, c, _), once = states(), net(objective="regression")
     assert torch.equal(diffusion.sample(once, c, 9, None), once(torch.zeros_like(z), c, torch.ones(B)))
+
+
+@torch.no_grad()
+def test_an_untrained_bridge_answers_by_its_head_start():
+    """h[1] of a block without attention is a function of the token alone: its mean state knows it, a linear map of h[0]
+    does not. An unknown token gives neither away."""
+    lm = backbone.Backbone(tiny_model("llama", initializer_range=0.3).requires_grad_(False))
+    lm.blocks[0].self_attn.o_proj.weight.zero_()
+    rows, fvu = torch.randint(3, 64, (200, 33), generator=torch.Generator().manual_seed(0)), {}
+    for start in ("none", "ridge", "tokens"):
+        model = denoiser.Bridge(lm.D, 32, 1, 1, "regression", visible="mix", V=lm.V, head_start=start)
+        denoiser.calibrate(lm, model, rows[:160, :-1], 1, 4)
+        z, c = denoiser.targets(lm, model, rows[160:, :-1], 1)
+        fvu[start] = ((diffusion.sample(model, c, 1, None) - z).square().sum() / z.square().sum()).item()
+    assert fvu["tokens"] < 0.02 < 0.1 < fvu["ridge"] < 0.9 < fvu["none"]
+    seen = model.standard_z(lm.through(lm.embed(rows[:160:2, :-1]), 0, 1))[:, 4:][rows[:160:2, 4:-1] == 9]
+    assert torch.allclose(model.means[9], seen.sum(0) / (1 + len(seen)), atol=1e-5)
+    ids = rows[160:162, :-1]
+    other, unknown = ids.clone(), torch.arange(32).expand(2, 32) >= 20
+    other[:, 20:] = (ids[:, 20:] + 1) % 64
+    both = [diffusion.sample(model, model.standard_c(lm.embed(i), i), 1, None, unknown=unknown) for i in (ids, other)]
+    assert torch.equal(*both)
 
 
 def test_the_atom_is_a_share_of_ones_and_moves_no_other_draw():

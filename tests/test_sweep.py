@@ -207,6 +207,7 @@ def test_the_sweep_runs(runs, tmp_path, monkeypatch, capsys):
     assert all(len(value) <= 60 for _, value in result["headline"]) and len(result["headline"]) == 2
     assert (out / "sweep.png").stat().st_size > 5000 and (out / "regret.png").stat().st_size > 5000
     assert toy["regret"]["KL"]["all layers"] == [[3, 0, 0]] and "| toy | KL | halving |" in text
+    assert "(seeds: 2; 3 steps of 4 x 128, 1 blocks; 4 held-out sequences)" in text
     fewer = {**result, "backbones": {"toy": toy}}                              # an older result, a newer POOL
     assert "**again**" not in sweep.section(fewer)
     count = len(started)
@@ -214,12 +215,20 @@ def test_the_sweep_runs(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sweep, "POOL", {**sweep.POOL, "untrained": lambda cfg, home: (runs / "toy", runs / "data")})
     assert set(sweep.main(argv)["backbones"]) == {"toy", "again", "untrained"}          # a new entry: only it is run
     other = tmp_path / "other.json"                                            # a sweep published elsewhere
-    other.write_text(json.dumps({"sweep": {"backbones": {"far": toy}}}))
+    far = {key: value for key, value in toy.items() if key != "budget"}        # as an older sweep left it
+    how = {"steps": 7, "batch_size": 2, "blocks": 0}
+    other.write_text(json.dumps({"sweep": {"backbones": {"far": far}, **how}}))
     more = sweep.main([*argv, "--beside", str(other)])
     assert set(more["backbones"]) == {"toy", "again", "untrained", "far"} and len(started) > count
     begun, a = len(started), more["against_depth"][sweep.LEARNED]["kl"]
     assert set(a["gaps"]) == set(more["backbones"]) and sweep.LEARNED in sweep.section(more)
     assert sweep.main([*argv, "--beside", str(other)])["backbones"] == more["backbones"] and len(started) == begun
+    assert "7 steps of 2 x 128, as many blocks" in sweep.section(more)
+    for content in ({"sweep": None}, {"layers": []}, {"sweep": {"backbones": {"toy": far}, **how}}):
+        (tmp_path / "wrong.json").write_text(json.dumps(content))              # nothing, another stage's, the same name
+        assert "holds no sweep of other backbones" in fails(capsys, sweep.main, *argv[:2], "--out", tmp_path / "u",
+                                                            "--beside", tmp_path / "wrong.json")
+    assert not (tmp_path / "u").exists()
     assert "that holds one" in fails(capsys, sweep.main, *argv, "--beside", tmp_path / "none.json")
     assert "numbers" in fails(capsys, sweep.main, *argv[:2], "--out", tmp_path / "t", "--layers", "1,,3")
     assert "1 to 3" in fails(capsys, sweep.main, *argv[:2], "--out", tmp_path / "t", "--layers", "9")
