@@ -86,6 +86,7 @@ PRESETS = {
            "warmup": 500, "eval_every": 1000, "save_every": 1000},
 }
 PROMPT = "def main(args):"      # of the sample at the end
+GAP = 8                         # tokens that are hidden in the middle of a text and filled in
 
 
 # ---------------------------------------------------------------------------------------------------------- set-up
@@ -145,6 +146,17 @@ def validate(student, teacher, rows, cfg, world):
     return [ce / count, cosine / count if teacher is not None else None] + [forgot] * ar
 
 
+def infilled(student, rows, seed):
+    """Share of GAP hidden tokens in the middle of rows (N, T) that greedy filling, two a call, gets right. A block
+    model, which sees nothing after a block, is given only what comes before them."""
+    lo = rows.shape[1] // 2 - GAP // 2
+    rows = rows if student.arm.attention == "bidirectional" else rows[:, :lo + GAP]
+    hidden = torch.zeros_like(rows, dtype=torch.bool)
+    hidden[:, lo:lo + GAP] = True
+    ids = fill(student, rows.masked_fill(hidden, student.mask_id), hidden, GAP // 2, temperature=0.0, seed=seed)
+    return (ids == rows)[hidden].double().mean().item()
+
+
 # ------------------------------------------------------------------------------------------------- what is reported
 def sample(student, tokenizer, cfg):
     """What the model writes after PROMPT, and the flags that asked for it."""
@@ -178,7 +190,8 @@ held-out sequences, their shares of masks on an even grid. {flags}.
 
 {report.table(columns[:len(rows[0])], rows)}
 
--log p of these texts is at most {result["bound"][0]:.3f} +- {result["bound"][1]:.3f} nats a token (standard error).
+-log p of these texts is at most {result["bound"][0]:.3f} +- {result["bound"][1]:.3f} nats a token (standard error). \
+Of {GAP} hidden tokens in the middle of a text {result["infilled"]:.1%} are filled in right.
 
 ![masked CE on held-out text over the steps of training](convert.png)
 
@@ -285,14 +298,16 @@ def main(argv):
 
     seconds, tokens = clock.seconds(), cfg.steps * cfg.batch_size * cfg.seq_len
     curve.append([cfg.steps, *validate(student, teacher, held_out, cfg, world)])
-    judged = text_likelihood(student, held_out.to(world.device), 4, cfg.seed)
+    held_out = held_out.to(world.device)
+    judged = text_likelihood(student, held_out, 4, cfg.seed)
     arms = ("path", "ar_weight", "align_until", *Arm._fields)                       # shown where they are not as ever
     flags = ["freeze", "train_tokens", *(flag for flag in arms if getattr(cfg, flag) != getattr(Config, flag))]
     publish(run, cfg, {
         "val_loss": curve[-1][1], "curve": curve, "w": cfg.align_weight, "cosine": curve[-1][2], "steps": cfg.steps,
         "bound": [nats / held_out[:, 1:].numel() for nats in judged], "batch_size": cfg.batch_size,
-        "seq_len": cfg.seq_len, "tokens": tokens, "tokens_per_s": tokens / seconds,
-        "seconds": seconds, "seed": cfg.seed, "mask_id": student.mask_id, "eval_sequences": len(held_out),
+        "infilled": infilled(student, held_out[:32], cfg.seed), "seq_len": cfg.seq_len, "tokens": tokens,
+        "tokens_per_s": tokens / seconds, "seconds": seconds, "seed": cfg.seed, "mask_id": student.mask_id,
+        "eval_sequences": len(held_out),
         "flags": {flag: getattr(cfg, flag) for flag in flags}, **identity}, model, student, tokenizer)
     run.say(f"saved to {cfg.out}: {summary(run.result)}")
     return run.result

@@ -41,9 +41,10 @@ STUDIES = {  # study -> the stage that its cells are runs of (see KINDS), layers
         "regression": PLAIN, "regression, lr x 2": f"{PLAIN} {DOUBLE}", "regression, lr x 4": f"{PLAIN} {FOURFOLD}"}),
     # a constant learning rate, so that steps to a loss can be read off
     "align": ("repr_align", (None,), {
-        f"w = {w}{'' if freeze == 'embed' else ', nothing frozen'}{', 60k tokens' if few else ''}":
-        f"--align_weight {w} --cooldown 0 --freeze {freeze} --train_tokens {few}" for few in (0, 60000)
-        for w, freeze in ((0, "embed"), (0, "none"), (1, "embed"), (3, "embed"), (10, "embed"))}),
+        f"w = {w}{name}{', 60k tokens' if few else ''}": f"--align_weight {w} --cooldown 0 --train_tokens {few} {flags}"
+        for few in (0, 60000) for w, name, flags in (
+            (0, "", ""), (0, ", nothing frozen", "--freeze none"), (1, "", ""), (3, "", ""), (10, "", ""),
+            (10, ", off after a quarter", "--align_until {quarter}"))}),
     # what the AR model is converted to; with a clean copy (clean, causal) a step costs twice as much
     "arms": ("repr_align", (None,), {name: f"--align_weight 0 {flags}" for name, flags in {
         "bidirectional": "", "bidirectional, twice the steps": "--steps {double}",
@@ -97,7 +98,7 @@ def cells(cfg):
             continue
         place = "" if layer is None else f"--layer {layer}"
         flags = f"{place} --seed {seed} --steps {cfg.steps} --batch_size {cfg.batch_size} {flags}"   # the last one wins
-        flags = flags.format(double=2 * cfg.steps)
+        flags = flags.format(double=2 * cfg.steps, quarter=cfg.steps // 4)
         folder = Path(cfg.out).parent / "_".join(["cell", name, *flags.split()]).replace("--", "")
         few = " --nfes 1,4" if name == "bridge" else ""                   # the calls that the table shows
         yield Cell(variant, layer, seed, folder, stage(name, cfg.model, cfg.data, folder, flags + few))
@@ -159,7 +160,7 @@ def read_arm(result, rival):
 
 def read_bound(result, rival):
     return {"bound, nats a token": result["bound"][0], "masked CE of its own task": result["val_loss"],
-            "seconds": result["seconds"]}
+            "tokens filled in right": result["infilled"], "seconds": result["seconds"]}
 
 
 def unaligned(name, arms):

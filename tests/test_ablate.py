@@ -70,6 +70,8 @@ def test_acceleration_is_read_off_the_curves(tmp_path):
     assert "| 2.00 | 1.00 | 0.900 |" in rows["w = 10"]                          # half the steps, twice the price of one
     assert "| never in 2 of 2 | never in 2 of 2 | 0.900 |" in rows["w = 3, 60k tokens"]
     assert rows["w = 0"].endswith("| 1.00 | 1.00 | - |")
+    commands = {cell.variant: " ".join(cell.command) for cell in ablate.cells(cfg)}
+    assert "--align_until 25" in commands["w = 10, off after a quarter"] and "--align_until" not in commands["w = 10"]
     assert said[None, "w = 10", "best on the way"].startswith("ahead by 1 nats")
 
 
@@ -104,7 +106,8 @@ def test_arms_are_compared_by_their_bounds(tmp_path):
     cfg = ablate.Config(study="arms", out=str(tmp_path / "arms"), seeds=2)
     for name, _, seed, folder, command in ablate.cells(cfg):
         assert ("--context causal" in " ".join(command)) == ("causal" in name)
-        write(folder, bound=[4.0 - (name == "blocks, causal context") + 0.01 * seed, 0.1], val_loss=9.0, seconds=7.0)
+        write(folder, bound=[4.0 - (name == "blocks, causal context") + 0.01 * seed, 0.1], val_loss=9.0, infilled=0.25,
+              seconds=7.0)
     text, said, verdicts = shown(cfg)
     rivals = {name: rival for _, name, rival, *_ in verdicts}                    # what an arm adds something to
     assert rivals["blocks, causal context, w = 10"] == "blocks, causal context" and rivals["blocks"] == "bidirectional"

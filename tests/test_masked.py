@@ -391,6 +391,11 @@ def test_flags_of_the_arms(runs, text, tmp_path, capsys):
         rows = data.Tokens(runs / "data", "val", 32).windows(4)[:, :-1]
         nats, se = masked.text_likelihood(s, rows, 4)                            # the saved model, judged again
         assert [n * rows[:, 1:].numel() for n in result["bound"]] == pytest.approx([nats, se], rel=1e-4)
+        assert result["infilled"] == repr_align.infilled(s, rows, 0)
+        gap = torch.full((4, 20), s.mask_id)                                     # what follows is not seen, nor is what
+        gap[:, :12] = rows[:, :12]                                               # the gap held
+        filled = masked.fill(s, gap, gap == s.mask_id, 4, temperature=0.0)
+        assert result["infilled"] == (filled == rows[:, :20])[:, 12:].double().mean().item()
         with pytest.raises(UserError, match="bidirectional attention is needed"):
             masked.load_converted(out, torch.device("cpu"), torch.float32, "bidirectional")
         load = ["--load", str(out), "--prompt", "import os"]
