@@ -108,16 +108,20 @@ def measures(cfg):
     return {name: getattr(cfg, name) for name in getattr(cfg, "MEASURES", ())}
 
 
+def defaults(cfg):
+    return {f.name: f.default for f in dataclasses.fields(cfg) if f.default is not dataclasses.MISSING}
+
+
 def differences(cfg, identity):
     """{name: (there, here)}: what the run in cfg.out was started with otherwise; None if there is no run.
 
-    A flag that the older run does not know counts as its default, so that a fork's new flag leaves finished runs valid.
-    Flags in FREE and in the Config's own MEASURES do not count at all."""
+    A flag that only one of the two knows counts as its default, so that a fork's new flag, or one it took out, leaves
+    finished runs valid. Flags in FREE and in the Config's own MEASURES do not count at all."""
     if not (Path(cfg.out) / "config.json").exists():
         return None
     about = read_json(Path(cfg.out) / "config.json").get("dihal", {})      # Hugging Face folders share the file
-    there = {**{f.name: f.default for f in dataclasses.fields(cfg)}, **about.get("config", {})}
-    here = {**dataclasses.asdict(cfg), **identity}
+    there = {**defaults(cfg), **about.get("config", {})}
+    here = {**about.get("defaults", {}), **dataclasses.asdict(cfg), **identity}
     names = sorted({*there, *here} - FREE - set(measures(cfg)))
     return {k: (there.get(k), here.get(k)) for k in names if there.get(k) != here.get(k)}
 
@@ -216,7 +220,7 @@ def begin(cfg, world, identity):
     if differ and (out / "result.json").exists():
         os.replace(out / "result.json", out / f"result_{differ['steps'][0]}.json")
     before = read_json(out / "config.json") if differ else {}
-    about = {"config": {**dataclasses.asdict(cfg), **identity}, **provenance(world)}
+    about = {"config": {**dataclasses.asdict(cfg), **identity}, "defaults": defaults(cfg), **provenance(world)}
     write_json(out / "config.json", {**before, "dihal": about})
 
 

@@ -77,7 +77,16 @@ def test_a_forks_new_flag_leaves_finished_runs_valid(tmp_path):
     with pytest.raises(UserError, match=r"another run \(atom = 0.0 there, 0.5 here\)"):
         run.Run(Forked(out, atom=0.5), WORLD, {"base": "b"})
     run.Run(Forked(out), WORLD, {"base": "b"}).unlock()                            # and the refusal held no lock
-    make(Forked(str(tmp_path / "fork"), atom=0.5), {"x": 2})                       # a flag that is gone is not ignored
+
+
+def test_a_flag_taken_out_leaves_runs_valid_that_did_not_use_it(tmp_path):
+    make(Forked(str(tmp_path / "plain")), {"x": 1})
+    assert run.finished(Config(str(tmp_path / "plain")), {"base": "b"})["x"] == 1
+    make(Forked(str(tmp_path / "fork"), atom=0.5), {"x": 2})
+    assert run.differences(Config(str(tmp_path / "fork")), {"base": "b"}) == {"atom": (0.5, 0.0)}
+    about = run.read_json(tmp_path / "fork" / "config.json")                       # as a run before defaults were kept
+    del about["dihal"]["defaults"]
+    run.write_json(tmp_path / "fork" / "config.json", about)
     assert run.differences(Config(str(tmp_path / "fork")), {"base": "b"}) == {"atom": (0.5, None)}
 
 
