@@ -53,8 +53,8 @@ class Config:
     times: Literal[tuple(TIMES)] = "logit-normal"  # law of t in training
     t_mean: float = 0.0         # mean of logit t; above 0 trains more near t = 1, where sampling starts
     atom: float = 0.0           # share of training sequences at t = 1 exactly
-    head_start: Literal["none", "ridge", "tokens"] = "none"  # what the network adds to: the best linear map from h[0];
-    #                             from h[0] and the mean h[l] of its token, which it is told too
+    sink: Literal["own", "shared"] = "own"  # units of h[l] at position 0, an attention sink: its own, or the others'
+    head_start: Literal["none", "ridge", "tokens"] = "none"  # a ridge of h[0], or of it and its token's mean h[l]
     self_condition: bool = False  # feed the last estimate of z back in (half of the time in training)
     width: int = 0              # W (0: D)
     blocks: int = 0             # of the bridge (0: as many as it replaces)
@@ -92,7 +92,7 @@ class Config:
 PRESETS = {
     "tiny": {"steps": 20, "batch_size": 4, "seq_len": 32, "calibration": 8, "eval_batches": 4, "eval_every": 10,
              "save_every": 10, "log_every": 10, "warmup": 5},
-    "toy": {"head_start": "tokens", "calibration": 1024},                    # a third of none's KL at layer 1: LOG.md
+    "toy": {"head_start": "tokens", "calibration": 1024, "sink": "shared"},  # a third of none's KL at layer 1: LOG.md
     # run_all.sh spells these out with 400 steps: those are the published numbers
     "blocks": {"visible": "mix", "bidirectional": True, "self_condition": True, "t_mean": 0.7, "batch_size": 8,
                "steps": 800, "noise_seeds": 1},
@@ -202,7 +202,7 @@ def build(cfg, shape, layer):
         raise UserError(f"--width {W} does not split into {H} heads; use a multiple of {each}")
     torch.manual_seed(cfg.seed)
     return Bridge(shape.hidden_size, W, blocks, H, cfg.objective, cfg.prediction, cfg.source, cfg.self_condition,
-                  cfg.visible, cfg.bidirectional, shape.vocab_size, head_start=cfg.head_start)
+                  cfg.visible, cfg.bidirectional, shape.vocab_size, head_start=cfg.head_start, sink=cfg.sink)
 
 
 def texts(cfg, model, vocab, world):

@@ -30,6 +30,7 @@ from core.run import beside, read_json
 
 EOS = "<|endoftext|>"  # of a tokenizer that we train ourselves
 TWIN = "nanodihal_twin"  # what transformers is told a converted model is
+SIZES = {"toy": 3e7, "135m": 4e8, "0.6b": 3e9, "8b": math.inf}  # preset -> below how many parameters it is meant
 
 
 def blocks_of(model):
@@ -462,9 +463,6 @@ def flops_per_token(model, T):
     A tied embedding counts once, as the head."""
     n, config = sum(p.numel() for p in model.parameters()), model.config
     return 6 * n + 6 * config.num_hidden_layers * config.num_attention_heads * head_size(config) * T
-
-
-SIZES = {"toy": 3e7, "135m": 4e8, "0.6b": 3e9, "8b": math.inf}  # preset -> below how many parameters it is meant
 
 
 def preset_of(model, out, bridge=""):

@@ -70,12 +70,13 @@ class Bridge(nn.Module):
     FREQUENCIES = 16
 
     def __init__(self, D, W, blocks, H, objective="diffusion", prediction="x", source="noise", self_condition=False,
-                 visible="full", bidirectional=False, V=0, C=0, head_start="none"):
+                 visible="full", bidirectional=False, V=0, C=0, head_start="none", sink="shared"):
         super().__init__()
         C = C or D
         self.settings = {"D": D, "W": W, "blocks": blocks, "H": H, "objective": objective, "prediction": prediction,
                          "source": source, "self_condition": self_condition, "visible": visible,
-                         "bidirectional": bidirectional, "V": V, "C": C, "head_start": head_start}
+                         "bidirectional": bidirectional, "V": V, "C": C, "head_start": head_start,
+                         "sink": sink}
         self.recompute = False                                                # activation checkpointing of the blocks
         self.generates = visible != "full"                                    # it has met unknown tokens
         # [x_t, c] side by side, then the last z and whether the token is unknown, where there are such
@@ -91,6 +92,9 @@ class Bridge(nn.Module):
         for name, value in (("mu_z", torch.zeros(D)), ("mu_c", torch.zeros(C)), ("sigma_z", torch.ones(D)),
                             ("sigma_c", torch.ones(C))):                      # set by `calibrate`, below
             self.register_buffer(name, value)
+        if sink == "own":                                                     # units of h[l] at position 0
+            self.register_buffer("mu_0", torch.zeros(D))
+            self.register_buffer("sigma_0", torch.ones(D))
         if head_start == "tokens":                                            # mean z of each token, part of c
             self.register_buffer("means", torch.zeros(V, D))
         if head_start != "none":                                              # z = A c + what the network adds to it
@@ -139,12 +143,24 @@ class Bridge(nn.Module):
         c = (h0.float() - self.mu_c) / self.sigma_c
         return torch.cat([c, self.means[ids]], -1) if self.settings["head_start"] == "tokens" else c
 
-    def standard_z(self, hl):
-        return (hl.float() - self.mu_z) / self.sigma_z
+    def units(self, h, positions):
+        """(mu, sigma) of h[l] (..., T, D) at these positions (B, T), or from 0 on. Position 0 has its own: where all
+        attention that is not needed goes, a state is massive (Sun et al. 2024) and nearly the same for any token, and
+        hundreds of the others' sigmas away. An error there is an error of every later token."""
+        if self.settings["sink"] == "shared":
+            return self.mu_z, self.sigma_z
+        positions = torch.arange(h.shape[-2], device=h.device) if positions is None else positions
+        first = (positions == 0)[..., None]                                            # (T, 1) or (B, T, 1)
+        return torch.where(first, self.mu_0, self.mu_z), torch.where(first, self.sigma_0, self.sigma_z)
 
-    def hidden(self, z):
+    def standard_z(self, hl, positions=None):
+        mu, sigma = self.units(hl, positions)
+        return (hl.float() - mu) / sigma
+
+    def hidden(self, z, positions=None):
         """Standardised z -> h[l]."""
-        return z * self.sigma_z + self.mu_z
+        mu, sigma = self.units(z, positions)
+        return z * sigma + mu
 
 
 RIDGE = 0.01  # share of the ridge that a bridge starts from
@@ -193,13 +209,18 @@ class Moments:
 def calibrate(lm, net, rows, layer, skip):
     """Set mu, sigma of h[l] and h[0] per dimension from rows (N, T), positions >= skip: the first ones are attention
     sinks, a few dimensions of which are hundreds of times larger, and would set the scale for all others."""
-    z, c = Moments(), Moments()
+    first, z, c = Moments(), Moments(), Moments()
     for ids in rows.split(8):
         h0 = lm.embed(ids)
-        z.add(produce(lm, h0, layer)[:, skip:])
+        h = produce(lm, h0, layer)
+        first.add(h[:, :1])
+        z.add(h[:, skip:])
         c.add(h0[:, skip:])
     for buffer, value in zip((net.mu_z, net.sigma_z, net.mu_c, net.sigma_c), (*z.mean_and_sd(), *c.mean_and_sd())):
         buffer.copy_(value)
+    if net.settings["sink"] == "own":
+        for buffer, value in zip((net.mu_0, net.sigma_0), first.mean_and_sd()):
+            buffer.copy_(value)
     if net.settings["head_start"] == "tokens":           # a rare token's mean is drawn towards 0, that of all
         total, count = torch.zeros_like(net.means), torch.ones_like(net.means[:, :1])
         for ids in rows[::2].split(8):

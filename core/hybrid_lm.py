@@ -20,6 +20,8 @@ from core import backbone, denoiser, diffusion, masked
 from core.common import UserError, pick
 from core.draws import generator, normal
 
+LAYER_NUMBERS = "layer_idx", "layer_id"  # what the library calls a module's place in the cache
+
 
 def product(upper, read, alpha=0.8, beta=0.8, prior=None):
     """log p (..., V), not normalised, of a token from what two experts make of it, both (..., V): the retained blocks
@@ -29,9 +31,6 @@ def product(upper, read, alpha=0.8, beta=0.8, prior=None):
     once: alpha = beta = 0.8, chosen on few texts (LOG.md)."""
     logits = upper + alpha * read
     return logits - beta * prior.to(logits) if beta else logits
-
-
-LAYER_NUMBERS = "layer_idx", "layer_id"  # what the library calls a module's place in the cache
 
 
 class HybridConfig(PretrainedConfig):
@@ -115,7 +114,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
                 mask = (mask & (attention_mask[:, None, None, :] > 0)) | own           # (B, 1, T, K)
             mask = mask.expand(len(h0), 1, T, past + T)
         z = self.states(h0, input_ids, self.config.nfe, self.noise_at(positions), positions, mask, cache)
-        return self.net.hidden(z).to(h0.dtype) if self.config.layer else h0, side
+        return self.net.hidden(z, positions).to(h0.dtype) if self.config.layer else h0, side
 
     def states(self, h0, ids, nfe, *noise_positions_mask_cache, **more):
         """Standardised h[l] (B, T, D) of h[0] of ids (B, T), by the sampler and shift of the config."""
@@ -228,7 +227,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
                             watch=how["watch"], **more)
         # 1 draw the hidden states; the retained blocks foretell tokens from them
         z = denoise(0)
-        h = self.net.hidden(z).to(self.lm.model.dtype)
+        h = self.net.hidden(z, positions).to(self.lm.model.dtype)
         if not unknown.all():                                       # before and after a gap h is known, as tokens are
             h = torch.where(unknown[..., None], h, on_cache(self._read, ids, positions, cache)[0])
         states = on_cache(self._upper, h, positions, cache)
@@ -240,7 +239,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
             # 3 refine: the intact model reads what was drawn; its h[l] goes back up the path and down again
             if turn < how["refinements"]:
                 h, states = on_cache(self._read, ids, positions, cache)
-                z = denoise(turn + 1, z=self.net.standard_z(h), done=how["done"])
+                z = denoise(turn + 1, z=self.net.standard_z(h, positions), done=how["done"])
         return ids
 
     def _upper(self, h, positions, cache):

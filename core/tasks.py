@@ -34,6 +34,8 @@ from core.draws import generator
 SIZE = 6        # of the prompts that are analysed; training lines vary around it
 WORDS = 64      # single-token words that the tasks use: the most frequent ones of the vocabulary
 LEAST = 16      # fewer than this and the tokenizer cannot pose the tasks
+NAMES = ("Mary John James Sarah David Paul Mark Anna Tom Jack Peter Robert Michael Alice Emma Henry George Simon Kate "
+         "Lucy Adam Daniel Laura Maria Martin Steven Thomas William Charles Richard").split()
 
 
 class Pair(NamedTuple):
@@ -139,10 +141,6 @@ def opening(pieces, gen, size):
     other, place = another(target), len(chosen) - 1 - gap // 2
     left = opened[:gap] + opened[gap + 1:]
     return Pair(left + closed, left + changed(closed, place, other[1]), target[0], other[0], gap)
-
-
-NAMES = ("Mary John James Sarah David Paul Mark Anna Tom Jack Peter Robert Michael Alice Emma Henry George Simon Kate "
-         "Lucy Adam Daniel Laura Maria Martin Steven Thomas William Charles Richard").split()
 
 
 def names(pieces, gen, size):

@@ -32,6 +32,8 @@ from core.stats import paired, plus_minus, steps_to, verdict
 ROOT = Path(__file__).resolve().parent.parent                          # where the stages are
 PLAIN, DOUBLE, FOURFOLD = "--objective regression", "--lr 0.04 --lr_adam 4e-3", "--lr 0.08 --lr_adam 8e-3"
 BLOCK = "--attention block --context"
+FORMS = {"size ratio": ".2f", "NFE": ".0f", "FVU": ".4f", "KL": ".4f", "CE gap": "+.4f", "CE gap, NFE 1": "+.4f",
+         "acceleration, steps": ".2f", "acceleration, seconds": ".2f"}  # of a column, else .3f
 STUDIES = {  # study -> the stage that its cells are runs of (see KINDS), layers, {variant: flags of the stage}
     "objective": ("bridge", (1, 4, 7), {"diffusion": "", "regression": PLAIN}),
     # both objectives at rates of their own
@@ -201,10 +203,6 @@ def collect(cfg, work):
                                                           cfg.margin, "nats")]
                      for name, rival in rivals.items() if rival not in (None, name) for column in judged]
     return rows, verdicts
-
-
-FORMS = {"size ratio": ".2f", "NFE": ".0f", "FVU": ".4f", "KL": ".4f", "CE gap": "+.4f", "CE gap, NFE 1": "+.4f",
-         "acceleration, steps": ".2f", "acceleration, seconds": ".2f"}  # else .3f
 
 
 def cell_text(values, column):

@@ -6,11 +6,10 @@
 
 Prints one row a measurement: the value, the stock thing it is compared with, and their ratio. Writes nothing.
 """
-import sys
+import argparse
 
 if not __package__:
-    print("error: start it as: python -m studies.bench", file=sys.stderr)
-    raise SystemExit(2)
+    argparse.ArgumentParser().exit(2, "error: start it as: python -m studies.bench\n")
 import time
 from dataclasses import dataclass
 from pathlib import Path

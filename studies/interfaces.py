@@ -13,11 +13,10 @@ result.json to --out; each cell is kept as soon as it is finished.
 
 Letters: B batch, T tokens, D width of the backbone, V vocabulary, d width of what is diffused.
 """
-import sys
+import argparse
 
 if not __package__:
-    print("error: start it as: python -m studies.interfaces", file=sys.stderr)
-    raise SystemExit(2)
+    argparse.ArgumentParser().exit(2, "error: start it as: python -m studies.interfaces\n")
 import itertools
 import math
 import time
@@ -63,12 +62,10 @@ class Config:
 
 
 SKIP, MARGIN = 4, 0.01  # first positions: attention sinks, as in bridge.py; nats within which two targets are tied
-
-
-# ----------------------------------------------------------------------------------------------------- the targets
 WIDTHS = (1e-3, 1e-2, 0.03, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 1e2, 1e4)
 
 
+# ----------------------------------------------------------------------------------------------------- the targets
 class Target(NamedTuple):
     """What a function of TARGETS makes. One without `target` is learned by cross-entropy."""
     d: int

@@ -22,11 +22,10 @@ Each bridge is an ordinary run of bridge.py below --out. Writes section.md and r
 
 Letters: B batch, T = P + n tokens (and a suffix), n hidden ones, S states, V vocabulary, z the standardised h[l].
 """
-import sys
+import argparse
 
 if not __package__:
-    print("error: start it as: python -m studies.span", file=sys.stderr)
-    raise SystemExit(2)
+    argparse.ArgumentParser().exit(2, "error: start it as: python -m studies.span\n")
 import itertools
 import math
 from dataclasses import dataclass
@@ -71,6 +70,12 @@ class Config:
 
 
 HEATS = (1.0, 0.8, 1.25, 1.6, 2.0, 2.5)  # temperatures; the first is as it is
+NAMES, AVERAGED = {"diffusion": "sampled states", "regression": "mean state"}, "sampled states, averaged first"
+PAIRS = [("sampled states", "mean state", "tempered"), ("sampled states", "unigrams", "used"),  # deciding ones first
+         ("sampled states", "unigrams", "tempered"), ("sampled states", "mean state", "used"),
+         ("sampled states", "mean state", "jointly"), ("sampled states", AVERAGED, "used"),
+         ("sampled states, readout", "mean state, readout", "used"), ("sampled states", "mean state, readout", "used"),
+         ("sampled states", "mean state", "x_P")]                          # ours, theirs, the column compared
 
 
 def cells(cfg):
@@ -162,14 +167,6 @@ def measure(cfg, lm, bridges, rows, unigram):
             each = torch.stack([log_p(logits, ids[:, gap], heat) for heat in HEATS]).cpu()
             out.setdefault(name, []).append(each)
     return {name: torch.cat(parts, 2) for name, parts in out.items()}
-
-
-NAMES, AVERAGED = {"diffusion": "sampled states", "regression": "mean state"}, "sampled states, averaged first"
-PAIRS = [("sampled states", "mean state", "tempered"), ("sampled states", "unigrams", "used"),  # deciding ones first
-         ("sampled states", "unigrams", "tempered"), ("sampled states", "mean state", "used"),
-         ("sampled states", "mean state", "jointly"), ("sampled states", AVERAGED, "used"),
-         ("sampled states, readout", "mean state, readout", "used"), ("sampled states", "mean state, readout", "used"),
-         ("sampled states", "mean state", "x_P")]                          # ours, theirs, the column compared
 
 
 # ------------------------------------------------------------------------------------------------------------ tables

@@ -7,11 +7,10 @@
 Prints text; writes nothing but the film. repr_align.py makes such models, core/masked.py holds the samplers and the
 bound.
 """
-import sys
+import argparse
 
 if not __package__:
-    print("error: start it as: python -m studies.twin", file=sys.stderr)
-    raise SystemExit(2)
+    argparse.ArgumentParser().exit(2, "error: start it as: python -m studies.twin\n")
 from dataclasses import dataclass
 from typing import Literal
 

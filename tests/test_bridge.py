@@ -145,6 +145,28 @@ def test_an_untrained_bridge_answers_by_its_head_start():
     assert torch.equal(*both)
 
 
+@torch.no_grad()
+def test_position_0_has_units_of_its_own():
+    """A sink a hundred times as large as the rest is of size 1 in its own units; no other position's units move, and a
+    token that comes alone, from a cache, is taken for what its position says."""
+    lm, nets = backbone.Backbone(tiny_model("llama", initializer_range=0.3).requires_grad_(False)), {}
+    rows, massive = torch.randint(3, 64, (64, 12), generator=torch.Generator().manual_seed(0)), torch.zeros(12, 1)
+    massive[0] = 100.0
+    through = lm.through
+    lm.through = lambda h0, *_: through(h0, 0, 2) * (1 + massive)
+    for sink in ("own", "shared"):
+        nets[sink] = denoiser.Bridge(lm.D, 32, 1, 1, sink=sink)
+        denoiser.calibrate(lm, nets[sink], rows, 2, 4)
+    h = lm.through(lm.embed(rows))                                               # (64, 12, D)
+    own, shared = (nets[sink].standard_z(h) for sink in ("own", "shared"))
+    assert torch.allclose(own[:, 0].mean(0), torch.zeros(lm.D), atol=1e-3) and (own[:, 0].std(0) - 1).abs().max() < 0.02
+    assert shared[:, 0].abs().mean() > 20 and torch.equal(own[:, 1:], shared[:, 1:])
+    assert torch.allclose(nets["own"].hidden(own), h, rtol=1e-4, atol=1e-3)
+    fifth = torch.full((64, 1), 5)
+    assert torch.equal(nets["own"].standard_z(h[:, 5:6], fifth), shared[:, 5:6])
+    assert torch.equal(nets["own"].hidden(own[:, 5:6], fifth), nets["shared"].hidden(shared[:, 5:6]))
+
+
 def test_the_atom_is_a_share_of_ones_and_moves_no_other_draw():
     plain, some = (diffusion.times("logit-normal", 0.0, 0, 3, range(2000), atom) for atom in (0.0, 0.25))
     ones = some == 1

@@ -145,13 +145,18 @@ def test_cached_logits_at_every_nfe_and_layer(nfe, layer):
         other = model(TOKENS, use_cache=False).logits
         assert not torch.allclose(other, want, atol=1e-3)
         assert torch.allclose(cached_logits(model, TOKENS, 20), other, atol=1e-4, rtol=1e-4)
-    model = random_hybrid("qwen3", layer=layer, nfe=nfe, V=64, head_start="tokens")
+    model = random_hybrid("qwen3", layer=layer, nfe=nfe, V=64, head_start="tokens", sink="own")
     model.net.means.normal_(generator=torch.Generator().manual_seed(0))
+    model.net.mu_0.fill_(30.0)
     want = model(TOKENS, use_cache=False).logits
     assert torch.allclose(cached_logits(model, TOKENS, 20), want, atol=1e-4, rtol=1e-4)
     model.net.means[TOKENS[0, 3]] += 1                                         # what a token is counts from there on
     moved = (model(TOKENS, use_cache=False).logits != want).any(-1)[0]
     assert moved[3] and not moved[:3].any()
+    sunk = model(TOKENS, use_cache=False).logits
+    model.net.mu_0 += 1                                                        # the sink counts for all that look at it
+    moved = (model(TOKENS, use_cache=False).logits != sunk).any(-1)[0]
+    assert moved[0] and moved[1:].all() == (layer == 1) and moved[1:].any() == (layer == 1)
 
 
 def leaks(model):
