@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole pipeline: backbone, locate, replace, generate, convert, compare, evaluate. Offline and on a CPU by default:
-# about seven minutes on two idle cores; a real model of 135M 33 (BLOCKS_STEPS=150). Run it again and it resumes, or
+# seven to ten minutes on two idle cores; a real model of 135M 33 (BLOCKS_STEPS=150). Run it again and it resumes, or
 # prints the finished results in seconds. Budgets follow the model's size (--preset auto); times shown are the toy's.
 #
 #   bash run_all.sh

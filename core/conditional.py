@@ -122,18 +122,18 @@ def guesses(known, decoded=(), skip=4):
 
 
 @torch.no_grad()
-def errors(lm, guesses, held_out, skip=4):
+def errors(lm, asked, held_out, skip=4):
     """layer -> name -> sums over positions >= skip of held-out rows (N, T + 1): of z^2, of the guess's squared error
     and, where it is decoded, of KL and CE gap; last the positions. One pass of the intact model serves all guesses;
-    `guesses`: layer -> name -> (a bridge, in whose units it is, the guess (z, c, ids) -> (B, T, D), is it decoded?)."""
+    `asked`: layer -> name -> (a bridge, in whose units it is, the guess (z, c, ids) -> (B, T, D), is it decoded?)."""
     sums = {layer: {name: torch.zeros(5 if decoded else 3, dtype=torch.float64) for name, (*_, decoded) in some.items()}
-            for layer, some in guesses.items()}
+            for layer, some in asked.items()}
     for ids in held_out.split(max(1, min(BATCH, LOGITS // (held_out.shape[1] * lm.V)))):
         rows, right = ids[:, :-1], ids[:, 1 + skip:, None]
-        passed = list(lm.at(rows, {*guesses, lm.L}))
+        passed = list(lm.at(rows, {*asked, lm.L}))
         states, (*_, h0, side) = {layer: h for layer, h, *_ in passed}, passed[-1]   # (B, T, D) each
         _, gaps = against(lm.head(states[lm.L][:, skip:]), right)
-        for layer, some in guesses.items():
+        for layer, some in asked.items():
             for name, (net, guess, decoded) in some.items():
                 z = net.standard_z(states[layer])
                 z_hat = guess(z, net.standard_c(h0, rows), rows)
@@ -141,7 +141,7 @@ def errors(lm, guesses, held_out, skip=4):
                 if decoded:
                     upper = lm.through(net.hidden(z_hat).to(h0.dtype), layer, lm.L, side)
                     each += gaps(lm.head(upper[:, skip:]))
-                sums[layer][name] += torch.stack([*(e.sum() for e in each), right.new_tensor(right.numel())]).double()
+                sums[layer][name] += torch.tensor([*(float(e.sum()) for e in each), right.numel()], dtype=torch.double)
     return {layer: {name: of.tolist() for name, of in some.items()} for layer, some in sums.items()}
 
 

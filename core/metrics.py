@@ -27,8 +27,8 @@ def against(logits, right):
     """(CE (B, T) of the tokens `right` (B, T, 1), a function of other logits -> KL of their law from that of these (B,
     T, V), and CE less this one). Text by text: over 49,152 tokens each temporary tensor of a batch is new memory. The
     difference before the sum: sums of the logits themselves would carry their common offset into fp32's last digits."""
-    own, total = logits.float(), logits.float().logsumexp(-1)                                   # (B, T, V), (B, T)
-    p, mine = own.softmax(-1), own.gather(-1, right)[..., 0]
+    own = logits.float()                                                                         # (B, T, V)
+    total, p, mine = own.logsumexp(-1), own.softmax(-1), own.gather(-1, right)[..., 0]
 
     def gaps(other):
         other = other.float()

@@ -102,7 +102,7 @@ def cells(cfg):
         flags = f"{place} --seed {seed} --steps {cfg.steps} --batch_size {cfg.batch_size} {flags}"   # the last one wins
         flags = flags.format(double=2 * cfg.steps, quarter=cfg.steps // 4)
         folder = Path(cfg.out).parent / "_".join(["cell", name, *flags.split()]).replace("--", "")
-        few = " --nfes 1,4" if name == "bridge" else ""                   # the calls that the table shows
+        few = " --nfes 1,4 --head_start none --calibration 64" if name == "bridge" else ""         # as published
         yield Cell(variant, layer, seed, folder, stage(name, cfg.model, cfg.data, folder, flags + few))
 
 

@@ -51,6 +51,7 @@ class Config:
     seeds: int = 3              # training seeds on the model (one on the others)
     cache_states: bool = False  # keep the prefix states of all layers under --out: one pass a seed, not one a bridge
     blocks: int = 2             # of every bridge (0: as many as it replaces)
+    bridge: str = ""            # more flags of every bridge, such as "--head_start none"
     steps: int = 300            # of each bridge
     batch_size: int = 8         # sequences a step
     seq_len: int = 128          # tokens a sequence
@@ -110,7 +111,7 @@ def cells(cfg, home, model, shards, main=True):
             f"--layer {layer} --seed {seed} --objective {kind} --blocks {cfg.blocks} --steps {cfg.steps} "
             f"--seq_len {cfg.seq_len} --batch_size {cfg.batch_size} --nfe {NFE} --nfes {NFE} --noise_seeds 1 "
             f"--log_every {max(1, cfg.steps // 6)} --eval_batches 8"),           # a glance: collect() measures all
-            *["--cache_states", str(home / f"states{seed}")] * cfg.cache_states)
+            *cfg.bridge.split(), *["--cache_states", str(home / f"states{seed}")] * cfg.cache_states)
 
 
 def keep_states(cfg, home, model, shards, work):
@@ -232,10 +233,11 @@ def findings(result):
     own = result["backbones"][first]
     score, depth = (own["correlations"][n] for n in ("score", "-layer"))
     gap = verdict(paired(score["by_seed"], depth["by_seed"]), MARGIN, "rho", "seeds", lower_is_better=False)
-    yield (f"On {first} rho is {score['rho']:.2f} for the score (one-sided p = {score['p']:.4f}), {depth['rho']:.2f} "
-           f"for depth alone; the score against depth: {gap}.")
+    out = ", left out by rule," if own["excluded"] else ""
+    yield (f"On {first}{out} rho is {score['rho']:.2f} for the score (one-sided p = {score['p']:.4f}), "
+           f"{depth['rho']:.2f} for depth alone; the score against depth: {gap}.")
     controls = {"regression, the same network, steps and data": lambda r, error: r["regression_" + error],
-                "a table of token means with equal data": lambda r, error: [
+                "a table of token means with equal data and the true first states": lambda r, error: [
                     r["untrained"]["token mean"][error]] * own["seeds"]}
     for (control, theirs), (error, name) in itertools.product(controls.items(), ERRORS.items()):
         gaps = [paired(r[error], theirs(r, error)) for r in own["layers"]]
@@ -346,12 +348,11 @@ def collect(cfg, model, shards, work):
         rows.append(row)
     about = read_json(model / "config.json").get("dihal", {}).get("config", {})
     out = {"layers": rows, "seeds": len(rows[0]["fvu"]), "trained_steps": about.get("steps", MIN_STEPS),
-           "eval_sequences": len(held_out),
            "predictors": predictors(geometry, rows), "correlations": correlations(geometry, rows)}
     out["regret"] = regret.worth_of_locate(rows, out["predictors"], logs)
     out["disagreements"] = {name: {error: disagreements(out, name, error) for error in ERRORS} for name in out[
         "predictors"] if name == "score" or name.startswith("-FVU")}
-    return {**out, "excluded": [why for why, holds in RULES.items() if holds(out)]}
+    return {**out, "eval_sequences": len(held_out), "excluded": [why for why, holds in RULES.items() if holds(out)]}
 
 
 def budget(of):
@@ -398,15 +399,14 @@ def main(argv):
     found |= others
     kept = {name: b for name, b in found.items() if not b["excluded"]}
     counted = kept or found
-    many = corrected(list(counted.values()))
-    rivals = [name for name in found[first]["disagreements"] if name in many]
+    rivals = [name for name in found[first]["disagreements"] if name in shared(list(counted.values()))]
     if len(counted) > 2:                                    # else a rule would be learned on one
         for b, values in zip(counted.values(), learned(list(counted.values()), "kl"), strict=True):
             b["predictors"][LEARNED] = values
         rivals.append(LEARNED)
-    result = {**identity, "backbones": found, "kept": list(kept), "nfe": NFE, "corrected": many,
-              **{k: getattr(cfg, k) for k in ("steps", "blocks", "batch_size", "seq_len", "seed")}, "against_depth": {
-                  name: {error: against_depth(counted, error, name) for error in ERRORS} for name in rivals}}
+    result = {**identity, **{k: getattr(cfg, k) for k in ("steps", "blocks", "batch_size", "seq_len", "seed")},
+              "nfe": NFE, "backbones": found, "kept": list(kept), "corrected": corrected(list(counted.values())),
+              "against_depth": {name: {e: against_depth(counted, e, name) for e in ERRORS} for name in rivals}}
     rho, a = found[first]["correlations"], result["against_depth"]["score"]["fvu"]
     result["headline"] = [
         [f"score and bridgeability, {first}",
