@@ -172,6 +172,8 @@ def test_the_state_is_saved_before_the_numbers_are_taken(runs, tmp_path, text, m
 def test_bad_input(runs, tmp_path, capsys, text):
     good = command(runs, text, tmp_path / "x")
     assert "must lie in 1..4" in fails(capsys, bridge.main, *good, "--layer", "5")
+    for more in (["--prediction", "v"], ["--source", "embedding"]):
+        assert "choose --head_start none" in fails(capsys, bridge.main, *good, "--head_start", "tokens", *more)
     assert "must lie in 1..4" in fails(capsys, bridge.main, *good, "--layer", "0")
     assert "auto, all or a number" in fails(capsys, bridge.main, *good, "--layer", "six")
     assert "--nfe" in fails(capsys, bridge.main, *good, "--nfe", "0")
