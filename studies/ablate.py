@@ -1,7 +1,6 @@
 """ablate.py: what the choices of a stage are worth. Variants x layers x seeds at equal budget, one table a study.
 
-    python -m studies.ablate                                # diffusion against regression, layers 1, 4, 7: ~15 min
-    python -m studies.ablate --study regression             # and against its controls, rates tuned for both: ~50 min
+    python -m studies.ablate                # diffusion against regression, layers 1, 4, 7, rates for both: ~20 min
     python -m studies.ablate --study align --steps 200 --variants "w = 0;w = 3"     # arms of repr_align.py: ~10 min
     python -m studies.ablate --seeds 1 --steps 100 --out out/look/objective         # a quick look
 
@@ -30,17 +29,15 @@ from core.run import Run, finished, read_json
 from core.stats import paired, plus_minus, steps_to, verdict
 
 ROOT = Path(__file__).resolve().parent.parent                          # where the stages are
-PLAIN, DOUBLE, FOURFOLD = "--objective regression", "--lr 0.04 --lr_adam 4e-3", "--lr 0.08 --lr_adam 8e-3"
+PLAIN, DOUBLE = "--objective regression", "--lr 0.04 --lr_adam 4e-3"
 BLOCK = "--attention block --context"
 FORMS = {"size ratio": ".2f", "NFE": ".0f", "FVU": ".4f", "KL": ".4f", "CE gap": "+.4f", "CE gap, NFE 1": "+.4f",
          "acceleration, steps": ".2f", "acceleration, seconds": ".2f"}  # of a column, else .3f
 STUDIES = {  # study -> the stage that its cells are runs of (see KINDS), layers, {variant: flags of the stage}
-    "objective": ("bridge", (1, 4, 7), {"diffusion": "", "regression": PLAIN}),
     # both objectives at rates of their own
-    "regression": ("bridge", (1, 4, 7), {
-        "diffusion": "", "diffusion, lr x 2": DOUBLE, "diffusion, lr x 4": FOURFOLD,
-        "diffusion, lr x 2, a quarter at t = 1": f"--atom 0.25 {DOUBLE}",
-        "regression": PLAIN, "regression, lr x 2": f"{PLAIN} {DOUBLE}", "regression, lr x 4": f"{PLAIN} {FOURFOLD}"}),
+    "objective": ("bridge", (1, 4, 7), {
+        "diffusion": "", "diffusion, lr x 2": DOUBLE, "diffusion, t_mean 0": "--t_mean 0",
+        "regression": PLAIN, "regression, lr x 2": f"{PLAIN} {DOUBLE}"}),
     # a constant learning rate, so that steps to a loss can be read off
     "align": ("repr_align", (None,), {
         f"w = {w}{name}{', 60k tokens' if few else ''}": f"--align_weight {w} --cooldown 0 --train_tokens {few} {flags}"
@@ -68,8 +65,9 @@ class Config:
     layers: str = ""            # only these, such as 1,4 (empty: those of the study)
     variants: str = ""          # only these, by name, separated by semicolons (empty: all)
     seeds: int = 3              # training seeds
-    steps: int = 400            # of each cell
+    steps: int = 200            # of each cell
     batch_size: int = 8         # sequences a step
+    flags: str = ""             # more flags of every cell, such as "--seq_len 64"
     margin: float = 0.005       # nats; "ties" needs the whole interval within it
     jobs: int = 2               # cells at a time, one thread each
     seed: int = 0               # the first training seed
@@ -99,10 +97,10 @@ def cells(cfg):
         if only and str(layer) not in only or some and variant not in some:
             continue
         place = "" if layer is None else f"--layer {layer}"
-        flags = f"{place} --seed {seed} --steps {cfg.steps} --batch_size {cfg.batch_size} {flags}"   # the last one wins
-        flags = flags.format(double=2 * cfg.steps, quarter=cfg.steps // 4)
+        flags = f"{place} --seed {seed} --steps {cfg.steps} --batch_size {cfg.batch_size} {flags} {cfg.flags}"
+        flags = flags.format(double=2 * cfg.steps, quarter=cfg.steps // 4)                          # the last one wins
         folder = Path(cfg.out).parent / "_".join(["cell", name, *flags.split()]).replace("--", "")
-        few = " --nfes 1,4 --head_start none --calibration 64" if name == "bridge" else ""         # as published
+        few = " --nfes 1,4" if name == "bridge" else ""
         yield Cell(variant, layer, seed, folder, stage(name, cfg.model, cfg.data, folder, flags + few))
 
 
@@ -217,7 +215,8 @@ def section(result):
     columns = list(dict.fromkeys(c for row in rows for c in row["values"]))
     return f"""## Study: {result["study"]}
 
-{result["seeds"]} training seeds from {result["seed"]}, {result["steps"]} steps of {result["batch_size"]} sequences,
+{result["seeds"]} training seeds from {result["seed"]}, {result["steps"]} steps of {result["batch_size"]} sequences{
+        f", `{result['flags']}`" if result["flags"] else ""},
 {rows[0]["eval_sequences"]} held-out sequences, mean +- sd over seeds.
 
 {table(["layer", "variant", *columns], [
@@ -250,7 +249,7 @@ def main(argv):
         return run, {"rows": rows, "verdicts": verdicts, "findings": [
             f"{cfg.study}{f', layer {layer}' if layer else ''}, by {by}: {name} against {rival}: {words}"
             for layer, name, rival, by, words in verdicts], **{
-            name: getattr(cfg, name) for name in ("study", "margin", "seeds", "seed", "steps", "batch_size")}}
+            name: getattr(cfg, name) for name in ("study", "margin", "seeds", "seed", "steps", "batch_size", "flags")}}
     asked = {"cells": [cell.folder.name for cell in work], **{name: getattr(cfg, name) for name in cfg.MEASURES}}
     return settled(cfg, identity, asked, section, make)
 

@@ -16,7 +16,7 @@ def shown(cfg):
     """The study's section, and its verdicts as {(layer, variant, column): words}."""
     rows, verdicts = ablate.collect(cfg, list(ablate.cells(cfg)))
     text = ablate.section({"study": cfg.study, "seeds": cfg.seeds, "seed": 0, "steps": cfg.steps, "batch_size": 8,
-                           "margin": cfg.margin, "rows": rows, "verdicts": verdicts})
+                           "flags": cfg.flags, "margin": cfg.margin, "rows": rows, "verdicts": verdicts})
     return text, {(layer, name, by): words for layer, name, _, by, words in verdicts}, verdicts
 
 
@@ -43,16 +43,17 @@ def test_the_verdict_follows_the_numbers(tmp_path):
 
 def test_each_objective_has_its_own_learning_rate(tmp_path):
     """The rival is the regression of lowest KL over rates; one seed is never enough."""
-    cfg = ablate.Config(study="regression", out=str(tmp_path / "r"), seeds=1, layers="4")
-    kl = {"regression": 0.05, "regression, lr x 4": 0.04, "regression, lr x 2": 0.06, "diffusion, lr x 2": 0.01}
+    cfg = ablate.Config(out=str(tmp_path / "r"), seeds=1, layers="4", flags="--seq_len 64")
+    kl = {"regression": 0.05, "regression, lr x 2": 0.04, "diffusion, lr x 2": 0.01}
     commands = {}
     for name, _, _, folder, command in ablate.cells(cfg):
         write(folder, **bridge(kl.get(name, 0.045)))
         commands[name] = " ".join(command)
-    assert "--atom 0.25" in commands["diffusion, lr x 2, a quarter at t = 1"]
-    assert "--lr 0.08 --lr_adam 8e-3" in commands["diffusion, lr x 4"]
-    _, said, verdicts = shown(cfg)
-    assert {rival for _, _, rival, _, _ in verdicts} == {"regression, lr x 4"} and len(verdicts) == 2 * 6
+    assert "--t_mean 0" in commands["diffusion, t_mean 0"]
+    assert "--lr 0.04 --lr_adam 4e-3 --seq_len 64" in commands["regression, lr x 2"]       # these flags are the last
+    text, said, verdicts = shown(cfg)
+    assert {rival for _, _, rival, _, _ in verdicts} == {"regression, lr x 2"} and len(verdicts) == 2 * 4
+    assert "sequences, `--seq_len 64`,\n" in text
     assert said[4, "diffusion, lr x 2", "KL"] == "not known (n = 1, lower by 0.03 nats)"
 
 
@@ -91,14 +92,15 @@ def test_a_study_grows(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablate.data, "shards_beside", lambda *_: None)
     monkeypatch.setattr(ablate.backbone, "load_tokenizer", lambda *_: None)
     monkeypatch.setattr(ablate.backbone, "identity", lambda *_: "base")
-    argv = ["--model", str(tmp_path), "--out", str(tmp_path / "out" / "objective"), "--layers", "1"]
+    argv = ["--model", str(tmp_path), "--out", str(tmp_path / "out" / "objective"), "--layers", "1",
+            "--variants", "diffusion; regression"]
     for seeds, ran in ((1, 2), (1, None), (2, 4)):
-        cfg = ablate.Config(seeds=seeds, layers="1", out=argv[3])
+        cfg = ablate.Config(seeds=seeds, layers="1", variants="diffusion; regression", out=argv[3])
         result = ablate.main([*argv, "--seeds", str(seeds)])
         assert ran is None or len(work.pop()) == ran
         assert not work and len(result["rows"][0]["values"]["KL"]) == seeds
     assert (tmp_path / "out" / "objective" / "section.md").read_text().startswith("## Study: objective")
-    assert "steps = 400 there" in fails(capsys, ablate.main, *argv, "--steps", "7")
+    assert "steps = 200 there" in fails(capsys, ablate.main, *argv, "--steps", "7")
 
 
 def test_arms_are_compared_by_their_bounds(tmp_path):

@@ -147,15 +147,15 @@ def test_a_finished_run_says_how_it_was_measured(runs, tmp_path, capsys, text):
 
 
 def test_a_run_may_grow_where_its_schedule_is_constant(runs, tmp_path, capsys, text):
-    flat = ["--cooldown", "0", "--keep_state"]
+    flat, falling = ["--keep_state"], ["--keep_state", "--cooldown", "1"]
     bridge.main(command(runs, text, tmp_path / "straight", *flat))
     bridge.main(command(runs, text, tmp_path / "grown", *flat, "--steps", "8"))
     bridge.main(command(runs, text, tmp_path / "grown", *flat))
     same(tmp_path / "straight", tmp_path / "grown")
     assert json.loads((tmp_path / "grown" / "result_8.json").read_text())["steps"] == 8
     assert "--steps 4" in fails(capsys, bridge.main, *command(runs, text, tmp_path / "grown", *flat, "--steps", "4"))
-    bridge.main(command(runs, text, tmp_path / "ended", "--keep_state", "--steps", "4"))
-    assert "--cooldown 0" in fails(capsys, bridge.main, *command(runs, text, tmp_path / "ended", "--keep_state"))
+    bridge.main(command(runs, text, tmp_path / "ended", *falling, "--steps", "4"))
+    assert "--cooldown 0" in fails(capsys, bridge.main, *command(runs, text, tmp_path / "ended", *falling))
 
 
 def test_the_state_is_saved_before_the_numbers_are_taken(runs, tmp_path, text, monkeypatch):
