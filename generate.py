@@ -54,7 +54,6 @@ class Config:
     sampler: Literal["", *SAMPLERS] = ""  # of the bridge (empty: its default)
     shift: float = 0.0          # of the sampler's grid (0: the bridge's default)
     refinements: int = 14       # of each block of tokens (0: none)
-    share: float = 1.0          # of the way from noise on which its calls lie; the last one jumps to the end
     back: float = 0.25          # share of the denoising calls that a refinement makes again
     alphas: str = "1,0.8"       # weights of the token readout beside the retained blocks: settings to choose from
     betas: str = "1,0.8"        # shares of the token prior that are divided out of their product: likewise
@@ -184,7 +183,7 @@ def blocks(cx):
             def write(prompts, t, model=model, a=a, b=b):
                 return model.generate_blocks(
                     prompts, cfg.new, cfg.block_size, cfg.nfe, prior=cx.prior, alpha=a, beta=b, temperature=t,
-                    share=cfg.share, back=cfg.back, refinements=cfg.refinements, seed=cfg.seed)
+                    back=cfg.back, refinements=cfg.refinements, seed=cfg.seed)
             yield f"{about['group']}, alpha {a:g}, beta {b:g}", {**about, "alpha": a, "beta": b}, write
 
 
@@ -251,10 +250,8 @@ def check(cfg):
     """Refuse what can be seen from the flags and the folders alone. Returns [(folder, its bridge.json)]."""
     if not all(COLDEST <= t <= HOTTEST for t in numbers(cfg.temperatures)):
         raise UserError(f"--temperatures must be numbers in [{COLDEST}, {HOTTEST}]")
-    if not all(x >= 0 for x in numbers(f"{cfg.alphas},{cfg.betas}")) or not (
-            0 <= cfg.back < 1 and 0 < cfg.share <= 1):
-        raise UserError("--alphas and --betas must be numbers that are not negative, --back lie in [0, 1) and --share "
-                        "in (0, 1]")
+    if not all(x >= 0 for x in numbers(f"{cfg.alphas},{cfg.betas}")) or not 0 <= cfg.back < 1:
+        raise UserError("--alphas and --betas must be numbers that are not negative, and --back lie in [0, 1)")
     if cfg.texts < 2 or cfg.tune_texts not in (0, *range(2, cfg.texts + 1)) or cfg.new < 4 or cfg.prefix < 2:
         raise UserError("--texts and --prefix must be at least 2, --new 4, and --tune_texts 0 or 2..--texts")
     cfg.twin = cfg.twin if "twin" in asked(cfg) else ""

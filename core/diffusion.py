@@ -122,12 +122,10 @@ def token_loss(net, z, c, t, noise, skip, last_seen=None, unknown=None):
 
 
 # ------------------------------------------------------------------------------------------------------- sampler
-def grid_of(steps, shift, share=1.0):
+def grid_of(steps, shift):
     """Noise levels from 1 down to 0, even in u with t = shift u / (1 + (shift - 1) u): a shift above 1 spends more
-    calls near t = 1, where what is unknown gets decided (Esser et al. 2024, section 5.3.2). With a `share` below 1 they
-    are the first ones of a longer grid, and the last call jumps from there to its own estimate."""
-    whole = round(steps / share)
-    return [shift * (whole - i) / (whole + (shift - 1) * (whole - i)) for i in range(steps)] + [0.0]
+    calls near t = 1, where what is unknown gets decided (Esser et al. 2024, section 5.3.2)."""
+    return [shift * (steps - i) / (steps + (shift - 1) * (steps - i)) for i in range(steps)] + [0.0]
 
 
 def euler(slope, x, levels):
@@ -157,8 +155,8 @@ def again(nfe, back):
 
 
 @torch.no_grad()
-def sample(net, c, nfe, noise, positions=None, mask=None, cache=None, *, sampler="euler", shift=1.0, share=1.0,
-           unknown=None, z=None, done=0, watch=None):
+def sample(net, c, nfe, noise, positions=None, mask=None, cache=None, *, sampler="euler", shift=1.0, unknown=None,
+           z=None, done=0, watch=None):
     """z (B, T, D) from c by `nfe` network calls (NFE, the number of function evaluations), starting from noise (T, D)
     or (B, T, D). A cache has one layer for each call and block: earlier tokens' keys and values at that call. Given
     `z`, the first `done` calls of the grid are taken as made: z is carried to the noise level where they would
@@ -180,10 +178,10 @@ def sample(net, c, nfe, noise, positions=None, mask=None, cache=None, *, sampler
 
     solve = pick(SAMPLERS, sampler, "--sampler")
     x = start(c, noise.expand(*c.shape[:2], -1), net.settings["source"], unknown)          # (B, T, D)
-    levels = grid_of(nfe, shift, share)[done:]
     if done:
-        x = (1 - levels[0]) * z + levels[0] * x
-    return solve(slope, x, levels)
+        level = grid_of(nfe, shift)[done]
+        x = (1 - level) * z + level * x
+    return solve(slope, x, grid_of(nfe, shift)[done:])
 
 
 def position_noise(seed, positions, D, device):

@@ -145,8 +145,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
     # ------------------------------------------------------------------------------------------- blocks of tokens
     @torch.no_grad()
     def generate_blocks(self, input_ids, max_new_tokens=64, block_size=64, nfe=4, *, prior=None, alpha=0.8, beta=0.8,
-                        temperature=1.0, top_p=1.0, refinements=14, back=0.25, share=1.0, seed=0, suffix_ids=None,
-                        watch=None):
+                        temperature=1.0, top_p=1.0, refinements=14, back=0.25, seed=0, suffix_ids=None, watch=None):
         """input_ids (B, T) -> (B, T + max_new_tokens [+ suffix]): `block_size` tokens at a time are drawn in hidden
         space and decoded. Rows do not depend on one another.
 
@@ -157,12 +156,10 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
 
         Tokens are drawn from the `product` of two experts: the readout of the drawn state, and what the retained blocks
         foretell from the states before it: the drawn ones at first, then those of the tokens drawn last. `prior`
-        (V,) is log p of every token as `token_prior` counts it; the law is tempered and cut to the `top_p` nucleus.
-        `share` is core.diffusion.grid_of's: below 1 the calls stop early."""
+        (V,) is log p of every token as `token_prior` counts it; the law is tempered and cut to the `top_p` nucleus."""
         ahead = 0 if suffix_ids is None else suffix_ids.shape[1]
         how = dict(nfe=nfe, prior=prior, alpha=alpha, beta=beta, temperature=temperature, top_p=top_p, back=back,
-                   refinements=refinements, share=share, seed=seed, watch=watch,
-                   done=nfe - diffusion.again(nfe, back))
+                   refinements=refinements, seed=seed, watch=watch, done=nfe - diffusion.again(nfe, back))
         self._refuse(how, block_size, max_new_tokens, input_ids.shape[1], ahead)
         if self.net.settings["objective"] == "regression":
             how["refinements"] = 0  # nothing to refine: it would answer the same
@@ -199,8 +196,8 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         for name in ("alpha", "beta", "temperature", "refinements"):
             if how[name] < 0:
                 raise UserError(f"{name} must not be negative, as {how[name]} is")
-        if not 0 <= how["back"] < 1 or not (0 < how["top_p"] <= 1 and 0 < how["share"] <= 1):
-            raise UserError("back must lie in [0, 1), top_p and share in (0, 1]")
+        if not 0 <= how["back"] < 1 or not 0 < how["top_p"] <= 1:
+            raise UserError("back must lie in [0, 1), and top_p in (0, 1]")
         if how["prior"] is None and how["beta"] > 0:
             raise UserError("a product of two experts holds the token prior twice: give prior=token_prior(shards, V), "
                             "or beta=0 to leave it in")
@@ -227,7 +224,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
             h0 = self.lm.embed(ids, positions)                                                         # (B, T, D)
             noise = torch.stack([normal(h0.shape[1:], device, how["seed"], "block", key, turn, b) for b in range(B)])
             return on_cache(self.states, h0, ids, how["nfe"], noise, positions, wide, cache, unknown=unknown,
-                            share=how["share"], watch=how["watch"], **more)
+                            watch=how["watch"], **more)
         # 1 draw the hidden states; the retained blocks foretell tokens from them
         z = denoise(0)
         h = self.net.hidden(z, positions).to(self.lm.model.dtype)
