@@ -64,8 +64,8 @@ ANSWERS = {  # its second one: question -> runs and words of their findings, the
     "the score against depth alone": (("sweep", "depth alone; "),),
     "every token known: diffusion (4 or 8 calls) against regression (1)": (("sweep", "KL against that of regression"),
                                                                           ("bridge, regression", "by KL")),
-    "the same, layer 4, 4 calls: twice the rate, a quarter of it at t = 1; regression at the better of two rates": (
-        ("ablate/regression", "layer 4, by KL: diffusion, lr x 2, a quarter at t = 1 against"),),
+    "the same, layer 4, 4 calls, as many blocks as replaced; regression at the better of two rates": (
+        ("ablate/objective", "layer 4, by KL: diffusion against"),),
     "every token known: diffusion against a table of token means": (("sweep", "KL against that of a table"),),
     "h[l] in 32 dimensions and the model's upper blocks, by diffusion, against a network alone": (
         ("interfaces", "bottleneck against causal"),),

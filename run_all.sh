@@ -43,7 +43,7 @@ CONVERT: masked diffusion without alignment, then with $(default '(60 s)')
 CONVERT: to blocks of tokens, one after another $(default '(20 s)')
     repr_align.py $common --align_weight 0 --attention block $convert --out "$OUT/repr_align/block"
 GENERATE: train a bridge that meets unknown tokens $(default '(90 s)')
-    bridge.py $common --layer $BLOCKS_LAYER --visible mix --bidirectional --self_condition --t_mean 0.7 --nfes 8 \
+    bridge.py $common --layer $BLOCKS_LAYER --visible mix --bidirectional --self_condition --cooldown 1 --nfes 8 \
         --out "$OUT/blocks" $(default --blocks 4 --batch_size 8 --steps 400 --noise_seeds 1 --eval_batches 64 \
         --head_start none --calibration 64) ${BLOCKS_STEPS:+--steps $BLOCKS_STEPS}
 GENERATE: text drawn in hidden space beside its rivals $(default '(3 min)')

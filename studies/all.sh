@@ -6,8 +6,8 @@
 #   bash studies/all.sh
 #   DATA=notes/ OUT=out/notes bash studies/all.sh                           # as given to run_all.sh
 #   JUDGE=HuggingFaceTB/SmolLM2-135M bash studies/all.sh                    # gen-PPL by a second judge as well
-#   python -m studies.ablate --study regression --steps 200                 # half an hour more: regression's controls
-#   python -m studies.ablate --study arms --steps 200                       # a quarter: what to convert to, which loss
+#   python -m studies.ablate                                                # a quarter more: rates for both objectives
+#   python -m studies.ablate --study arms                                   # a quarter: what to convert to, which loss
 set -euo pipefail
 DATA=${DATA:-stdlib} OUT=$(realpath -m "${OUT:-out}")
 [ -e "$DATA" ] && DATA=$(realpath "$DATA")
@@ -23,7 +23,7 @@ printf '\n=== GENERATE and its twins with three training seeds, then at other la
 best=$(python -c "import json, sys; print(json.load(open(sys.argv[1]))['layer'])" "$OUT/blocks/bridge.json")
 blocks() {  # blocks layer seed folder: a bridge like out/blocks
     python bridge.py --model "$OUT/toy" --data "$DATA" --layer "$1" --visible mix --bidirectional --self_condition \
-        --t_mean 0.7 --nfes 8 --blocks 4 --batch_size 8 --steps 400 --noise_seeds 1 --eval_batches 64 \
+        --cooldown 1 --nfes 8 --blocks 4 --batch_size 8 --steps 400 --noise_seeds 1 --eval_batches 64 \
         --head_start none --calibration 64 --seed "$2" --out "$3"
 }
 bridges="" twins="" layers=""       # all at 400 steps of 8 x 128 tokens; the default run's twins have had 120 only
@@ -61,7 +61,8 @@ python geometry.py --data "$DATA" --random_init --out "$OUT/growth/geometry_0"
 python evaluate.py --runs "$OUT/growth" --out "$OUT/growth/evaluate"
 study "Where can diffusion win? Tokens that are hidden (8 min)" span --out "$OUT/span"
 study "The score against depth, and diffusion against regression, at every layer (22 min)" \
-    sweep --pool --steps 200 --eval_batches 256 --bridge "--head_start none --calibration 64" --out "$OUT/sweep"
+    sweep --pool --steps 200 --eval_batches 256 \
+    --bridge "--head_start none --calibration 64 --cooldown 1 --t_mean 0" --out "$OUT/sweep"
 study "What should diffusion produce? (12 min)" interfaces --out "$OUT/interfaces"
 printf '\n=== The report, now with these sections\n'
 python evaluate.py --runs "$OUT" --out "$OUT/evaluate"
