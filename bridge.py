@@ -6,7 +6,7 @@
     python bridge.py --preset blocks --layer 1 --blocks 4 --out out/blocks1   # meets unknown tokens: for generate.py
 
 The maths is in core/diffusion.py, the network in core/denoiser.py, the numbers (FVU, KL, CE gap) in core/measure.py.
-Expected on the default toy: next-token CE about 0.002 nats above the intact model's. All tokens are known, so h[l]
+Expected on the default toy: next-token CE less than 0.01 nats above the intact model's. All tokens are known, so h[l]
 is a deterministic function of the input and plain regression (`--objective regression`) is a serious rival: train both
 and look. Writes bridge.safetensors (EMA weights), bridge.json, log.jsonl, section.md and result.json to --out.
 
@@ -92,16 +92,17 @@ class Config:
 PRESETS = {
     "tiny": {"steps": 20, "batch_size": 4, "seq_len": 32, "calibration": 8, "eval_batches": 4, "eval_every": 10,
              "save_every": 10, "log_every": 10, "warmup": 5},
-    "toy": {"head_start": "tokens", "calibration": 1024, "sink": "shared"},  # a third of none's KL at layer 1: LOG.md
+    "toy": {"head_start": "tokens", "calibration": 1024, "sink": "shared"},
     # run_all.sh spells these out with 400 steps: those are the published numbers
     "blocks": {"visible": "mix", "bidirectional": True, "self_condition": True, "batch_size": 8, "steps": 800,
                "noise_seeds": 1, "sink": "shared", "cooldown": 1.0},         # constant draws worse text: LOG.md
     "135m": {"steps": 300, "batch_size": 8, "calibration": 256, "head_start": "ridge", "nfes": "1,4", "noise_seeds": 1,
              "eval_batches": 128},                                           # minutes on two cores
     "0.6b": {"steps": 5000, "batch_size": 32, "seq_len": 1024, "calibration": 64, "compile": True, "ema": 0.999,
-             "lr": 0.01, "lr_adam": 6e-4, "warmup": 200, "eval_every": 1000, "save_every": 500},
+             "lr": 0.01, "lr_adam": 6e-4, "warmup": 200, "cooldown": 1.0, "eval_every": 1000, "save_every": 500},
     "8b": {"steps": 20000, "batch_size": 256, "micro_batch": 8, "seq_len": 1024, "calibration": 64, "compile": True,
-           "ema": 0.9995, "lr": 0.01, "lr_adam": 3e-4, "warmup": 500, "eval_every": 2000, "save_every": 500},
+           "ema": 0.9995, "lr": 0.01, "lr_adam": 3e-4, "warmup": 500, "cooldown": 1.0, "eval_every": 2000,
+           "save_every": 500},                                               # a constant rate was tried for 400 steps
 }
 
 

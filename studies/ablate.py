@@ -1,6 +1,6 @@
 """ablate.py: what the choices of a stage are worth. Variants x layers x seeds at equal budget, one table a study.
 
-    python -m studies.ablate                # diffusion against regression, layers 1, 4, 7, rates for both: ~20 min
+    python -m studies.ablate                # diffusion against regression, layers 1, 4, 7, rates for both: ~25 min
     python -m studies.ablate --study align --steps 200 --variants "w = 0;w = 3"     # arms of repr_align.py: ~10 min
     python -m studies.ablate --seeds 1 --steps 100 --out out/look/objective         # a quick look
 
@@ -98,10 +98,10 @@ def cells(cfg):
             continue
         place = "" if layer is None else f"--layer {layer}"
         flags = f"{place} --seed {seed} --steps {cfg.steps} --batch_size {cfg.batch_size} {flags} {cfg.flags}"
-        flags = flags.format(double=2 * cfg.steps, quarter=cfg.steps // 4)                          # the last one wins
+        flags = flags.format(double=2 * cfg.steps, quarter=cfg.steps // 4)
         folder = Path(cfg.out).parent / "_".join(["cell", name, *flags.split()]).replace("--", "")
-        few = " --nfes 1,4" if name == "bridge" else ""
-        yield Cell(variant, layer, seed, folder, stage(name, cfg.model, cfg.data, folder, flags + few))
+        few = "--nfes 1,4 " if name == "bridge" else ""                                            # the last one wins
+        yield Cell(variant, layer, seed, folder, stage(name, cfg.model, cfg.data, folder, few + flags))
 
 
 def execute(work, jobs, threads=1):
@@ -216,7 +216,7 @@ def section(result):
     return f"""## Study: {result["study"]}
 
 {result["seeds"]} training seeds from {result["seed"]}, {result["steps"]} steps of {result["batch_size"]} sequences{
-        f", `{result['flags']}`" if result["flags"] else ""},
+        f", `{result['flags']}`" if result.get("flags") else ""},
 {rows[0]["eval_sequences"]} held-out sequences, mean +- sd over seeds.
 
 {table(["layer", "variant", *columns], [

@@ -6,7 +6,7 @@
 #   bash studies/all.sh
 #   DATA=notes/ OUT=out/notes bash studies/all.sh                           # as given to run_all.sh
 #   JUDGE=HuggingFaceTB/SmolLM2-135M bash studies/all.sh                    # gen-PPL by a second judge as well
-#   python -m studies.ablate                                                # a quarter more: rates for both objectives
+#   python -m studies.ablate                                                # half an hour more: rates for both
 #   python -m studies.ablate --study arms                                   # a quarter: what to convert to, which loss
 set -euo pipefail
 DATA=${DATA:-stdlib} OUT=$(realpath -m "${OUT:-out}")

@@ -16,7 +16,8 @@ def shown(cfg):
     """The study's section, and its verdicts as {(layer, variant, column): words}."""
     rows, verdicts = ablate.collect(cfg, list(ablate.cells(cfg)))
     text = ablate.section({"study": cfg.study, "seeds": cfg.seeds, "seed": 0, "steps": cfg.steps, "batch_size": 8,
-                           "flags": cfg.flags, "margin": cfg.margin, "rows": rows, "verdicts": verdicts})
+                           "margin": cfg.margin, "rows": rows, "verdicts": verdicts,
+                           **({"flags": cfg.flags} if cfg.flags else {})})             # an older study has none
     return text, {(layer, name, by): words for layer, name, _, by, words in verdicts}, verdicts
 
 
