@@ -98,11 +98,10 @@ PRESETS = {
                "noise_seeds": 1, "sink": "shared", "cooldown": 1.0},         # constant draws worse text: LOG.md
     "135m": {"steps": 300, "batch_size": 8, "calibration": 256, "head_start": "ridge", "nfes": "1,4", "noise_seeds": 1,
              "eval_batches": 128},                                           # minutes on two cores
-    "0.6b": {"steps": 5000, "batch_size": 32, "seq_len": 1024, "calibration": 64, "compile": True, "ema": 0.999,
+    "0.6b": {"steps": 5000, "batch_size": 32, "seq_len": 1024, "compile": True, "ema": 0.999,
              "lr": 0.01, "lr_adam": 6e-4, "warmup": 200, "cooldown": 1.0, "eval_every": 1000, "save_every": 500},
-    "8b": {"steps": 20000, "batch_size": 256, "micro_batch": 8, "seq_len": 1024, "calibration": 64, "compile": True,
-           "ema": 0.9995, "lr": 0.01, "lr_adam": 3e-4, "warmup": 500, "cooldown": 1.0, "eval_every": 2000,
-           "save_every": 500},                                               # a constant rate was tried for 400 steps
+    "8b": {"steps": 20000, "batch_size": 256, "micro_batch": 8, "seq_len": 1024, "compile": True, "ema": 0.9995,
+           "lr": 0.01, "lr_adam": 3e-4, "warmup": 500, "cooldown": 1.0, "eval_every": 2000, "save_every": 500},
 }
 
 

@@ -77,8 +77,10 @@ ANSWERS = {  # its second one: question -> runs and words of their findings, the
     "text drawn at that layer against the embedding's": (("layers/text", "against blocks at layer 0"),),
     "text drawn against its best rival at no more calls (one draw of it)": (
         ("generate_seeds/equal", " against "), ("generate", " against ")),
-    "conversion with alignment against without, by the bound (speed in steps was not measured)": (
+    "conversion with alignment against without, by the bound": (
         ("ablate/arms", "w = 10 against blocks, causal context:"), ("repr_align", "with alignment")),
+    "the same, little text, lowest masked CE on the way, alignment for a quarter of the steps": (
+        ("ablate/align", "off after a quarter against w = 0"),),
     "conversion to blocks of tokens against all at once, by the bound, 200 steps": (
         ("ablate/arms", "blocks against bidirectional:"), ("repr_align", "by blocks")),
     "circuits of the twin, untrained and trained": (("tasks/circuits_aligned", "shares"), ("tasks/circuits", "shares"))}

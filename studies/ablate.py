@@ -34,7 +34,6 @@ BLOCK = "--attention block --context"
 FORMS = {"size ratio": ".2f", "NFE": ".0f", "FVU": ".4f", "KL": ".4f", "CE gap": "+.4f", "CE gap, NFE 1": "+.4f",
          "acceleration, steps": ".2f", "acceleration, seconds": ".2f"}  # of a column, else .3f
 STUDIES = {  # study -> the stage that its cells are runs of (see KINDS), layers, {variant: flags of the stage}
-    # both objectives at rates of their own
     "objective": ("bridge", (1, 4, 7), {
         "diffusion": "", "diffusion, lr x 2": DOUBLE, "diffusion, t_mean 0": "--t_mean 0",
         "regression": PLAIN, "regression, lr x 2": f"{PLAIN} {DOUBLE}"}),
@@ -100,8 +99,8 @@ def cells(cfg):
         flags = f"{place} --seed {seed} --steps {cfg.steps} --batch_size {cfg.batch_size} {flags} {cfg.flags}"
         flags = flags.format(double=2 * cfg.steps, quarter=cfg.steps // 4)
         folder = Path(cfg.out).parent / "_".join(["cell", name, *flags.split()]).replace("--", "")
-        few = "--nfes 1,4 " if name == "bridge" else ""                                            # the last one wins
-        yield Cell(variant, layer, seed, folder, stage(name, cfg.model, cfg.data, folder, few + flags))
+        flags = "--nfes 1,4 " * (name == "bridge") + flags                                         # the last one wins
+        yield Cell(variant, layer, seed, folder, stage(name, cfg.model, cfg.data, folder, flags))
 
 
 def execute(work, jobs, threads=1):
