@@ -66,7 +66,7 @@ class Config:
     batch_size: int = 16        # sequences a step, over all processes
     micro_batch: int = 0        # sequences a forward pass of one process (0: its whole share)
     seq_len: int = 128          # tokens a sequence
-    lr: float = 0.02            # Muon, for the matrices inside the blocks
+    lr: float = 0.02            # Muon, for the matrices inside the blocks (0: AdamW there too)
     lr_adam: float = 2e-3       # AdamW, for everything else
     weight_decay: float = 0.01  # decoupled
     warmup: int = 20            # steps
@@ -96,8 +96,9 @@ PRESETS = {
     # run_all.sh spells these out with 400 steps: those are the published numbers
     "blocks": {"visible": "mix", "bidirectional": True, "self_condition": True, "batch_size": 8, "steps": 800,
                "noise_seeds": 1, "sink": "shared", "cooldown": 1.0},         # constant draws worse text: LOG.md
-    "135m": {"steps": 300, "batch_size": 8, "calibration": 256, "head_start": "ridge", "nfes": "1,4", "noise_seeds": 1,
-             "eval_batches": 128},                                           # minutes on two cores
+    # minutes on two cores; AdamW alone: at this width and batch Muon's products would be half of a step (LOG.md)
+    "135m": {"steps": 300, "batch_size": 8, "calibration": 1024, "head_start": "tokens", "nfes": "1,4",
+             "noise_seeds": 1, "eval_batches": 128, "lr": 0.0},
     "0.6b": {"steps": 5000, "batch_size": 32, "seq_len": 1024, "compile": True, "ema": 0.999,
              "lr": 0.01, "lr_adam": 6e-4, "warmup": 200, "cooldown": 1.0, "eval_every": 1000, "save_every": 500},
     "8b": {"steps": 20000, "batch_size": 256, "micro_batch": 8, "seq_len": 1024, "compile": True, "ema": 0.9995,
@@ -259,7 +260,8 @@ def main(argv):
     lm = backbone.load(model, world.device, dtype, blocks=layer, random_init=cfg.random_init)     # only the prefix
     tokenizer, train, held_out = texts(cfg, model, lm.V, world)
     states = keep_states(cfg, lm, train, [layer], identity, world)
-    calibrate(lm, net, train.windows(cfg.calibration, cfg.seed)[:, :-1].to(world.device), layer, cfg.skip)
+    windows = train.windows(cfg.calibration, cfg.seed)[:, :-1].to(world.device)
+    calibrate(lm, net, windows, layer, cfg.skip, states and states.calibration(windows).to(world.device))
     run = Run(cfg, world, identity)
     mean_net = copy.deepcopy(net).requires_grad_(False)                                           # EMA
     params = list(net.parameters())
@@ -270,7 +272,7 @@ def main(argv):
         for block in net.blocks:
             block.compile(dynamic=False)                                    # in place: parameter names stay clean
     size, replaced = sum(p.numel() for p in params), sum(p.numel() for b in lm.blocks[:layer] for p in b.parameters())
-    flops = train_flops(net, replaced, layer, cfg.seq_len)
+    flops = train_flops(net, *(0, 0) if states else (replaced, layer), cfg.seq_len)        # kept ones cost nothing
     run.say(f"layer {layer} of {lm.L}: {cfg.objective} bridge of {net.settings['blocks']} blocks of width "
             f"{net.settings['W']}, {size:,} parameters"
             + (f" = {size / replaced:.2f}x the blocks it replaces" if layer else ""))

@@ -2,11 +2,12 @@
 
     write(folder, lm, train, layers, cfg, base)        # one pass through the prefix for all these layers
     states = States(folder, layer)                     # states.rows([0, 1, 2]) -> h[l] (3, T, D)
+    states.calibration(windows)                        # h[l] (N, T, D) of the windows that set its units
 
-What is kept are the states of exactly those rows that training reads, in its order and in the backbone's own dtype, so
-the trained weights are bit for bit those without a cache. h[0] costs a look into the embedding and is not kept. Files:
-cache.json says what the states are of; h{l}/{i}.safetensors holds CHUNK rows, with their sha256. A rerun writes what is
-missing, more layers or more steps too.
+What is kept are the states of exactly those rows that training reads, in its order, and of the calibration's, in the
+backbone's own dtype, so the trained weights are bit for bit those without a cache. h[0] costs a look into the embedding
+and is not kept. Files: cache.json says what the states are of; h{l}/{name}.safetensors holds CHUNK rows, with their
+sha256. A rerun writes what is missing, more layers or more steps too.
 
 Letters: B sequences, T tokens, D hidden width, l a layer.
 """
@@ -27,26 +28,42 @@ CHUNK = 64  # rows a file
 REMEDY = "delete that folder or choose another --cache_states"
 
 
-def _file(folder, layer, i):
-    return Path(folder) / f"h{layer}" / f"{i:05d}.safetensors"
+def _file(folder, layer, name):
+    return Path(folder) / f"h{layer}" / f"{name}.safetensors"
 
 
 def _digest(h):
     return hashlib.sha256(h.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
 
 
+def _calibration(count, i):
+    return f"calibration{count}_{i:05d}"
+
+
+def _chunks(train, cfg):
+    """(name of a file, function -> the rows (CHUNK, T+1) whose states it holds)"""
+    def rows(i):
+        keys = [divmod(r, cfg.batch_size) for r in range(i * CHUNK, (i + 1) * CHUNK)]          # step, slot
+        return torch.cat([train.batch(cfg.seed, step, [slot], cfg.batch_size) for step, slot in keys])
+    for i in range(-(-cfg.steps * cfg.batch_size // CHUNK)):
+        yield f"{i:05d}", functools.partial(rows, i)
+    windows = train.windows(cfg.calibration, cfg.seed)
+    for i, some in enumerate(windows.split(CHUNK)):
+        yield _calibration(len(windows), i), lambda some=some: some
+
+
 @torch.no_grad()
 def write(folder, lm, train, layers, cfg, base):
     """States of `layers`, those that are missing, of the rows that cfg.steps of training read from `train` (number step
-    x batch_size + slot). Raises UserError where the folder holds states of another model (`base`), text, seed or dtype,
-    or the disk is too small for them."""
+    x batch_size + slot) and of the windows of its calibration. Raises UserError where the folder holds states of
+    another model (`base`), text, seed or dtype, or the disk is too small for them."""
     folder, index, weight = Path(folder), Path(folder) / "cache.json", lm.norm.weight
     about = {"base": base, "text": train.sha256, "dtype": str(weight.dtype), "seed": cfg.seed,
              "batch_size": cfg.batch_size, "seq_len": cfg.seq_len}
     there = read_json(index, REMEDY) if index.exists() else about
     if differ := [f"{k} = {there.get(k)} there, {v} here" for k, v in about.items() if there.get(k) != v]:
         raise UserError(f"{folder} holds states of something else ({', '.join(differ)}); {REMEDY}")
-    chunks = range(-(-cfg.steps * cfg.batch_size // CHUNK))
+    chunks = dict(_chunks(train, cfg))
     missing = {i: some for i in chunks if (some := [n for n in layers if not _file(folder, n, i).exists()])}
     if not missing:
         return
@@ -59,9 +76,7 @@ def write(folder, lm, train, layers, cfg, base):
     write_json(index, about)
     for i, some in tqdm(missing.items(), desc="prefix states", unit="file", leave=False, disable=None):
         found = {n: [] for n in sorted(some)}
-        for lo in range(i * CHUNK, (i + 1) * CHUNK, 8):
-            keys = [divmod(r, cfg.batch_size) for r in range(lo, lo + 8)]                  # step, slot
-            ids = torch.cat([train.batch(cfg.seed, step, [slot], cfg.batch_size) for step, slot in keys])
+        for ids in chunks[i]().split(8):
             for n, h, *_ in lm.at(ids[:, :-1].to(weight.device), found):                   # (8, T, D)
                 found[n].append(h.cpu())
         for n, parts in found.items():
@@ -77,8 +92,8 @@ class States:
         self.folder, self.layer = folder, layer
         self.chunk = functools.lru_cache(4)(self._read)
 
-    def _read(self, i):
-        path = _file(self.folder, self.layer, i)
+    def _read(self, name):
+        path = _file(self.folder, self.layer, name)
         try:
             with safe_open(path, "pt") as f:
                 h, known = f.get_tensor("h"), f.metadata()["sha256"]
@@ -90,4 +105,8 @@ class States:
 
     def rows(self, rows):
         """h[l] (B, T, D) of these rows."""
-        return torch.stack([self.chunk(r // CHUNK)[r % CHUNK] for r in rows])
+        return torch.stack([self.chunk(f"{r // CHUNK:05d}")[r % CHUNK] for r in rows])
+
+    def calibration(self, windows):
+        """h[l] (N, T, D) of all these windows (N, T)."""
+        return torch.cat([self._read(_calibration(len(windows), i)) for i in range(-(-len(windows) // CHUNK))])

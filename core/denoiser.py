@@ -206,16 +206,17 @@ class Moments:
 
 
 @torch.no_grad()
-def calibrate(lm, net, rows, layer, skip):
+def calibrate(lm, net, rows, layer, skip, states=None):
     """Set mu, sigma of h[l] and h[0] per dimension from rows (N, T), positions >= skip: the first ones are attention
-    sinks, a few dimensions of which are hundreds of times larger, and would set the scale for all others."""
+    sinks, a few dimensions of which are hundreds of times larger, and would set the scale for all others. `states`
+    (N, T, D) are h[l], where it is known."""
     first, z, c = Moments(), Moments(), Moments()
-    for ids in rows.split(8):
-        h0 = lm.embed(ids)
-        h = produce(lm, h0, layer)
+    if states is None:
+        states = torch.cat([produce(lm, lm.embed(ids), layer) for ids in rows.split(8)])       # (N, T, D)
+    for ids, h in zip(rows.split(8), states.split(8)):
         first.add(h[:, :1])
         z.add(h[:, skip:])
-        c.add(h0[:, skip:])
+        c.add(lm.embed(ids)[:, skip:])
     for buffer, value in zip((net.mu_z, net.sigma_z, net.mu_c, net.sigma_c), (*z.mean_and_sd(), *c.mean_and_sd())):
         buffer.copy_(value)
     if net.settings["sink"] == "own":
@@ -223,16 +224,16 @@ def calibrate(lm, net, rows, layer, skip):
             buffer.copy_(value)
     if net.settings["head_start"] == "tokens":           # a rare token's mean is drawn towards 0, that of all
         total, count = torch.zeros_like(net.means), torch.ones_like(net.means[:, :1])
-        for ids in rows[::2].split(8):
-            z, ids = net.standard_z(produce(lm, lm.embed(ids), layer))[:, skip:], ids[:, skip:].flatten()
+        for ids, h in zip(rows[::2].split(8), states[::2].split(8)):
+            z, ids = net.standard_z(h)[:, skip:], ids[:, skip:].flatten()
             total.index_add_(0, ids, z.flatten(0, 1))
             count.index_add_(0, ids, torch.ones_like(ids, dtype=torch.float32)[:, None])
         net.means.copy_(total / count)
-        rows = rows[1::2]                                # other text for the ridge: the means must not know it
+        rows, states = rows[1::2], states[1::2]          # other text for the ridge: the means must not know it
     if net.settings["head_start"] != "none":
         cc, cz = 0.0, 0.0
-        for ids in rows.split(8):
-            z, c = (part[:, skip:].flatten(0, 1).double() for part in targets(lm, net, ids, layer))     # (n, D), (n, C)
+        for ids, h in zip(rows.split(8), states.split(8)):
+            z, c = (x[:, skip:].flatten(0, 1).double() for x in targets(lm, net, ids, layer, h))     # (n, D), (n, C)
             cc, cz = cc + c.T @ c, cz + c.T @ z
         net.ridge.copy_(ridge(cc, cz, RIDGE).T)
 

@@ -20,7 +20,7 @@ if not __package__:
     raise SystemExit(2)
 import itertools
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 
@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import bridge
 import data
 import geometry as locate
 from core import backbone, cache, denoiser, regret, report
@@ -114,14 +115,15 @@ def cells(cfg, home, model, shards, main=True):
             *cfg.bridge.split(), *["--cache_states", str(home / f"states{seed}")] * cfg.cache_states)
 
 
-def keep_states(cfg, home, model, shards, work):
+def keep_states(cfg, model, shards, work):
     """--cache_states: one pass a seed through the whole backbone, for all bridges of `work` that are not finished."""
-    left = [(layer, folder) for _, layer, folder, _ in work if layer and not (folder / "result.json").exists()]
-    layers = sorted({layer for layer, _ in left})
-    for seed in sorted({int(folder.name.split("seed")[-1]) for _, folder in left}) if cfg.cache_states else ():
+    bridges = [parse(bridge.Config, command[2:], "", bridge.PRESETS, lambda of: backbone.preset_of(of.model, of.out))
+               for _, layer, folder, command in work if layer and not (folder / "result.json").exists()]
+    layers = sorted({int(of.layer) for of in bridges})
+    for of in {of.seed: of for of in bridges}.values() if cfg.cache_states else ():
         lm = backbone.load(str(model), torch.device("cpu"), torch.float32, blocks=layers[-1])
-        cache.write(home / f"states{seed}", lm, data.Tokens(shards, "train", cfg.seq_len), layers,
-                    replace(cfg, seed=seed), backbone.identity(str(model)))
+        cache.write(of.cache_states, lm, data.Tokens(shards, "train", of.seq_len), layers, of, backbone.identity(
+            str(model)))
 
 
 # ----------------------------------------------------------------------------------------------------- statistics
@@ -393,7 +395,7 @@ def main(argv):
         home.mkdir(parents=True, exist_ok=True)
         model, shards = make(cfg, home)
         work = list(cells(cfg, home, model, shards, name == first))
-        keep_states(cfg, home, model, shards, work)
+        keep_states(cfg, model, shards, work)
         execute([(f"{home.name}, {folder.name}", command) for *_, folder, command in work], cfg.jobs)
         found[name] = {"budget": budget(asdict(cfg)), **collect(cfg, model, shards, work)}
     found |= others

@@ -21,6 +21,7 @@ def weights(folder):
 
 
 def test_the_weights_are_those_without_a_cache(argv, tmp_path):
+    argv += ["--head_start", "tokens"]
     for layer in ("1", "3"):
         bridge.main([*argv, "--layer", layer, "--out", f"{tmp_path}/plain{layer}"])
     bridge.main([*argv, "--layer", "3", "--cache_states", f"{tmp_path}/states", "--out", f"{tmp_path}/kept3"])
@@ -35,11 +36,11 @@ def test_only_what_is_missing_is_written(argv, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "CHUNK", 8)
     bridge.main([*argv, *kept, "--layer", "2", "--out", f"{tmp_path}/a"])
     files = sorted((tmp_path / "states/h2").glob("*.safetensors"))
-    assert len(files) == 3                                                    # 6 steps x 4 sequences in eights
+    assert len(files) == 4                        # 6 steps x 4 sequences in eights, then the calibration's 8 windows
     files[1].unlink()                                                         # as if it had been killed there
-    before = [f.stat().st_mtime_ns for f in (files[0], files[2])]
+    before = [f.stat().st_mtime_ns for f in (files[0], *files[2:])]
     bridge.main([*argv, *kept, "--layer", "2", "--out", f"{tmp_path}/b"])
-    assert files[1].exists() and before == [f.stat().st_mtime_ns for f in (files[0], files[2])]
+    assert files[1].exists() and before == [f.stat().st_mtime_ns for f in (files[0], *files[2:])]
     assert all(torch.equal(a, b) for a, b in zip(weights(tmp_path / "a").values(), weights(tmp_path / "b").values()))
 
 
@@ -51,9 +52,11 @@ def test_refusals(argv, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 9))
     assert "its disk has" in fails(capsys, bridge.main, *argv, "--cache_states", states, "--layer", "2", "--out",
                                    tmp_path / "c")
-    [file] = (states / "h1").glob("*")
-    whole = file.read_bytes()
-    file.write_bytes(whole[:-4] + b"\1\2\3\4")
-    assert "checksum" in fails(capsys, bridge.main, *argv, *kept, tmp_path / "d")
-    file.write_bytes(whole[:100])
-    assert "could not be read" in fails(capsys, bridge.main, *argv, *kept, tmp_path / "e")
+    for name in ("calibration*", "0*"):                        # both are read
+        [file] = (states / "h1").glob(name)
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-4] + b"\1\2\3\4")
+        assert f"{file} is damaged" in fails(capsys, bridge.main, *argv, *kept, tmp_path / "d")
+        file.write_bytes(whole[:100])
+        assert f"{file} could not be read" in fails(capsys, bridge.main, *argv, *kept, tmp_path / "e")
+        file.write_bytes(whole)
