@@ -52,7 +52,6 @@ class Config:
     source: Literal["noise", "embedding"] = "noise"  # e ~ N(0, I), or c + noise / 2: a bridge between the two ends
     times: Literal[tuple(TIMES)] = "logit-normal"  # law of t in training
     t_mean: float = 0.7         # mean of logit t; above 0 trains more near t = 1, where sampling starts
-    atom: float = 0.0           # share of training sequences at t = 1 exactly
     sink: Literal["own", "shared"] = "own"  # units of h[l] at position 0, an attention sink: its own, or the others'
     head_start: Literal["none", "ridge", "tokens"] = "none"  # a ridge of h[0], or of it and its token's mean h[l]
     self_condition: bool = False  # feed the last estimate of z back in (half of the time in training)
@@ -96,9 +95,8 @@ PRESETS = {
     # run_all.sh spells these out with 400 steps: those are the published numbers
     "blocks": {"visible": "mix", "bidirectional": True, "self_condition": True, "batch_size": 8, "steps": 800,
                "noise_seeds": 1, "sink": "shared", "cooldown": 1.0},         # constant draws worse text: LOG.md
-    # minutes on two cores; AdamW alone: at this width and batch Muon's products would be half of a step (LOG.md)
     "135m": {"steps": 300, "batch_size": 8, "calibration": 1024, "head_start": "tokens", "nfes": "1,4",
-             "noise_seeds": 1, "eval_batches": 128, "lr": 0.0},
+             "noise_seeds": 1, "eval_batches": 128, "lr": 0.0},    # minutes on two cores; Muon: half of a step, LOG.md
     "0.6b": {"steps": 5000, "batch_size": 32, "seq_len": 1024, "compile": True, "ema": 0.999,
              "lr": 0.01, "lr_adam": 6e-4, "warmup": 200, "cooldown": 1.0, "eval_every": 1000, "save_every": 500},
     "8b": {"steps": 20000, "batch_size": 256, "micro_batch": 8, "seq_len": 1024, "compile": True, "ema": 0.9995,
@@ -120,7 +118,7 @@ class Batch(NamedTuple):
 def draw(cfg, train, states, D, device, step, slots):
     """The Batch of these slots at `step`; `states` are those of core/cache.py, or None."""
     ids = train.batch(cfg.seed, step, slots, cfg.batch_size)[:, :-1]
-    t = times(cfg.times, cfg.t_mean, cfg.seed, step, slots, cfg.atom)
+    t = times(cfg.times, cfg.t_mean, cfg.seed, step, slots)
     noise = torch.stack([normal((cfg.seq_len, D), device, cfg.seed, "noise", step, s) for s in slots])
     seen = torch.tensor([cfg.self_condition and generator(cfg.seed, "self", step, s).random() < 0.5 for s in slots])
     kept = states and states.rows([step * cfg.batch_size + s for s in slots])
@@ -177,7 +175,6 @@ def check(cfg):
     for name, fine, want in (
             ("ema", 0 <= cfg.ema < 1, "lie in [0, 1)"), ("skip", 0 <= cfg.skip < cfg.seq_len, "be below --seq_len"),
             ("shift", cfg.shift > 0, "be above 0"), ("bucket_mb", cfg.bucket_mb > 0, "be above 0"),
-            ("atom", 0 <= cfg.atom <= 1, "lie in [0, 1]"),
             ("nfes", all(n.isdigit() and int(n) > 0 for n in cfg.nfes.split(",")), "be numbers such as 1,2,4,8")):
         if not fine:
             raise UserError(f"--{name} {getattr(cfg, name)} must {want}")

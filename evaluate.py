@@ -209,8 +209,7 @@ def join(runs, found, out):
 
 
 def readme_blocks(root):
-    """What --publish writes into the README: the two tables of every results/NAME, files with
-    their lines, lines by folder."""
+    """What --publish writes into the README: two tables of every results/NAME; files and folders with their lines."""
     found = {f.parent.name: read_json(f) for f in sorted(root.glob("results/*/result.json"))}
     found = {**{"toy": found.get("toy")}, **found} if "toy" in found else found      # the default comes first
 

@@ -36,10 +36,6 @@ def _digest(h):
     return hashlib.sha256(h.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
 
 
-def _calibration(count, i):
-    return f"calibration{count}_{i:05d}"
-
-
 def _chunks(train, cfg):
     """(name of a file, function -> the rows (CHUNK, T+1) whose states it holds)"""
     def rows(i):
@@ -47,9 +43,8 @@ def _chunks(train, cfg):
         return torch.cat([train.batch(cfg.seed, step, [slot], cfg.batch_size) for step, slot in keys])
     for i in range(-(-cfg.steps * cfg.batch_size // CHUNK)):
         yield f"{i:05d}", functools.partial(rows, i)
-    windows = train.windows(cfg.calibration, cfg.seed)
-    for i, some in enumerate(windows.split(CHUNK)):
-        yield _calibration(len(windows), i), lambda some=some: some
+    for i, some in enumerate((windows := train.windows(cfg.calibration, cfg.seed)).split(CHUNK)):
+        yield f"calibration{len(windows)}_{i:05d}", lambda some=some: some
 
 
 @torch.no_grad()
@@ -109,4 +104,4 @@ class States:
 
     def calibration(self, windows):
         """h[l] (N, T, D) of all these windows (N, T)."""
-        return torch.cat([self._read(_calibration(len(windows), i)) for i in range(-(-len(windows) // CHUNK))])
+        return torch.cat([self._read(f"calibration{len(windows)}_{i:05d}") for i in range(-(-len(windows) // CHUNK))])

@@ -40,11 +40,9 @@ TIMES = {"logit-normal": logit_normal,  # --times -> (generators, mean of logit 
          "uniform": lambda draws, mean: torch.tensor([g.random() for g in draws], dtype=torch.float32)}
 
 
-def times(law, mean, seed, step, slots, atom=0.0):
-    """t (B,) for the given slots, one per sequence; a share `atom` of them is t = 1 exactly, where sampling starts."""
-    draws = [generator(seed, "t", step, s) for s in slots]
-    t = pick(TIMES, law, "--times")(draws, mean)
-    return torch.where(torch.tensor([g.random() < atom for g in draws]), 1.0, t) if atom else t
+def times(law, mean, seed, step, slots):
+    """t (B,) for the given slots, one per sequence."""
+    return pick(TIMES, law, "--times")([generator(seed, "t", step, s) for s in slots], mean)
 
 
 def to_z(out, x, t, prediction):

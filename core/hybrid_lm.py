@@ -38,13 +38,11 @@ class HybridConfig(PretrainedConfig):
     of its weights."""
     model_type = "dihal_hybrid"
 
-    def __init__(self, base_model="", base="", layer=0, nfe=4, sampler="", shift=0.0, noise_seed=0, bridge=None,
+    def __init__(self, base_model="", base="", layer=0, nfe=4, sampler="euler", shift=1.0, noise_seed=0, bridge=None,
                  use_cache=True, tokenizer=None, **rest):
-        bridge = dict(bridge or {})
-        old = bridge.pop("sampler", "euler"), bridge.pop("shift", 1.0)  # where older hybrids keep the two
         self.base_model, self.base, self.layer, self.tokenizer = base_model, base, layer, tokenizer
-        self.nfe, self.sampler, self.shift = nfe, sampler or old[0], shift or old[1]
-        self.noise_seed, self.bridge, self.use_cache = noise_seed, bridge, use_cache
+        self.nfe, self.sampler, self.shift, self.noise_seed = nfe, sampler, shift, noise_seed
+        self.bridge, self.use_cache = dict(bridge or {}), use_cache
         super().__init__(**rest)
 
 

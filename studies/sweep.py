@@ -68,7 +68,7 @@ DECODED = ("token mean",)            # guesses whose KL is measured too
 LEARNED = "a ridge over all, learned by KL on the other backbones"
 ERRORS = {"fvu": "FVU", "kl": "KL", "ce_gap": "CE gap"}    # of a bridge: bridgeability is their absence
 COLUMNS = {**ERRORS, **{f"regression_{key}": f"regression: {name}" for key, name in ERRORS.items()}}
-MIN_STEPS, TIE, MARGIN = 300, 0.02, 0.1                    # see RULES; a difference in rho within MARGIN is a tie
+MIN_STEPS, MARGIN = 300, 0.1                               # see RULES; a difference in rho within MARGIN is a tie
 
 
 # ------------------------------------------------------------------------------------------------------ backbones
@@ -214,17 +214,10 @@ def against_depth(found, error, name="score", seed=0):
             "verdict": verdict(paired(ours, theirs), MARGIN, "rho", "backbones", lower_is_better=False)}
 
 
-def values_apart(b):
-    """How many values of FVU can be told apart: a new one begins where the next larger FVU is larger by TIE."""
-    fvu = sorted(mean(row["fvu"]) for row in b["layers"])
-    return 1 + sum(y > (1 + TIE) * x for x, y in itertools.pairwise(fvu))
-
-
 RULES = {  # why a backbone says nothing about LOCATE -> test of its entry in the result
     f"not as {MIN_STEPS} or more training steps left it": lambda b: b["trained_steps"] < MIN_STEPS,
     "its bridges are no better than a table at most layers": lambda b: mean(
         mean(row["fvu"]) < row["untrained"]["token mean"]["fvu"] for row in b["layers"]) < 0.5,
-    f"FVU is {TIE:.0%} apart at fewer than half of its layers": lambda b: values_apart(b) < len(b["layers"]) / 2,
 }
 
 

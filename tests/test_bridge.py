@@ -167,13 +167,6 @@ def test_position_0_has_units_of_its_own():
     assert torch.equal(nets["own"].hidden(own[:, 5:6], fifth), nets["shared"].hidden(shared[:, 5:6]))
 
 
-def test_the_atom_is_a_share_of_ones_and_moves_no_other_draw():
-    plain, some = (diffusion.times("logit-normal", 0.0, 0, 3, range(2000), atom) for atom in (0.0, 0.25))
-    ones = some == 1
-    assert 0.2 < ones.float().mean() < 0.3 and torch.equal(plain[~ones], some[~ones]) and not (plain == 1).any()
-    assert (diffusion.times("uniform", 0.0, 0, 3, range(9), 1.0) == 1).all()
-
-
 def test_target_and_condition_may_differ_in_width():
     model, (x, _, t) = net(C=5), states()
     assert model(x, torch.randn(B, T, 5), t).shape == (B, T, D) and model.mu_c.shape == (5,)

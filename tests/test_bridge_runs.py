@@ -120,7 +120,7 @@ def test_four_processes_go_on_as_one_would(runs, tmp_path, text, monkeypatch):
 
 def test_objectives_and_predictions_train(runs, tmp_path, text):
     for flags in (["--prediction", "v", "--source", "embedding", "--times", "uniform", "--sampler", "ab2"],
-                  ["--prediction", "eps"], ["--self_condition", "--t_mean", "1", "--recompute", "--atom", "0.5"],
+                  ["--prediction", "eps"], ["--self_condition", "--t_mean", "1", "--recompute"],
                   ["--objective", "regression", "--head_start", "tokens"], ["--head_start", "ridge"],
                   ["--cooldown", "0.25"]):
         result = bridge.main(command(runs, text, tmp_path / flags[-1], "--steps", "4", *flags))
@@ -177,7 +177,6 @@ def test_bad_input(runs, tmp_path, capsys, text):
     assert "must lie in 1..4" in fails(capsys, bridge.main, *good, "--layer", "0")
     assert "auto, all or a number" in fails(capsys, bridge.main, *good, "--layer", "six")
     assert "--nfe" in fails(capsys, bridge.main, *good, "--nfe", "0")
-    assert "--atom" in fails(capsys, bridge.main, *good, "--atom", "1.5")
     assert "use --micro_batch from [1, 2, 4]" in fails(capsys, bridge.main, *good, "--micro_batch", "3")
     assert "run python geometry.py" in fails(capsys, bridge.main, *good, "--layer", "auto")
     assert "longer than the" in fails(capsys, bridge.main, *good, "--seq_len", "99999")

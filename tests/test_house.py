@@ -170,7 +170,7 @@ def test_flags_and_presets(capsys):
     cfg = common.parse(bridge.Config, ["--preset", "tiny", "--batch-size", "2", "--no-compile"], *known)
     assert (cfg.steps, cfg.batch_size, cfg.compile) == (20, 2, False)           # preset, flag over preset, default
     cfg = common.parse(bridge.Config, [], *known)                 # auto: by the size
-    assert (cfg.preset, cfg.steps, cfg.head_start) == ("135m", 300, "ridge")
+    assert (cfg.preset, cfg.steps, cfg.head_start) == ("135m", 300, "tokens")
     with pytest.raises(common.UserError, match="at least 1"):
         common.parse(bridge.Config, ["--steps", "0"], *known)
     with pytest.raises(common.UserError, match="finite"):
