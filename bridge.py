@@ -72,7 +72,7 @@ class Config:
     cooldown: float = 0.0       # share of the run in which the rate descends to zero; 0: --ema settles it, see LOG.md
     clip: float = 1.0           # gradient norm
     skip: int = 4               # first positions of a sequence (attention sinks): own loss scale, reported apart
-    calibration: int = 64       # sequences for mu and sigma
+    calibration: int = 64       # sequences for mu, sigma and the head start
     sampler: Literal[tuple(SAMPLERS)] = "euler"  # of the final numbers, and the hybrid's default; not of training
     shift: float = 1.0          # of its grid: 1 is even in t, above 1 spends more calls near t = 1
     nfe: int = 4                # its network calls

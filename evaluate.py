@@ -79,7 +79,7 @@ ANSWERS = {  # its second one: question -> runs and words of their findings, the
         ("generate_seeds/equal", " against "), ("generate", " against ")),
     "conversion with alignment against without, by the bound": (
         ("ablate/arms", "w = 10 against blocks, causal context:"), ("repr_align", "with alignment")),
-    "the same, little text, lowest masked CE on the way, alignment for a quarter of the steps": (
+    "the same, lowest masked CE on the way, alignment for a quarter of the steps": (
         ("ablate/align", "off after a quarter against w = 0"),),
     "conversion to blocks of tokens against all at once, by the bound, 200 steps": (
         ("ablate/arms", "blocks against bidirectional:"), ("repr_align", "by blocks")),

@@ -45,12 +45,6 @@ def left(at, h, h0):
     return at.z(h) - with_one(at.c(h0)) @ at.weights
 
 
-def pairs(lm, known, ids):
-    """(layer, z, c, side) for each layer of `known`, in its units."""
-    for layer, h, h0, side in lm.at(ids, known):
-        yield layer, known[layer].z(h), known[layer].c(h0), side
-
-
 def fit(lm, layers, calibration, train, wanted, skip=4, seed=0, probe_steps=40):
     """layer -> Known, from positions >= skip of rows (N, T): units from `calibration`; ridge, the means of the tokens
     `wanted` and the probes from `train`. Only sums are kept: memory does not grow with the text."""
@@ -86,11 +80,11 @@ def solve(lm, known, train, wanted, skip):
     for rows in train.split(BATCH):
         some, one = place[rows[:, skip:].flatten()], None                            # (n,)
         count = count + torch.bincount(some, minlength=1 + len(ids))[:, None]
-        for layer, z, c, _ in pairs(lm, known, rows):
+        for layer, h, h0, _ in lm.at(rows, known):
             if one is None:
-                one = with_one(c[:, skip:]).flatten(0, 1)                            # (n, D + 1)
+                one = with_one(known[layer].c(h0)[:, skip:]).flatten(0, 1)           # (n, D + 1)
                 gram += one.T @ one
-            z = z[:, skip:].flatten(0, 1)                                            # (n, D)
+            z = known[layer].z(h)[:, skip:].flatten(0, 1)                            # (n, D)
             cross[layer] += one.T @ z
             total[layer].index_add_(0, some, z)
     for layer, at in known.items():

@@ -208,7 +208,7 @@ class Moments:
 @torch.no_grad()
 def calibrate(lm, net, rows, layer, skip, states=None):
     """Set mu, sigma of h[l] and h[0] per dimension from rows (N, T), positions >= skip: the first ones are attention
-    sinks, a few dimensions of which are hundreds of times larger, and set the scale. states: their h[l], if known."""
+    sinks, a few dimensions of which are hundreds of times larger, and set all scales. states: their h[l], if known."""
     first, z, c = Moments(), Moments(), Moments()
     if states is None:
         states = torch.cat([produce(lm, lm.embed(ids), layer) for ids in rows.split(8)])       # (N, T, D)

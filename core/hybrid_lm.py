@@ -282,8 +282,8 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         base's weights are not the ones the bridge was trained under."""
         config = config or HybridConfig.from_pretrained(folder)
         pick(diffusion.SAMPLERS, config.sampler, f"{folder}: the sampler")
-        net = denoiser.Bridge(**config.bridge)
         try:
+            net = denoiser.Bridge(**config.bridge)
             net.load_state_dict(load_file(Path(folder) / "hybrid.safetensors"))
         except Exception as error:
             reason = str(error).strip().split("\n")[0]

@@ -132,7 +132,8 @@ def report_size(cfg, net, shape, layer, world, micro, dtype):
     size, replaced = sum(count.values()), sum(p.numel() for b in lm.blocks[:layer] for p in b.parameters())
     whole = sum(p.numel() for p in lm.parameters())
     upper = sum(p.numel() for b in lm.blocks[layer:] for p in b.parameters())
-    flops, tokens = train_flops(net, replaced, layer, cfg.seq_len), micro * cfg.seq_len
+    prefix = (0, 0) if cfg.cache_states else (replaced, layer)
+    flops, tokens = train_flops(net, *prefix, cfg.seq_len), micro * cfg.seq_len
     matrices = [p.numel() for p in net.blocks.parameters() if p.ndim == 2 and cfg.lr > 0]
     W, D, blocks = (net.settings[k] for k in ("W", "D", "blocks"))
     ways = world.size if world.size > 1 else 8 if cfg.preset == "8b" else 1

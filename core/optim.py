@@ -120,8 +120,8 @@ def step_all(optimizers, share, norm=0.0, where=""):
     """One step at this share of the peak rates, then no gradients. Raises UserError where the gradient's norm is not
     finite, on every process alike, before anything is changed."""
     if not math.isfinite(norm):
-        raise UserError(f"the loss or its gradient stopped being finite at {where}; lower --lr and run again (the last "
-                        "good state is kept)")
+        raise UserError(f"the loss or its gradient stopped being finite at {where}; lower --lr and --lr_adam and run "
+                        "again (the last good state is kept)")
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * share

@@ -97,7 +97,7 @@ def cells(cfg):
         flags = f"{place} --seed {seed} --steps {cfg.steps} --batch_size {cfg.batch_size} {flags} {cfg.flags}"
         flags = flags.format(double=2 * cfg.steps, quarter=cfg.steps // 4)
         folder = Path(cfg.out).parent / "_".join(["cell", name, *flags.split()]).replace("--", "")
-        flags = "--nfes 1,4 " * (name == "bridge") + flags                                         # the last one wins
+        flags = "--lr 0.02 --nfes 1,4 " * (name == "bridge") + flags                               # the last one wins
         yield Cell(variant, layer, seed, folder, stage(name, cfg.model, cfg.data, folder, flags))
 
 

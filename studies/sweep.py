@@ -318,17 +318,21 @@ def measured(lm, guesses, rows, home):
 
 def collect(cfg, model, shards, work):
     """The entry of one backbone in the result, from its finished runs and the bridges that need no training."""
-    logs, rows, cpu = {}, [], torch.device("cpu")
+    logs, rows, tables, cpu = {}, [], {}, torch.device("cpu")
     geometry, layers = read_json(work[0][2] / "result.json"), sorted({layer for _, layer, *_ in work} - {0})
     train, slots, held_out = data.Tokens(shards, "train", cfg.seq_len), range(cfg.batch_size), data.Tokens(
         shards, "val", cfg.seq_len).windows(cfg.eval_batches)
-    seen = torch.cat([train.batch(cfg.seed, step, slots, cfg.batch_size)[:, :-1] for step in range(cfg.steps)])
+    calibration = read_json(work[1][2] / "config.json")["dihal"]["config"]["calibration"]         # of all bridges
+    seen = torch.cat([train.windows(calibration, cfg.seed), *(
+        train.batch(cfg.seed, step, slots, cfg.batch_size) for step in range(cfg.steps))])[:, :-1]
     lm, flags = backbone.load(str(model), cpu, torch.float32), locate.Config(**geometry["flags"])
     known = fit(lm, layers, train.windows(64, cfg.seed)[:, :-1], seen, held_out, SKIP, cfg.seed)
     left = locate.residual(lm, known, locate.held_out(flags, shards)[:, :-1], flags)
     asked, noise = guesses(known, DECODED, SKIP), position_noise(0, range(cfg.seq_len), lm.D, cpu)
     for kind, layer, folder, _ in work[1:]:
-        net = denoiser.load(folder, cpu)[0]
+        net, info = denoiser.load(folder, cpu)
+        if info["head_start"] == "tokens":                  # both objectives of a seed have the same, and it is large
+            net.means = tables.setdefault((layer, info["seed"]), net.means)
         asked[layer][folder.name] = net, lambda z, c, ids, net=net: sample(net, c, NFE, noise), True
         if kind == "diffusion":
             logs[layer, sum(layer == n for n, _ in logs)] = (folder / "log.jsonl").read_text().splitlines()

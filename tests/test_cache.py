@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 import bridge
 from core import cache
+from core.run import read_json
 
 
 @pytest.fixture
@@ -20,8 +21,9 @@ def weights(folder):
     return load_file(Path(folder) / "bridge.safetensors")
 
 
-def test_the_weights_are_those_without_a_cache(argv, tmp_path):
-    argv += ["--head_start", "tokens"]
+def test_the_weights_are_those_without_a_cache(argv, tmp_path, monkeypatch):
+    argv += ["--head_start", "tokens", "--calibration", "20"]
+    monkeypatch.setattr(cache, "CHUNK", 8)                                    # several files of either kind
     for layer in ("1", "3"):
         bridge.main([*argv, "--layer", layer, "--out", f"{tmp_path}/plain{layer}"])
     bridge.main([*argv, "--layer", "3", "--cache_states", f"{tmp_path}/states", "--out", f"{tmp_path}/kept3"])
@@ -29,6 +31,9 @@ def test_the_weights_are_those_without_a_cache(argv, tmp_path):
     for layer in (1, 3):
         plain, kept = weights(tmp_path / f"plain{layer}"), weights(tmp_path / f"kept{layer}")
         assert all(torch.equal(plain[name], kept[name]) for name in plain)
+        a, b = (read_json(tmp_path / f"{way}{layer}/result.json") for way in ("plain", "kept"))
+        saved = 2 * (a["replaced_parameters"] + layer * 32 * 32)                         # the prefix's pass is not made
+        assert a["flops_per_token"] - b["flops_per_token"] == saved
 
 
 def test_only_what_is_missing_is_written(argv, tmp_path, monkeypatch):

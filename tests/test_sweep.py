@@ -186,12 +186,14 @@ def test_the_sweep_runs(runs, tmp_path, monkeypatch, capsys):
         for _, (_, script, *argv) in work:
             assert Path(script).parent == ROOT and Path(script).exists()
             started.append(script)
+            if "bridge" in script and "/toy/" in argv[-1]:                       # one pass has been made for all layers
+                assert all((out / f"toy/states{seed}/h{layer}").exists() for seed in (0, 1) for layer in (1, 2, 3))
             importlib.import_module(Path(script).stem).main([*argv, "--preset", "tiny"])
     monkeypatch.setattr(sweep, "execute", in_process)
     monkeypatch.setattr(sweep, "POOL", {"again": lambda cfg, home: (runs / "toy", runs / "data")})
     out = tmp_path / "s"
     argv = ["--model", f"{runs}/toy", "--out", str(out), "--seeds", "2", "--steps", "3", "--blocks", "1", "--pool",
-            "--batch_size", "4", "--eval_batches", "4"]
+            "--batch_size", "4", "--eval_batches", "4", "--cache_states"]
     result = sweep.main(argv)
     toy, text = result["backbones"]["toy"], (out / "section.md").read_text()
     assert [r["layer"] for r in toy["layers"]] == [1, 2, 3] and all(len(r["fvu"]) == 2 for r in toy["layers"])
