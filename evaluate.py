@@ -81,7 +81,7 @@ ANSWERS = {  # its second one: question -> runs and words of their findings, the
         ("ablate/arms", "w = 10 against blocks, causal context:"), ("repr_align", "with alignment")),
     "the same, lowest masked CE on the way, alignment for a quarter of the steps": (
         ("ablate/align", "off after a quarter against w = 0"),),
-    "conversion to blocks of tokens against all at once, by the bound, 200 steps": (
+    "conversion to blocks of tokens against all at once, by the bound": (
         ("ablate/arms", "blocks against bidirectional:"), ("repr_align", "by blocks")),
     "circuits of the twin, untrained and trained": (("tasks/circuits_aligned", "shares"), ("tasks/circuits", "shares"))}
 ARMS = {("bridge", "regression"): ("layer", "steps", "tokens", "parameters", "seed", "eval_sequences"),

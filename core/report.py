@@ -60,5 +60,5 @@ def answer(findings, sources):
     not known."""
     line = next((line.split("**: ", 1)[1] for run, words in sources for line in findings
                  if line.startswith(f"**{run}**: ") and words in line), "not run")
-    line = line if "not known (" in line else re.sub(r"95% \[[^]]*\][^,)]*, ", "", line)
-    return re.sub(r"\b(ahead|behind|ties|not known)\b|(?<=^Layer )\d+", r"**\g<0>**", line, count=1)
+    line, counts = line if "not known (" in line else re.sub(r"95% \[[^]]*\][^,)]*, ", "", line), " layers (" in line
+    return re.sub(r"\b(ahead|behind|ties|not known)\b|(?<=^Layer )\d+", r"**\g<0>**", line, count=0 if counts else 1)

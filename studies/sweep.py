@@ -236,9 +236,9 @@ def findings(result):
                     r["untrained"]["token mean"][error]] * own["seeds"]}
     for (control, theirs), (error, name) in itertools.product(controls.items(), ERRORS.items()):
         gaps = [paired(r[error], theirs(r, error)) for r in own["layers"]]
-        words = [verdict(gap).split(" ")[0] for gap in gaps]
+        words = [verdict(gap).split(" ")[0].replace("not", "not known") for gap in gaps]
         yield (f"On {first} a diffusion bridge's {name} against that of {control}, {own['seeds']} seeds: " + ", ".join(
-            f"{w.replace('not', 'not known')} at {words.count(w)}" for w in dict.fromkeys(words))
+            f"{w} at {words.count(w)}" for w in sorted(dict.fromkeys(words), key=words.count, reverse=True))
                + f" of {len(words)} layers ({gaps[0].mean:+.2g} at layer {own['layers'][0]['layer']}, "
                f"{gaps[-1].mean:+.2g} at {own['layers'][-1]['layer']}).")
     good = [n for n, of in every.items() if of["p"] < 0.05]

@@ -72,3 +72,15 @@ def test_evaluate_refuses_what_it_cannot_measure(runs, tmp_path, capsys):
     assert "differ in steps" in fails(capsys, evaluate.main, "--runs", foreign, "--out", tmp_path / "e")
     if importlib.util.find_spec("lm_eval") is None:
         assert "pip install 'lm-eval" in fails(capsys, evaluate.main, *argv, "--harness", "lambada_openai")
+
+
+def test_an_answer_is_the_strongest_evidence_with_its_verdict_in_bold():
+    found = ["**generate**: ours against lazy: not known (n = 1, higher by 2 nats).",
+             "**generate_seeds/equal**: ours against lazy: behind by 0.3 nats (95% [+0.1, +0.5] nats, 3 seeds).",
+             "**sweep**: KL: behind at 6, not known at 1 of 7 layers (+0.1 at layer 1)."]
+    sources = (("generate_seeds/equal", " against "), ("generate", " against "))
+    assert report.answer(found, sources) == "ours against lazy: **behind** by 0.3 nats (3 seeds)."
+    assert report.answer(found[:1], sources) == "ours against lazy: **not known** (n = 1, higher by 2 nats)."
+    both = "KL: **behind** at 6, **not known** at 1 of 7 layers (+0.1 at layer 1)."
+    assert report.answer(found, (("sweep", "KL"),)) == both
+    assert report.answer(found, (("span", "KL"),)) == "not run"
