@@ -174,6 +174,7 @@ def check(cfg):
     """Raise UserError for flags that make no sense, alone or together."""
     for name, fine, want in (
             ("ema", 0 <= cfg.ema < 1, "lie in [0, 1)"), ("skip", 0 <= cfg.skip < cfg.seq_len, "be below --seq_len"),
+            ("calibration", cfg.head_start != "tokens" or cfg.calibration > 1, "be 2 or more: tokens halve them"),
             ("shift", cfg.shift > 0, "be above 0"), ("bucket_mb", cfg.bucket_mb > 0, "be above 0"),
             ("nfes", all(n.isdigit() and int(n) > 0 for n in cfg.nfes.split(",")), "be numbers such as 1,2,4,8")):
         if not fine:

@@ -132,8 +132,7 @@ def report_size(cfg, net, shape, layer, world, micro, dtype):
     size, replaced = sum(count.values()), sum(p.numel() for b in lm.blocks[:layer] for p in b.parameters())
     whole = sum(p.numel() for p in lm.parameters())
     upper = sum(p.numel() for b in lm.blocks[layer:] for p in b.parameters())
-    prefix = (0, 0) if cfg.cache_states else (replaced, layer)
-    flops, tokens = train_flops(net, *prefix, cfg.seq_len), micro * cfg.seq_len
+    flops = train_flops(net, *(0, 0) if cfg.cache_states else (replaced, layer), cfg.seq_len)
     matrices = [p.numel() for p in net.blocks.parameters() if p.ndim == 2 and cfg.lr > 0]
     W, D, blocks = (net.settings[k] for k in ("W", "D", "blocks"))
     ways = world.size if world.size > 1 else 8 if cfg.preset == "8b" else 1
@@ -144,7 +143,7 @@ def report_size(cfg, net, shape, layer, world, micro, dtype):
     held = {"frozen prefix": dtype.itemsize * (whole - upper), "weights": copy, "EMA": copy,
             "optimizer": 4 * sum(matrices) + 8 * (size - sum(matrices))}
     gigabytes = {**held, "gradients": 4 * size,   # as activations go, the buckets that travel come
-                 "activations": max(tokens * saved, 4 * size * (ways > 1))}
+                 "activations": max(micro * cfg.seq_len * saved, 4 * size * (ways > 1))}
     muon = 10 * max(matrices, default=0) * -(-blocks // ways) + dtype.itemsize * sum(matrices) / ways
     del held["frozen prefix"]
     peaks = {"train": sum(gigabytes.values()), "optimizer": sum(gigabytes.values()) - gigabytes["activations"] + muon,

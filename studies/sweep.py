@@ -118,12 +118,12 @@ def cells(cfg, home, model, shards, main=True):
 def keep_states(cfg, model, shards, work):
     """--cache_states: one pass a seed through the whole backbone, for all bridges of `work` that are not finished."""
     bridges = [parse(bridge.Config, command[2:], "", bridge.PRESETS, lambda of: backbone.preset_of(of.model, of.out))
-               for _, layer, folder, command in work if layer and not (folder / "result.json").exists()]
+               for _, layer, out, command in work if cfg.cache_states and layer and not (out / "result.json").exists()]
     layers = sorted({int(of.layer) for of in bridges})
-    for of in {of.seed: of for of in bridges}.values() if cfg.cache_states else ():
+    for of in {of.seed: of for of in bridges}.values():
         lm = backbone.load(str(model), torch.device("cpu"), torch.float32, blocks=layers[-1])
-        cache.write(of.cache_states, lm, data.Tokens(shards, "train", of.seq_len), layers, of, backbone.identity(
-            str(model)))
+        train = data.Tokens(shards, "train", of.seq_len)
+        cache.write(of.cache_states, lm, train, layers, of, backbone.identity(of.model))
 
 
 # ----------------------------------------------------------------------------------------------------- statistics
@@ -331,7 +331,7 @@ def collect(cfg, model, shards, work):
     asked, noise = guesses(known, DECODED, SKIP), position_noise(0, range(cfg.seq_len), lm.D, cpu)
     for kind, layer, folder, _ in work[1:]:
         net, info = denoiser.load(folder, cpu)
-        if info["head_start"] == "tokens":                  # both objectives of a seed have the same, and it is large
+        if net.settings["head_start"] == "tokens":          # both objectives of a seed have the same, and it is large
             net.means = tables.setdefault((layer, info["seed"]), net.means)
         asked[layer][folder.name] = net, lambda z, c, ids, net=net: sample(net, c, NFE, noise), True
         if kind == "diffusion":

@@ -176,6 +176,7 @@ def test_bad_input(runs, tmp_path, capsys, text):
         assert "choose --head_start none" in fails(capsys, bridge.main, *good, "--head_start", "tokens", *more)
     assert "must lie in 1..4" in fails(capsys, bridge.main, *good, "--layer", "0")
     assert "auto, all or a number" in fails(capsys, bridge.main, *good, "--layer", "six")
+    assert "--calibration 1" in fails(capsys, bridge.main, *good, "--head_start", "tokens", "--calibration", "1")
     assert "--nfe" in fails(capsys, bridge.main, *good, "--nfe", "0")
     assert "use --micro_batch from [1, 2, 4]" in fails(capsys, bridge.main, *good, "--micro_batch", "3")
     assert "run python geometry.py" in fails(capsys, bridge.main, *good, "--layer", "auto")
