@@ -48,7 +48,7 @@ class Config:
     visible: Literal["full", "prefix", "span", "mix"] = "full"  # which tokens are known; mix: some of each
     bidirectional: bool = False  # let unknown tokens see each other and what follows (needed to fill a span)
     objective: Literal["diffusion", "regression"] = "diffusion"  # regression: the same network, once, without noise
-    prediction: Literal["x", "v", "eps"] = "x"  # what the network outputs: z, e - z, or e
+    prediction: Literal["x", "v"] = "x"  # what the network outputs: z, or e - z
     source: Literal["noise", "embedding"] = "noise"  # e ~ N(0, I), or c + noise / 2: a bridge between the two ends
     times: Literal[tuple(TIMES)] = "logit-normal"  # law of t in training
     t_mean: float = 0.7         # mean of logit t; above 0 trains more near t = 1, where sampling starts

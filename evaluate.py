@@ -209,23 +209,14 @@ def join(runs, found, out):
 
 
 def readme_blocks(root):
-    """What --publish writes into the README: two tables of every results/NAME; files and folders with their lines."""
+    """What --publish writes into the README: two tables of every results/NAME."""
     found = {f.parent.name: read_json(f) for f in sorted(root.glob("results/*/result.json"))}
     found = {**{"toy": found.get("toy")}, **found} if "toy" in found else found      # the default comes first
-
-    def lines(folder):
-        return sum(len(f.read_text().splitlines()) for f in (root / folder).glob("*.py"))
-    stages = "data", "toy", "geometry", "bridge", "hybrid", "generate", "repr_align", "circuits", "evaluate"
-    reading = [[f"`{stage}.py`", len(text.splitlines()), text.split(": ", 1)[1].split("\n")[0]]
-               for stage in stages for text in [(root / f"{stage}.py").read_text()]]
     return {"results": report.table(["stage", *found], [
                 [stage, *(of["table"].get(stage) for of in found.values())] for stage in FIRST]),
             "findings": report.table(["question", *found], [
                 [question, *(report.answer(of["findings"], some) for of in found.values())]
-                for question, some in ANSWERS.items()]),
-            "reading": report.table(["stage", "lines", "the one idea"], reading),
-            "sizes": f"{lines('.'):,} lines in the nine stages, {lines('core'):,} in `core/` (what they share), "
-                     f"{lines('studies'):,} in `studies/` (questions asked with them), {lines('tests'):,} in `tests/`."}
+                for question, some in ANSWERS.items()])}
 
 
 def publish(run, name):

@@ -5,10 +5,9 @@
     python bridge.py --preset blocks --layer 1 --blocks 4 --out out/blocks1            # makes such a bridge
 
 Each text is a held-out prefix and what a method writes after it. Methods are compared by gen-PPL at real text's entropy
-(explained at core.metrics.at_entropy), over temperatures that go on until that entropy is reached. Where a method has
-settings (the twin's order, how lazy Jacobi is, the weights of our two experts), the best one is chosen on texts apart,
-for ours and rivals alike, and it alone is reported. Writes result.json, samples.jsonl, generation.png and section.md to
---out.
+(core.metrics.at_entropy), over temperatures that go on until it is reached. Of a method's settings (the twin's order,
+how lazy Jacobi is, the weights of our two experts) the best is chosen on texts apart, for ours and rivals alike, and it
+alone is reported. Writes result.json, samples.jsonl, generation.png and section.md to --out.
 
 Letters: N texts, P prefix, T tokens, V vocabulary, L blocks, l the layer of a bridge.
 """

@@ -2,7 +2,6 @@
 
     python repr_align.py --out out/mine/w10                           # w = 10 on the toy: ~1 min on 2 cores
     python repr_align.py --align_weight 0 --out out/mine/w0           # the control arm: same batches, same masks
-    python repr_align.py --out out/mine/w10 --order p2                # finished: another sample of the same model
     python repr_align.py --attention block --align_weight 0 --out out/mine/block     # writes block after block
     torchrun --nproc_per_node 8 repr_align.py --preset 8b --shard --model meta-llama/Llama-3.1-8B
 
@@ -27,7 +26,7 @@ import data
 from core import backbone, optim, report
 from core.common import GradientSum, StopSignal, UserError, entry, parse, pick_dtype, setup, split_batch
 from core.conversion import Arm, conversion_loss, corrupt, flops_per_token
-from core.masked import ORDERS, Student, add_mask, check_sampling, fill, load_converted, text_likelihood
+from core.masked import Student, add_mask, fill, text_likelihood
 from core.run import Clock, Run, card, finished
 from core.shard import Whole, clip, is_sharded, report_size, shard, whole
 
@@ -68,11 +67,7 @@ class Config:
     save_every: int = 100       # steps between checkpoints
     keep_state: bool = False    # keep state.pt when finished, so that --steps can be raised
     track: Literal["", "wandb", "tensorboard"] = ""  # where the values of log.jsonl also go
-    order: Literal[tuple(ORDERS)] = "confidence"  # of the sample at the end: which masks are filled first
-    sample_steps: int = 32      # of the sample at the end: network calls
-    threshold: float = 0.0      # of that sample: reveal all tokens this certain in a call (0: by --sample_steps)
     dry_run: bool = False       # print sizes, then leave
-    MEASURES = ("order", "sample_steps", "threshold")  # a finished run can be asked for another sample
 
 
 PRESETS = {
@@ -104,7 +99,6 @@ def check(cfg):
     ):
         if wrong:
             raise UserError(why)
-    check_sampling(cfg.order, cfg.threshold)
 
 
 def load_models(cfg, model, tokenizer, world, dtype):
@@ -158,28 +152,22 @@ def infilled(student, rows, seed):
 
 
 # ------------------------------------------------------------------------------------------------- what is reported
-def sample(student, tokenizer, cfg):
-    """What the model writes after PROMPT, and the flags that asked for it."""
+def sample(student, tokenizer, seed):
+    """What the model writes after PROMPT, one token a call; studies/twin.py has it write by other settings."""
     prompt = tokenizer(PROMPT)["input_ids"]
     new = min(32, student.lm.config.max_position_embeddings - len(prompt))
     ids = torch.tensor([[*prompt, *[student.mask_id] * new]], device=student.shift.device)           # (1, T)
-    calls = []
-    out = fill(student, ids, ids == student.mask_id, cfg.sample_steps, seed=cfg.seed, order=cfg.order,
-               watch=lambda *_: calls.append(1), threshold=cfg.threshold)
-    return {**{flag: getattr(cfg, flag) for flag in cfg.MEASURES}, "calls": len(calls),
-            "tokens_per_call": new / len(calls), "text": tokenizer.decode(out[0])}
+    return tokenizer.decode(fill(student, ids, ids == student.mask_id, new, seed=seed)[0])
 
 
 def summary(result):
-    by = result["sample"]
     return (f"w = {result['w']:g}, masked val CE {result['curve'][0][1]:.3f} -> {result['val_loss']:.3f} nats in "
-            f"{result['seconds']:.0f} s\nsample, order {by['order']} in {by.get('calls', by['sample_steps'])} steps: "
-            f"{by['text']}")
+            f"{result['seconds']:.0f} s\n{result['sample']}")
 
 
 def section(result):
     """This run's section of the report; report.compare_arms compares two runs."""
-    by, flags = result["sample"], ", ".join(f"{k} {v}" for k, v in result["flags"].items())
+    flags = ", ".join(f"{k} {v}" for k, v in result["flags"].items())
     columns = ["step", "masked CE (nats)", "cosine with the AR model's states", "next-token CE, clean copy (nats)"]
     rows = [[step, *(None if value is None else f"{value:.3f}" for value in rest)] for step, *rest in result["curve"]]
     return f"""## CONVERT, {result["headline"][0][0].removeprefix("masked twin, ")}
@@ -195,9 +183,9 @@ Of {GAP} hidden tokens in the middle of a text {result["infilled"]:.1%} are fill
 
 ![masked CE on held-out text over the steps of training](convert.png)
 
-By order {by['order']} in {by['calls']} steps, {by['tokens_per_call']:.1f} tokens each:
+It writes, one token a call:
 
-{textwrap.indent(by['text'], '    ')}
+{textwrap.indent(result['sample'], '    ')}
 """
 
 
@@ -205,7 +193,7 @@ def publish(run, cfg, result, model, student, tokenizer):
     """Save the model; sample from it; write the section, the figure, the model card and the result."""
     student.fold()
     weights = {"state_dict": whole(student.lm.model.state_dict(), run.world)} if cfg.shard else {}
-    result["sample"] = sample(student, tokenizer, cfg)
+    result["sample"] = sample(student, tokenizer, cfg.seed)
     arm = "" if student.arm == Arm() else f", {student.arm}"
     result["headline"] = [[f"masked twin, w = {result['w']:g}{arm}", f"masked CE {result['curve'][0][1]:.3f} -> "
                            f"{result['val_loss']:.3f} nats, {result['seconds']:.0f} s"]]
@@ -220,15 +208,6 @@ def publish(run, cfg, result, model, student, tokenizer):
     run.finish(result, section(result))
 
 
-def show_finished(cfg, result, world, dtype):
-    """The summary, with the stored sample, or another one of the saved model where the flags ask for it."""
-    if any(result["sample"].get(flag, getattr(Config, flag)) != getattr(cfg, flag) for flag in cfg.MEASURES):
-        result = {**result, "sample": sample(*load_converted(cfg.out, world.device, dtype), cfg)}
-    if world.main:
-        print(f"{cfg.out} is finished: {summary(result)}")
-    return result
-
-
 @entry
 def main(argv):
     cfg = parse(Config, argv, __doc__, PRESETS, lambda cfg: backbone.preset_of(cfg.model, cfg.out))
@@ -237,8 +216,10 @@ def main(argv):
     dtype, (slots, micro) = pick_dtype(cfg, world.device), split_batch(cfg.batch_size, cfg.micro_batch, world)
     model = backbone.resolve(cfg.model, cfg.out)
     identity = {"base": backbone.identity(model, cfg.random_init)}
-    if not cfg.dry_run and (result := finished(cfg, identity, quiet=True)):
-        return show_finished(cfg, result, world, dtype)
+    if not cfg.dry_run and (result := finished(cfg, identity)):
+        if world.main:
+            print(f"{cfg.out} is finished: {summary(result)}")
+        return result
     config = backbone.read_config(model, cfg.seq_len)
     if cfg.dry_run:
         return report_size(cfg, config, world, micro, dtype)

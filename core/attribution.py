@@ -6,10 +6,9 @@
     circuit = strongest(scores, edges, k=30)                # flat indices of the edges with the largest |score|
     jaccard(circuit, other), chance(30, edges.sum())        # what they share, and what two random ones would
 
-Edge attribution patching (EAP, Syed et al. 2023) and its integrated-gradients form over inputs (EAP-IG, Hanna et al.
-2024). The graph: senders are the embedding, each head `a1.3` and each MLP `m1` (block 1, head 3, counted from 0);
-receivers are each head's input by way of q, k and v (`a1.3.q`; those of grouped heads once), each MLP's input, and the
-logits. An edge u -> v is the part of v's input that u wrote into the residual stream.
+Edge attribution patching (EAP, Syed et al. 2023) and its integrated-gradients form (EAP-IG, Hanna et al. 2024). Senders
+are the embedding, each head `a1.3` and each MLP `m1` (block 1, head 3, from 0 on); receivers each head's input by q, k
+and v (`a1.3.q`; grouped heads' once), each MLP's, and the logits. An edge u -> v is what of v's input u wrote.
 
 Letters: P pairs, T tokens, D hidden width, H heads, K key heads, d channels a head, S senders, R receivers,
 L blocks, k edges in a circuit, n edges in all.

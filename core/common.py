@@ -186,45 +186,46 @@ def split_batch(batch_size, micro_batch, world):
 
 class GradientSum:
     """Sums gradients over processes: data parallelism with no wrapper, so parameter names stay clean. Losses are scaled
-    beforehand, so the sum is the mean over the global batch.
+    beforehand, so the sum is the mean over the global batch. Gradients are views of flat buckets, which travel whole.
 
     With `overlap` a full bucket leaves while backward still works on the layers before it: buckets hold the parameters
-    from the last to the first. Without, one flat buffer leaves at the end. `arm` comes before the last micro-batch's
+    from the last to the first. Without, one bucket leaves at the end. `arm` comes before the last micro-batch's
     backward (needed to overlap), `finish` after it."""
 
     def __init__(self, params, world, overlap, bucket_bytes=25e6):
-        self.world, self.armed, self.sent, self.buckets, size = world, False, [], [[]], 0
-        for p in reversed(list(params)):
-            if overlap and self.buckets[-1] and size + p.nbytes > bucket_bytes:
-                self.buckets.append([])
+        self.overlap, self.armed, self.sent, self.buckets, buckets, size = overlap, False, [], [], [[]], 0
+        for p in reversed(list(params)) if world.size > 1 else ():
+            if overlap and buckets[-1] and size + p.nbytes > bucket_bytes:
+                buckets.append([])
                 size = 0
-            self.buckets[-1].append(p)
+            buckets[-1].append(p)
             size += p.nbytes
-        self.home = {p: i for i, bucket in enumerate(self.buckets) for p in bucket}
-        if overlap and world.size > 1:
-            for p in self.home:
-                p.register_post_accumulate_grad_hook(self._ready)
+        for home, bucket in enumerate(buckets) if buckets[0] else ():
+            self.buckets.append(bucket[0].new_zeros(sum(p.numel() for p in bucket)))
+            for p, view in zip(bucket, self.buckets[-1].split([p.numel() for p in bucket]), strict=True):
+                p.register_post_accumulate_grad_hook(functools.partial(self._ready, home, view.view_as(p)))
+        self.sizes = list(map(len, buckets))
 
     def arm(self):
-        self.armed, self.missing = True, [len(bucket) for bucket in self.buckets]
+        self.armed, self.missing = self.overlap, list(self.sizes)
 
-    def _ready(self, p):
+    def _ready(self, home, view, p):
+        if p.grad is not view:                        # of the first micro-batch
+            view.copy_(p.grad)
+            p.grad = view
         if self.armed:
-            self.missing[self.home[p]] -= 1
+            self.missing[home] -= 1
             while len(self.sent) < len(self.buckets) and self.missing[len(self.sent)] == 0:
-                self._send(self.buckets[len(self.sent)])  # in order: the same on every rank
+                self._send()                          # in order: the same on every rank
 
-    def _send(self, bucket):
-        flat = torch.cat([p.grad.flatten() for p in bucket])
-        self.sent.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
+    def _send(self):
+        self.sent.append(dist.all_reduce(self.buckets[len(self.sent)], async_op=True))
 
     def finish(self):
-        for bucket in self.buckets[len(self.sent):] if self.world.size > 1 else []:
-            self._send(bucket)
-        for bucket, flat, work in self.sent:
+        while len(self.sent) < len(self.buckets):
+            self._send()
+        for work in self.sent:
             work.wait()
-            for p, g in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
-                p.grad.copy_(g.view_as(p))
         self.armed, self.sent = False, []
 
 

@@ -1,7 +1,7 @@
 """denoiser.py: the network inside the bridge: a small causal transformer told the noise level and the condition.
 
     net = Bridge(D, W, blocks, H)
-    out = net(x_t, c, t)                 # (B, T, D): an estimate of z, v or e, as `prediction` says
+    out = net(x_t, c, t)                 # (B, T, D): an estimate of z or v, as `prediction` says
     out = net(x_t, c, t, unknown=u)      # where u (B, T) is true the token, and so its condition, is unknown
     save(net, folder, {...}); net, info = load(folder, device)
 
@@ -64,7 +64,7 @@ class Block(nn.Module):
 
 
 class Bridge(nn.Module):
-    """The denoiser (x_t, c, t) -> z, v or e, and the two standardisations it lives between.
+    """The denoiser (x_t, c, t) -> z or v, and the two standardisations it lives between.
 
     One modulation network for all blocks: with one per block it would outweigh them (6 W^2 parameters each)."""
     FREQUENCIES = 16

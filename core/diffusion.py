@@ -49,11 +49,9 @@ def to_z(out, x, t, prediction):
     """Network output -> estimate of z. t (B,) or a number; x_t = (1-t) z + t e and v = e - z.
 
     Why x, z itself, is the default: states of width D lie near few directions, and only z does so too; noise and v fill
-    all of them, and a network of about that width must spend itself on them (v and eps collapse here, see LOG.md)."""
+    all of them, and a network of about that width must spend itself on them (v collapses here, see LOG.md)."""
     t = torch.as_tensor(t, device=x.device, dtype=x.dtype).reshape(-1, 1, 1)
-    if prediction == "x":
-        return out
-    return x - t * out if prediction == "v" else (x - t * out) / (1 - t)
+    return out if prediction == "x" else x - t * out
 
 
 # ------------------------------------------------------------------------------------------------- what is unknown
@@ -108,9 +106,9 @@ def token_loss(net, z, c, t, noise, skip, last_seen=None, unknown=None):
         x, last = (1 - t3) * z + t3 * e, None                                             # (B, T, D)
         if net.settings["self_condition"]:
             with torch.no_grad():
-                last = to_z(net(x, c, t, unknown=unknown), x, t.clamp(max=1 - 1e-3), kind) * last_seen[:, None, None]
+                last = to_z(net(x, c, t, unknown=unknown), x, t, kind) * last_seen[:, None, None]
         out = net(x, c, t, last=last, unknown=unknown)
-        error, z_hat = out - {"x": z, "v": e - z, "eps": e}[kind], to_z(out, x, t.clamp(max=1 - 1e-3), kind)
+        error, z_hat = out - {"x": z, "v": e - z}[kind], to_z(out, x, t, kind)
     loss = error.square().mean(-1)                                                        # (B, T)
     sink = torch.arange(z.shape[1], device=z.device) < skip
     loss = torch.where(sink, loss / z.square().mean(-1).clamp_min(1), loss)
@@ -165,8 +163,6 @@ def sample(net, c, nfe, noise, positions=None, mask=None, cache=None, *, sampler
 
     def slope(x, t):
         nonlocal last, calls
-        if kind == "eps":
-            t = min(t, 1 - 1e-3)                                                          # (x - t e)/(1 - t) at t = 1
         out = net(x, c, torch.full((len(x),), t, device=x.device), positions, mask, last, cache,
                   calls * net.settings["blocks"], unknown)
         last, calls = to_z(out, x, t, kind), calls + 1

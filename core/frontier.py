@@ -6,9 +6,7 @@
 
 A `row` is a method with one setting and one trained model: name, frontier (points of core.metrics.measure, each with
 its temperature), matched (at_entropy of them), calls; of ours also group, layer, seed, steps, parameters. `result` has
-rows, and the same metrics of real text under `real`.
-
-Letters: N texts, T tokens.
+rows, and the same metrics of real text under `real`. Letters: N texts, T tokens.
 """
 import itertools
 import math

@@ -40,11 +40,13 @@ class Student(nn.Module):
     def embed(self, ids, is_mask, positions=None):
         return self.lm.embed(ids.masked_fill(is_mask, self.mask_id), positions, is_mask[..., None] * self.shift)
 
-    def states(self, ids, is_mask, cache=None, see=None, judging=False):
+    def states(self, ids, is_mask, cache=None, see=None, judging=False, positions=None):
         """Yields h[0], ..., h[L-1] and the normed h[L], each (B, K, D), one at a time: never stacked. With a `cache`
-        the tokens follow those in it, which cannot see them; `see` (T, K) then says who sees whom (None: all)."""
+        the tokens follow those in it, which cannot see them; `see` (T, K) then says who sees whom (None: all), and
+        `positions` (1, T) where they stand (None: one after the other)."""
         T, past = ids.shape[1], cache.get_seq_length() if cache is not None else 0
-        positions = torch.arange(past, past + T, device=ids.device)[None]              # (1, T)
+        if positions is None:
+            positions = torch.arange(past, past + T, device=ids.device)[None]          # (1, T)
         if cache is None and self.arm.attention == "block":
             see = who_sees(T, *self.arm.plan(T, judging))                              # (K, K)
             if len(see) == 2 * T:
@@ -247,6 +249,48 @@ def fill_stretch(model, ids, is_mask, steps, temperature, key, order, top_p, wat
         is_mask = judged & ~chosen
         watch(ids, is_mask)
     return ids
+
+
+@torch.no_grad()
+def speculate(model, ids, new, drafts, watch=None):
+    """ids (1, T) and `new` tokens after them: the greedy text of the model's own AR mode, token for token, drafted by
+    its diffusion mode (blocks, causal context, --ar_weight; UserError for others): a call reads the newest tokens as
+    the AR mode does, drafts among them, and `drafts` masks after each that may prove the last right one, for which the
+    text ends there. So it judges drafts and makes the next, whichever are right (quadratic decoding, arXiv 2507.11851).
+    `watch` is called as by `fill`."""
+    arm, draft = model.arm, []
+    if not (arm.attention == "block" and arm.context == "causal" and arm.shift and 0 < drafts < arm.block_size
+            and len(ids) == 1):
+        raise UserError(f"{drafts} drafts need larger blocks of tokens and an AR mode, for one text at a time; this is "
+                        f"{arm}: repr_align.py --attention block --context causal --ar_weight 1")
+    from transformers import DynamicCache
+    text, end, cache = ids[0].tolist(), ids.shape[1] + new, DynamicCache()
+    if end > (most := model.lm.config.max_position_embeddings):
+        raise UserError(f"prompt and new tokens are {end}, more than the model's {most}; shorten one")
+    while len(text) < end:
+        # 1 n tokens that follow the cache, then masks after the last one that is sure and after each draft
+        known = cache.get_seq_length()
+        read, sure = [*text[known:], *draft], len(text) - known
+        n, last = len(read), torch.arange(sure - 1, len(read)).repeat_interleave(drafts)
+        last = torch.cat([torch.arange(n), last])                                      # (K,): of its text, where it is
+        is_mask = torch.arange(len(last)) >= n                                         # (K,)
+        place = last + is_mask * (1 + (torch.arange(len(last)) - n) % drafts)          # (K,)
+        see = torch.where(is_mask, is_mask[:, None] & (last == last[:, None]), place <= last[:, None])   # (K, K)
+        place = (known + place).clamp_max(most - 1)[None].to(ids.device)               # (1, K): some lie past the end
+        tokens = ids.new_tensor([[*read, *[model.mask_id] * (len(last) - n)]])         # (1, K)
+        see, is_mask = F.pad(see, (known, 0), value=True), is_mask[None].to(ids.device)
+        *_, normed = model.states(tokens, is_mask, cache, see, positions=place)
+        best = model.logits(normed[0, sure - 1:]).argmax(-1).tolist()                  # from the last sure token on
+        # 2 drafts are right up to the first that the AR mode would not have written; what it writes there is sure
+        right = next((i for i, token in enumerate(draft) if token != best[i]), len(draft))
+        text += [*draft[:right], best[right]]
+        backbone.trim(cache, known + sure + right)
+        masks = len(draft) + 1 + right * drafts
+        draft = best[masks:masks + drafts]
+        whole = ids.new_tensor([[*text, *[model.mask_id] * (end - len(text))][:end]])  # (1, T + new)
+        if watch is not None:
+            watch(whole, whole == model.mask_id)
+    return whole
 
 
 # ----------------------------------------------------------------------------------------------------- likelihood

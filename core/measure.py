@@ -142,8 +142,7 @@ def report_size(cfg, net, shape, layer, world, micro, dtype):
     copy = 4 * (size + sum(b.numel() for b in net.buffers()))
     held = {"frozen prefix": dtype.itemsize * (whole - upper), "weights": copy, "EMA": copy,
             "optimizer": 4 * sum(matrices) + 8 * (size - sum(matrices))}
-    gigabytes = {**held, "gradients": 4 * size,   # as activations go, the buckets that travel come
-                 "activations": max(micro * cfg.seq_len * saved, 4 * size * (ways > 1))}
+    gigabytes = {**held, "gradients": 4 * size, "activations": micro * cfg.seq_len * saved}
     muon = 10 * max(matrices, default=0) * -(-blocks // ways) + dtype.itemsize * sum(matrices) / ways
     del held["frozen prefix"]
     peaks = {"train": sum(gigabytes.values()), "optimizer": sum(gigabytes.values()) - gigabytes["activations"] + muon,

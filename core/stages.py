@@ -2,8 +2,8 @@
 
     bash run_all.sh                              # hands it the pipeline: a line is a title or, indented, a command
 
-A command runs as by `python`, its file from the top with its own argv, but what was imported stays. The first that
-fails ends all with its exit code; one marked with a minus, as in a makefile, may refuse (exit code 2, a sentence).
+A command runs as by `python`, but what was imported stays. The first that fails ends all with its exit code; one marked
+with a minus, as in a makefile, may refuse (exit code 2, a sentence).
 """
 import gc
 import runpy

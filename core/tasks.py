@@ -14,15 +14,12 @@ a toy), and two have their answer in the middle, where what stands before it say
     countdown   9 = 3 + 1 + 2 + -> 3                          global     what brings the sum to its target
     infill      w1 w2 w3 _ = w1 w2 w3 w4 -> w4                middle     the word at its place in the copy
     opening     ( w1 _ w2 { w3 } ] ) -> [                     middle     the type that is closed
+    names       When A and B went to the store, B gave a drink to -> A      for models that have read English, never
+                                                                         trained on: the name that is not back yet
 
-and one is posed in English, for models that have read some; no training line is made of it:
-
-    names       When A and B went to the store, B gave a drink to -> A      the name that has not come back yet
-
-The corrupted prompt differs in one token, which changes the answer; both have the same length. In the middle tasks it
-stands to the right of the answer. A masked model reads such a line as it is; an AR model sees no right side, so it is
-given the same tokens in the order in which AR models are taught to fill gaps (suffix, prefix, middle: Bavarian et al.
-2022): what follows the gap comes first. Training lines have either order, by the toss of a coin.
+The corrupted prompt, as long, differs in one token, which changes the answer and in middle tasks stands to the right of
+it. A masked model reads such a line as it is; an AR model, which sees no right side, is given the same tokens as AR
+models are taught to fill gaps (suffix, prefix, middle: Bavarian et al. 2022). Training lines have either order.
 """
 from typing import NamedTuple
 

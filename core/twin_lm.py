@@ -45,9 +45,11 @@ class TwinForCausalLM(PreTrainedModel):
             input_ids, input_ids == self.student.mask_id)))
 
     def generate(self, input_ids=None, attention_mask=None, max_new_tokens=64, do_sample=True, temperature=0.8,
-                 top_p=1.0, sample_steps=0, threshold=0.0, order="confidence", seed=0, streamer=None, **unknown):
+                 top_p=1.0, sample_steps=0, threshold=0.0, order="confidence", drafts=0, seed=0, streamer=None,
+                 **unknown):
         """Prompts (B, P), padded on the left, and max_new_tokens tokens after each, by masked.fill: one a call, or in
-        sample_steps calls, or all that are certain enough in each; no end-of-text token ends it. Raises UserError."""
+        sample_steps calls, or all that are certain enough in each; no end-of-text token ends it. With `drafts` and
+        do_sample=False it is the greedy text of its AR mode, by masked.speculate. Raises UserError."""
         if unknown or input_ids is None or not input_ids.shape[1] or max_new_tokens < 1:
             raise UserError("generate() of a converted model needs a prompt and max_new_tokens; it knows no "
                             f"{', '.join(unknown) or 'other length'}")
@@ -58,6 +60,8 @@ class TwinForCausalLM(PreTrainedModel):
             raise UserError("only one text at a time can be streamed, and none by an order that takes tokens back")
         if not mask[:, -1].all() or (mask.diff(dim=1) < 0).any():
             raise UserError("prompts must be padded on the left: tokenizer.padding_side = 'left'")
+        if drafts and do_sample:
+            raise UserError("drafts are verified against the greedy text: add do_sample=False")
         out = torch.cat([input_ids, input_ids.new_full((B, max_new_tokens), self.student.mask_id)], 1)
         shown = int(known.max())
 
@@ -69,13 +73,15 @@ class TwinForCausalLM(PreTrainedModel):
                 shown = until
         if streamer is not None:
             streamer.put(input_ids.cpu())
-        for length in known.unique().tolist():                                         # texts of one length together
-            rows = (known == length).nonzero()[:, 0]
-            ids = out[rows, P - length:]
-            out[rows, P - length:] = masked.fill(
+        watch = stream if streamer is not None else None
+        alike = [(known == n).nonzero()[:, 0].tolist() for n in known.unique()]         # texts of one length together
+        for rows in [[row] for row in range(B)] if drafts else alike:
+            start = P - int(known[rows[0]])
+            ids = out[rows, start:]
+            out[rows, start:] = masked.speculate(
+                self.student, ids[:, :-max_new_tokens], max_new_tokens, drafts, watch) if drafts else masked.fill(
                 self.student, ids, ids == self.student.mask_id, sample_steps or max_new_tokens,
-                temperature if do_sample else 0.0, seed, order, top_p, threshold=threshold,
-                watch=stream if streamer is not None else None)
+                temperature if do_sample else 0.0, seed, order, top_p, threshold=threshold, watch=watch)
         if streamer is not None:
             streamer.end()
         return out

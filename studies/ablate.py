@@ -7,15 +7,15 @@
 Each cell is an ordinary run of its stage in a folder beside --out: studies share cells, and one that was interrupted,
 or is asked for more seeds, layers or variants, goes on from what is there. Writes section.md and result.json to --out.
 """
-import sys
+import argparse
 
 if not __package__:
-    print("error: start it as: python -m studies.ablate", file=sys.stderr)
-    raise SystemExit(2)
+    argparse.ArgumentParser().exit(2, "error: start it as: python -m studies.ablate\n")
 import itertools
 import os
 import statistics
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,10 +44,8 @@ STUDIES = {  # study -> the stage that its cells are runs of (see KINDS), layers
     # what the AR model is converted to; with a clean copy (clean, causal) a step costs twice as much
     "arms": ("repr_align", (None,), {name: f"--align_weight 0 {flags}" for name, flags in {
         "bidirectional": "", "bidirectional, twice the steps": "--steps {double}",
-        "bidirectional, no shift": "--no-shift", "blocks": f"{BLOCK} noisy",
-        "blocks, twice the steps": f"{BLOCK} noisy --steps {{double}}",
+        "blocks": f"{BLOCK} noisy", "blocks, twice the steps": f"{BLOCK} noisy --steps {{double}}",
         "blocks, clean context": f"{BLOCK} clean", "blocks, causal context": f"{BLOCK} causal",
-        "blocks, causal context, no shift": f"{BLOCK} causal --no-shift",
         "blocks, causal context, next-token loss 1": f"{BLOCK} causal --ar_weight 1",
         "blocks, causal context, w = 10": f"{BLOCK} causal --align_weight 10"}.items()}),
 }

@@ -45,8 +45,8 @@ def bench_step(width, cfg):
 
 
 def block_decoding(cfg, world):
-    """Tokens a second of 64 new tokens after 64 held-out ones, batch 1, by how many a call reveals, beside stock
-    generate() of the model that the twin came from, which judges all of it; drawn at one temperature."""
+    """Tokens a second of 64 new tokens after 64 held-out ones, batch 1, by how many a call reveals, beside generate()
+    of the model that the twin came from, which judges all, and of its own AR mode, whose greedy text is drafted."""
     student, _ = masked.load_converted(cfg.twin, world.device, torch.float32, "block")
     flags = read_json(Path(cfg.twin) / "config.json")["dihal"]["config"]
     model = backbone.resolve(flags["model"], cfg.twin)
@@ -55,20 +55,26 @@ def block_decoding(cfg, world):
     texts = data.Tokens(shards, "val", 63).windows(cfg.texts).to(world.device)                           # (N, 64)
     how = dict(max_new_tokens=64, min_new_tokens=64, do_sample=True, temperature=cfg.temperature, top_k=0,
                pad_token_id=0, attention_mask=torch.ones_like(texts[:1]))
-    calls, stock = [], None
+    calls, stock, watch = [], None, lambda *_: calls.append(1)
 
     def fill(ids, **more):
         ids = torch.cat([ids, ids.new_full((1, 64), student.mask_id)], 1)                                # (1, 128)
         return masked.fill(student, ids, ids == student.mask_id, temperature=cfg.temperature, seed=cfg.seed,
-                           watch=lambda *_: calls.append(1), **more)
+                           watch=watch, **more)
     rows = {"stock generate()": lambda ids: lm.model.generate(ids, **how),
             **{f"{64 // n} a call": lambda ids, n=n: fill(ids, steps=n) for n in (64, 32, 16)},
             **{f"threshold {c}": lambda ids, c=c: fill(ids, steps=64, threshold=c) for c in (0.9, 0.7, 0.5, 0.3)}}
+    if flags.get("ar_weight") and flags["shift"]:
+        own, how = student.lm.model, {**how, "do_sample": False, "suppress_tokens": [student.mask_id]}
+        own.generation_config.eos_token_id = own.generation_config.temperature = None   # it writes on; greedily
+        rows |= {"its AR mode, greedy, by generate()": lambda ids: own.generate(ids, **how),
+                 **{f"that text, {n} drafts": lambda ids, n=n: masked.speculate(student, ids, 64, n, watch)
+                    for n in range(1, min(5, student.arm.block_size))}}
     for name, write in rows.items():
         start, calls[:] = time.perf_counter(), []
         written = torch.cat([write(ids) for ids in texts.split(1)])                                      # (N, 128)
         speed, found = 64 * len(texts) / (time.perf_counter() - start), measure(lm, written, 64)
-        stock = stock or speed
+        stock = speed if name.endswith("generate()") else stock
         each = 64 * len(texts) / len(calls) if calls else 1
         print(f"{student.arm}, {name}: {each:.2f} tokens a call, {speed:.0f} tokens/s ({speed / stock:.2f}x stock), "
               f"gen-PPL {found['gen_ppl']:.1f} at entropy {found['entropy']:.2f}")

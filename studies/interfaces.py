@@ -4,12 +4,11 @@
     python -m studies.interfaces --kinds hidden,embedding --seeds 1 --steps 50 --out out/interfaces_look    # a look
     python -m studies.interfaces --layer 4 --out out/interfaces4
 
-Every target predicts the next token from the same context with the same denoiser, optimizer, batches and steps; --help
-says what they are. The likelihood of a token is its mean probability over --draws noises. Hidden has the retained
-blocks for free, so it is no fair winner: `bottleneck` has them too, and `causal` shows what the same network and steps
-buy without. Readers differ, so the table says what each makes of true targets: only a gap to that ceiling is
-diffusion's own. All learn by squared error; published simplex models learn by cross-entropy. Writes section.md and
-result.json to --out; each cell is kept as soon as it is finished.
+Every target (--help lists them) predicts the next token from the same context with the same denoiser, optimizer,
+batches and steps; its likelihood is the mean over --draws noises. `hidden` has the retained blocks for free, and so has
+`bottleneck`; `causal` shows what the same network and steps buy without. Only a gap to what a reader makes of true
+targets is diffusion's own. All learn by squared error; published simplex models by cross-entropy. Writes section.md
+and result.json to --out; each cell is kept as soon as it is finished.
 
 Letters: B batch, T tokens, D width of the backbone, V vocabulary, d width of what is diffused.
 """

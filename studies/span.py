@@ -13,12 +13,10 @@ hidden tokens, so each of these is an honest prediction, and so is a mean over S
     averaged first         -log p(x_i | (1/S) sum_s z_s)    the diffusion bridge's states, but their mean
     readout                both, by the bridge's token readout p(x_i | z_s[i]) instead
 
-States from the true posterior give the intact model's own marginal of x_i: "its own continuations" is such a sampler.
-"tempered": at the temperature that is best on texts apart (mere overconfidence?). "jointly": the gap as a whole.
-The log of a mean of S is too low on average, so S = 1, 4, 16 err against diffusion, less and less. x_P follows from
-visible tokens only: a control, for which z is a function of what is known.
-
-Each bridge is an ordinary run of bridge.py below --out. Writes section.md and result.json to --out.
+States from the true posterior give the intact model's own marginal of x_i, as "its own continuations" do. "tempered":
+at the temperature that is best on texts apart (mere overconfidence?). "jointly": the gap as a whole. The log of a mean
+of S is too low on average: S = 1, 4, 16 err against diffusion, less and less. x_P follows from visible tokens alone: a
+control. Each bridge is an ordinary run of bridge.py below --out. Writes section.md and result.json to --out.
 
 Letters: B batch, T = P + n tokens (and a suffix), n hidden ones, S states, V vocabulary, z the standardised h[l].
 """

@@ -4,22 +4,20 @@
     python -m studies.sweep --seeds 1 --steps 100 --eval_batches 16 --out out/sweep_quick     # a quick look: ~3 min
     python -m studies.sweep --blocks 0 --seeds 1 --layers 1,3,5,7 --out out/sweep_matched    # as deep as the replaced
 
-Every layer of a backbone gets the same network, batches and steps; each run is an ordinary one of bridge.py under
---out, so an interrupted sweep goes on where it stopped. Beside them stand bridges that need no training, fitted on the
-very windows that the bridges saw, predictors that need no geometry, all variants of the score, and what is left of a
-layer once h[0] is known, and a rule learned on the other backbones. What choosing a layer by them is worth, and costs,
-is core/regret.py's. Which backbones count is decided by RULES, not by hand. Writes sweep.png, regret.png, section.md
-and result.json to --out.
+Every layer of a backbone gets the same network, batches and steps, in an ordinary run of bridge.py under --out: an
+interrupted sweep goes on. Beside them stand bridges that need no training, fitted on the very windows that the others
+saw, predictors without geometry, all variants of the score, and what choosing by them is worth (core/regret.py). Which
+backbones count is decided by RULES, not by hand. Writes sweep.png, regret.png, section.md and result.json to --out.
 
 Letters: B batch, T tokens, D hidden width, V vocabulary, L blocks, C layers swept, R resamples.
 """
-import sys
+import argparse
 
 if not __package__:
-    print("error: start it as: python -m studies.sweep", file=sys.stderr)
-    raise SystemExit(2)
+    argparse.ArgumentParser().exit(2, "error: start it as: python -m studies.sweep\n")
 import itertools
 import math
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
@@ -65,7 +63,6 @@ class Config:
 NFE, SKIP = 8, 4                     # calls of a bridge; first positions left out: attention sinks, as in bridge.py
 PART = 64                            # held-out sequences measured at a time: what a killed study may lose
 DECODED = ("token mean",)            # guesses whose KL is measured too
-LEARNED = "a ridge over all, learned by KL on the other backbones"
 ERRORS = {"fvu": "FVU", "kl": "KL", "ce_gap": "CE gap"}    # of a bridge: bridgeability is their absence
 COLUMNS = {**ERRORS, **{f"regression_{key}": f"regression: {name}" for key, name in ERRORS.items()}}
 MIN_STEPS, MARGIN = 300, 0.1                               # see RULES; a difference in rho within MARGIN is a tie
@@ -161,19 +158,8 @@ def correlations(geometry, rows, seed=0):
 
 
 def shared(found):
-    """Names of the predictors that all of these backbones have, but for what is made of them."""
-    return [n for n in found[0]["predictors"] if n != LEARNED and all(n in b["predictors"] for b in found)]
-
-
-def learned(found, error, penalty=1.0):
-    """A value for each layer of each backbone: ridge regression of minus the bridges' `error` on all predictors, both
-    as ranks within a backbone, fitted on the other backbones only. The penalty is not tuned."""
-    names = shared(found)
-    x = [np.array([ranks(b["predictors"][n]) for n in names]).T for b in found]                        # (C, n) each
-    y = [ranks(negative(error, b)) for b in found]                                                      # (C,) each
-    for i, mine in enumerate(x):
-        a, b = np.concatenate(x[:i] + x[i + 1:]), np.concatenate(y[:i] + y[i + 1:])
-        yield (mine @ np.linalg.solve(a.T @ a + penalty * np.eye(len(names)), a.T @ b)).tolist()
+    """Names of the predictors that all of these backbones have."""
+    return [n for n in found[0]["predictors"] if all(n in b["predictors"] for b in found)]
 
 
 def corrected(found, draws=20000, seed=0):
@@ -399,10 +385,6 @@ def main(argv):
     kept = {name: b for name, b in found.items() if not b["excluded"]}
     counted = kept or found
     rivals = [name for name in found[first]["disagreements"] if name in shared(list(counted.values()))]
-    if len(counted) > 2:                                    # else a rule would be learned on one
-        for b, values in zip(counted.values(), learned(list(counted.values()), "kl"), strict=True):
-            b["predictors"][LEARNED] = values
-        rivals.append(LEARNED)
     result = {**identity, **{k: getattr(cfg, k) for k in ("steps", "blocks", "batch_size", "seq_len", "seed")},
               "nfe": NFE, "backbones": found, "kept": list(kept), "corrected": corrected(list(counted.values())),
               "against_depth": {name: {e: against_depth(counted, e, name) for e in ERRORS} for name in rivals}}

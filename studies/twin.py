@@ -1,11 +1,10 @@
 """twin.py: use a converted model: continue a text, fill a gap.
 
-    python -m studies.twin --load out/repr_align/w10 --prompt "import " --sample_steps 64 --show       # seconds
-    python -m studies.twin --load out/repr_align/block --prompt "import " --gif film.gif
+    python -m studies.twin --load out/repr_align/block --prompt "import " --sample_steps 64 --show --gif film.gif
+    python -m studies.twin --load out/mine/both --prompt "import " --drafts 2     # the AR mode's text in fewer calls
     python -m studies.twin --load out/repr_align/w10 --prompt "def f(" --suffix "return x" --middle 32
 
-Prints text; writes nothing but the film. repr_align.py makes such models, core/masked.py holds the samplers and the
-bound.
+Prints text; writes nothing but the film. repr_align.py makes such models, core/masked.py holds the samplers.
 """
 import argparse
 
@@ -18,7 +17,7 @@ import torch
 
 from core import report
 from core.common import UserError, entry, parse, pick_dtype, setup
-from core.masked import ORDERS, fill, load_converted
+from core.masked import ORDERS, fill, load_converted, speculate
 
 
 @dataclass
@@ -32,6 +31,7 @@ class Config:
     sample_steps: int = 32      # network calls, however many masks there are
     block_size: int = 0         # fill left to right in blocks of so many, what is before cached (0: as it was trained)
     threshold: float = 0.0      # reveal all tokens this certain in a call, at least one (0: by --sample_steps)
+    drafts: int = 0             # greedy text of its AR mode, so many tokens drafted and verified in a call (0: no)
     temperature: float = 0.8    # of token draws (0: argmax)
     top_p: float = 1.0          # nucleus
     show: bool = False          # print the text after every step
@@ -56,8 +56,11 @@ def write(cfg, model, tokenizer):
         if cfg.show:
             text = tokenizer.decode(ids[0].masked_fill(is_mask[0], model.mask_id))
             print(repr(text.replace(tokenizer.mask_token, "_")))
-    out = fill(model, ids, ids == model.mask_id, cfg.sample_steps, cfg.temperature, cfg.seed, cfg.order, cfg.top_p,
-               block_size=cfg.block_size, watch=watch, threshold=cfg.threshold)[0]
+    if cfg.drafts:
+        out = speculate(model, ids[:, :len(before)], count, cfg.drafts, watch)[0]
+    else:
+        out = fill(model, ids, ids == model.mask_id, cfg.sample_steps, cfg.temperature, cfg.seed, cfg.order, cfg.top_p,
+                   block_size=cfg.block_size, watch=watch, threshold=cfg.threshold)[0]
     calls = len(masks) - 1
     print(f"{count} tokens in {calls} network calls, {count / calls:.1f} a call")
     if cfg.gif:
@@ -92,6 +95,8 @@ def film(path, words, masks):
 @entry
 def main(argv):
     cfg = parse(Config, argv, __doc__)
+    if cfg.drafts and cfg.suffix:
+        raise UserError("--drafts continue a prompt: leave --suffix out")
     if cfg.gif and not cfg.gif.endswith(".gif"):
         raise UserError(f"--gif {cfg.gif}: the name of a film must end in .gif")
     world = setup(cfg.device)

@@ -114,6 +114,6 @@ def test_arms_are_compared_by_their_bounds(tmp_path):
     text, said, verdicts = shown(cfg)
     rivals = {name: rival for _, name, rival, *_ in verdicts}                    # what an arm adds something to
     assert rivals["blocks, causal context, w = 10"] == "blocks, causal context" and rivals["blocks"] == "bidirectional"
-    assert rivals["blocks, causal context"] == "blocks" and rivals["bidirectional, no shift"] == "bidirectional"
+    assert rivals["blocks, causal context"] == "blocks" and rivals["blocks, clean context"] == "blocks"
     assert said[None, "blocks, causal context", "bound, nats a token"].startswith("ahead by 1 nats (95%")
     assert "bidirectional" not in {name for _, name, _ in said} and "| - | bidirectional | 4.005 +- 0.007 |" in text

@@ -120,7 +120,7 @@ def test_four_processes_go_on_as_one_would(runs, tmp_path, text, monkeypatch):
 
 def test_objectives_and_predictions_train(runs, tmp_path, text):
     for flags in (["--prediction", "v", "--source", "embedding", "--times", "uniform", "--sampler", "ab2"],
-                  ["--prediction", "eps"], ["--self_condition", "--t_mean", "1", "--recompute"],
+                  ["--self_condition", "--t_mean", "1", "--recompute"],
                   ["--objective", "regression", "--head_start", "tokens"], ["--head_start", "ridge"],
                   ["--cooldown", "0.25"]):
         result = bridge.main(command(runs, text, tmp_path / flags[-1], "--steps", "4", *flags))

@@ -325,7 +325,7 @@ def test_report(runs, tmp_path, capsys):
 
 
 def test_the_readme_states_the_published_numbers():
-    """Everything between markers is what `evaluate.py --publish` writes: tables, findings, lines of code."""
+    """Everything between markers is what `evaluate.py --publish` writes: tables and findings."""
     published = run.read_json(ROOT / "results" / "toy" / "result.json")
     readme = (ROOT / "README.md").read_text()
     assert report.fill_markers(readme, evaluate.readme_blocks(ROOT)) == readme

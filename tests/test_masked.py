@@ -211,6 +211,36 @@ def test_a_threshold_reveals_what_is_certain_enough(arm):
             calls(threshold, order)
 
 
+@pytest.mark.parametrize("family", OF_BLOCKS)
+@pytest.mark.parametrize("drafts", [1, 3])
+@torch.no_grad()
+def test_drafts_never_change_the_greedy_text(family, drafts):
+    """The AR mode's text token for token, whatever was drafted; by no call more than tokens, the last one included."""
+    s, ids, seen = student(family, arm=Arm("block", 4, "causal")), IDS[:1, :9], []
+    out = masked.speculate(s, ids, 12, drafts, lambda i, m: seen.append((~m).sum().item()))
+    greedy = ids
+    for _ in range(12):
+        law = s.lm.model(greedy).logits[:, -1].index_fill(-1, torch.tensor([s.mask_id]), -torch.inf)
+        greedy = torch.cat([greedy, law.argmax(-1, keepdim=True)], 1)
+    assert torch.equal(out, greedy) and seen[0] == 10 and seen[-1] == 21 and len(seen) <= 12
+    assert all(1 <= b - a <= 1 + drafts for a, b in zip(seen, seen[1:]))
+
+
+@torch.no_grad()
+def test_right_drafts_are_all_taken_and_others_refused():
+    s, seen = student(arm=Arm("block", 4, "causal")), []
+    s.lm.unnormed_head = lambda normed: torch.zeros(*normed.shape[:-1], s.lm.V).index_fill(-1, torch.tensor([7]), 9.0)
+    out = masked.speculate(s, IDS[:1, :5], 9, 2, lambda i, m: seen.append(m.sum().item()))
+    assert seen == [8, 5, 2, 0] and (out[0, 5:] == 7).all()                      # first one token, then 3 a call
+    for wrong, how in (("4 drafts need larger blocks", (IDS[:1], 4, 4)), ("one text at a time", (IDS, 4, 2)),
+                       ("shorten one", (IDS[:1], 9999, 2))):
+        with pytest.raises(UserError, match=wrong):
+            masked.speculate(s, *how)
+    for arm in (BIDIRECTIONAL, Arm("block", 4, "noisy"), Arm("block", 4, "causal", False)):
+        with pytest.raises(UserError, match="and an AR mode"):
+            masked.speculate(student(arm=arm), IDS[:1], 4, 2)
+
+
 @pytest.mark.parametrize("arm", [Arm("block", 2, "noisy"), Arm("block", 2, "causal"), Arm("block", 2, "clean", False)],
                          ids=str)
 @torch.no_grad()
@@ -380,12 +410,11 @@ def test_flags_of_the_arms(runs, text, tmp_path, capsys):
     assert 0 < repr_align.main([*argv, *flags])["val_loss"] < 20
     for context in ("noisy", "causal"):
         out = tmp_path / "arms" / context
-        more = f"--attention block --block_size 8 --context {context} --threshold 0.1 --out {out}".split()
+        more = f"--attention block --block_size 8 --context {context} --out {out}".split()
         more += ["--no-shift"] if context == "noisy" else "--ar_weight 1 --align_until 2".split()
         result = repr_align.main([*argv, *more])
-        s, _ = masked.load_converted(out, torch.device("cpu"), torch.float32, "block")
+        s, tokenizer = masked.load_converted(out, torch.device("cpu"), torch.float32, "block")
         assert s.arm == Arm("block", 8, context, context != "noisy")             # its folder says what it is
-        assert result["sample"]["calls"] == 32 / result["sample"]["tokens_per_call"] <= 32
         assert "blocks of 8" in result["headline"][0][0]
         assert [len(row) for row in result["curve"]] == [3 + (context == "causal")] * 2
         rows = data.Tokens(runs / "data", "val", 32).windows(4)[:, :-1]
@@ -402,6 +431,17 @@ def test_flags_of_the_arms(runs, text, tmp_path, capsys):
         assert "leave --block_size 4 out" in fails(capsys, twin.main, *load, "--block_size", 4)
         assert twin.main([*load, "--threshold", "0.2"]).startswith("import os")
         assert " a call" in capsys.readouterr().out
+        if context == "causal":
+            ids = tokenizer("import os", return_tensors="pt")["input_ids"]
+            both = dict(input_ids=ids, max_new_tokens=9, drafts=3)
+            wrote = AutoModelForCausalLM.from_pretrained(out).generate(**both, do_sample=False)
+            assert torch.equal(wrote, masked.speculate(s, ids, 9, 1)) and wrote.shape == (1, ids.shape[1] + 9)
+            assert twin.main([*load, "--drafts", "2", "--max_new_tokens", "9"]) == tokenizer.decode(wrote[0])
+            assert "leave --suffix out" in fails(capsys, twin.main, *load, "--drafts", 2, "--suffix", "x")
+            with pytest.raises(UserError, match="do_sample=False"):
+                AutoModelForCausalLM.from_pretrained(out).generate(**both)
+        else:
+            assert "and an AR mode" in fails(capsys, twin.main, *load, "--drafts", 2)
         assert "holds another run (a" in fails(capsys, repr_align.main, *argv, "--out", out)
     x = [*argv, "--out", tmp_path / "x" / "y"]
     assert "invalid choice" in fails(capsys, repr_align.main, *x, "--freeze", "head")
