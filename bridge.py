@@ -43,7 +43,7 @@ class Config:
     device: str = "auto"        # auto, cpu, cuda
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the frozen backbone and of autocast
     cache_states: str = ""      # folder to keep h[l] of the training text in, for other runs of this seed (empty: none)
-    compile: bool = False       # torch.compile the bridge block by block
+    compile: bool = False       # torch.compile the frozen prefix and the bridge, block by block
     random_init: bool = False   # a backbone of this shape with random weights: for throughput without a download
     visible: Literal["full", "prefix", "span", "mix"] = "full"  # which tokens are known; mix: some of each
     bidirectional: bool = False  # let unknown tokens see each other and what follows (needed to fill a span)
@@ -141,6 +141,7 @@ def losses(lm, net, batch, layer, cfg, dtype):
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")                                   # single rows: not to be compiled anew
 def validate(lm, net, rows, layer, cfg, world):
     """(training loss, share of tokens that the readout names from the true z or None) on held-out rows (N, T+1), shared
     out over the processes: t on an even grid, noise with its own key, so that how often this runs changes nothing."""
@@ -267,7 +268,7 @@ def main(argv):
     optimizers = optim.build(net.named_parameters(), cfg.lr, cfg.lr_adam, cfg.weight_decay, world=world)
     state = run.resume([net, mean_net], optimizers)
     if cfg.compile:
-        for block in net.blocks:
+        for block in [*lm.blocks[:layer], *net.blocks]:
             block.compile(dynamic=False)                                    # in place: parameter names stay clean
     size, replaced = sum(p.numel() for p in params), sum(p.numel() for b in lm.blocks[:layer] for p in b.parameters())
     flops = train_flops(net, *(0, 0) if states else (replaced, layer), cfg.seq_len)        # kept ones cost nothing
