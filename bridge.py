@@ -13,6 +13,7 @@ and look. Writes bridge.safetensors (EMA weights), bridge.json, log.jsonl, secti
 Letters: B batch, T tokens, D hidden width of the backbone, W width of the bridge, L blocks of the backbone, H heads,
 l the replaced layer, z the standardised h[l], c the standardised h[0].
 """
+import contextlib
 import copy
 import time
 from dataclasses import dataclass
@@ -141,21 +142,21 @@ def losses(lm, net, batch, layer, cfg, dtype):
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")                                   # single rows: not to be compiled anew
 def validate(lm, net, rows, layer, cfg, world):
     """(training loss, share of tokens that the readout names from the true z or None) on held-out rows (N, T+1), shared
     out over the processes: t on an even grid, noise with its own key, so that how often this runs changes nothing."""
     total = torch.zeros(2, dtype=torch.float64)
-    for i in range(world.rank, len(rows), world.size):
-        ids = rows[i:i + 1, :-1]
-        z, c = targets(lm, net, ids, layer)
-        t = torch.tensor([(i + 0.5) / len(rows)], device=world.device)
-        noise = normal(z.shape, world.device, cfg.seed, "validate", i)
-        unknown = hide(cfg.visible, cfg.seq_len, cfg.seed, 0, [i], "validate")
-        loss, _ = token_loss(net, z, c, t, noise, cfg.skip, torch.ones_like(t),
-                             None if unknown is None else unknown.to(world.device))
-        named = (net.readout(z).argmax(-1) == ids).float().mean() if net.generates else 0.0
-        total += torch.tensor([loss.mean().item(), float(named)])
+    with torch.compiler.set_stance("force_eager") if cfg.compile else contextlib.nullcontext():    # for single rows
+        for i in range(world.rank, len(rows), world.size):
+            ids = rows[i:i + 1, :-1]
+            z, c = targets(lm, net, ids, layer)
+            t = torch.tensor([(i + 0.5) / len(rows)], device=world.device)
+            noise = normal(z.shape, world.device, cfg.seed, "validate", i)
+            unknown = hide(cfg.visible, cfg.seq_len, cfg.seed, 0, [i], "validate")
+            loss, _ = token_loss(net, z, c, t, noise, cfg.skip, torch.ones_like(t),
+                                 None if unknown is None else unknown.to(world.device))
+            named = (net.readout(z).argmax(-1) == ids).float().mean() if net.generates else 0.0
+            total += torch.tensor([loss.mean().item(), float(named)])
     loss, named = world.sum((total / len(rows)).tolist())
     return loss, named if net.generates else None
 
@@ -329,6 +330,7 @@ def main(argv):
             run.leave(done)
     stop.done()
     seconds = clock.seconds()
+    del gradients.buckets, gradients.views                                  # the final numbers want their memory
 
     # ------------------------------------------------------------------------------------------------- result
     val_loss, named = validate(lm, mean_net, held_out[:NOISE_ROWS], layer, cfg, world)

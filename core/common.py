@@ -193,37 +193,38 @@ class GradientSum:
     backward (needed to overlap), `finish` after it."""
 
     def __init__(self, params, world, overlap, bucket_bytes=25e6):
-        self.overlap, self.armed, self.sent, self.buckets, buckets, size = overlap, False, [], [], [[]], 0
+        self.overlap, self.armed, self.sent, self.buckets, self.views, parts, size = overlap, False, [], [], {}, [[]], 0
         for p in reversed(list(params)) if world.size > 1 else ():
-            if overlap and buckets[-1] and size + p.nbytes > bucket_bytes:
-                buckets.append([])
+            if overlap and parts[-1] and size + p.nbytes > bucket_bytes:
+                parts.append([])
                 size = 0
-            buckets[-1].append(p)
+            parts[-1].append(p)
             size += p.nbytes
-        for home, bucket in enumerate(buckets) if buckets[0] else ():
-            self.buckets.append(bucket[0].new_zeros(sum(p.numel() for p in bucket)))
-            for p, view in zip(bucket, self.buckets[-1].split([p.numel() for p in bucket]), strict=True):
-                p.register_post_accumulate_grad_hook(functools.partial(self._ready, home, view.view_as(p)))
-        self.sizes = list(map(len, buckets))
+        for home, part in enumerate(parts) if parts[0] else ():
+            flat = part[0].new_zeros(sum(p.numel() for p in part))
+            self.buckets.append((flat, part))
+            for p, view in zip(part, flat.split([p.numel() for p in part]), strict=True):
+                self.views[p] = view.view_as(p)
+                p.register_post_accumulate_grad_hook(functools.partial(self._ready, home))
 
     def arm(self):
-        self.armed, self.missing = self.overlap, list(self.sizes)
+        self.armed, self.missing = self.overlap, [len(part) for _, part in self.buckets]
 
-    def _ready(self, home, view, p):
-        if p.grad is not view:                        # of the first micro-batch
-            view.copy_(p.grad)
-            p.grad = view
+    def _ready(self, home, p):
+        if p.grad is not self.views[p]:                                    # of the first micro-batch
+            p.grad = self.views[p].copy_(p.grad)
         if self.armed:
             self.missing[home] -= 1
             while len(self.sent) < len(self.buckets) and self.missing[len(self.sent)] == 0:
-                self._send()                          # in order: the same on every rank
-
-    def _send(self):
-        self.sent.append(dist.all_reduce(self.buckets[len(self.sent)], async_op=True))
+                flat, _ = self.buckets[len(self.sent)]                     # in order: the same on every rank
+                self.sent.append(dist.all_reduce(flat, async_op=True))
 
     def finish(self):
-        while len(self.sent) < len(self.buckets):
-            self._send()
+        for flat, part in self.buckets[len(self.sent):]:
+            for p in part:
+                if p.grad is not self.views[p]:                            # as of an expert that no token went to
+                    p.grad = self.views[p].zero_()
+            self.sent.append(dist.all_reduce(flat, async_op=True))
         for work in self.sent:
             work.wait()
         self.armed, self.sent = False, []

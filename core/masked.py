@@ -1,7 +1,7 @@
 """masked.py: a masked diffusion LM: how to fill masks, and how likely it finds a text. repr_align.py trains one.
 
     model, tokenizer = load_converted("out/repr_align/w10", device, dtype)
-    ids = fill(model, ids, is_mask, steps=32, order="confidence")      # every sampler has this signature
+    ids = fill(model, ids, is_mask, steps=32, order="confidence")      # ORDERS has the orders
     nats, error = likelihood(model, ids, calls=64)                     # a bound on -log p(ids), its standard error
 
 The first token is always visible: with the next-token shift of the AR model it came from, no state predicts it. So
@@ -253,11 +253,11 @@ def fill_stretch(model, ids, is_mask, steps, temperature, key, order, top_p, wat
 
 @torch.no_grad()
 def speculate(model, ids, new, drafts, watch=None):
-    """ids (1, T) and `new` tokens after them: the greedy text of the model's own AR mode, token for token, drafted by
-    its diffusion mode (blocks, causal context, --ar_weight; UserError for others): a call reads the newest tokens as
-    the AR mode does, drafts among them, and `drafts` masks after each that may prove the last right one, for which the
-    text ends there. So it judges drafts and makes the next, whichever are right (quadratic decoding, arXiv 2507.11851).
-    `watch` is called as by `fill`."""
+    """ids (1, T) and `new` tokens after them: the greedy text of the model's own AR mode, token for token (in fp32; in
+    bf16 rounding decides near-ties), drafted by its diffusion mode. It wants blocks of tokens after a causal context,
+    trained with --ar_weight. A call reads the newest tokens as the AR mode does, drafts among them, and `drafts` masks
+    after each that may prove the last right one, for which the text ends there: it judges drafts and makes the next,
+    whichever are right (quadratic decoding, arXiv 2507.11851). `watch` is called as by `fill`."""
     arm, draft = model.arm, []
     if not (arm.attention == "block" and arm.context == "causal" and arm.shift and 0 < drafts < arm.block_size
             and len(ids) == 1):

@@ -14,8 +14,7 @@ a toy), and two have their answer in the middle, where what stands before it say
     countdown   9 = 3 + 1 + 2 + -> 3                          global     what brings the sum to its target
     infill      w1 w2 w3 _ = w1 w2 w3 w4 -> w4                middle     the word at its place in the copy
     opening     ( w1 _ w2 { w3 } ] ) -> [                     middle     the type that is closed
-    names       When A and B went to the store, B gave a drink to -> A      for models that have read English, never
-                                                                         trained on: the name that is not back yet
+    names       When A and B went to the store, B gave a drink to -> A      English, never trained on: who is not back
 
 The corrupted prompt, as long, differs in one token, which changes the answer and in middle tasks stands to the right of
 it. A masked model reads such a line as it is; an AR model, which sees no right side, is given the same tokens as AR

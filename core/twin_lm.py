@@ -60,8 +60,8 @@ class TwinForCausalLM(PreTrainedModel):
             raise UserError("only one text at a time can be streamed, and none by an order that takes tokens back")
         if not mask[:, -1].all() or (mask.diff(dim=1) < 0).any():
             raise UserError("prompts must be padded on the left: tokenizer.padding_side = 'left'")
-        if drafts and do_sample:
-            raise UserError("drafts are verified against the greedy text: add do_sample=False")
+        if drafts and (do_sample or threshold or sample_steps):
+            raise UserError("drafts are judged by the greedy text: add do_sample=False, no threshold, no sample_steps")
         out = torch.cat([input_ids, input_ids.new_full((B, max_new_tokens), self.student.mask_id)], 1)
         shown = int(known.max())
 

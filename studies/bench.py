@@ -65,9 +65,9 @@ def block_decoding(cfg, world):
             **{f"{64 // n} a call": lambda ids, n=n: fill(ids, steps=n) for n in (64, 32, 16)},
             **{f"threshold {c}": lambda ids, c=c: fill(ids, steps=64, threshold=c) for c in (0.9, 0.7, 0.5, 0.3)}}
     if flags.get("ar_weight") and flags["shift"]:
-        own, how = student.lm.model, {**how, "do_sample": False, "suppress_tokens": [student.mask_id]}
-        own.generation_config.eos_token_id = own.generation_config.temperature = None   # it writes on; greedily
-        rows |= {"its AR mode, greedy, by generate()": lambda ids: own.generate(ids, **how),
+        own, best = student.lm.model, {**how, "do_sample": False, "suppress_tokens": [student.mask_id]}
+        own.generation_config.eos_token_id = None                                      # it writes on
+        rows |= {"its AR mode, greedy, by generate()": lambda ids: own.generate(ids, **best),
                  **{f"that text, {n} drafts": lambda ids, n=n: masked.speculate(student, ids, 64, n, watch)
                     for n in range(1, min(5, student.arm.block_size))}}
     for name, write in rows.items():
@@ -76,7 +76,7 @@ def block_decoding(cfg, world):
         speed, found = 64 * len(texts) / (time.perf_counter() - start), measure(lm, written, 64)
         stock = speed if name.endswith("generate()") else stock
         each = 64 * len(texts) / len(calls) if calls else 1
-        print(f"{student.arm}, {name}: {each:.2f} tokens a call, {speed:.0f} tokens/s ({speed / stock:.2f}x stock), "
+        print(f"{student.arm}, {name}: {each:.2f} tokens a call, {speed:.0f} tokens/s ({speed / stock:.2f}x), "
               f"gen-PPL {found['gen_ppl']:.1f} at entropy {found['entropy']:.2f}")
 
 

@@ -56,11 +56,9 @@ def write(cfg, model, tokenizer):
         if cfg.show:
             text = tokenizer.decode(ids[0].masked_fill(is_mask[0], model.mask_id))
             print(repr(text.replace(tokenizer.mask_token, "_")))
-    if cfg.drafts:
-        out = speculate(model, ids[:, :len(before)], count, cfg.drafts, watch)[0]
-    else:
-        out = fill(model, ids, ids == model.mask_id, cfg.sample_steps, cfg.temperature, cfg.seed, cfg.order, cfg.top_p,
-                   block_size=cfg.block_size, watch=watch, threshold=cfg.threshold)[0]
+    out = (speculate(model, ids[:, :len(before)], count, cfg.drafts, watch) if cfg.drafts else fill(
+        model, ids, ids == model.mask_id, cfg.sample_steps, cfg.temperature, cfg.seed, cfg.order, cfg.top_p,
+        block_size=cfg.block_size, watch=watch, threshold=cfg.threshold))[0]
     calls = len(masks) - 1
     print(f"{count} tokens in {calls} network calls, {count / calls:.1f} a call")
     if cfg.gif:
@@ -95,8 +93,8 @@ def film(path, words, masks):
 @entry
 def main(argv):
     cfg = parse(Config, argv, __doc__)
-    if cfg.drafts and cfg.suffix:
-        raise UserError("--drafts continue a prompt: leave --suffix out")
+    if cfg.drafts and (cfg.suffix or cfg.threshold or cfg.block_size):
+        raise UserError("--drafts continue a prompt greedily: leave --suffix, --threshold and --block_size out")
     if cfg.gif and not cfg.gif.endswith(".gif"):
         raise UserError(f"--gif {cfg.gif}: the name of a film must end in .gif")
     world = setup(cfg.device)

@@ -243,28 +243,34 @@ class Work:
 @pytest.mark.parametrize("overlap", [True, False])
 def test_the_first_bucket_leaves_early(monkeypatch, overlap):
     """With overlap the first bucket is sent before 60% of the gradients exist; each gradient is sent exactly once."""
-    model, sent = net(W=64, blocks=6), []
+    model, sent, done = net(W=64, blocks=6), [], []
     params = list(model.parameters())
 
     def all_reduce(flat, async_op):
-        have = sum(p.grad is not None for p in params) / len(params)
-        sent.append((have, flat.numel()))
+        sent.append((len(done) / len(params), flat.numel()))
         flat.mul_(2)                                                          # as if another process had the same
         return Work()
     monkeypatch.setattr(common.dist, "all_reduce", all_reduce)
-    gradients = common.GradientSum(params, common.World(0, 2, torch.device("cpu")), overlap, bucket_bytes=100_000)
     x, c, t = states()
-    for part in range(2):                                                     # only the last micro-batch sends
-        if part == 1:
-            alone = [p.grad.clone() for p in params]
-            for p in params:
-                p.grad = None
-            gradients.arm()
-        model(x, c, t).square().mean().backward()
-        assert part == 1 or not sent
-    gradients.finish()
-    assert sum(n for _, n in sent) == sum(p.numel() for p in params)
-    assert all(torch.allclose(p.grad, 2 * a) for p, a in zip(params, alone, strict=True))
+    unused = torch.nn.Parameter(torch.ones(7))                                # an expert that no token goes to
+    gradients = common.GradientSum([unused, *params], common.World(0, 2, torch.device("cpu")), overlap,
+                                   bucket_bytes=100_000)
+    alone = torch.autograd.grad(model(x, c, t).square().mean(), params)
+    for p in params:
+        p.register_post_accumulate_grad_hook(done.append)
+    for _ in range(2):                                                        # the second step finds full buckets
+        sent.clear()
+        for part in range(2):                                                 # only the last micro-batch sends
+            if part == 1:
+                gradients.arm()
+                done.clear()
+            model(x, c, t).square().mean().backward()
+            assert part == 1 or not sent
+        gradients.finish()
+        assert sum(n for _, n in sent) == sum(p.numel() for p in (*params, unused)) and not unused.grad.any()
+        assert all(torch.allclose(p.grad, 4 * a) for p, a in zip(params, alone, strict=True))
+        model.zero_grad()
+        unused.grad = torch.ones(7)                                           # what an optimizer must never see again
     if overlap:
         assert len(sent) > 5 and sent[0][0] < 0.6
     else:

@@ -437,7 +437,7 @@ def test_flags_of_the_arms(runs, text, tmp_path, capsys):
             wrote = AutoModelForCausalLM.from_pretrained(out).generate(**both, do_sample=False)
             assert torch.equal(wrote, masked.speculate(s, ids, 9, 1)) and wrote.shape == (1, ids.shape[1] + 9)
             assert twin.main([*load, "--drafts", "2", "--max_new_tokens", "9"]) == tokenizer.decode(wrote[0])
-            assert "leave --suffix out" in fails(capsys, twin.main, *load, "--drafts", 2, "--suffix", "x")
+            assert "leave --suffix, --thr" in fails(capsys, twin.main, *load, "--drafts", 2, "--suffix", "x")
             with pytest.raises(UserError, match="do_sample=False"):
                 AutoModelForCausalLM.from_pretrained(out).generate(**both)
         else:
