@@ -5,9 +5,8 @@
     python evaluate.py --publish toy                     # also copies them to results/toy/ and fills the README
 
 Every run wrote a section.md of its own; here they are joined in reading order, with whatever else lies under --runs.
-Some findings need two runs: diffusion beside its regression control, a twin beside another one. Measured
-here is only what no stage measures: speed and memory, bits per byte of the intact model, the hybrid
-and the twins; of the same weights it is measured once. Writes report.md, figures and result.json to --out.
+Some findings need two runs: diffusion beside regression, a twin beside another one. Measured here is what no stage
+measures: speed, memory, bits per byte; of the same weights once. Writes report.md, figures and result.json to --out.
 
 Letters: N texts, T tokens, L blocks, l the replaced layer.
 """

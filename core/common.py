@@ -185,12 +185,10 @@ def split_batch(batch_size, micro_batch, world):
 
 
 class GradientSum:
-    """Sums gradients over processes: data parallelism with no wrapper, so parameter names stay clean. Losses are scaled
-    beforehand, so the sum is the mean over the global batch. Gradients are views of flat buckets, which travel whole.
-
-    With `overlap` a full bucket leaves while backward still works on the layers before it: buckets hold the parameters
-    from the last to the first. Without, one bucket leaves at the end. `arm` comes before the last micro-batch's
-    backward (needed to overlap), `finish` after it."""
+    """Sums gradients over processes: data parallelism with no wrapper, so parameter names stay clean; losses are scaled
+    for it. Gradients are views of flat buckets, which hold parameters from the last to the first and travel whole: with
+    `overlap` a full one while backward still works on the layers before it, else a single one at the end. `arm` comes
+    before the last micro-batch's backward (needed to overlap), `finish` after it."""
 
     def __init__(self, params, world, overlap, bucket_bytes=25e6):
         self.overlap, self.armed, self.sent, self.buckets, self.views, parts, size = overlap, False, [], [], {}, [[]], 0

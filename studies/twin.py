@@ -72,6 +72,10 @@ def film(path, words, masks):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.animation import FuncAnimation
+    words, column = list(words), 0
+    for i, word in enumerate(words):
+        if (column := len(word) + column * ("\n" not in word)) > 86:                   # a line has so many characters
+            words[i], column = "\n" + word, len(word)
     rows = "".join(words).count("\n") + 1
     fig = plt.figure(figsize=(max(7, 0.08 * max(map(len, "".join(words).split("\n")))), 0.17 * rows + 0.2))
     layers = [[fig.text(0.01, 1 - (row + 1) / (rows + 1), "", family="monospace", size=9, color=color, parse_math=False)
