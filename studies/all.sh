@@ -60,9 +60,8 @@ done
 python geometry.py --data "$DATA" --random_init --out "$OUT/growth/geometry_0"
 python evaluate.py --runs "$OUT/growth" --out "$OUT/growth/evaluate"
 study "Where can diffusion win? Tokens that are hidden (8 min)" span --out "$OUT/span"
-study "The score against depth, and diffusion against regression, at every layer (22 min)" \
-    sweep --pool --steps 200 --eval_batches 256 \
-    --bridge "--head_start none --calibration 64 --cooldown 1 --t_mean 0" --out "$OUT/sweep"
+study "The score against depth, and diffusion against regression, at every layer (27 min)" \
+    sweep --pool --steps 200 --eval_batches 256 --out "$OUT/sweep"
 study "What should diffusion produce? (12 min)" interfaces --out "$OUT/interfaces"
 printf '\n=== The report, now with these sections\n'
 python evaluate.py --runs "$OUT" --out "$OUT/evaluate"

@@ -30,7 +30,7 @@ import bridge
 import data
 import geometry as locate
 from core import backbone, cache, denoiser, regret, report
-from core.common import UserError, entry, parse, setup
+from core.common import UserError, entry, parse, pick_dtype, setup
 from core.conditional import GUESSES, errors, fit, guesses, joined
 from core.diffusion import position_noise, sample
 from core.draws import generator
@@ -118,7 +118,7 @@ def keep_states(cfg, model, shards, work):
                for _, layer, out, command in work if cfg.cache_states and layer and not (out / "result.json").exists()]
     layers = sorted({int(of.layer) for of in bridges})
     for of in {of.seed: of for of in bridges}.values():
-        lm = backbone.load(str(model), torch.device("cpu"), torch.float32, blocks=layers[-1])
+        lm = backbone.load(str(model), at := setup(of.device).device, pick_dtype(of, at), blocks=layers[-1])
         train = data.Tokens(shards, "train", of.seq_len)
         cache.write(of.cache_states, lm, train, layers, of, backbone.identity(of.model))
 
