@@ -64,7 +64,7 @@ ANSWERS = {  # its second one: question -> runs and words of their findings, the
     "every token known: diffusion (4 or 8 calls) against regression (1)": (("sweep", "KL against that of regression"),
                                                                           ("bridge, regression", "by KL")),
     "the same, layer 4, 4 calls, as many blocks as replaced; regression at the better of two rates": (
-        ("ablate/objective", "4, by KL: diffusion against"), ("ablate/regression", "4, by KL: diffusion, lr x 2, a")),
+        ("ablate/objective", "4, by KL: diffusion against"),),
     "every token known: diffusion against a table of token means": (("sweep", "KL against that of a table"),),
     "h[l] in 32 dimensions and the model's upper blocks, by diffusion, against a network alone": (
         ("interfaces", "bottleneck against causal"),),
