@@ -72,6 +72,7 @@ class Bridge(nn.Module):
     def __init__(self, D, W, blocks, H, objective="diffusion", prediction="x", source="noise", self_condition=False,
                  visible="full", bidirectional=False, V=0, C=0, head_start="none", sink="shared"):
         super().__init__()
+        assert prediction in ("x", "v"), f"prediction {prediction} has left the code, see LOG.md"
         C = C or D
         self.settings = {"D": D, "W": W, "blocks": blocks, "H": H, "objective": objective, "prediction": prediction,
                          "source": source, "self_condition": self_condition, "visible": visible,

@@ -50,8 +50,7 @@ def to_z(out, x, t, prediction):
 
     Why x, z itself, is the default: states of width D lie near few directions, and only z does so too; noise and v fill
     all of them, and a network of about that width must spend itself on them (v collapses here, see LOG.md)."""
-    t = torch.as_tensor(t, device=x.device, dtype=x.dtype).reshape(-1, 1, 1)
-    return {"x": out, "v": x - t * out}[prediction]
+    return out if prediction == "x" else x - torch.as_tensor(t, device=x.device, dtype=x.dtype).reshape(-1, 1, 1) * out
 
 
 # ------------------------------------------------------------------------------------------------- what is unknown

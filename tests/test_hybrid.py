@@ -310,6 +310,8 @@ def test_refusals(runs, model, tmp_path, capsys):
     assert "was trained for layer" in fails(capsys, hybrid.main, "--bridge", other, "--prompt", "x")
     (other / "bridge.json").write_text(json.dumps({**info, "D": 64}))
     assert "size mismatch" in fails(capsys, hybrid.main, "--bridge", other, "--prompt", "x")
+    (other / "bridge.json").write_text(json.dumps({**info, "prediction": "eps"}))   # as an older version could
+    assert "eps has left the code" in fails(capsys, hybrid.main, "--bridge", other, "--prompt", "x")
     del info["layer"]
     (other / "bridge.json").write_text(json.dumps(info))
     assert "layer" in fails(capsys, hybrid.main, "--bridge", other, "--prompt", "x")
