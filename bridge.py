@@ -39,7 +39,7 @@ class Config:
     model: str = "toy"          # toy (the folder beside --out), a folder or a Hub id
     data: str = "stdlib"        # see data.py
     out: str = ""               # run folder [out/bridge, or out/bridge_lN when --layer N is given]
-    layer: str = "auto"         # auto: geometry's choice beside --out; 1..L (0 with --visible: embeddings); all
+    layer: str = "auto"         # auto: geometry's choice beside --out; 1..L (0 with --visible: embeddings)
     seed: int = 0               # every draw is keyed by it
     device: str = "auto"        # auto, cpu, cuda
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the frozen backbone and of autocast
@@ -168,7 +168,7 @@ def choose_layer(cfg):
         return read_json(Path(cfg.out).parent / "geometry" / "result.json",
                          "run python geometry.py first, or pass --layer N")["best_layer"]
     if not cfg.layer.isdigit():
-        raise UserError(f"--layer {cfg.layer} must be auto, all or a number")
+        raise UserError(f"--layer {cfg.layer} must be auto or a number")
     return int(cfg.layer)
 
 
@@ -217,20 +217,20 @@ def texts(cfg, model, vocab, world):
     return tokenizer, data.Tokens(shards, "train", cfg.seq_len), held_out.to(world.device)
 
 
-def keep_states(cfg, lm, train, layers, identity, world):
-    """--cache_states: what core/cache.py keeps of `layers`, written where it is missing; None without the flag."""
+def keep_states(cfg, lm, train, layer, identity, world):
+    """--cache_states: what core/cache.py keeps of the layer, written where it is missing; None without the flag."""
     if not cfg.cache_states:
         return None
     if world.main:
-        cache.write(cfg.cache_states, lm, train, layers, cfg, identity["base"])
+        cache.write(cfg.cache_states, lm, train, [layer], cfg, identity["base"])
     world.barrier()
-    return cache.States(cfg.cache_states, layers[-1])
+    return cache.States(cfg.cache_states, layer)
 
 
 @entry
 def main(argv):
     cfg = parse(Config, argv, __doc__, PRESETS, lambda cfg: backbone.preset_of(cfg.model, cfg.out))
-    cfg.out = cfg.out or ("out/bridge" if cfg.layer in ("auto", "all") else f"out/bridge_l{cfg.layer}")
+    cfg.out = cfg.out or ("out/bridge" if cfg.layer == "auto" else f"out/bridge_l{cfg.layer}")
     check(cfg)
 
     # -------------------------------------------------------------------------------------------------- setup
@@ -238,18 +238,12 @@ def main(argv):
     dtype = pick_dtype(cfg, world.device)
     slots, micro = split_batch(cfg.batch_size, cfg.micro_batch, world)
     model = backbone.resolve(cfg.model, cfg.out)
-    layer = choose_layer(cfg) if cfg.layer != "all" else None
+    layer = choose_layer(cfg)
     identity = {"layer_number": layer, "base": backbone.identity(model, cfg.random_init)}
     if (result := finished(cfg, identity)) and not cfg.dry_run:
         print(f"{cfg.out} is finished: " + summary(result))
         return result
     shape = backbone.read_config(model, cfg.seq_len)
-    if cfg.layer == "all":  # one run a layer, each in its own folder: a rerun resumes where it stopped
-        if cfg.cache_states:
-            lm = backbone.load(model, world.device, dtype)
-            keep_states(cfg, lm, texts(cfg, model, lm.V, world)[1], range(1, lm.L + 1), identity, world)
-        return [main.__wrapped__([*argv, f"--layer={n}", f"--model={model}", f"--out={cfg.out}_l{n}"])
-                for n in range(1, shape.num_hidden_layers + 1)]
     with torch.device("meta" if cfg.dry_run else "cpu"):
         net = build(cfg, shape, layer)
     if cfg.dry_run:
@@ -259,7 +253,7 @@ def main(argv):
     net, net.recompute = net.to(world.device), cfg.recompute
     lm = backbone.load(model, world.device, dtype, blocks=layer, random_init=cfg.random_init)     # only the prefix
     tokenizer, train, held_out = texts(cfg, model, lm.V, world)
-    states = keep_states(cfg, lm, train, [layer], identity, world)
+    states = keep_states(cfg, lm, train, layer, identity, world)
     windows = train.windows(cfg.calibration, cfg.seed)[:, :-1].to(world.device)
     calibrate(lm, net, windows, layer, cfg.skip, states and states.calibration(windows).to(world.device))
     run = Run(cfg, world, identity)

@@ -270,10 +270,7 @@ def main(argv):
         f"{about['device']}, {about['threads']} threads.", ""])
     write_text(out / "report.md", text)
 
-    def short(result):  # without the per-text lists, which stay in the run's own folder
-        return result if not isinstance(result, dict) else {
-            k: short(v) for k, v in result.items() if not k.endswith("_rows")}
-    run.finish({**{key: short(found.get(stage)) for key, stage in (
+    run.finish({**{key: found.get(stage) for key, stage in (
         ("sweep", "sweep"), ("interfaces", "interfaces"), ("generation", "generate"), ("circuits", "tasks/circuits"))},
         "conversion": {s: found[s]["curve"] for s in found if s.startswith("repr_align/")}, **own, "asked": asked,
         "table": table, "findings": findings, "headlines": every})

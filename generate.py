@@ -28,7 +28,7 @@ from core.common import UserError, entry, parse, pick, pick_dtype, setup
 from core.diffusion import SAMPLERS, again
 from core.draws import generator
 from core.frontier import COLDEST, HOTTEST, figure, frontier, headline, matched, nearest, table, tune, verdicts
-from core.metrics import at_entropy, measure
+from core.metrics import at_entropy, judge, measure
 from core.report import table as markdown
 from core.run import Run, finished, read_json, write_text
 
@@ -48,6 +48,7 @@ class Config:
     tune_texts: int = 8         # other texts, on which settings are chosen (0: choose none, report every setting)
     prefix: int = 64            # visible tokens of each
     new: int = 64               # tokens written after them
+    suffix: int = 0             # visible tokens after those, which close a gap (0: the text goes on freely)
     block_size: int = 64        # of which so many are drawn at once
     nfe: int = 4                # network calls of the first denoising
     sampler: Literal["", *SAMPLERS] = ""  # of the bridge (empty: its default)
@@ -76,29 +77,36 @@ class Context(NamedTuple):
 
 # ------------------------------------------------------------------------------------------------------- methods
 # A method yields, for each setting and trained model, (row name, what is known about it, write); write takes prompts
-# (N, P) and a temperature to (N, P + new). Rows of one name are seeds; one "group" in `about`: settings to choose from.
-def from_prior(prior, u, temperature=1.0):
-    """Tokens drawn independently by their frequency, tempered, at u (...) uniform in [0, 1)."""
-    return torch.searchsorted(torch.softmax(prior / temperature, 0).cumsum(0), u).clamp_max(len(prior) - 1)
-
-
+# (N, P), what comes after the gap (N, S; S = 0: nothing) and a temperature to (N, P + new), and may look at what comes
+# after or not. Rows of one name are seeds; one "group" in `about`: settings to choose from.
 def unigram(cx):
-    def write(prompts, t):
+    def write(prompts, after, t):
         u = generator(cx.cfg.seed, "unigram").random((len(prompts), cx.cfg.new))
-        return torch.cat([prompts, from_prior(cx.prior, torch.from_numpy(u).to(prompts.device), t)], 1)
+        new = masked.choose(cx.prior, t, 1.0, torch.from_numpy(u).to(prompts.device))
+        return torch.cat([prompts, new], 1)
     yield "unigrams", {"calls": 0}, write
 
 
 def autoregressive(cx):
-    """Stock generate() of the intact model."""
+    """Stock generate() of the intact model, which sees nothing after a gap; so the one of CHOICE that makes what comes
+    after likeliest, too."""
     from transformers import GenerationConfig
 
-    def write(prompts, t):
+    def write(prompts, after, t, count=1):
         torch.manual_seed(cx.cfg.seed)
         how = GenerationConfig(max_new_tokens=cx.cfg.new, min_new_tokens=cx.cfg.new, do_sample=True, temperature=t,
                                top_k=0, eos_token_id=cx.lm.config.eos_token_id, pad_token_id=0)  # not its own nucleus
-        return cx.lm.model.generate(prompts, generation_config=how, attention_mask=torch.ones_like(prompts))
+        some = prompts.repeat_interleave(count, 0)                                    # (N count, P)
+        out = cx.lm.model.generate(some, generation_config=how, attention_mask=torch.ones_like(some))
+        if count == 1:
+            return out
+        nats = judge(cx.lm, torch.cat([out, after.repeat_interleave(count, 0)], 1), out.shape[1]).sum(1)
+        best = nats.view(-1, count).argmin(1)                                         # (N,)
+        return out.view(len(prompts), count, -1)[torch.arange(len(prompts)), best]
     yield "AR, intact model", {"calls": cx.cfg.new}, write
+    if cx.cfg.suffix:
+        yield f"AR, best of {CHOICE} by what comes after", {"calls": cx.cfg.new + 1}, functools.partial(
+            write, count=CHOICE)
 
 
 @torch.no_grad()
@@ -122,7 +130,7 @@ def jacobi(lm, prompts, new, calls, temperature, seed, prior, stay=0.0):
         h = lm.embed(ids[:, lo:hi], positions)
         return lm.through(h, 0, lm.L, lm.side(h, positions, None, cache))
     u = draws("drift", 0) if stay else draws("jacobi")
-    ids = torch.cat([prompts, from_prior(prior, u)], 1)                               # (N, P + new), a first guess
+    ids = torch.cat([prompts, masked.choose(prior, 1.0, 1.0, u)], 1)                 # (N, P + new), a first guess
     states(0, past)
     for call in range(calls if stay else min(calls, new)):
         known = 0 if stay else call                                                   # that many are final by now
@@ -144,7 +152,7 @@ def parallel(cx):
     each = np.cumsum(1 - np.arange(cx.cfg.new) / cx.cfg.new) * cx.lm.L       # passes of so many calls: tokens get final
 
     def row(name, some, **how):
-        return name, {"calls": some, **({"group": "lazy Jacobi"} if how else {})}, lambda prompts, t: jacobi(
+        return name, {"calls": some, **({"group": "lazy Jacobi"} if how else {})}, lambda prompts, after, t: jacobi(
             cx.lm, prompts, cx.cfg.new, some, t, cx.cfg.seed, cx.prior, **how)
     equal = {"calls": calls, "block passes": 1 + int((each < passes).sum())}
     for some in dict.fromkeys(equal.values()):
@@ -162,9 +170,11 @@ def twin(cx):
         kind = "masked twin" if student.arm == conversion.BIDIRECTIONAL else f"masked twin, {student.arm}"
         about = {"group": kind, "calls": steps, "seed": result["seed"], "train_seconds": result["seconds"]}
         for order in masked.ORDERS:
-            def write(prompts, t, student=student, order=order):
-                ids = torch.cat([prompts, prompts.new_full((len(prompts), cfg.new), student.mask_id)], 1)
-                return masked.fill(student, ids, ids == student.mask_id, steps, t, cfg.seed, order)
+            def write(prompts, after, t, student=student, order=order):
+                after = after[:, :after.shape[1] * (student.arm.attention == "bidirectional")]   # or it sees none of it
+                ids = torch.cat([prompts, prompts.new_full((len(prompts), cfg.new), student.mask_id), after], 1)
+                return masked.fill(student, ids, ids == student.mask_id, steps, t, cfg.seed,
+                                   order)[:, :cfg.prefix + cfg.new]
             yield f"{kind}, {order} order", about, write
 
 
@@ -179,13 +189,15 @@ def blocks(cx):
                  "calls": calls, "passes": passes, "train_seconds": result["seconds"],
                  **{k: result[k] for k in ("seed", "steps", "parameters", "readout_accuracy", "val_loss")}}
         for a, b in itertools.product(numbers(cfg.alphas), numbers(cfg.betas)):
-            def write(prompts, t, model=model, a=a, b=b):
+            def write(prompts, after, t, model=model, a=a, b=b):
                 return model.generate_blocks(
                     prompts, cfg.new, cfg.block_size, cfg.nfe, prior=cx.prior, alpha=a, beta=b, temperature=t,
-                    back=cfg.back, refinements=cfg.refinements, seed=cfg.seed)
+                    back=cfg.back, refinements=cfg.refinements, seed=cfg.seed,
+                    suffix_ids=after if cfg.suffix else None)[:, :cfg.prefix + cfg.new]
             yield f"{about['group']}, alpha {a:g}, beta {b:g}", {**about, "alpha": a, "beta": b}, write
 
 
+CHOICE = 8                      # continuations, of which one is chosen by what comes after the gap
 METHODS = {"unigram": unigram, "ar": autoregressive, "jacobi": parallel, "twin": twin, "blocks": blocks}
 
 
@@ -208,15 +220,17 @@ def cost(cfg, info, L):
     first, turns = (cfg.nfe, cfg.refinements) if info["objective"] == "diffusion" else (1, 0)
     ours, count = first + turns * again(first, cfg.back), -(-cfg.new // cfg.block_size)    # the bridge's calls
     encode = first * info["blocks"] + L                                               # of a finished block, for others
-    return ((ours + turns) * count + first * (count - 1), round(
-        ours * info["blocks"] + (L - info["layer"]) + turns * L + encode * (1 - 1 / count)))
+    each = ours * info["blocks"] + (L - info["layer"]) + turns * L + encode * (1 - 1 / count)
+    seen = 1 + (cfg.prefix + cfg.suffix) / cfg.new * (cfg.suffix > 0)                 # around a gap nothing is cached
+    return (ours + turns) * count + first * (count - 1), round(each * seen)
 
 
 def section(result):
     """This run's part of the report."""
-    how, tuned = result["settings"], result["tuned"]
+    how, tuned, suffix = result["settings"], result["tuned"], result["settings"]["suffix"]
     lines = ["## GENERATE", "",
-             f"{result['texts']} texts: {how['prefix']} held-out tokens, then {how['new']} written; ours "
+             f"{result['texts']} texts: {how['prefix']} held-out tokens, then {how['new']} written"
+             f"{f' before {suffix} that follow, judged with these' if suffix else ''}; ours "
              f"{how['block_size']} at a time by {how['nfe']} calls and {how['refinements']} refinements; seed "
              f"{how['seed']}. gen-PPL is that of the intact model (it favours its own samples), read off where the "
              "entropy of a text's tokens equals real text's; +- sd over training seeds where there are several.", "",
@@ -251,6 +265,9 @@ def check(cfg):
         raise UserError(f"--temperatures must be numbers in [{COLDEST}, {HOTTEST}]")
     if not all(x >= 0 for x in numbers(f"{cfg.alphas},{cfg.betas}")) or not 0 <= cfg.back < 1:
         raise UserError("--alphas and --betas must be numbers that are not negative, and --back lie in [0, 1)")
+    if cfg.suffix < 0 or cfg.suffix and cfg.block_size < cfg.new:
+        raise UserError("--suffix must not be negative, and a gap before it is drawn at once: --block_size at least "
+                        "--new")
     if cfg.texts < 2 or cfg.tune_texts not in (0, *range(2, cfg.texts + 1)) or cfg.new < 4 or cfg.prefix < 2:
         raise UserError("--texts and --prefix must be at least 2, --new 4, and --tune_texts 0 or 2..--texts")
     cfg.twin = cfg.twin if "twin" in asked(cfg) else ""
@@ -261,6 +278,8 @@ def check(cfg):
             raise UserError("these bridges come from different backbones; compare those of one")
         if info.get("visible", "full") == "full":
             raise UserError(f"{folder} has never met an unknown token; {remedy}")
+        if cfg.suffix and not info["bidirectional"]:
+            raise UserError(f"{folder} cannot see a --suffix: it was trained without --bidirectional; {remedy}")
     for folder in split(cfg.twin):
         if read_json(Path(folder) / "result.json", "finish it, or pass --twin ''")["base"] != bridges[0][1]["base"]:
             raise UserError(f"{folder} was converted from another backbone than these bridges; pass --twin ''")
@@ -282,31 +301,32 @@ def main(argv):
 
     # 1 texts to report, others to choose settings on, judges
     import hybrid
-    backbone.read_config(model, cfg.prefix + cfg.new)
+    gap, length = slice(cfg.prefix, cfg.prefix + cfg.new), cfg.prefix + cfg.new + cfg.suffix
+    backbone.read_config(model, length)
     tokenizer = backbone.load_tokenizer(model)
     shards, _ = data.shards_beside(cfg, tokenizer, world)
-    windows = data.Tokens(shards, "val", cfg.prefix + cfg.new - 1).windows(2 * cfg.texts).to(world.device)    # (2N, T)
+    windows = data.Tokens(shards, "val", length - 1).windows(2 * cfg.texts).to(world.device)    # (2N, T)
     if len(windows) < 2 * cfg.texts:
-        raise UserError(f"the held-out text has {len(windows)} windows of --prefix + --new tokens, fewer than twice "
-                        f"--texts {cfg.texts}")
+        raise UserError(f"the held-out text has {len(windows)} windows of --prefix + --new + --suffix tokens, fewer "
+                        f"than twice --texts {cfg.texts}")
     text, apart = windows[::2], windows[1::2][torch.arange(cfg.tune_texts) * cfg.texts // max(1, cfg.tune_texts)]
     lm = backbone.load(model, world.device, dtype)
     second = cfg.second_judge and (backbone.load(cfg.second_judge, world.device, dtype),
                                    backbone.load_tokenizer(cfg.second_judge), tokenizer)
-    measured = functools.partial(measure, lm, prefix=cfg.prefix)
+    measured = functools.partial(measure, lm, prefix=cfg.prefix, end=gap.stop)
     judged = functools.partial(measured, second=second)                               # not where settings are chosen
     cx = Context(cfg, lm, hybrid.token_prior(shards, lm.V).to(world.device), bridges)
     run = Run(cfg, world, identity)
 
     # 2 choose each group's setting, then draw
     start, rows, samples, real = numbers(cfg.temperatures), [], [], judged(text)
-    tuned = tune(drawn(cx), measured, apart, cfg.prefix, start) if cfg.tune_texts else {}
+    tuned = tune(drawn(cx), measured, apart, gap, start) if cfg.tune_texts else {}
     for name, about, write in drawn(cx):
         group = tuned.get(about.get("group"))
         if group and name != group["chosen"]:
             continue
         first = sorted(set(group["settings"][name]["near"])) if group else start
-        points, ids = frontier(write, judged, text, cfg.prefix, real["entropy"], first)
+        points, ids = frontier(write, judged, text, gap, real["entropy"], first)
         near = ids[nearest(points.values(), real["entropy"])[0]["temperature"]]
         row = {"name": name, **about, "frontier": list(points.values()),
                "matched": at_entropy(points.values(), real["entropy"])}
@@ -314,7 +334,8 @@ def main(argv):
             row["second_matched"] = at_entropy(points.values(), real["entropy"], "second_ppl")
         rows.append(row)
         samples += [{"method": name, "prefix": tokenizer.decode(some[:cfg.prefix]),
-                     "text": tokenizer.decode(some[cfg.prefix:])} for some in near[:8]]
+                     "text": tokenizer.decode(some[gap]),
+                     **({"after": tokenizer.decode(some[gap.stop:])} if cfg.suffix else {})} for some in near[:8]]
         run.say(f"{name:44} gen-PPL at real text's entropy: {matched([row])}   (real text {real['gen_ppl']:.1f})")
 
     # 3 report

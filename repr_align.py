@@ -82,6 +82,7 @@ PRESETS = {
 }
 PROMPT = "def main(args):"      # of the sample at the end
 GAP = 8                         # tokens that are hidden in the middle of a text and filled in
+SURE = 0.9                      # a call reveals all tokens more likely than that: how many a call are they?
 
 
 # ---------------------------------------------------------------------------------------------------------- set-up
@@ -151,6 +152,17 @@ def infilled(student, rows, seed):
     return (ids == rows)[hidden].double().mean().item()
 
 
+def tokens_a_call(student, rows, seed):
+    """How many tokens a call reveals, by threshold SURE, where the second half of rows (N, T) is to be written."""
+    hidden = torch.zeros_like(rows, dtype=torch.bool)
+    hidden[:, rows.shape[1] // 2:] = True
+    masks = [hidden]
+    fill(student, rows.masked_fill(hidden, student.mask_id), hidden, 1, seed=seed, threshold=SURE,
+         watch=lambda _, is_mask: masks.append(is_mask))
+    calls = sum((a != b).any(1).sum().item() for a, b in zip(masks, masks[1:]))           # each row makes its own
+    return hidden.sum().item() / calls
+
+
 # ------------------------------------------------------------------------------------------------- what is reported
 def sample(student, tokenizer, seed):
     """What the model writes after PROMPT, one token a call; studies/twin.py has it write by other settings."""
@@ -169,6 +181,8 @@ def section(result):
     """This run's section of the report; report.compare_arms compares two runs."""
     flags = ", ".join(f"{k} {v}" for k, v in result["flags"].items())
     columns = ["step", "masked CE (nats)", "cosine with the AR model's states", "next-token CE, clean copy (nats)"]
+    a_call = result["tokens_a_call"]
+    sure = f"; by calls that reveal what is likelier than {SURE:g}, {a_call:.2f} tokens a call" if a_call else ""
     rows = [[step, *(None if value is None else f"{value:.3f}" for value in rest)] for step, *rest in result["curve"]]
     return f"""## CONVERT, {result["headline"][0][0].removeprefix("masked twin, ")}
 
@@ -179,7 +193,8 @@ held-out sequences, their shares of masks on an even grid. {flags}.
 {report.table(columns[:len(rows[0])], rows)}
 
 -log p of these texts is at most {result["bound"][0]:.3f} +- {result["bound"][1]:.3f} nats a token (standard error). \
-Of {GAP} hidden tokens in the middle of a text {result["infilled"]:.1%} are filled in right.
+Of {GAP} hidden tokens in the middle of a text {result["infilled"]:.1%} are filled in right\
+{sure}.
 
 ![masked CE on held-out text over the steps of training](convert.png)
 
@@ -225,7 +240,7 @@ def main(argv):
         return report_size(cfg, config, world, micro, dtype)
 
     tokenizer = backbone.load_tokenizer(model)
-    shards, _ = data.shards_beside(cfg, tokenizer, world)
+    shards, meta = data.shards_beside(cfg, tokenizer, world)
     train = data.Tokens(shards, "train", cfg.seq_len, cfg.train_tokens)
     held_out = data.Tokens(shards, "val", cfg.seq_len).windows(cfg.eval_batches)[:, :-1]             # (N, T)
     student, teacher = load_models(cfg, model, tokenizer, world, dtype)
@@ -233,7 +248,7 @@ def main(argv):
     run = Run(cfg, world, identity)
     things = [Whole(student, world)], [Whole(o, world) for o in optimizers]
     state = run.resume(*things)
-    curve, copies = state.get("curve", []), student.arm.copies()
+    curve, copies = state.get("curve", []), 1 + (cfg.context != "noisy")
     flops = flops_per_token(student.lm, cfg.seq_len, teacher is not None, copies)
     run.say(f"converting {model} to {student.arm}: w = {cfg.align_weight:g}, {sum(p.numel() for p in params):,} "
             "parameters learn")
@@ -287,8 +302,9 @@ def main(argv):
         "val_loss": curve[-1][1], "curve": curve, "w": cfg.align_weight, "cosine": curve[-1][2], "steps": cfg.steps,
         "bound": [nats / held_out[:, 1:].numel() for nats in judged], "batch_size": cfg.batch_size,
         "infilled": infilled(student, held_out[:32], cfg.seed), "seq_len": cfg.seq_len, "tokens": tokens,
+        "tokens_a_call": None if cfg.shard else tokens_a_call(student, held_out[:8], cfg.seed),    # calls could differ
         "tokens_per_s": tokens / seconds, "seconds": seconds, "seed": cfg.seed, "mask_id": student.mask_id,
-        "eval_sequences": len(held_out),
+        "eval_sequences": len(held_out), "tasks": meta.get("tasks", 0),
         "flags": {flag: getattr(cfg, flag) for flag in flags}, **identity}, model, student, tokenizer)
     run.say(f"saved to {cfg.out}: {summary(run.result)}")
     return run.result

@@ -13,27 +13,17 @@ import torch
 from torch import nn
 
 from core import optim
-from core.denoiser import Bridge, Moments, ridge
+from core.denoiser import Bridge, calibrate, ridge
+from core.diffusion import regress
 from core.metrics import LOGITS, against
 
 BATCH, SHARE, WIDTH = 8, 1e-3, 64        # rows a pass; ridge, as a share of the mean eigenvalue; of a probe
 GUESSES = {  # name -> guess of z (B, T, D) from what `fit` knows of the layer, c (B, T, D) and ids (B, T)
-    "identity": lambda at, c, ids: (at.net.mu_c + at.net.sigma_c * c - at.net.mu_z) / at.net.sigma_z,    # h[0] itself
+    "identity": lambda at, c, ids: (at.mu_c + at.sigma_c * c - at.mu_z) / at.sigma_z,    # h[0] itself
     "ridge": lambda at, c, ids: with_one(c) @ at.weights,
     "token mean": lambda at, c, ids: at.mean[at.place[ids]],
-    "one-block probe": lambda at, c, ids: GUESSES["ridge"](at, c, ids) + at.probe(c),
+    "one-block probe": lambda at, c, ids: GUESSES["ridge"](at, c, ids) + regress(at, c),
 }
-
-
-class Known:
-    """What is known of a layer: `net`, a bridge of one narrow block whose buffers are the units of z and c, and which
-    learns what the ridge leaves; `weights` of the ridge; `mean` state of each token, its row given by `place`."""
-
-    def __init__(self, net):
-        self.net, self.z, self.c = net, net.standard_z, net.standard_c
-
-    def probe(self, c):
-        return self.net(torch.zeros_like(c), c, torch.ones(len(c), device=c.device))
 
 
 def with_one(c):
@@ -42,34 +32,30 @@ def with_one(c):
 
 def left(at, h, h0):
     """What the ridge leaves of the layer's h (B, T, D), in the units of z."""
-    return at.z(h) - with_one(at.c(h0)) @ at.weights
+    return at.standard_z(h) - with_one(at.standard_c(h0)) @ at.weights
 
 
 def fit(lm, layers, calibration, train, wanted, skip=4, seed=0, probe_steps=40):
-    """layer -> Known, from positions >= skip of rows (N, T): units from `calibration`; ridge, the means of the tokens
-    `wanted` and the probes from `train`. Only sums are kept: memory does not grow with the text."""
+    """layer -> what is known of it: a bridge of one narrow block whose buffers are the units of z and c, and which
+    learns what the ridge leaves; with `weights` of the ridge and the `mean` state of each token, its row given by
+    `place`. From positions >= skip of rows (N, T): units from `calibration`; ridge, the means of the tokens `wanted`
+    and the probes from `train`. Only sums are kept: memory does not grow with the text."""
     torch.manual_seed(seed)
     device = lm.norm.weight.device
     width = min(WIDTH, 32 * -(-lm.D // 32))
-    known = {layer: Known(Bridge(lm.D, width, 1, width // 32, "regression").to(device)) for layer in layers}
-    with torch.no_grad():
-        moments = {layer: Moments() for layer in (0, *layers)}
-        for ids in calibration.split(BATCH):
-            for layer, h, *_ in lm.at(ids, moments):
-                moments[layer].add(h[:, skip:])
-        for layer, at in known.items():
-            for name, value in zip(("mu_z", "sigma_z", "mu_c", "sigma_c"), (
-                    *moments[layer].mean_and_sd(), *moments[0].mean_and_sd()), strict=True):
-                getattr(at.net, name).copy_(value)
-            nn.init.zeros_(at.net.leave.weight)                                      # the probe begins as the ridge
-            nn.init.zeros_(at.net.leave.bias)
-        solve(lm, known, train, wanted, skip)
+    known = {layer: Bridge(lm.D, width, 1, width // 32, "regression").to(device) for layer in layers}
+    for layer, at in known.items():
+        calibrate(lm, at, calibration, layer, skip)
+        nn.init.zeros_(at.leave.weight)                                              # the probe begins as the ridge
+        nn.init.zeros_(at.leave.bias)
+    solve(lm, known, train, wanted, skip)
     teach(lm, known, train.split(BATCH)[:probe_steps], skip)
     return known
 
 
+@torch.no_grad()
 def solve(lm, known, train, wanted, skip):
-    """Set weights, mean and place of each Known. The Gram matrix of c is the same for all layers."""
+    """Set weights, mean and place of each layer. The Gram matrix of c is the same for all layers."""
     D, device = lm.D, lm.norm.weight.device
     ids = wanted.unique()
     place = torch.zeros(lm.V, dtype=torch.long, device=device)                       # row 0: all other tokens
@@ -82,9 +68,9 @@ def solve(lm, known, train, wanted, skip):
         count = count + torch.bincount(some, minlength=1 + len(ids))[:, None]
         for layer, h, h0, _ in lm.at(rows, known):
             if one is None:
-                one = with_one(known[layer].c(h0)[:, skip:]).flatten(0, 1)           # (n, D + 1)
+                one = with_one(known[layer].standard_c(h0)[:, skip:]).flatten(0, 1)           # (n, D + 1)
                 gram += one.T @ one
-            z = known[layer].z(h)[:, skip:].flatten(0, 1)                            # (n, D)
+            z = known[layer].standard_z(h)[:, skip:].flatten(0, 1)                            # (n, D)
             cross[layer] += one.T @ z
             total[layer].index_add_(0, some, z)
     for layer, at in known.items():
@@ -95,12 +81,12 @@ def solve(lm, known, train, wanted, skip):
 
 def teach(lm, known, batches, skip):
     """Train all probes side by side on what the ridge leaves, one step a batch."""
-    named = [(f"{layer} {name}", p) for layer, at in known.items() for name, p in at.net.named_parameters()]
+    named = [(f"{layer} {name}", p) for layer, at in known.items() for name, p in at.named_parameters()]
     optimizers = optim.build(named, lr=0.02, lr_adam=2e-3, weight_decay=0.01)
     for step, ids in enumerate(batches):
         for layer, h, h0, _ in lm.at(ids, known):
             at = known[layer]
-            (at.probe(at.c(h0)) - left(at, h, h0))[:, skip:].square().mean().backward()
+            (regress(at, at.standard_c(h0)) - left(at, h, h0))[:, skip:].square().mean().backward()
         optim.step_all(optimizers, optim.share_at(step, len(batches), warmup=5))
     for _, p in named:
         p.requires_grad_(False)
@@ -111,7 +97,7 @@ def guesses(known, decoded=(), skip=4):
     first positions are given: a table of tokens knows no attention sinks, and its text would pay."""
     def answer(at, guess):
         return lambda z, c, ids: torch.cat([z[:, :skip], guess(at, c, ids)[:, skip:]], 1)
-    return {layer: {name: (at.net, answer(at, guess), name in decoded) for name, guess in GUESSES.items()}
+    return {layer: {name: (at, answer(at, guess), name in decoded) for name, guess in GUESSES.items()}
             for layer, at in known.items()}
 
 

@@ -32,9 +32,6 @@ class Arm(NamedTuple):
             return T, "noisy"
         return self.block_size, "clean" if judging and self.context == "noisy" else self.context
 
-    def copies(self):
-        return 1 if self.plan(1)[1] == "noisy" else 2
-
     def __str__(self):
         kind = f"blocks of {self.block_size}, {self.context} context" if self.attention == "block" else self.attention
         return kind if self.shift else f"{kind}, no shift"
@@ -88,11 +85,8 @@ def corrupt(T, seed, purpose, step, slots, r=None, block_size=0):
 # two states that predict it are compared, the student's and the AR model's, which is the state at the token before.
 def teacher_states(lm, ids):
     """The AR model's own h[0], ..., h[L-1] and normed h[L] on the clean input, causal."""
-    yield (h := lm.embed(ids))
-    side = lm.side(h)
-    for i in range(lm.L):
-        h = lm.block(h, i, side)
-        yield h if i < lm.L - 1 else lm.norm(h)
+    for layer, h, *_ in lm.at(ids, range(lm.L + 1)):
+        yield h if layer < lm.L else lm.norm(h)
 
 
 # ------------------------------------------------------------------------------------------------------------ loss

@@ -1,7 +1,7 @@
 """frontier.py: methods that write text, compared where they are equally varied: search over temperature, table, words.
 
-    tuned = tune(drawn, measured, apart, prefix, [1.0])                      # which setting of each method
-    points, ids = frontier(write, measured, text, prefix, target, [1.0])     # until real text's entropy is reached
+    tuned = tune(drawn, measured, apart, gap, [1.0])                         # which setting of each method
+    points, ids = frontier(write, measured, text, gap, target, [1.0])        # until real text's entropy is reached
     text = table(result); lines = verdicts(result); rows = headline(result); figure(result, path)
 
 A `row` is a method with one setting and one trained model: name, frontier (points of core.metrics.measure, each with
@@ -22,15 +22,18 @@ FACTOR, COLDEST, HOTTEST = 1.25, 0.4, 4.0  # of the temperatures that a frontier
 MARGIN = 0.05                              # nats a token: of no practical interest
 
 
-def frontier(write, measured, text, prefix, target, temperatures):
+def frontier(write, measured, text, gap, target, temperatures):
     """({temperature: metrics}, {temperature: ids}), from cold to hot: the given temperatures, and then colder or hotter
-    ones until the entropy `target` lies between two of them."""
+    ones until the entropy `target` lies between two of them. The tokens of text (N, T) in the slice `gap` are written,
+    unseen; metrics are of all that follows the gap's begin, and `right` is the share of the gap that was text's own."""
+    before, after = text[:, :gap.start], text[:, gap.stop:]                             # (N, P), (N, S)
     points, ids, todo = {}, {}, list(temperatures)
     while todo:
         for t in todo:
-            ids[t] = write(text[:, :prefix], t)
-            assert torch.equal(ids[t][:, :prefix], text[:, :prefix])
-            points[t] = {"temperature": t, **measured(ids[t])}
+            ids[t] = torch.cat([write(before, after, t), after], 1)                    # (N, T)
+            assert torch.equal(ids[t][:, :gap.start], before)
+            points[t] = {"temperature": t, **measured(ids[t]),
+                         "right": (ids[t] == text)[:, gap].double().mean().item()}
         seen = [p["entropy"] for p in points.values()]
         hotter, colder = round(max(points) * FACTOR, 4), round(min(points) / FACTOR, 4)
         todo = [hotter] if max(seen) < target and hotter <= HOTTEST else (
@@ -43,7 +46,7 @@ def nearest(points, target):
     return sorted(points, key=lambda p: abs(p["entropy"] - target))
 
 
-def tune(drawn, measured, text, prefix, temperatures):
+def tune(drawn, measured, text, gap, temperatures):
     """Choose settings on texts apart (N, T): of the (name, about, write) `drawn` those whose about holds the same
     "group" compete: most seeds at the entropy of `text` win, then the lowest gen-PPL there, seeds averaged.
     {group: {"chosen": name, "settings": {name: {"matched": [one a seed], "near": [temperatures around it]}}}}."""
@@ -51,7 +54,7 @@ def tune(drawn, measured, text, prefix, temperatures):
     for name, about, write in drawn:
         if "group" in about:
             some = groups.setdefault(about["group"], {}).setdefault(name, {"matched": [], "near": []})
-            points, _ = frontier(write, measured, text, prefix, target, temperatures)
+            points, _ = frontier(write, measured, text, gap, target, temperatures)
             some["matched"].append(at_entropy(points.values(), target))
             some["near"] += [p["temperature"] for p in nearest(points.values(), target)[:2]]
 
@@ -78,19 +81,21 @@ def matched(group, form=".1f", key="matched"):
 def table(result):
     """Markdown: one line a method, seeds as mean +- sd; what texts look like at the temperature nearest to real text's
     entropy."""
-    real, second = result["real"], "second_ppl" in result["real"]
+    real, second, shape = result["real"], "second_ppl" in result["real"], SHAPE
+    if result.get("settings", {}).get("suffix"):
+        real, shape = {**real, "right": 1.0}, (*SHAPE, "right")
     rows = [["real text", "-", f"{real['gen_ppl']:.1f}", "1.00",
-             *([f"{real['second_ppl']:.1f}"] if second else []), "-", *(f"{real[k]:.2f}" for k in SHAPE)]]
+             *([f"{real['second_ppl']:.1f}"] if second else []), "-", *(f"{real[k]:.2f}" for k in shape)]]
     for name, group in grouped(result["rows"]):
         near = [nearest(r["frontier"], real["entropy"])[0] for r in group]
         known = None not in [r["matched"] for r in group]
         ratio = f"{statistics.mean(r['matched'] for r in group) / real['gen_ppl']:.2f}" if known else "-"
         rows.append([name, group[0].get("calls"), matched(group), ratio,
                      *([matched(group, key="second_matched")] if second else []),
-                     *(plus_minus([p[k] for p in near], ".2f") for k in ("temperature", *SHAPE))])
+                     *(plus_minus([p[k] for p in near], ".2f") for k in ("temperature", *shape))])
     return report.table(["method", "calls", "gen-PPL at real entropy", "over real text",
-                         *(["the same, second judge"] if second else []), "T there", "entropy", "diversity", "rep-4"],
-                        rows)
+                         *(["the same, second judge"] if second else []), "T there", "entropy", "diversity", "rep-4",
+                         "tokens right"][:len(rows[0])], rows)
 
 
 def ours(result):

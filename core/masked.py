@@ -129,30 +129,15 @@ def confidence(logits, token, u):
     return torch.softmax(logits, -1).gather(-1, token[..., None])[..., 0]
 
 
-def entropy(logits, token, u):
-    return -torch.special.entr(torch.softmax(logits, -1)).sum(-1)                      # minus the entropy: low is soon
-
-
-def margin(logits, token, u):
-    return -torch.softmax(logits, -1).topk(2, -1).values.diff()[..., 0]                # the best less the second
-
-
 # To add an order: a function and an entry here. Those in TAKES_BACK also judge tokens already revealed, and mask them
 # again when they have become the least certain ("p2", arXiv 2502.03540).
-ORDERS = {"random": lambda logits, token, u: u, "confidence": confidence, "entropy": entropy, "margin": margin,
-          "p2": confidence}
+ORDERS = {
+    "random": lambda logits, token, u: u,
+    "confidence": confidence,
+    "entropy": lambda logits, token, u: -torch.special.entr(torch.softmax(logits, -1)).sum(-1),          # low is soon
+    "margin": lambda logits, token, u: -torch.softmax(logits, -1).topk(2, -1).values.diff()[..., 0],    # best - second
+    "p2": confidence}
 TAKES_BACK = {"p2"}
-
-
-def check_sampling(order, threshold=0.0, steps=1, temperature=0.0, top_p=1.0):
-    """Raise UserError for what `fill` cannot do."""
-    pick(ORDERS, order, "--order")
-    if not 0 <= threshold <= 1 or threshold and order in TAKES_BACK:
-        raise UserError("--threshold must lie in (0, 1], or be 0: --sample_steps calls; order p2 takes only 0")
-    if steps < 1:
-        raise UserError("--sample_steps must be at least 1")
-    if not 0 < top_p <= 1 or temperature < 0:
-        raise UserError("--top_p must lie in (0, 1], --temperature must not be negative")
 
 
 @torch.no_grad()
@@ -164,7 +149,11 @@ def fill(model, ids, is_mask, steps, temperature=0.8, seed=0, order="confidence"
     before a block is cached and does not see it. A block model always does so, by the blocks of its training. With a
     `threshold` a call reveals every token more likely than that, but at least one a row, and `steps` does not count.
     `watch` is called with (ids, is_mask), whole, after every call."""
-    check_sampling(order, threshold, steps, temperature, top_p)
+    pick(ORDERS, order, "--order")
+    if not 0 <= threshold <= 1 or threshold and order in TAKES_BACK:
+        raise UserError("--threshold must lie in (0, 1], or be 0: --sample_steps calls; order p2 takes only 0")
+    if steps < 1 or not 0 < top_p <= 1 or temperature < 0:
+        raise UserError("--sample_steps must be at least 1, --top_p lie in (0, 1], --temperature not be negative")
     if is_mask[:, 0].any():
         raise UserError("the first token cannot be a mask: give a prompt")
     ids, is_mask, T, of_blocks = ids.clone(), is_mask.clone(), ids.shape[1], model.arm.attention == "block"

@@ -57,16 +57,13 @@ def measure(lm, net, rows, layer, nfes, cfg):
     out, few = {}, min(len(rows), NOISE_ROWS)
     for n in nfes:
         row = {what: torch.cat(found[n, 0, what]) for what in ("error", "sinks", "kl", "ce_gap", "agree")}    # (N,)
-
-        def noise_sd(what, scale, n=n):
-            values = [torch.cat(found[n, s, what])[:few].sum().item() / scale for s in range(cfg.noise_seeds)]
-            return torch.tensor(values).std().item() if len(values) > 1 else 0.0
+        gaps = [torch.cat(found[n, s, "ce_gap"])[:few].mean().item() for s in range(cfg.noise_seeds)]
         out[str(n)] = {
             "fvu": (row["error"].sum() / energy.sum()).item(), "kl": row["kl"].mean().item(),
             "ce_gap": row["ce_gap"].mean().item(), "agree": row["agree"].mean().item(),
             "fvu_sinks": (row["sinks"].sum() / sinks.sum().clamp_min(1e-12)).item(),
             "ce_gap_se": (row["ce_gap"].std() / len(rows) ** 0.5).item() if len(rows) > 1 else 0.0,
-            "fvu_noise_sd": noise_sd("error", energy[:few].sum().item()), "ce_gap_noise_sd": noise_sd("ce_gap", few),
+            "ce_gap_noise_sd": torch.tensor(gaps).std().item() if len(gaps) > 1 else 0.0,
             "kl_rows": row["kl"].tolist(), "ce_gap_rows": row["ce_gap"].tolist()}
     return out, torch.cat(found["ce"]).mean().item()
 

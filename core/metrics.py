@@ -81,11 +81,11 @@ def gen_ppl(nll):
     return math.exp(sum(float(row.sum()) for row in nll) / sum(map(len, nll)))
 
 
-def measure(lm, ids, prefix, second=None):
-    """All metrics of what follows the prefix in ids (N, T), at one setting: gen_ppl by the judge lm, entropy, diversity
-    = product over n = 2, 3, 4 of the share of distinct n-grams, rep_4; second_ppl by another judge, `second` = (lm,
-    theirs, ours) of judge_text."""
-    new = ids[:, prefix:]
+def measure(lm, ids, prefix, second=None, end=None):
+    """All metrics of what was written, ids[:, prefix:end] of ids (N, T), at one setting: gen_ppl of it and of what
+    comes after it, by the judge lm; entropy, diversity = product over n = 2, 3, 4 of the share of distinct n-grams,
+    rep_4; second_ppl by another judge, `second` = (lm, theirs, ours) of judge_text."""
+    new = ids[:, prefix:end]
     more = {"second_ppl": gen_ppl(judge_text(*second, ids, prefix))} if second else {}
     return {**more, "gen_ppl": gen_ppl(judge(lm, ids, prefix)), "entropy": entropy(new),
             "diversity": math.prod(1 - repetition(new, n) for n in (2, 3, 4)), "rep_4": repetition(new, 4)}

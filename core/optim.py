@@ -104,9 +104,6 @@ def build(named, lr, lr_adam, weight_decay, inside="blocks.", world=None):
     optimizers = [torch.optim.AdamW([g for g in adam if g["params"]], lr=lr_adam, betas=(0.9, 0.95), fused=True)]
     if matrices:
         optimizers.insert(0, Muon(matrices, lr, weight_decay=weight_decay, world=world))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
     return optimizers
 
 
@@ -124,6 +121,6 @@ def step_all(optimizers, share, norm=0.0, where=""):
                         "again (the last good state is kept)")
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * share
+            group["lr"] = group.setdefault("peak_lr", group["lr"]) * share
         optimizer.step()
         optimizer.zero_grad()

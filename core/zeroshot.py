@@ -26,11 +26,8 @@ def bits_per_byte(model, rows, bytes_per_token, calls, seed):
         return nats / (rows.shape[0] * (rows.shape[1] - 1)) / math.log(2) / bytes_per_token
     if isinstance(model, masked.Student):
         return tuple(map(bits, masked.text_likelihood(model, list(rows), calls, seed)))
-    nats = 0.0
-    for ids in rows.split(8):
-        logits = model(ids, use_cache=False).logits[:, :-1].float()                                     # (n, T-1, V)
-        nats += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
-    return bits(nats), None
+    nats = (model(ids, labels=ids, use_cache=False).loss.item() * ids[:, 1:].numel() for ids in rows.split(8))
+    return bits(sum(nats)), None
 
 
 def zero_shot(models, texts, calls, seed):
@@ -42,53 +39,31 @@ def zero_shot(models, texts, calls, seed):
 
 # ------------------------------------------------------------------------------------------ lm-evaluation-harness
 def twin_interface(student, tokenizer, calls, steps, seed):
-    """The masked twin as the harness' LM: log-likelihoods are minus the bound."""
-    from lm_eval.api.model import LM
-    most = student.lm.config.max_position_embeddings
+    """The harness' own interface to a transformers model, with the masked twin's likelihood, minus the bound, and its
+    sampler instead."""
+    from lm_eval.models.huggingface import HFLM
 
-    class Twin(LM):
-        def ids(self, context, rest):
-            head, both = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (context, context + rest))
-            same = next((i for i, (x, y) in enumerate(zip(head, both, strict=False)) if x != y), len(head))
-            ids = torch.tensor([tokenizer.eos_token_id or 0, *both], device=student.shift.device)
-            cut = max(0, len(ids) - most)                         # a token across the border belongs to the rest
-            return ids[cut:], min(max(1, 1 + same - cut), len(ids) - cut - 1)
-
-        def loglikelihood(self, requests):
-            """[(log p(rest | context), whether filling the rest greedily, most certain first, gives it)]"""
+    class Twin(HFLM):
+        def _loglikelihood_tokens(self, requests, **_):
+            """[(log p(rest | context), whether filling the rest greedily, most certain first, gives it)] of [(strings,
+            context, rest)]; a window of a rolled text has no strings, and its first number alone is asked for."""
             out = []
-            for i, request in enumerate(requests):
-                ids, given = self.ids(*request.args)
+            for i, (strings, context, rest) in enumerate(requests):
+                ids = torch.tensor([*context, *rest][-self.max_length - 1:], device=self.device)
+                given = max(1, len(ids) - len(rest))
                 hide = (torch.arange(len(ids), device=ids.device) >= given)[None]
-                greedy = masked.fill(student, ids[None], hide, int(hide.sum()), temperature=0.0)[0]
-                out.append((-masked.likelihood(student, ids, calls, seed, given, key=i)[0], torch.equal(greedy, ids)))
+                nats, _ = masked.likelihood(student, ids, calls, seed, given, key=i)
+                out.append((-nats, strings is not None and torch.equal(ids, masked.fill(
+                    student, ids[None], hide, int(hide.sum()), temperature=0.0)[0])))
             return out
 
-        def loglikelihood_rolling(self, requests):
-            """[log p(text)], in windows of the model's length; the last token of one is the given first of the next."""
-            out = []
-            for request in requests:
-                rest = tokenizer(request.args[0], add_special_tokens=False)["input_ids"]
-                ids = torch.tensor([tokenizer.eos_token_id or 0, *rest], device=student.shift.device)
-                windows = [ids[lo:lo + most] for lo in range(0, len(ids) - 1, most - 1)]         # of 2 tokens at least
-                out.append(-masked.text_likelihood(student, windows, calls, seed)[0])
-            return out
+        def _model_generate(self, context, max_length, **_):
+            """Greedy tokens, most certain first; the harness cuts them at its stop strings."""
+            ids = F.pad(context, (0, max_length - context.shape[1]), value=student.mask_id)
+            return masked.fill(student, ids, ids == student.mask_id, steps, temperature=0.0)
 
-        def generate_until(self, requests):
-            """Greedy tokens, most certain first, cut at the first stop string."""
-            out = []
-            for request in requests:
-                context, how = request.args
-                new = min(how.get("max_gen_toks", 64), most - 1)
-                head = self.ids(context, "")[0][-(most - new):]
-                ids = torch.cat([head, head.new_full((new,), student.mask_id)])[None]
-                text = tokenizer.decode(masked.fill(student, ids, ids == student.mask_id, min(steps, new),
-                                                    temperature=0.0)[0, len(head):])
-                stops = [how["until"]] if isinstance(how.get("until"), str) else how.get("until") or []
-                out.append(min((text.split(stop)[0] for stop in stops if stop), key=len, default=text))
-            return out
-
-    return Twin()
+    return Twin(pretrained=student.lm.model, tokenizer=tokenizer,                      # a rolled window is one longer
+                max_length=student.lm.config.max_position_embeddings - 1)
 
 
 def known(tasks, path):

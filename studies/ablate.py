@@ -21,16 +21,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import torch
+
 import data
-from core import backbone
+from core import backbone, masked
 from core.common import UserError, entry, parse, setup
 from core.report import table
 from core.run import Run, finished, read_json
 from core.stats import paired, plus_minus, steps_to, verdict
+from core.tasks import Pieces, examples
 
 ROOT = Path(__file__).resolve().parent.parent                          # where the stages are
 PLAIN, DOUBLE = "--objective regression", "--lr 0.04 --lr_adam 4e-3"
 BLOCK = "--attention block --context"
+AT_END = ("induction", "brackets", "missing", "countdown")              # tasks whose answer follows all that is visible
 FORMS = {"size ratio": ".2f", "NFE": ".0f", "FVU": ".4f", "KL": ".4f", "CE gap": "+.4f", "CE gap, NFE 1": "+.4f",
          "acceleration, steps": ".2f", "acceleration, seconds": ".2f"}  # of a column, else .3f
 STUDIES = {  # study -> the stage that its cells are runs of (see KINDS), layers, {variant: flags of the stage}
@@ -154,8 +158,21 @@ def read_arm(result, rival):
 
 
 def read_bound(result, rival):
+    solved = {"tasks solved": tasks_solved(result["folder"])} if result.get("tasks") else {}
     return {"bound, nats a token": result["bound"][0], "masked CE of its own task": result["val_loss"],
-            "tokens filled in right": result["infilled"], "seconds": result["seconds"]}
+            "tokens filled in right": result["infilled"], "tokens a call": result["tokens_a_call"], **solved,
+            "seconds": result["seconds"]}
+
+
+def tasks_solved(folder):
+    """Share of prompts of AT_END whose answer is a converted model's first choice for the token after them."""
+    (student, tokenizer), right = masked.load_converted(folder, torch.device("cpu"), torch.float32), []
+    for name in AT_END:
+        pairs = examples(name, Pieces(tokenizer), 128, seed=0)
+        ids = torch.tensor([[*pair.clean, student.mask_id] for pair in pairs])                           # (128, T)
+        found = masked.fill(student, ids, ids == student.mask_id, 1, temperature=0)[:, -1]
+        right += (found == torch.tensor([pair.answer for pair in pairs])).tolist()
+    return statistics.mean(right)
 
 
 def unaligned(name, arms):
@@ -183,7 +200,8 @@ def collect(cfg, work):
     """(rows: one a layer and variant, values over seeds by column; verdicts: layer, variant, rival, column, words)"""
     (read, rival_of, judged), found, rows, verdicts = KINDS.get(cfg.study, KINDS[STUDIES[cfg.study][0]]), {}, [], []
     for cell in work:
-        found.setdefault(cell.layer, {}).setdefault(cell.variant, []).append(read_json(cell.folder / "result.json"))
+        found.setdefault(cell.layer, {}).setdefault(cell.variant, []).append(
+            {**read_json(cell.folder / "result.json"), "folder": cell.folder})
     for layer, arms in found.items():
         rivals, values = {name: rival_of(name, arms) for name in arms}, {}
         for name, results in arms.items():

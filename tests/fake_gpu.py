@@ -398,7 +398,7 @@ def convert_run(folder, rank, *flags, validates=False):
     argv = ["--preset", "8b", "--model", folder, "--steps", "1", "--batch_size", "16", *flags]
     return train(repr_align, argv, rank, 2 * 4096, validates, {
         (backbone, "load_tokenizer"): lambda name: types.SimpleNamespace(mask_token_id=128255),
-        (data, "shards_beside"): lambda *_: (None, None), (data, "Tokens"): Text,
+        (data, "shards_beside"): lambda *_: (None, {}), (data, "Tokens"): Text,
         (repr_align, "publish"): lambda run, *_: setattr(run, "result", None),
         (repr_align, "summary"): lambda result: ""})
 

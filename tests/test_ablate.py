@@ -2,8 +2,11 @@
 import json
 
 import pytest
+import torch
 from conftest import ROOT, fails
 
+from core import backbone
+from core.tasks import Pieces, examples
 from studies import ablate
 
 
@@ -110,10 +113,26 @@ def test_arms_are_compared_by_their_bounds(tmp_path):
     for name, _, seed, folder, command in ablate.cells(cfg):
         assert ("--context causal" in " ".join(command)) == ("causal" in name)
         write(folder, bound=[4.0 - (name == "blocks, causal context") + 0.01 * seed, 0.1], val_loss=9.0, infilled=0.25,
-              seconds=7.0)
+              tokens_a_call=1.5, seconds=7.0)
     text, said, verdicts = shown(cfg)
     rivals = {name: rival for _, name, rival, *_ in verdicts}                    # what an arm adds something to
     assert rivals["blocks, causal context, w = 10"] == "blocks, causal context" and rivals["blocks"] == "bidirectional"
     assert rivals["blocks, causal context"] == "blocks" and rivals["blocks, clean context"] == "blocks"
     assert said[None, "blocks, causal context", "bound, nats a token"].startswith("ahead by 1 nats (95%")
+    assert "tasks solved" not in text and "| 0.250 | 1.500 | 7.000 |" in text
     assert "bidirectional" not in {name for _, name, _ in said} and "| - | bidirectional | 4.005 +- 0.007 |" in text
+
+
+def test_tasks_solved_by_a_twin(runs, monkeypatch):
+    """The token after all that is visible, by one call; one that knows the answers solves all, this twin hardly any."""
+    asked = []
+
+    def oracle(model, ids, is_mask, steps, **how):
+        assert steps == 1 and is_mask[:, -1].all() and is_mask.sum() == len(ids) and how == {"temperature": 0}
+        asked.append(len(ids))
+        answers = [p.answer for p in examples(ablate.AT_END[len(asked) - 1], pieces, len(ids), seed=0)]
+        return torch.cat([ids[:, :-1], torch.tensor(answers)[:, None]], 1)
+    pieces = Pieces(backbone.load_tokenizer(runs / "toy"))
+    assert 0 <= ablate.tasks_solved(runs / "repr_align" / "w0") < 0.5
+    monkeypatch.setattr(ablate.masked, "fill", oracle)
+    assert ablate.tasks_solved(runs / "repr_align" / "w0") == 1 and asked == [128] * 4

@@ -41,7 +41,7 @@ def test_guesses_have_the_error_they_must(toy):
     assert found[3]["ridge"]["fvu"] < found[3]["identity"]["fvu"]
     more = known_of(lm, held_out[:, :-1].repeat(50, 1), held_out, (0,), 0)[0]  # often enough, and nothing is shrunk
     rows = held_out[:1, SKIP:-1]
-    assert torch.allclose(GUESSES["token mean"](more, None, rows), more.c(lm.embed(rows)), atol=0.1)
+    assert torch.allclose(GUESSES["token mean"](more, None, rows), more.standard_c(lm.embed(rows)), atol=0.1)
 
 
 def test_the_ridge_is_that_of_the_normal_equations(toy):
@@ -50,8 +50,8 @@ def test_the_ridge_is_that_of_the_normal_equations(toy):
     known = known_of(lm, train, held_out, (1, 3))
     h0 = lm.embed(train)
     for layer, at in known.items():
-        z = at.z(lm.through(h0, 0, layer))[:, SKIP:].flatten(0, 1).double()
-        one = conditional.with_one(at.c(h0))[:, SKIP:].flatten(0, 1).double()
+        z = at.standard_z(lm.through(h0, 0, layer))[:, SKIP:].flatten(0, 1).double()
+        one = conditional.with_one(at.standard_c(h0))[:, SKIP:].flatten(0, 1).double()
         gram = one.T @ one
         want = torch.linalg.solve(gram + conditional.SHARE * gram.diagonal().mean() * torch.eye(len(gram)), one.T @ z)
         assert torch.allclose(at.weights.double(), want, atol=1e-3)
@@ -89,7 +89,7 @@ def test_units_are_those_of_a_bridge(toy):
     at, net = known_of(lm, train, held_out)[3], denoiser.Bridge(lm.D, 32, 1, 1)
     denoiser.calibrate(lm, net, train[:16], 3, SKIP)
     for name in ("mu_z", "sigma_z", "mu_c", "sigma_c"):
-        assert torch.equal(getattr(at.net, name), getattr(net, name))
+        assert torch.equal(getattr(at, name), getattr(net, name))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])

@@ -361,11 +361,11 @@ def test_a_lazy_rival_stays_by_bayes_rule(monkeypatch):
     def write(calls, stay, prompts=IDS):
         return generate.jacobi(lm, prompts, 6, calls, 1.0, 3, PRIOR, stay)
     before = write(1, 0.7)
-    laws.clear()
+    laws.clear()                                                    # then the first guess is drawn, from the prior
     write(2, 0.7)
     upper = lm.head(lm.through(lm.embed(before), 0, lm.L))[:, 13:-1].double().softmax(-1)
     seen = 0.3 * PRIOR.exp()[before[:, 14:]][..., None] + 0.7 * torch.nn.functional.one_hot(before[:, 14:], 64)
-    assert torch.allclose(laws[1].softmax(-1), (upper * seen) / (upper * seen).sum(-1, keepdim=True), atol=1e-9)
+    assert torch.allclose(laws[2].softmax(-1), (upper * seen) / (upper * seen).sum(-1, keepdim=True), atol=1e-9)
     assert torch.equal(write(9, 1 - 1e-12), before) and not torch.equal(write(9, 0.0), before)
     assert torch.equal(write(3, 0.5)[:1], write(3, 0.5, IDS[:1])) and torch.equal(write(3, 0.5)[:, :14], IDS)
 
@@ -373,9 +373,9 @@ def test_a_lazy_rival_stays_by_bayes_rule(monkeypatch):
 def test_a_frontier_goes_on_until_the_entropy_is_there():
     def search(law, start, target=3.0):
         text = torch.zeros(2, 5, dtype=torch.long)
-        points, ids = frontier.frontier(lambda prompts, t: torch.cat([prompts, torch.full((2, 2), 100 * t).long()], 1),
-                                        lambda ids: {"entropy": law(ids[0, -1].item() / 100), "gen_ppl": 7.0},
-                                        text, 3, target, start)
+        points, ids = frontier.frontier(
+            lambda prompts, after, t: torch.cat([prompts, torch.full((2, 2), 100 * t).long()], 1),
+            lambda ids: {"entropy": law(ids[0, -1].item() / 100), "gen_ppl": 7.0}, text, slice(3, 5), target, start)
         assert list(ids) and set(ids) == set(points) == {p["temperature"] for p in points.values()}
         return list(points), metrics.at_entropy(points.values(), target)
     up, there = search(lambda t: 2 + t / 2, [1.0])
@@ -384,6 +384,18 @@ def test_a_frontier_goes_on_until_the_entropy_is_there():
     hot, never = search(lambda t: t / 10, [1.0, 2.0])
     assert hot[-1] == pytest.approx(3.9062, abs=1e-3) and never is None                            # gives up when hot
     assert search(lambda t: 3 * t, [0.5, 1.0, 2.0])[0] == [0.5, 1.0, 2.0]                           # it lies between
+
+
+def test_a_frontier_around_a_gap():
+    """What is written is put before what follows, and compared with what the text had there."""
+    text, seen = torch.arange(14).view(2, 7), []
+
+    def write(prompts, after, t):
+        seen.append(torch.cat([prompts, after], 1).tolist())
+        return torch.cat([prompts, text[:, 3:4], 0 * text[:, 4:5]], 1)
+    points, ids = frontier.frontier(write, lambda ids: {"entropy": 1.0, "gen_ppl": 7.0}, text, slice(3, 5), 1.0, [1.0])
+    assert seen == [[[0, 1, 2, 5, 6], [7, 8, 9, 12, 13]]] and points[1.0]["right"] == 0.5
+    assert ids[1.0].tolist() == [[0, 1, 2, 3, 0, 5, 6], [7, 8, 9, 10, 0, 12, 13]]
 
 
 def rows_of(**named):

@@ -10,6 +10,7 @@ from test_generate import IDS, PRIOR, random_hybrid
 import bridge
 import generate
 import hybrid
+import repr_align
 from core import backbone, masked, metrics
 from core.common import UserError
 
@@ -93,7 +94,7 @@ def test_the_stage_runs(runs, causal, text, tmp_path, capsys, monkeypatch):
 def test_a_second_judge_and_a_new_method(runs, text, tmp_path, capsys, monkeypatch):
     """It stands beside the first one, in rows of a method added by one entry; nothing is chosen without other texts."""
     def copy(cx):
-        yield "prompt again", {"calls": 0}, lambda prompts, t: torch.cat([prompts, prompts[:, :cx.cfg.new]], 1)
+        yield "prompt again", {"calls": 0}, lambda prompts, _, t: torch.cat([prompts, prompts[:, :cx.cfg.new]], 1)
     monkeypatch.setitem(generate.METHODS, "copy", copy)
     found = generate.main(["--preset", "tiny", "--bridges", f"{runs}/blocks", "--data", str(text), "--twin", "",
                            "--methods", "copy,blocks", "--tune_texts", "0", "--alphas", "1", "--betas", "1",
@@ -113,13 +114,55 @@ def test_a_second_judge_and_a_new_method(runs, text, tmp_path, capsys, monkeypat
 def test_what_is_tuned_on_is_not_reported(runs, text, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(generate, "METHODS", {"spy": lambda cx: iter([
-        (f"spy {i}", {"group": "spy"}, lambda prompts, t, i=i: seen.append((i, prompts)) or torch.cat(
+        (f"spy {i}", {"group": "spy"}, lambda prompts, _, t, i=i: seen.append((i, prompts)) or torch.cat(
             [prompts, prompts[:, :12].flip(1)], 1)) for i in range(2)])})
     found = generate.main(["--preset", "tiny", "--bridges", f"{runs}/blocks", "--data", str(text), "--twin", "",
                            "--out", str(tmp_path / "s")])
     tuning, reported = ({tuple(row) for _, p in seen if len(p) == n for row in p.tolist()} for n in (2, 4))
     assert len(tuning) == 2 and len(reported) == 4 and not tuning & reported
     assert [r["name"] for r in found["rows"]] == ["spy 0"]                     # no setting ever there: the first
+
+
+def test_a_gap_is_filled_by_both_sides(runs, causal, text, tmp_path, capsys, monkeypatch):
+    """Nobody is shown the gap; blocks and the bidirectional twin see what follows it, a block twin cannot; the AR
+    model's best guess is the one that makes what follows likeliest. All is judged with what follows."""
+    shown, made, fill, methods = [], {}, masked.fill, dict(generate.METHODS)
+    draw = hybrid.HybridForCausalLM.generate_blocks
+
+    def spy(cx):
+        def copy(prompts, after, t):
+            made["lm"], made["prompts"], made["after"] = cx.lm, prompts, after
+            return torch.cat([prompts, after[:, :cx.cfg.new]], 1)
+        yield "spy", {"calls": 0}, copy
+
+    def ar(cx):
+        for name, about, write in methods["ar"](cx):
+            yield name, about, lambda *a, name=name, write=write: made.setdefault(name, write(*a))
+    monkeypatch.setattr(generate, "METHODS", {**methods, "ar": ar, "spy": spy})
+    monkeypatch.setattr(masked, "fill", lambda model, ids, *a: shown.append((
+        model.arm.attention, ids[:, 16:].tolist())) or fill(model, ids, *a))
+    monkeypatch.setattr(hybrid.HybridForCausalLM, "generate_blocks", lambda model, ids, *a, suffix_ids, **how: (
+        shown.append(("ours", suffix_ids.tolist())) or draw(model, ids, *a, suffix_ids=suffix_ids, **how)))
+    repr_align.main(["--preset", "tiny", "--model", f"{runs}/toy", "--data", str(text), "--attention", "block",
+                     "--block_size", "8", "--align_weight", "0", "--steps", "3", "--out", str(tmp_path / "block")])
+    argv = ["--preset", "tiny", "--bridges", str(runs / "blocks"), "--data", str(text), "--suffix", "12", "--new", "4",
+            "--tune_texts", "0", "--twin", f"{runs}/repr_align/w0,{tmp_path}/block", "--methods", "spy,ar,twin,blocks"]
+    found = generate.main([*argv, "--out", str(tmp_path / "gap")])
+    before, after = made["prompts"], made["after"]
+    assert before.shape == (4, 16) and after.shape == (4, 12)
+    for kind, ids in shown:                                                    # masks first, where there are such
+        masks, end = [ids[0][0]] * 4 * (kind != "ours"), [[]] * 4 if kind == "block" else after.tolist()
+        assert ids == [[*masks, *row] for row in end]
+    assert {kind for kind, _ in shown} == {"ours", "block", "bidirectional"}
+    one, best = "AR, intact model", f"AR, best of {generate.CHOICE} by what comes after"
+    nats = {row: metrics.judge(made["lm"], torch.cat([made[row], after], 1), 20).sum() for row in (one, best)}
+    assert nats[best] < nats[one]
+    rows = {r["name"]: r for r in found["rows"]}
+    assert rows[best]["calls"] == 5 and rows["blocks at layer 2, alpha 0.8, beta 0.8"]["passes"] == (3 * 2 + 2 + 4) * 8
+    assert "tokens right" in generate.section(found) and "before 12 that follow" in generate.section(found)
+    argv[3] = str(causal)
+    assert "without --bidirectional" in fails(capsys, generate.main, *argv, "--out", str(tmp_path / "c"))
+    assert "--block_size at least" in fails(capsys, generate.main, "--suffix", "4", "--block_size", "8")
 
 
 def test_the_command_line_writes_blocks(runs, capsys):
