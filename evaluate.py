@@ -171,11 +171,9 @@ def overview(found, path):
             ax.set(title=title, xlabel=x, ylabel=y)
         if "geometry" in found:
             rows, best = found["geometry"]["layers"], found["geometry"]["best_layer"]
-            score = [r["score"] for r in rows]
-            error = [[max(0, sign * (r["score"] - r[end])) for r in rows]
-                     for sign, end in ((1, "score_low"), (-1, "score_high"))]
-            axes[0].errorbar([r["layer"] for r in rows], score, yerr=error, fmt="o-", markersize=4, capsize=3,
-                             color=report.BLACK)
+            x, score, *band = zip(*[[r[k] for k in ("layer", "score", "score_low", "score_high")] for r in rows])
+            axes[0].plot(x, score, "o-", markersize=4, color=report.BLACK)
+            axes[0].fill_between(x, *band, color=report.BLACK, alpha=0.2, linewidth=0)
             axes[0].plot(best, score[best - 1], "o", color=report.RED, markersize=9, label=f"layer {best} is chosen")
         for stage, color, label in (("bridge", report.BLUE, "diffusion bridge"),
                                     ("regression", report.RED, "plain regression (one call)")):

@@ -12,7 +12,6 @@ Generation: some tokens are unknown, their condition is a learned null, and z re
 
 Letters: B batch, T tokens, D hidden width of the backbone, z the standardised h[l], c the standardised h[0].
 """
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -37,17 +36,7 @@ def logit_normal(draws, mean):
     return torch.sigmoid(torch.tensor([mean + g.standard_normal() for g in draws], dtype=torch.float32))
 
 
-# t at which the readout's cross-entropy on the estimates of a trained bridge of the toy has risen by 0, 1/16, ..., 1 of
-# its whole rise (layer 1, unknown tokens after a cut, 64 held-out windows)
-RISE = (0.0, 0.588, 0.645, 0.676, 0.701, 0.722, 0.738, 0.755, 0.77, 0.785, 0.8, 0.815, 0.833, 0.851, 0.872, 0.901, 1.0)
-
-
-def information(draws, mean):
-    """Uniform in what the readout learns of a token: most of it is told between t = 0.59 and 0.9."""
-    return torch.tensor([np.interp(g.random(), np.linspace(0, 1, len(RISE)), RISE) for g in draws], dtype=torch.float32)
-
-
-TIMES = {"information": information, "logit-normal": logit_normal,  # --times -> (generators, mean of logit t) -> t (B,)
+TIMES = {"logit-normal": logit_normal,  # --times -> (generators, mean of logit t) -> t (B,)
          "uniform": lambda draws, mean: torch.tensor([g.random() for g in draws], dtype=torch.float32)}
 
 

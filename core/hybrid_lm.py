@@ -304,9 +304,6 @@ def assemble(net, config, base_model, device, dtype):
     if backbone.identity(base_model) != config.base:
         raise UserError(f"the weights in {base_model} are not those this bridge was trained under (hash "
                         f"{backbone.identity(base_model)}, expected {config.base}); pass the right --model")
-    if net.settings["D"] != lm.D or not 1 - net.generates <= config.layer <= lm.L:
-        raise UserError(f"the bridge makes states of width {net.settings['D']} at layer {config.layer}, but "
-                        f"{base_model} has width {lm.D} and {lm.L} blocks; pass the right --model")
     config.vocab_size, config.hidden_size, config.base_model = lm.V, lm.D, base_model
     config.eos_token_id, config.bos_token_id = lm.config.eos_token_id, lm.config.bos_token_id
     config.max_position_embeddings = lm.config.max_position_embeddings

@@ -1,7 +1,7 @@
 """bench.py: speed of a bridge's step beside its ceiling, and of writing by blocks beside one token after another.
 
     python -m studies.bench                                  # a bridge's step, out/repr_align/block: a minute
-    python -m studies.bench --twin "" --repeats 1                      # only a bridge's step
+    python -m studies.bench --twin "" --device cuda          # ceilings and a bridge's step (studies/gpu.sh does more)
     python -m studies.bench --twin out/mine/block --temperature 1
 
 Prints one row a measurement: the value, the stock thing it is compared with, and their ratio. Writes nothing.
@@ -10,16 +10,18 @@ import argparse
 
 if not __package__:
     argparse.ArgumentParser().exit(2, "error: start it as: python -m studies.bench\n")
+import contextlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 
 import data
 from core import backbone, denoiser, diffusion, masked
-from core.common import entry, matmul_rate, parse, setup
+from core.common import entry, parse, setup
 from core.measure import train_flops
 from core.metrics import measure, seconds_of
 from core.run import read_json
@@ -31,17 +33,35 @@ class Config:
     texts: int = 24             # that it writes
     temperature: float = 0.8    # of them
     seed: int = 0               # of all draws
-    repeats: int = 5            # of a bridge's step: the best of so many is reported
+    device: str = "cpu"         # of ceilings and steps (cpu, cuda, auto); bf16 on cuda
+    repeats: int = 5            # the best of so many is reported
 
 
-def bench_step(width, cfg):
-    """Forward and backward of a bridge of 2 blocks on 2,048 tokens."""
-    net = denoiser.Bridge(width, width, 2, max(1, width // (64 if width >= 512 else 32)))
-    z, c, noise, t = (*(torch.randn(16, 128, width) for _ in range(3)), torch.rand(16))
-    seconds = seconds_of(cfg.repeats, lambda: diffusion.token_loss(net, z, c, t, noise, 4)[0].mean().backward())
-    rate = 2048 * train_flops(net, 0, 0, 128) / seconds
-    print(f"bridge of width {width}, forward and backward: {rate / 1e9:.0f} GFLOP/s, {rate / matmul_rate():.0%} of "
-          "torch.mm")
+def ceilings(cfg, device, dtype):
+    """FLOP/s of torch.mm, which is returned, bytes a second of a copy, FLOP/s of causal attention."""
+    n, T = (2048, 256) if device.type == "cpu" else (8192, 4096)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    q = torch.randn(4, 16, T, 64, device=device, dtype=dtype)
+    rate = 2 * n ** 3 / seconds_of(cfg.repeats, lambda: torch.mm(a, b))
+    copy = 2 * a.nbytes / seconds_of(cfg.repeats, a.clone)
+    look = 2 * q.numel() * T / seconds_of(cfg.repeats, lambda: F.scaled_dot_product_attention(q, q, q, is_causal=True))
+    print(f"torch.mm at {n}^2, {dtype}: {rate / 1e9:.0f} GFLOP/s on {device}, {torch.get_num_threads()} threads; copy "
+          f"{copy / 1e9:.0f} GB/s; causal attention over {T} tokens {look / 1e9:.0f} GFLOP/s")
+    return rate
+
+
+def bench_step(width, cfg, device, dtype, ceiling):
+    """Forward and backward of a bridge of 2 blocks on 2,048 tokens (16 times as many on a GPU)."""
+    net = denoiser.Bridge(width, width, 2, max(1, width // (64 if width >= 512 else 32))).to(device)
+    B = 16 if device.type == "cpu" else 256
+    z, c, noise = (torch.randn(B, 128, width, device=device) for _ in range(3))
+    cast = contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+    def step():
+        with cast:
+            diffusion.token_loss(net, z, c, torch.rand(B, device=device), noise, 4)[0].mean().backward()
+    rate = 128 * B * train_flops(net, 0, 0, 128) / seconds_of(cfg.repeats, step)
+    print(f"bridge of width {width}, forward and backward: {rate / 1e9:.0f} GFLOP/s, {rate / ceiling:.0%} of torch.mm")
 
 
 def block_decoding(cfg, world):
@@ -83,11 +103,12 @@ def block_decoding(cfg, world):
 @entry
 def main(argv):
     cfg = parse(Config, argv, __doc__)
-    world = setup("cpu")
+    world = setup(cfg.device)
     torch.manual_seed(cfg.seed)
-    print(f"torch.mm at 2048^2, fp32: {matmul_rate() / 1e9:.0f} GFLOP/s on {torch.get_num_threads()} threads")
-    for width in (128, 512):
-        bench_step(width, cfg)
+    how = world.device, torch.float32 if world.device.type == "cpu" else torch.bfloat16
+    ceiling = ceilings(cfg, *how)
+    for width in (128, 576, 1024) if world.device.type == "cpu" else (1024, 4096):
+        bench_step(width, cfg, *how, ceiling)
     if cfg.twin:
         block_decoding(cfg, world)
 
