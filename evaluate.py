@@ -76,8 +76,11 @@ ANSWERS = {  # its second one: question -> runs and words of their findings, the
     "text drawn at that layer against the embedding's": (("layers/text", "against blocks at layer 0"),),
     "text drawn against its best rival at no more calls (one draw of it)": (
         ("generate_seeds/equal", " against "), ("generate", " against ")),
+    "a gap of 8 tokens filled, against the masked twin": (("generate_seeds/gap", "against masked twin"),),
     "conversion with alignment against without, by the bound": (
         ("ablate/arms", "w = 10 against blocks, causal context:"), ("repr_align", "with alignment")),
+    "the same, a toy that knows tasks: how many the twin still solves": (
+        ("tasks/arms", "tasks solved: blocks, causal context, w = 10 against"),),
     "the same, lowest masked CE on the way, alignment for a quarter of the steps": (
         ("ablate/align", "off after a quarter against w = 0"),),
     "conversion to blocks of tokens against all at once, by the bound": (
@@ -140,8 +143,6 @@ def against_regression(found, margin):
 def measure_models(cfg, runs, found, world, dtype):
     """What no stage measures: {"zero_shot": ..., "cost": ..., "harness": ...} of the models under `runs`."""
     import hybrid
-    if cfg.harness:
-        zeroshot.known(cfg.harness.split(","), cfg.harness_path)
     model = hybrid.from_bridge(runs / "bridge", device=world.device, dtype=dtype)
     tokenizer = hybrid.tokenizer_of(model)
     intact = backbone.load(model.config.base_model, world.device, dtype)
@@ -154,10 +155,10 @@ def measure_models(cfg, runs, found, world, dtype):
     twins = {f"masked, {s.removeprefix('repr_align/')}": masked.load_converted(runs / s, world.device, dtype)[0]
              for s in found if s.startswith("repr_align/")}
     models = {"AR": intact.model, f"hybrid, NFE {model.config.nfe}": model, **twins}
-    return {"zero_shot": zeroshot.zero_shot(models, texts, cfg.calls, cfg.seed),
-            "cost": cost.cost(model, intact, next(iter(twins.values()), None), cfg.repeats, cfg.new),
-            "harness": zeroshot.harness(models, tokenizer, cfg.harness.split(","), cfg.harness_path, cfg.limit,
-                                        cfg.calls, cfg.seed) if cfg.harness else {}}
+    return {"harness": zeroshot.harness(models, tokenizer, cfg.harness.split(","), cfg.harness_path, cfg.limit,
+                                        cfg.calls, cfg.seed) if cfg.harness else {},     # first: it may refuse a task
+            "zero_shot": zeroshot.zero_shot(models, texts, cfg.calls, cfg.seed),
+            "cost": cost.cost(model, intact, next(iter(twins.values()), None), cfg.repeats, cfg.new)}
 
 
 # --------------------------------------------------------------------------------------------------------- join

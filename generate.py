@@ -4,12 +4,13 @@
     python generate.py --bridges out/a,out/b --twin out/m,out/n --out out/generate2    # layers and seeds; mean +- sd
     python bridge.py --preset blocks --layer 1 --blocks 4 --out out/blocks1            # makes such a bridge
 
-Each text is a held-out prefix and what a method writes after it. Methods are compared by gen-PPL at real text's entropy
-(core.metrics.at_entropy), over temperatures that go on until it is reached. Of a method's settings (the twin's order,
-how lazy Jacobi is, the weights of our two experts) the best is chosen on texts apart, for ours and rivals alike, and it
-alone is reported. Writes result.json, samples.jsonl, generation.png and section.md to --out.
+Each text is a held-out prefix and what a method writes after it, or with --suffix in the gap before more text. Methods
+are compared by gen-PPL at real text's entropy (core.metrics.at_entropy), over temperatures that go on until it is
+reached. Of a method's settings (the twin's order, how lazy Jacobi is, the weights of our two experts) the best is
+chosen on texts apart, for ours and rivals alike, and alone reported. Writes result.json, samples.jsonl, generation.png
+and section.md to --out.
 
-Letters: N texts, P prefix, T tokens, V vocabulary, L blocks, l the layer of a bridge.
+Letters: N texts, P prefix, S suffix, T tokens, V vocabulary, L blocks, l the layer of a bridge.
 """
 import functools
 import itertools
@@ -48,7 +49,7 @@ class Config:
     tune_texts: int = 8         # other texts, on which settings are chosen (0: choose none, report every setting)
     prefix: int = 64            # visible tokens of each
     new: int = 64               # tokens written after them
-    suffix: int = 0             # visible tokens after those, which close a gap (0: the text goes on freely)
+    suffix: int = 0             # visible tokens after those, which close a gap; all best within the bridges' seq_len
     block_size: int = 64        # of which so many are drawn at once
     nfe: int = 4                # network calls of the first denoising
     sampler: Literal["", *SAMPLERS] = ""  # of the bridge (empty: its default)
@@ -154,7 +155,7 @@ def parallel(cx):
     def row(name, some, **how):
         return name, {"calls": some, **({"group": "lazy Jacobi"} if how else {})}, lambda prompts, after, t: jacobi(
             cx.lm, prompts, cx.cfg.new, some, t, cx.cfg.seed, cx.prior, **how)
-    equal = {"calls": calls, "block passes": 1 + int((each < passes).sum())}
+    equal = {"calls": calls, "block passes": min(cx.cfg.new, 1 + int((each < passes).sum()))}
     for some in dict.fromkeys(equal.values()):
         yield row(f"Jacobi, intact model, equal {' and '.join(n for n, c in equal.items() if c == some)}", some)
     for stay in (0.5, 0.8, 0.9, 0.95):                                       # our loop without bridge or training
@@ -171,8 +172,8 @@ def twin(cx):
         about = {"group": kind, "calls": steps, "seed": result["seed"], "train_seconds": result["seconds"]}
         for order in masked.ORDERS:
             def write(prompts, after, t, student=student, order=order):
-                after = after[:, :after.shape[1] * (student.arm.attention == "bidirectional")]   # or it sees none of it
-                ids = torch.cat([prompts, prompts.new_full((len(prompts), cfg.new), student.mask_id), after], 1)
+                parts = [prompts, prompts.new_full((len(prompts), cfg.new), student.mask_id), after]
+                ids = torch.cat(parts if student.arm.attention == "bidirectional" else parts[:2], 1)
                 return masked.fill(student, ids, ids == student.mask_id, steps, t, cfg.seed,
                                    order)[:, :cfg.prefix + cfg.new]
             yield f"{kind}, {order} order", about, write
@@ -220,7 +221,7 @@ def cost(cfg, info, L):
     first, turns = (cfg.nfe, cfg.refinements) if info["objective"] == "diffusion" else (1, 0)
     ours, count = first + turns * again(first, cfg.back), -(-cfg.new // cfg.block_size)    # the bridge's calls
     encode = first * info["blocks"] + L                                               # of a finished block, for others
-    each = ours * info["blocks"] + (L - info["layer"]) + turns * L + encode * (1 - 1 / count)
+    each = ours * info["blocks"] + (L - info["layer"]) + (turns + (cfg.suffix > 0)) * L + encode * (1 - 1 / count)
     seen = 1 + (cfg.prefix + cfg.suffix) / cfg.new * (cfg.suffix > 0)                 # around a gap nothing is cached
     return (ours + turns) * count + first * (count - 1), round(each * seen)
 
@@ -230,7 +231,7 @@ def section(result):
     how, tuned, suffix = result["settings"], result["tuned"], result["settings"]["suffix"]
     lines = ["## GENERATE", "",
              f"{result['texts']} texts: {how['prefix']} held-out tokens, then {how['new']} written"
-             f"{f' before {suffix} that follow, judged with these' if suffix else ''}; ours "
+             f"{f' before {suffix} that are known, judged with as many of these' if suffix else ''}; ours "
              f"{how['block_size']} at a time by {how['nfe']} calls and {how['refinements']} refinements; seed "
              f"{how['seed']}. gen-PPL is that of the intact model (it favours its own samples), read off where the "
              "entropy of a text's tokens equals real text's; +- sd over training seeds where there are several.", "",
@@ -265,9 +266,8 @@ def check(cfg):
         raise UserError(f"--temperatures must be numbers in [{COLDEST}, {HOTTEST}]")
     if not all(x >= 0 for x in numbers(f"{cfg.alphas},{cfg.betas}")) or not 0 <= cfg.back < 1:
         raise UserError("--alphas and --betas must be numbers that are not negative, and --back lie in [0, 1)")
-    if cfg.suffix < 0 or cfg.suffix and cfg.block_size < cfg.new:
-        raise UserError("--suffix must not be negative, and a gap before it is drawn at once: --block_size at least "
-                        "--new")
+    if cfg.suffix and cfg.block_size < cfg.new:
+        raise UserError("a gap before a --suffix is drawn at once: --block_size must be at least --new")
     if cfg.texts < 2 or cfg.tune_texts not in (0, *range(2, cfg.texts + 1)) or cfg.new < 4 or cfg.prefix < 2:
         raise UserError("--texts and --prefix must be at least 2, --new 4, and --tune_texts 0 or 2..--texts")
     cfg.twin = cfg.twin if "twin" in asked(cfg) else ""

@@ -113,7 +113,7 @@ def load_models(cfg, model, tokenizer, world, dtype):
         lm.model.get_input_embeddings().requires_grad_(False)
         lm.model.get_output_embeddings().requires_grad_(False)
     if cfg.shard:
-        shard([lm, teacher], world, dtype)
+        shard([m for m in (lm, teacher) if m is not None], world, dtype)
     return student, teacher
 
 
@@ -153,9 +153,9 @@ def infilled(student, rows, seed):
 
 
 def tokens_a_call(student, rows, seed):
-    """How many tokens a call reveals, by threshold SURE, where the second half of rows (N, T) is to be written."""
+    """How many tokens a call reveals, by threshold SURE, where the last 64 of rows (N, T), or half, are to write."""
     hidden = torch.zeros_like(rows, dtype=torch.bool)
-    hidden[:, rows.shape[1] // 2:] = True
+    hidden[:, max(rows.shape[1] // 2, rows.shape[1] - 64):] = True
     masks = [hidden]
     fill(student, rows.masked_fill(hidden, student.mask_id), hidden, 1, seed=seed, threshold=SURE,
          watch=lambda _, is_mask: masks.append(is_mask))
@@ -193,8 +193,7 @@ held-out sequences, their shares of masks on an even grid. {flags}.
 {report.table(columns[:len(rows[0])], rows)}
 
 -log p of these texts is at most {result["bound"][0]:.3f} +- {result["bound"][1]:.3f} nats a token (standard error). \
-Of {GAP} hidden tokens in the middle of a text {result["infilled"]:.1%} are filled in right\
-{sure}.
+Of {GAP} hidden tokens in the middle of a text {result["infilled"]:.1%} are filled in right{sure}.
 
 ![masked CE on held-out text over the steps of training](convert.png)
 

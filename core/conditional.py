@@ -1,4 +1,4 @@
-"""conditional.py: what is left of h[l] once h[0] is known, for all layers by the same forward passes.
+"""conditional.py: what is left of h[l] once h[0] is known, for all layers by (nearly) the same forward passes.
 
     known = fit(lm, layers, calibration, train, wanted=held_out)      # rows of ids (N, T) each
     table = joined([errors(lm, guesses(known), held_out)])    # layer -> guess -> fvu, and of those decoded kl, ce_gap
@@ -39,7 +39,7 @@ def fit(lm, layers, calibration, train, wanted, skip=4, seed=0, probe_steps=40):
     """layer -> what is known of it: a bridge of one narrow block whose buffers are the units of z and c, and which
     learns what the ridge leaves; with `weights` of the ridge and the `mean` state of each token, its row given by
     `place`. From positions >= skip of rows (N, T): units from `calibration`; ridge, the means of the tokens `wanted`
-    and the probes from `train`. Only sums are kept: memory does not grow with the text."""
+    and the probes from `train`, of which only sums are kept: memory does not grow with the text."""
     torch.manual_seed(seed)
     device = lm.norm.weight.device
     width = min(WIDTH, 32 * -(-lm.D // 32))
@@ -68,9 +68,9 @@ def solve(lm, known, train, wanted, skip):
         count = count + torch.bincount(some, minlength=1 + len(ids))[:, None]
         for layer, h, h0, _ in lm.at(rows, known):
             if one is None:
-                one = with_one(known[layer].standard_c(h0)[:, skip:]).flatten(0, 1)           # (n, D + 1)
+                one = with_one(known[layer].standard_c(h0)[:, skip:]).flatten(0, 1)  # (n, D + 1)
                 gram += one.T @ one
-            z = known[layer].standard_z(h)[:, skip:].flatten(0, 1)                            # (n, D)
+            z = known[layer].standard_z(h)[:, skip:].flatten(0, 1)                   # (n, D)
             cross[layer] += one.T @ z
             total[layer].index_add_(0, some, z)
     for layer, at in known.items():

@@ -25,7 +25,7 @@ MARGIN = 0.05                              # nats a token: of no practical inter
 def frontier(write, measured, text, gap, target, temperatures):
     """({temperature: metrics}, {temperature: ids}), from cold to hot: the given temperatures, and then colder or hotter
     ones until the entropy `target` lies between two of them. The tokens of text (N, T) in the slice `gap` are written,
-    unseen; metrics are of all that follows the gap's begin, and `right` is the share of the gap that was text's own."""
+    unseen; `right` is the share of the gap that became text's own."""
     before, after = text[:, :gap.start], text[:, gap.stop:]                             # (N, P), (N, S)
     points, ids, todo = {}, {}, list(temperatures)
     while todo:

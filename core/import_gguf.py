@@ -7,6 +7,7 @@ Needs two more packages: pip install gguf accelerate. The library's reader drops
 rope scaling, head size, window or rotation speed would be lost is refused, as is one that lacks tensors.
 """
 import contextlib
+import importlib.util
 import io
 import os
 import shutil
@@ -57,11 +58,8 @@ def main(argv):
         raise UserError(f"--import_gguf {cfg.import_gguf!r} is no file")
     if out.exists():
         raise UserError(f"{out} exists already; pass another --out")
-    try:
-        import accelerate  # noqa: F401
-        import gguf  # noqa: F401
-    except ImportError:
-        raise UserError("a GGUF file is read with two more packages: pip install gguf accelerate") from None
+    if not all(map(importlib.util.find_spec, ("gguf", "accelerate"))):
+        raise UserError("a GGUF file is read with two more packages: pip install gguf accelerate")
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     where = dict(pretrained_model_name_or_path=file.parent, gguf_file=file.name)
     try:

@@ -1,7 +1,7 @@
 """metrics.py: what is measured of a law, of a text (perplexity, entropy, repetition) and of a program (seconds, bytes).
 
     ce, gaps = against(intact, right); kl, gap = gaps(logits)      # of next-token laws
-    row = measure(lm, ids, prefix)                 # all text metrics of what follows the prefix, judged by lm
+    row = measure(lm, ids, prefix)                 # all metrics of what was written after the prefix, judged by lm
     seconds = seconds_of(5, call)                  # the fastest of five calls
     with PeakBytes() as peak: call()               # peak.most: bytes held at once by tensors made meanwhile
 
@@ -78,10 +78,11 @@ def gen_ppl(nll):
 
 
 def measure(lm, ids, prefix, second=None, end=None):
-    """All metrics of what was written, ids[:, prefix:end] of ids (N, T), at one setting: gen_ppl of it and of what
-    comes after it, by the judge lm; entropy, diversity = product over n = 2, 3, 4 of the share of distinct n-grams,
-    rep_4; second_ppl by another judge, `second` = (lm, theirs, ours) of judge_text."""
-    new = ids[:, prefix:end]
+    """All metrics of what was written, ids[:, prefix:end] of ids (N, T), at one setting: gen_ppl, by the judge lm, of
+    it and of as many tokens after it, where there are such; entropy, diversity = product over n = 2, 3, 4 of the share
+    of distinct n-grams, rep_4; second_ppl by another judge, `second` = (lm, theirs, ours) of judge_text."""
+    end = end or ids.shape[1]
+    new, ids = ids[:, prefix:end], ids[:, :2 * end - prefix]
     more = {"second_ppl": gen_ppl(judge_text(*second, ids, prefix))} if second else {}
     return {**more, "gen_ppl": gen_ppl(judge(lm, ids, prefix)), "entropy": entropy(new),
             "diversity": math.prod(1 - repetition(new, n) for n in (2, 3, 4)), "rep_4": repetition(new, 4)}

@@ -28,8 +28,6 @@ def shard(models, world, dtype):
     if dtype != torch.float32:
         how["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for lm in models:
-        if lm is None:
-            continue
         for block in lm.blocks:
             fully_shard(block, **how)
             block.set_gradient_divide_factor(1.0)                            # a sum: losses are scaled for that

@@ -48,19 +48,21 @@ def twin_interface(student, tokenizer, calls, steps, seed):
             """[(log p(rest | context), whether filling the rest greedily, most certain first, gives it)] of [(strings,
             context, rest)]; a window of a rolled text has no strings, and its first number alone is asked for."""
             out = []
-            for i, (strings, context, rest) in enumerate(requests):
+            for strings, context, rest in requests:
                 ids = torch.tensor([*context, *rest][-self.max_length - 1:], device=self.device)
                 given = max(1, len(ids) - len(rest))
                 hide = (torch.arange(len(ids), device=ids.device) >= given)[None]
-                nats, _ = masked.likelihood(student, ids, calls, seed, given, key=i)
+                nats, _ = masked.likelihood(student, ids, calls, seed, given, key=int(ids.sum()))
                 out.append((-nats, strings is not None and torch.equal(ids, masked.fill(
                     student, ids[None], hide, int(hide.sum()), temperature=0.0)[0])))
             return out
 
         def _model_generate(self, context, max_length, **_):
-            """Greedy tokens, most certain first; the harness cuts them at its stop strings."""
+            """Greedy tokens, most certain first, none after the end of text; the harness cuts at its stop strings."""
             ids = F.pad(context, (0, max_length - context.shape[1]), value=student.mask_id)
-            return masked.fill(student, ids, ids == student.mask_id, steps, temperature=0.0)
+            out = masked.fill(student, ids, ids == student.mask_id, steps, temperature=0.0)
+            over = (out == self.eot_token_id)[:, context.shape[1]:].cumsum(1) > 0      # (1, new)
+            return torch.cat([context, out[:, context.shape[1]:].masked_fill(over, self.eot_token_id)], 1)
 
     return Twin(pretrained=student.lm.model, tokenizer=tokenizer,                      # a rolled window is one longer
                 max_length=student.lm.config.max_position_embeddings - 1)

@@ -158,17 +158,18 @@ def read_arm(result, rival):
 
 
 def read_bound(result, rival):
-    solved = {"tasks solved": tasks_solved(result["folder"])} if result.get("tasks") else {}
+    more = {"tokens a call": result["tokens_a_call"]} if "tokens_a_call" in result else {}     # not of an older cell
+    more |= {"tasks solved": tasks_solved(result["folder"])} if result.get("tasks") else {}
     return {"bound, nats a token": result["bound"][0], "masked CE of its own task": result["val_loss"],
-            "tokens filled in right": result["infilled"], "tokens a call": result["tokens_a_call"], **solved,
-            "seconds": result["seconds"]}
+            "tokens filled in right": result["infilled"], **more, "seconds": result["seconds"]}
 
 
 def tasks_solved(folder):
     """Share of prompts of AT_END whose answer is a converted model's first choice for the token after them."""
     (student, tokenizer), right = masked.load_converted(folder, torch.device("cpu"), torch.float32), []
+    pieces = Pieces(tokenizer)
     for name in AT_END:
-        pairs = examples(name, Pieces(tokenizer), 128, seed=0)
+        pairs = examples(name, pieces, 128, seed=0)
         ids = torch.tensor([[*pair.clean, student.mask_id] for pair in pairs])                           # (128, T)
         found = masked.fill(student, ids, ids == student.mask_id, 1, temperature=0)[:, -1]
         right += (found == torch.tensor([pair.answer for pair in pairs])).tolist()
@@ -189,10 +190,10 @@ def without(name, arms):
 
 
 KINDS = {  # study or stage -> (result, the rival's result) -> {column: number; None: never reached},
-    # (variant, {variant: results}) -> the variant it is judged against, columns in nats with a verdict
-    "bridge": (read_bridge, best_regression, ("KL", "CE gap")),
-    "repr_align": (read_arm, unaligned, ("best on the way",)),
-    "arms": (read_bound, without, ("bound, nats a token",))}
+    # (variant, {variant: results}) -> the variant it is judged against, columns with a verdict and their unit
+    "bridge": (read_bridge, best_regression, {"KL": "nats", "CE gap": "nats"}),
+    "repr_align": (read_arm, unaligned, {"best on the way": "nats"}),
+    "arms": (read_bound, without, {"bound, nats a token": "nats", "tasks solved": "of the prompts"})}
 
 
 # ----------------------------------------------------------------------------------------------------------- tables
@@ -210,8 +211,9 @@ def collect(cfg, work):
             rows.append({"layer": layer, "variant": name, "values": values[name],
                          "eval_sequences": results[0]["eval_sequences"]})
         verdicts += [[layer, name, rival, column, verdict(paired(values[name][column], values[rival][column]),
-                                                          cfg.margin, "nats")]
-                     for name, rival in rivals.items() if rival not in (None, name) for column in judged]
+                                                          cfg.margin, unit, lower_is_better=unit == "nats")]
+                     for name, rival in rivals.items() if rival not in (None, name)
+                     for column, unit in judged.items() if column in values[name]]
     return rows, verdicts
 
 
@@ -234,7 +236,7 @@ def section(result):
 {table(["layer", "variant", *columns], [
         [row["layer"], row["variant"], *(cell_text(row["values"].get(c), c) for c in columns)] for row in rows])}
 
-Paired by seed; "ties" only where the whole interval lies within {result["margin"]:g} nats:
+Paired by seed; "ties" only where the whole interval lies within {result["margin"]:g} nats or of the prompts:
 
 {table(["layer", "variant", "against", "by", "verdict"], result["verdicts"])}
 """

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The full study behind the report, after run_all.sh: every layer with three seeds, more backbones, the interfaces,
-# diffusion against regression where nothing is hidden and where something is. About an hour on two idle cores; run it
-# again and it resumes, or prints what is finished.
+# diffusion against regression where nothing is hidden and where something is. An hour and a quarter on two idle cores;
+# run it again and it resumes, or prints what is finished.
 #
 #   bash studies/all.sh
 #   DATA=notes/ OUT=out/notes bash studies/all.sh                           # as given to run_all.sh
@@ -46,7 +46,11 @@ python generate.py --data "$DATA" --bridges "$bridges" --twin "$twins" --texts 3
     ${JUDGE:+--second_judge "$JUDGE"} --out "$OUT/generate_seeds/equal"
 python generate.py --data "$DATA" --bridges "$bridges$layers" --methods blocks,jacobi --alphas 0.8 --betas 0.8 \
     --texts 70 --tune_texts 0 --temperatures 0.64,0.8 --out "$OUT/layers/text"
-printf '\n=== COMPARE: what an aligned twin solves, and by which circuits (2 min)\n'
+python generate.py --data "$DATA" --bridges "$bridges" --twin "$twins" --prefix 56 --new 8 --suffix 64 --texts 64 \
+    --tune_texts 16 --out "$OUT/generate_seeds/gap"
+printf '\n=== COMPARE: what twins of every kind still solve (9 min); an aligned one, and by which circuits (2 min)\n'
+python -m studies.ablate --study arms --model "$OUT/tasks/toy" --data "$OUT/tasks/data" --steps 500 --batch_size 16 \
+    --flags "--seq_len 64 --eval_every 250 --eval_batches 64" --out "$OUT/tasks/arms"
 python repr_align.py --data "$DATA" --align_weight 10 --seq_len 64 --steps 500 --eval_every 250 --eval_batches 16 \
     --out "$OUT/tasks/repr_align/w10"
 python circuits.py --model "$OUT/tasks/toy" --twins "$OUT/tasks/repr_align/w0,$OUT/tasks/repr_align/w10" \

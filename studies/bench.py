@@ -33,7 +33,7 @@ class Config:
     texts: int = 24             # that it writes
     temperature: float = 0.8    # of them
     seed: int = 0               # of all draws
-    device: str = "cpu"         # of ceilings and steps (cpu, cuda, auto); bf16 on cuda
+    device: str = "cpu"         # cpu, cuda, auto; ceilings and steps are of bf16 on cuda
     repeats: int = 5            # the best of so many is reported
 
 
@@ -59,7 +59,8 @@ def bench_step(width, cfg, device, dtype, ceiling):
 
     def step():
         with cast:
-            diffusion.token_loss(net, z, c, torch.rand(B, device=device), noise, 4)[0].mean().backward()
+            loss = diffusion.token_loss(net, z, c, torch.rand(B, device=device), noise, 4)[0].mean()
+        loss.backward()
     rate = 128 * B * train_flops(net, 0, 0, 128) / seconds_of(cfg.repeats, step)
     print(f"bridge of width {width}, forward and backward: {rate / 1e9:.0f} GFLOP/s, {rate / ceiling:.0%} of torch.mm")
 

@@ -120,7 +120,17 @@ def test_arms_are_compared_by_their_bounds(tmp_path):
     assert rivals["blocks, causal context"] == "blocks" and rivals["blocks, clean context"] == "blocks"
     assert said[None, "blocks, causal context", "bound, nats a token"].startswith("ahead by 1 nats (95%")
     assert "tasks solved" not in text and "| 0.250 | 1.500 | 7.000 |" in text
+    assert "tasks solved" not in {column for *_, column in said}
     assert "bidirectional" not in {name for _, name, _ in said} and "| - | bidirectional | 4.005 +- 0.007 |" in text
+
+
+def test_more_tasks_are_better(tmp_path, monkeypatch):
+    cfg = ablate.Config(study="arms", out=str(tmp_path / "arms"), seeds=2, variants="blocks; blocks, causal context")
+    for *_, folder, _ in ablate.cells(cfg):
+        write(folder, bound=[4.0, 0.1], val_loss=9.0, infilled=0.25, tokens_a_call=1.5, seconds=7.0, tasks=0.8)
+    monkeypatch.setattr(ablate, "tasks_solved", lambda folder: 0.5 + 0.25 * ("causal" in str(folder)))
+    _, said, _ = shown(cfg)
+    assert said[None, "blocks, causal context", "tasks solved"].startswith("ahead by 0.25 of the prompts")
 
 
 def test_tasks_solved_by_a_twin(runs, monkeypatch):

@@ -156,11 +156,12 @@ def test_a_gap_is_filled_by_both_sides(runs, causal, text, tmp_path, capsys, mon
     nats = {row: metrics.judge(made["lm"], torch.cat([made[row], after], 1), 20).sum() for row in (one, best)}
     assert nats[best] < nats[one]
     rows = {r["name"]: r for r in found["rows"]}
-    assert rows[best]["calls"] == 5 and rows["blocks at layer 2, alpha 0.8, beta 0.8"]["passes"] == (3 * 2 + 2 + 4) * 8
-    assert "tokens right" in generate.section(found) and "before 12 that follow" in generate.section(found)
+    ours = rows["blocks at layer 2, alpha 0.8, beta 0.8"]
+    assert rows[best]["calls"] == 5 and ours["passes"] == (3 * 2 + 2 + 4 + 4) * 8        # 4 of 32 tokens are new
+    assert "tokens right" in generate.section(found) and "before 12 that are known" in generate.section(found)
     argv[3] = str(causal)
     assert "without --bidirectional" in fails(capsys, generate.main, *argv, "--out", str(tmp_path / "c"))
-    assert "--block_size at least" in fails(capsys, generate.main, "--suffix", "4", "--block_size", "8")
+    assert "must be at least --new" in fails(capsys, generate.main, "--suffix", "4", "--block_size", "8")
 
 
 def test_the_command_line_writes_blocks(runs, capsys):
