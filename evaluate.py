@@ -66,21 +66,21 @@ ANSWERS = {  # its second one: question -> runs and words of their findings, the
     "the same, layer 4, 4 calls, as many blocks as replaced; regression at the better of two rates": (
         ("ablate/objective", "4, by KL: diffusion against"),),
     "every token known: diffusion against a table of token means": (("sweep", "KL against that of a table"),),
-    "h[l] in 32 dimensions and the model's upper blocks, by diffusion, against a network alone": (
-        ("interfaces", "bottleneck against causal"),),
-    "the last state in 32 dimensions and the model's head, by diffusion, against the same": (
-        ("interfaces", "latent against causal"),),
+    "h[l] in 32 diffused numbers and upper blocks, against a network": (("interfaces", "bottleneck against causal"),),
+    "the last state in 32 diffused numbers and head, against the same": (("interfaces", "latent against causal"),),
     "tokens hidden: 16 drawn states (8 calls each) against one mean (1 call)": (("span", "tempered: sampled stat"),),
     "tokens hidden: 16 drawn states against unigrams": (("span", "used: sampled states against unigrams"),),
     "text drawn at the best of layers 0, 1, 2, 4, 7 against the next": (("layers/text", "against blocks at layer"),),
     "text drawn at that layer against the embedding's": (("layers/text", "against blocks at layer 0"),),
     "text drawn against its best rival at no more calls (one draw of it)": (
         ("generate_seeds/equal", " against "), ("generate", " against ")),
-    "a gap of 8 tokens filled, against the masked twin": (("generate_seeds/gap", "against masked twin"),),
+    "a gap of 8 tokens filled, against its best rival": (("generate_seeds/gap", " against "),),
     "conversion with alignment against without, by the bound": (
         ("ablate/arms", "w = 10 against blocks, causal context:"), ("repr_align", "with alignment")),
     "the same, a toy that knows tasks: how many the twin still solves": (
         ("tasks/arms", "tasks solved: blocks, causal context, w = 10 against"),),
+    "an AR mode kept by its own loss against without: the tasks still solved": (
+        ("tasks/arms", "tasks solved: blocks, causal context, next-token loss 1 against"),),
     "the same, lowest masked CE on the way, alignment for a quarter of the steps": (
         ("ablate/align", "off after a quarter against w = 0"),),
     "conversion to blocks of tokens against all at once, by the bound": (
