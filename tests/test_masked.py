@@ -225,6 +225,17 @@ def test_drafts_never_change_the_greedy_text(family, drafts):
     assert torch.equal(out, greedy) and seen[0] == 10 and seen[-1] == 21 and len(seen) <= 12
     assert all(1 <= b - a <= 1 + drafts for a, b in zip(seen, seen[1:]))
 
+    def oracle(normed, own=s.logits):  # drafts that are right, but for those of every fourth place
+        logits, groups = own(normed), len(normed) // (1 + drafts)      # rows: the text's, then the drafts after each
+        for row in range(groups, len(normed)):
+            place = seen[-1] + 1 + (row - groups) // drafts + (row - groups) % drafts
+            token = (greedy[0, min(place, 20)] + (place % 4 == 0)) % s.mask_id
+            logits[row] = torch.nn.functional.one_hot(token, s.lm.V).float()
+        return logits
+    s.logits, seen[:] = oracle, [9]
+    out = masked.speculate(s, ids, 12, drafts, lambda i, m: seen.append((~m).sum().item()))
+    assert torch.equal(out, greedy) and len(seen) - 1 <= (9, 9, 6, 5)[drafts]      # and they were taken
+
 
 @torch.no_grad()
 def test_right_drafts_are_all_taken_and_others_refused():
