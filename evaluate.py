@@ -79,9 +79,9 @@ ANSWERS = {  # its second one: question -> runs and words of their findings, the
         ("ablate/arms", "w = 10 against blocks, causal context:"), ("repr_align", "with alignment")),
     "the same, a toy that knows tasks: how many the twin still solves": (
         ("tasks/arms", "tasks solved: blocks, causal context, w = 10 against"),),
-    "an AR mode kept by its own loss against without: the tasks still solved": (
+    "the AR model's own loss beside conversion against without: tasks still solved": (
         ("tasks/arms", "tasks solved: blocks, causal context, next-token loss 1 against"),),
-    "the same, lowest masked CE on the way, alignment for a quarter of the steps": (
+    "alignment for a quarter of the steps against none: lowest masked CE on the way": (
         ("ablate/align", "off after a quarter against w = 0"),),
     "conversion to blocks of tokens against all at once, by the bound": (
         ("ablate/arms", "blocks against bidirectional:"), ("repr_align", "by blocks")),

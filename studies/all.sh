@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The full study behind the report, after run_all.sh: every layer with three seeds, more backbones, the interfaces,
-# diffusion against regression where nothing is hidden and where something is. An hour and a quarter on two idle cores;
+# diffusion against regression where nothing is hidden and where something is. An hour and a half on two idle cores;
 # run it again and it resumes, or prints what is finished.
 #
 #   bash studies/all.sh
@@ -19,7 +19,7 @@ study() {  # study "what it asks and how long it takes" name flags...
         printf '\nstudies/all.sh stopped: %s failed\n' "${*:2}" >&2; exit 1; }
 }
 
-printf '\n=== GENERATE and its twins with three training seeds, then at other layers (20 min)\n'
+printf '\n=== GENERATE and its twins with three training seeds, then at other layers and in a gap (30 min)\n'
 best=$(python -c "import json, sys; print(json.load(open(sys.argv[1]))['layer'])" "$OUT/blocks/bridge.json")
 blocks() {  # blocks layer seed folder: a bridge like out/blocks
     python bridge.py --model "$OUT/toy" --data "$DATA" --layer "$1" --visible mix --bidirectional --self_condition \
