@@ -213,7 +213,7 @@ def collect(cfg, work):
         verdicts += [[layer, name, rival, column, verdict(paired(values[name][column], values[rival][column]),
                                                           cfg.margin, unit, lower_is_better=unit == "nats")]
                      for name, rival in rivals.items() if rival not in (None, name)
-                     for column, unit in judged.items() if column in values[name]]
+                     for column, unit in judged.items() if column in values[name].keys() & values[rival]]
     return rows, verdicts
 
 

@@ -131,6 +131,10 @@ def test_more_tasks_are_better(tmp_path, monkeypatch):
     monkeypatch.setattr(ablate, "tasks_solved", lambda folder: 0.5 + 0.25 * ("causal" in str(folder)))
     _, said, _ = shown(cfg)
     assert said[None, "blocks, causal context", "tasks solved"].startswith("ahead by 0.25 of the prompts")
+    for name, *_, folder, _ in ablate.cells(cfg):                              # beside cells that say nothing of tasks
+        if name == "blocks":
+            write(folder, bound=[4.0, 0.1], val_loss=9.0, infilled=0.25, seconds=7.0)
+    assert {column for *_, column in shown(cfg)[1]} == {"bound, nats a token"}
 
 
 def test_tasks_solved_by_a_twin(runs, monkeypatch):
