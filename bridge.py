@@ -29,7 +29,7 @@ from core.common import GradientSum, StopSignal, UserError, check_replicas, entr
 from core.denoiser import Bridge, calibrate, targets
 from core.diffusion import SAMPLERS, TIMES, hide, readout_loss, times, token_loss
 from core.draws import generator, normal
-from core.measure import NOISE_ROWS, numbers, report_size, section, summary, train_flops
+from core.measure import NOISE_ROWS, fit, numbers, report_size, section, summary, train_flops
 from core.run import TRACKERS, Clock, Run, finished, read_json
 
 
@@ -58,13 +58,13 @@ class Config:
     self_condition: bool = False  # feed the last estimate of z back in (half of the time in training)
     width: int = 0              # W (0: D)
     blocks: int = 0             # of the bridge (0: as many as it replaces)
-    recompute: bool = False     # activation checkpointing: less memory, a third more compute
+    recompute: bool = False     # activation checkpointing: less memory, a third more compute; on its own if needed
     overlap: Literal["auto", "on", "off"] = "auto"  # send gradients during backward; auto: with NCCL, not with gloo
     bucket_mb: float = 25.0     # size of the buckets in which they are sent
     ema: float = 0.995          # decay of the weights' running mean, reached by min(ema, (1+k)/(10+k))
     steps: int = 400            # optimizer steps
     batch_size: int = 16        # sequences a step, over all processes
-    micro_batch: int = 0        # sequences a forward pass of one process (0: its whole share)
+    micro_batch: int = 0        # sequences a forward pass of one process (0: what fits a GPU; on a CPU its whole share)
     seq_len: int = 128          # tokens a sequence
     lr: float = 0.02            # Muon, for the matrices inside the blocks (0: AdamW there too)
     lr_adam: float = 2e-3       # AdamW, for everything else
@@ -99,7 +99,7 @@ PRESETS = {
              "noise_seeds": 1, "eval_batches": 128, "lr": 0.0},    # minutes on two cores; Muon: half of a step, LOG.md
     "0.6b": {"steps": 5000, "batch_size": 32, "seq_len": 1024, "compile": True, "ema": 0.999,
              "lr": 0.01, "lr_adam": 6e-4, "warmup": 200, "cooldown": 1.0, "eval_every": 1000, "save_every": 500},
-    "8b": {"steps": 20000, "batch_size": 256, "micro_batch": 8, "seq_len": 1024, "compile": True, "ema": 0.9995,
+    "8b": {"steps": 20000, "batch_size": 256, "seq_len": 1024, "compile": True, "ema": 0.9995,
            "lr": 0.01, "lr_adam": 3e-4, "warmup": 500, "cooldown": 1.0, "eval_every": 2000, "save_every": 500},
 }
 
@@ -245,11 +245,13 @@ def main(argv):
     shape = backbone.read_config(model, cfg.seq_len)
     with torch.device("meta" if cfg.dry_run else "cpu"):
         net = build(cfg, shape, layer)
+    auto = not cfg.micro_batch and (cfg.dry_run or world.device.type == "cuda")
+    micro, recompute = fit(cfg, net, shape, layer, world, micro, dtype) if auto else (micro, cfg.recompute)
     if cfg.dry_run:
-        return report_size(cfg, net, shape, layer, world, micro, dtype)
+        return report_size(cfg, net, shape, layer, world, micro, dtype, recompute)
 
     # -------------------------------------------------------------------------------------------- model, data
-    net, net.recompute = net.to(world.device), cfg.recompute
+    net, net.recompute = net.to(world.device), recompute
     lm = backbone.load(model, world.device, dtype, blocks=layer, random_init=cfg.random_init)     # only the prefix
     tokenizer, train, held_out = texts(cfg, model, lm.V, world)
     states = keep_states(cfg, lm, train, layer, identity, world)

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from core import tasks as generated
 from core.backbone import EOS, load_tokenizer, tokenizer_hash
-from core.common import UserError, entry, parse
+from core.common import UserError, entry, parse, why
 from core.draws import generator
 from core.run import atomic, beside, digest, read_json, write_json, write_text
 
@@ -147,8 +147,7 @@ def _stream(source):
         rows = iter(datasets.load_dataset(source["id"], source["config"], split="train", streaming=True))
         row = next(rows, None)
     except Exception as error:  # the Hub raises many types; what the user needs is the one line
-        reason = str(error).split("\n")[0]
-        raise UserError(f"dataset {source['id']} could not be opened ({type(error).__name__}: {reason}); "
+        raise UserError(f"dataset {source['id']} could not be opened ({type(error).__name__}: {why(error)}); "
                         "without network, pass a text file or folder to --data") from None
     column = source["column"] or "text"
     if row is not None and column not in row:
@@ -308,7 +307,7 @@ class Tokens:
             raise UserError(f"the {split} split in {folder} has {len(self.ids)} tokens, fewer than two windows of "
                             f"--seq_len {seq_len}; use a larger corpus or a shorter --seq_len")
 
-    def _cut(self, starts):
+    def cut(self, starts):
         return torch.from_numpy(np.stack([self.ids[s:s + self.T + 1] for s in starts]).astype(np.int64))  # (B, T+1)
 
     def batch(self, seed, step, slots, batch_size):
@@ -318,14 +317,14 @@ class Tokens:
             epoch, i = divmod(step * batch_size + slot, self.n)
             a, b, phase = walk(seed, epoch, self.n, self.T)
             starts.append((a * i + b) % self.n * (self.T + 1) + phase)
-        return self._cut(starts)
+        return self.cut(starts)
 
     def windows(self, count, seed=None):
         """At most `count` windows (B, T+1) for evaluation: evenly spread, or with a seed a random choice of tiles."""
         count = min(count, self.n)
         tiles = np.arange(count) * self.n // count if seed is None else np.sort(
             generator(seed, "windows").choice(self.n, count, replace=False))
-        return self._cut(tiles * (self.T + 1))
+        return self.cut(tiles * (self.T + 1))
 
 
 class RandomTokens:

@@ -29,7 +29,7 @@ from core.common import UserError, entry, parse, pick, pick_dtype, setup
 from core.diffusion import SAMPLERS, again
 from core.draws import generator
 from core.frontier import COLDEST, HOTTEST, figure, frontier, headline, matched, nearest, table, tune, verdicts
-from core.metrics import at_entropy, judge, measure
+from core.metrics import at_entropy, judge, measure, seconds_of
 from core.report import table as markdown
 from core.run import Run, finished, read_json, write_text
 
@@ -50,6 +50,7 @@ class Config:
     prefix: int = 64            # visible tokens of each
     new: int = 64               # tokens written after them
     suffix: int = 0             # visible tokens after those, which close a gap; all best within the bridges' seq_len
+    lines: bool = False         # gaps that are one whole line, of exactly --new tokens
     block_size: int = 64        # of which so many are drawn at once
     nfe: int = 4                # network calls of the first denoising
     sampler: Literal["", *SAMPLERS] = ""  # of the bridge (empty: its default)
@@ -231,7 +232,8 @@ def section(result):
     how, tuned, suffix = result["settings"], result["tuned"], result["settings"]["suffix"]
     lines = ["## GENERATE", "",
              f"{result['texts']} texts: {how['prefix']} held-out tokens, then {how['new']} written"
-             f"{f' before {suffix} that are known, judged with as many of these' if suffix else ''}; ours "
+             f"{f' before {suffix} that are known, judged with as many of these' if suffix else ''}"
+             f"{', one whole line' * how.get('lines', False)}; ours "
              f"{how['block_size']} at a time by {how['nfe']} calls and {how['refinements']} refinements; seed "
              f"{how['seed']}. gen-PPL is that of the intact model (it favours its own samples), read off where the "
              "entropy of a text's tokens equals real text's; +- sd over training seeds where there are several.", "",
@@ -266,6 +268,8 @@ def check(cfg):
         raise UserError(f"--temperatures must be numbers in [{COLDEST}, {HOTTEST}]")
     if not all(x >= 0 for x in numbers(f"{cfg.alphas},{cfg.betas}")) or not 0 <= cfg.back < 1:
         raise UserError("--alphas and --betas must be numbers that are not negative, and --back lie in [0, 1)")
+    if cfg.lines and not cfg.suffix:
+        raise UserError("--lines are gaps: they go with --suffix")
     if cfg.suffix and cfg.block_size < cfg.new:
         raise UserError("a gap before a --suffix is drawn at once: --block_size must be at least --new")
     if cfg.texts < 2 or cfg.tune_texts not in (0, *range(2, cfg.texts + 1)) or cfg.new < 4 or cfg.prefix < 2:
@@ -284,6 +288,17 @@ def check(cfg):
         if read_json(Path(folder) / "result.json", "finish it, or pass --twin ''")["base"] != bridges[0][1]["base"]:
             raise UserError(f"{folder} was converted from another backbone than these bridges; pass --twin ''")
     return bridges
+
+
+def whole_lines(tokens, tokenizer, cfg):
+    """Windows (2N, T) of held-out text whose gap is one line: a token with a line break before it, one after it and
+    none inside. Evenly spread; fewer where there are fewer."""
+    breaks = np.array(["\n" in tokenizer.decode(i) for i in range(len(tokenizer))])
+    at = np.flatnonzero(breaks[tokens.ids])
+    starts = at[:-1][np.diff(at) == cfg.new + 1] + 1 - cfg.prefix
+    starts = starts[(starts >= 0) & (starts < len(tokens.ids) - tokens.T)]
+    count = min(len(starts), 2 * cfg.texts)
+    return tokens.cut(starts[np.arange(count) * len(starts) // max(1, count)]) if count else []
 
 
 @entry
@@ -305,10 +320,12 @@ def main(argv):
     backbone.read_config(model, length)
     tokenizer = backbone.load_tokenizer(model)
     shards, _ = data.shards_beside(cfg, tokenizer, world)
-    windows = data.Tokens(shards, "val", length - 1).windows(2 * cfg.texts).to(world.device)    # (2N, T)
+    tokens = data.Tokens(shards, "val", length - 1)
+    windows = whole_lines(tokens, tokenizer, cfg) if cfg.lines else tokens.windows(2 * cfg.texts)   # (2N, T)
     if len(windows) < 2 * cfg.texts:
-        raise UserError(f"the held-out text has {len(windows)} windows of --prefix + --new + --suffix tokens, fewer "
-                        f"than twice --texts {cfg.texts}")
+        raise UserError(f"the held-out text has {len(windows)} {'lines of --new tokens in ' * cfg.lines}windows of "
+                        f"--prefix + --new + --suffix tokens, fewer than twice --texts {cfg.texts}")
+    windows = windows.to(world.device)
     text, apart = windows[::2], windows[1::2][torch.arange(cfg.tune_texts) * cfg.texts // max(1, cfg.tune_texts)]
     lm = backbone.load(model, world.device, dtype)
     second = cfg.second_judge and (backbone.load(cfg.second_judge, world.device, dtype),
@@ -321,6 +338,7 @@ def main(argv):
     # 2 choose each group's setting, then draw
     start, rows, samples, real = numbers(cfg.temperatures), [], [], judged(text)
     tuned = tune(drawn(cx), measured, apart, gap, start) if cfg.tune_texts else {}
+    one = text[:1, :gap.start], text[:1, gap.stop:]                                   # (1, P), (1, S): timed alone
     for name, about, write in drawn(cx):
         group = tuned.get(about.get("group"))
         if group and name != group["chosen"]:
@@ -329,7 +347,8 @@ def main(argv):
         points, ids = frontier(write, judged, text, gap, real["entropy"], first)
         near = ids[nearest(points.values(), real["entropy"])[0]["temperature"]]
         row = {"name": name, **about, "frontier": list(points.values()),
-               "matched": at_entropy(points.values(), real["entropy"])}
+               "matched": at_entropy(points.values(), real["entropy"]),
+               "tokens_per_s": cfg.new / seconds_of(2, functools.partial(write, *one, 1.0))}
         if second:
             row["second_matched"] = at_entropy(points.values(), real["entropy"], "second_ppl")
         rows.append(row)

@@ -24,7 +24,7 @@ import data
 from core import backbone, diffusion
 from core.common import UserError, entry, parse, pick_dtype, setup
 from core.metrics import against
-from core.report import table
+from core.report import film, table
 from core.run import Run, beside, card, finished, read_json
 
 if __name__ != "__main__":  # as a program it looks whether its run is finished before transformers load (2 s)
@@ -54,11 +54,12 @@ class Config:
     beta: float = 0.8           # with --block_size: share of the token prior that is divided out of their product
     top_p: float = 1.0          # with --block_size: nucleus
     show: bool = False          # with --block_size: print what the readout makes of every denoising step
+    gif: str = ""               # with --block_size, of one block: a GIF file that shows the same
     compare: bool = False       # print the intact model's continuation beside it
     seq_len: int = 128          # tokens a sequence of the CE gap
     eval_batches: int = 512     # sequences of the CE gap
     MEASURES = ("prompt", "max_new_tokens", "temperature", "block_size", "suffix", "refinements", "alpha", "beta",
-                "top_p", "show", "compare")
+                "top_p", "show", "gif", "compare")
 
 
 PRESETS = {"tiny": {"seq_len": 32, "eval_batches": 4}, "135m": {"eval_batches": 128}}
@@ -98,13 +99,22 @@ def write_blocks(model, tokenizer, cfg):
     def ids(text):
         return torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]], device=model.device)     # (1, T)
 
-    def watch(z):
-        print(repr(tokenizer.decode(model.net.readout(z[0]).argmax(-1))))
+    def words(some):
+        return [(tokenizer.decode(i), False) for i in some]
+    before, frames = ids(cfg.prompt).long(), []
+
+    def watch(z):                                                    # (1, T, D) of all of a gapped text, or of a block
+        new = model.net.readout(z[0, before.shape[1] * bool(cfg.suffix):][:cfg.max_new_tokens]).argmax(-1)
+        frames.append(words(before[0]) + words(new))
+        if cfg.show:
+            print(repr(tokenizer.decode(new)))
     out = model.generate_blocks(
-        ids(cfg.prompt).long(), cfg.max_new_tokens, cfg.block_size, cfg.nfe or 4, alpha=cfg.alpha,
+        before, cfg.max_new_tokens, cfg.block_size, cfg.nfe or 4, alpha=cfg.alpha,
         beta=cfg.beta, prior=prior_beside(cfg.bridge, model) if cfg.beta > 0 else None, temperature=cfg.temperature,
         top_p=cfg.top_p, refinements=cfg.refinements, seed=cfg.seed, suffix_ids=ids(cfg.suffix) if cfg.suffix else None,
-        watch=watch if cfg.show else None)
+        watch=watch if cfg.show or cfg.gif else None)
+    if cfg.gif:
+        film(cfg.gif, [*frames, words(out[0, :before.shape[1] + cfg.max_new_tokens])])
     return tokenizer.decode(out[0])
 
 
@@ -174,8 +184,10 @@ def main(argv):
     dtype = pick_dtype(cfg, world.device)
     if cfg.temperature < 0:
         raise UserError(f"--temperature {cfg.temperature} must not be negative")
-    if (cfg.suffix or cfg.show) and not cfg.block_size:
-        raise UserError("--suffix and --show go with --block_size")
+    if (cfg.suffix or cfg.show or cfg.gif) and not cfg.block_size:
+        raise UserError("--suffix, --show and --gif go with --block_size")
+    if cfg.gif and cfg.block_size < cfg.max_new_tokens:
+        raise UserError("--gif shows one block of tokens: --block_size must be at least --max_new_tokens")
     if cfg.block_size and (cfg.compare or not cfg.prompt):
         raise UserError("--block_size goes with --prompt and without --compare")
     info = read_json(Path(cfg.bridge) / "bridge.json", "train a bridge with: python bridge.py")

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from core.common import UserError
+from core.common import UserError, why
 from core.run import beside, read_json
 
 EOS = "<|endoftext|>"  # of a tokenizer that we train ourselves
@@ -281,8 +281,7 @@ def resolve(model, out):
 
 
 def no_model(name, error):
-    reason = str(error).strip().split("\n")[0]
-    return UserError(f"no model could be opened at {name} ({reason}); pass a local folder or a Hub id")
+    return UserError(f"no model could be opened at {name} ({why(error)}); pass a local folder or a Hub id")
 
 
 def identity(name, random_init=False):
@@ -380,8 +379,7 @@ def load(name, device, dtype, blocks=None, random_init=False):
                     name, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False,
                     output_loading_info=True)
     except Exception as error:  # safetensors, OSError, RuntimeError: the library has many ways to say no
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"the weights in {name} could not be read ({type(error).__name__}: {reason}); "
+        raise UserError(f"the weights in {name} could not be read ({type(error).__name__}: {why(error)}); "
                         "download or make the folder again") from None
     if missing := [*report.get("missing_keys", ()), *report.get("mismatched_keys", ())]:
         raise UserError(f"the weights in {name} lack {len(missing)} tensors, {min(map(str, missing))} among them; "
@@ -416,8 +414,7 @@ def load_tokenizer(folder):
         if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # the library makes an empty one of a bare config
             raise ValueError("it knows no words")
     except Exception as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"no tokenizer could be loaded from {folder} ({reason}); save one beside the model") from None
+        raise UserError(f"no tokenizer could be loaded from {folder} ({why(error)}); save one beside it") from None
     return tokenizer
 
 

@@ -34,6 +34,11 @@ class UserError(Exception):
     """Something the user can mend. The message is one sentence that says what is wrong and what to do."""
 
 
+def why(error):
+    """What another library's error says, on one line."""
+    return " ".join(str(error).split())[:200]
+
+
 def entry(main):
     """Decorate `main(argv)`: a UserError, or an OSError such as a full disk, becomes one sentence and exit code 2."""
     @functools.wraps(main)

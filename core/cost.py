@@ -3,19 +3,17 @@
     rows = cost(hybrid, intact, student, repeats=2, new=64)
     lines = section(rows, "cost.png")                          # Markdown; draws the figure
 """
-import copy
-
 import torch
 
-from core import denoiser, masked, report
+from core import masked, report
 from core.metrics import PeakBytes, seconds_of
 
 
 def cost(model, intact, student, repeats, new):
     """Latency of cached greedy generation of `new` tokens after as many, batch 1: the intact model, the hybrid by NFE,
-    random bridges by layer (as many blocks as they replace), the masked model by steps (no cache). `blocks` is the
-    ratio of transformer blocks run a token: a toy's time is in the calls, not in the arithmetic. Memory is that of the
-    weights a model needs and, at the peak, of the tensors it makes."""
+    the masked model by steps (no cache). `blocks` is the ratio of transformer blocks run a token: a toy's time is in
+    the calls, not in the arithmetic. Memory is that of the weights a model needs and, at the peak, of the tensors it
+    makes."""
     base = intact.model
     ids = torch.randint(1, intact.V, (1, new), generator=torch.Generator().manual_seed(0), device=base.device)
     how = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0,
@@ -32,24 +30,13 @@ def cost(model, intact, student, repeats, new):
     whole = sum(p.numel() * p.element_size() for p in base.parameters())
     measure("intact model", lambda: base.generate(ids, **how), 1.0, whole, [base])
 
-    def of_hybrid(some, nfe, what):
-        layer, net = some.config.layer, some.net
-        some.set_nfe(nfe)
-        kept = sum(p.numel() * p.element_size() for p in some.lm.model.parameters())
-        measure(what, lambda: some.generate(ids, **how),
-                (nfe * net.settings["blocks"] + intact.L - layer) / intact.L,
-                kept + 4 * sum(p.numel() for p in net.parameters()), [some, some.lm], layer=layer, nfe=nfe)
-    default = model.config.nfe
+    layer, default, deep = model.config.layer, model.config.nfe, model.net.settings["blocks"]
+    kept = sum(p.numel() * p.element_size() for p in (*model.lm.model.parameters(), *model.net.parameters()))
     for nfe in (1, 4, 16):
-        of_hybrid(model, nfe, f"hybrid at layer {model.config.layer}, NFE {nfe}")
+        model.set_nfe(nfe)
+        measure(f"hybrid at layer {layer}, NFE {nfe}", lambda: model.generate(ids, **how),
+                (nfe * deep + intact.L - layer) / intact.L, kept, [model, model.lm], layer=layer, nfe=nfe)
     model.set_nfe(default)
-    heads = max(1, intact.D // (64 if intact.D >= 512 else 32))                     # the rule of bridge.py
-    for layer in sorted({max(1, intact.L * i // 4) for i in range(1, 4)}):
-        net = denoiser.Bridge(intact.D, intact.D, layer, heads).to(base.device).eval()
-        config = copy.deepcopy(model.config)
-        config.layer, config.bridge, config.nfe = layer, net.settings, default
-        some = type(model)(config, net, copy.deepcopy(intact)).eval()
-        of_hybrid(some, default, f"random bridge of {layer} blocks at layer {layer}, NFE {default}")
     wide = 4 * new                                                                  # no cache: all tokens in each step
     text = torch.cat([ids, ids.new_full((1, wide), student.mask_id)], 1) if student else None
     for steps in (new // 4, new) if student else ():
@@ -63,15 +50,13 @@ def section(cost, path):
     """Latency of each model beside what the number of blocks foretells, and its figure."""
     hybrids = [r for r in cost if "nfe" in r]
     near = sum(abs(r["ratio"] / r["blocks"] - 1) <= 0.25 for r in hybrids)
-    still = [r["nfe"] for r in cost if r["what"].startswith("hybrid") and r["ratio"] <= 1]
-    with report.figure(path, columns=2, width=4, sharey=True) as axes:
-        for ax, start, key, title in ((axes[0, 0], "hybrid", "nfe", "network calls (NFE)"),
-                                      (axes[0, 1], "random", "layer", "layer, bridges as deep as what they replace")):
-            mine = [r for r in cost if r["what"].startswith(start)]
-            for name, style, label in (("ratio", "o-", "measured"), ("blocks", "--", "by blocks run")):
-                ax.plot([r[key] for r in mine], [r[name] for r in mine], style, color=report.BLUE, label=label)
-            ax.axhline(1, color=report.RED, linewidth=1)
-            ax.set(xlabel=title, ylabel="time a token over the intact model", ylim=(0, None))
+    still = [r["nfe"] for r in hybrids if r["ratio"] <= 1]
+    with report.figure(path, width=4) as axes:
+        ax = axes[0, 0]
+        for name, style, label in (("ratio", "o-", "measured"), ("blocks", "--", "by blocks run")):
+            ax.plot([r["nfe"] for r in hybrids], [r[name] for r in hybrids], style, color=report.BLUE, label=label)
+        ax.axhline(1, color=report.RED, linewidth=1)
+        ax.set(xlabel="network calls (NFE)", ylabel="time a token over the intact model", ylim=(0, None))
     return ["## Cost", "", "Cached greedy generation, batch 1 (the twin: all tokens at once, no cache); ratios to the "
             "intact model's stock generate(). Peak: weights and the tensors made on the way.", "",
             report.table(["model", "ms a token", "tokens/s", "ratio", "blocks ratio", "weights (MB)", "peak (MB)"],
@@ -79,4 +64,4 @@ def section(cost, path):
                            f"{r['blocks']:.2f}", f"{r['weights_mb']:.1f}", f"{r['peak_mb']:.1f}"] for r in cost]), "",
             f"Break-even: {f'NFE {max(still)}' if still else 'none'}. Of {len(hybrids)} hybrids, {near} "
             "are within 25% of the ratio of blocks run.", "",
-            "![latency by NFE and by layer](cost.png)", ""]
+            "![latency by NFE](cost.png)", ""]

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from core.common import UserError
+from core.common import UserError, why
 from core.diffusion import open_up
 from core.run import atomic, read_json, write_json
 
@@ -262,8 +262,7 @@ def load(folder, device):
             sealed = f.metadata() or {}                                # none in a file that an older version wrote
         wanted = {**seal(info), "tokenizer, model and nfe": [info["tokenizer"], info["model"], info["nfe_default"]]}
     except Exception as error:  # a missing key, a truncated file, tensors of another shape
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{file} and bridge.json could not be read ({type(error).__name__}: {reason}); train the "
+        raise UserError(f"{file} and bridge.json could not be read ({type(error).__name__}: {why(error)}); train the "
                         "bridge again") from None
     for key in sealed:
         if sealed[key] != wanted[key]:

@@ -8,7 +8,6 @@ A `row` is a method with one setting and one trained model: name, frontier (poin
 its temperature), matched (at_entropy of them), calls; of ours also group, layer, seed, steps, parameters. `result` has
 rows, and the same metrics of real text under `real`. Letters: N texts, T tokens.
 """
-import itertools
 import math
 import statistics
 
@@ -25,7 +24,7 @@ MARGIN = 0.05                              # nats a token: of no practical inter
 def frontier(write, measured, text, gap, target, temperatures):
     """({temperature: metrics}, {temperature: ids}), from cold to hot: the given temperatures, and then colder or hotter
     ones until the entropy `target` lies between two of them. The tokens of text (N, T) in the slice `gap` are written,
-    unseen; `right` is the share of the gap that became text's own."""
+    unseen; `right` is the share of the gap's tokens that became text's own, `exact` of whole gaps."""
     before, after = text[:, :gap.start], text[:, gap.stop:]                             # (N, P), (N, S)
     points, ids, todo = {}, {}, list(temperatures)
     while todo:
@@ -33,7 +32,8 @@ def frontier(write, measured, text, gap, target, temperatures):
             ids[t] = torch.cat([write(before, after, t), after], 1)                    # (N, T)
             assert torch.equal(ids[t][:, :gap.start], before)
             points[t] = {"temperature": t, **measured(ids[t]),
-                         "right": (ids[t] == text)[:, gap].double().mean().item()}
+                         "right": (found := (ids[t] == text)[:, gap].double()).mean().item(),
+                         "exact": found.amin(1).mean().item()}
         seen = [p["entropy"] for p in points.values()]
         hotter, colder = round(max(points) * FACTOR, 4), round(min(points) / FACTOR, 4)
         todo = [hotter] if max(seen) < target and hotter <= HOTTEST else (
@@ -81,21 +81,22 @@ def matched(group, form=".1f", key="matched"):
 def table(result):
     """Markdown: one line a method, seeds as mean +- sd; what texts look like at the temperature nearest to real text's
     entropy."""
-    real, second, shape = result["real"], "second_ppl" in result["real"], SHAPE
-    if result.get("settings", {}).get("suffix"):
-        real, shape = {**real, "right": 1.0}, (*SHAPE, "right")
-    rows = [["real text", "-", f"{real['gen_ppl']:.1f}", "1.00",
+    filled = [key for key in ("right", "exact") if result.get("settings", {}).get("suffix")
+              and key in result["rows"][0]["frontier"][0]]                            # a run of before may lack one
+    real, second, shape = dict.fromkeys(filled, 1.0) | result["real"], "second_ppl" in result["real"], (*SHAPE, *filled)
+    rows = [["real text", "-", "-", f"{real['gen_ppl']:.1f}", "1.00",
              *([f"{real['second_ppl']:.1f}"] if second else []), "-", *(f"{real[k]:.2f}" for k in shape)]]
     for name, group in grouped(result["rows"]):
         near = [nearest(r["frontier"], real["entropy"])[0] for r in group]
         known = None not in [r["matched"] for r in group]
         ratio = f"{statistics.mean(r['matched'] for r in group) / real['gen_ppl']:.2f}" if known else "-"
-        rows.append([name, group[0].get("calls"), matched(group), ratio,
+        speed = max(r.get("tokens_per_s", 0) for r in group)
+        rows.append([name, group[0].get("calls"), f"{speed:.0f}" if speed else None, matched(group), ratio,
                      *([matched(group, key="second_matched")] if second else []),
                      *(plus_minus([p[k] for p in near], ".2f") for k in ("temperature", *shape))])
-    return report.table(["method", "calls", "gen-PPL at real entropy", "over real text",
+    return report.table(["method", "calls", "tokens/s, one text", "gen-PPL at real entropy", "over real text",
                          *(["the same, second judge"] if second else []), "T there", "entropy", "diversity", "rep-4",
-                         "tokens right"][:len(rows[0])], rows)
+                         "tokens right", "gaps right"][:len(rows[0])], rows)
 
 
 def ours(result):
@@ -144,21 +145,13 @@ def headline(result):
 
 
 def figure(result, path):
-    """Every row's frontier: blocks from violet to red by layer, rivals in colours of their own."""
-    layers = sorted({r["layer"] for r in result["rows"] if "layer" in r})
-    colors = {"unigrams": report.GREY, "AR, intact model": report.BLACK}
-    cycle = itertools.cycle([report.YELLOW, report.BLUE, report.GREEN, "#b5838d", "#00798c"])
-    for row in result["rows"]:
-        if "layer" in row:
-            colors[row["name"]] = (layers.index(row["layer"]) / max(1, len(layers) - 1) * 0.6, 0.45, 0.65)
-        elif row["name"] not in colors:
-            colors[row["name"]] = next(cycle)
+    """Every row's frontier, seeds of one method in one colour."""
     with report.figure(path, width=6.2, height=4.2) as axes:
         ax, real = axes[0, 0], result["real"]
-        for name, rows in grouped(result["rows"]):
+        for number, (name, rows) in enumerate(grouped(result["rows"])):
             for i, row in enumerate(rows):                                         # one label for all seeds
                 ax.plot([p["entropy"] for p in row["frontier"]], [p["gen_ppl"] for p in row["frontier"]], "o-",
-                        markersize=3, color=colors[name], label=name if i == 0 else None)
+                        markersize=3, color=f"C{number}", label=name if i == 0 else None)
         ax.plot(real["entropy"], real["gen_ppl"], "x", color=report.RED, markersize=10, mew=2, label="real text")
         ax.set(yscale="log", xlabel="entropy of a text's tokens (nats)", ylabel="gen-PPL, judged by the intact model",
                title="GENERATE: frontiers over temperature")

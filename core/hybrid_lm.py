@@ -17,7 +17,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from core import backbone, denoiser, diffusion, masked
-from core.common import UserError, pick
+from core.common import UserError, pick, why
 from core.draws import generator, normal
 
 LAYER_NUMBERS = "layer_idx", "layer_id"  # what the library calls a module's place in the cache
@@ -286,8 +286,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
             net = denoiser.Bridge(**config.bridge)
             net.load_state_dict(load_file(Path(folder) / "hybrid.safetensors"))
         except Exception as error:
-            reason = str(error).strip().split("\n")[0]
-            raise UserError(f"{folder}/hybrid.safetensors could not be read ({reason}); save it again") from None
+            raise UserError(f"{folder}/hybrid.safetensors could not be read ({why(error)}); save it again") from None
         return assemble(net, config, base_model or config.base_model, torch.device(device), backbone.as_dtype(dtype))
 
 

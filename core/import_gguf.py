@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from core import backbone
-from core.common import UserError, entry, parse
+from core.common import UserError, entry, parse, why
 
 
 @dataclass
@@ -71,8 +71,7 @@ def main(argv):
                                                                      output_loading_info=True)
                 what = ", ".join(sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))[:3])
     except Exception as error:  # an unknown architecture, a truncated file: the reader has many ways to say no
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{file} could not be read ({type(error).__name__}: {reason})") from None
+        raise UserError(f"{file} could not be read ({type(error).__name__}: {why(error)})") from None
     if what:
         raise UserError(f"{file} would not be the same model: the library's reader does not get {what}")
     # The loaded model counts as quantised and refuses to be saved: its weights move into a fresh one.

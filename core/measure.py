@@ -15,6 +15,7 @@ import dataclasses
 import torch
 
 from core import backbone
+from core.common import UserError
 from core.denoiser import produce
 from core.diffusion import position_noise, sample
 from core.metrics import LOGITS, against
@@ -117,12 +118,12 @@ def train_flops(net, replaced, layer, T):
     return passes * (own + blocks * W * T) + readout + 2 * (replaced + layer * D * T)
 
 
-def report_size(cfg, net, shape, layer, world, micro, dtype):
-    """--dry_run: parameters by group, GB on one GPU by component and at the peak of each phase, FLOPs, and the speed at
-    50% MFU on an H100. The bytes per width, token and block that wait for backward are those of a trace at 8B shape
-    (tests/fake_gpu.py): 52 compiled, 76 not, 100 in fp32; with --recompute 4, and one block at a time in full."""
+def foretell(cfg, net, shape, layer, world, micro, dtype, recompute):
+    """What a training takes, before it runs: parameters by group, GB on one GPU by component and at the peak of each
+    phase, FLOPs a token. The bytes per width, token and block that wait for backward are those of traces at 8B shape
+    (tests/fake_gpu.py): 38 compiled, 62 not, 100 in fp32; with --recompute 4, and one block at a time in full. Beside
+    them 41 at the two ends, and a bf16 copy of all weights."""
     from transformers import AutoModelForCausalLM
-    print("\n".join(f"  {k} = {v}" for k, v in dataclasses.asdict(cfg).items()))
     with torch.device("meta"):
         lm = backbone.Backbone(AutoModelForCausalLM.from_config(shape))
     count = {name: sum(p.numel() for p in module.parameters()) for name, module in net.named_children()}
@@ -133,25 +134,49 @@ def report_size(cfg, net, shape, layer, world, micro, dtype):
     matrices = [p.numel() for p in net.blocks.parameters() if p.ndim == 2 and cfg.lr > 0]
     W, D, blocks = (net.settings[k] for k in ("W", "D", "blocks"))
     ways = world.size if world.size > 1 else 8 if cfg.preset == "8b" else 1
-    each = 100 if dtype == torch.float32 else 52 if cfg.compile else 76
-    saved = W * (4 * blocks + each if cfg.recompute else each * blocks) + 18 * D
+    each = 100 if dtype == torch.float32 else 38 if cfg.compile else 62
+    saved = W * (4 * blocks + each if recompute else each * blocks) + 41 * D
     saved += 8 * net.settings["V"] * net.generates                                  # the readout's logits
     copy = 4 * (size + sum(b.numel() for b in net.buffers()))
     held = {"frozen prefix": dtype.itemsize * (whole - upper), "weights": copy, "EMA": copy,
             "optimizer": 4 * sum(matrices) + 8 * (size - sum(matrices))}
-    gigabytes = {**held, "gradients": 4 * size, "activations": micro * cfg.seq_len * saved}
+    gigabytes = {**held, "gradients": 4 * size, "activations": micro * cfg.seq_len * saved + (
+        2 * size * (dtype == torch.bfloat16 and not recompute))}
     muon = 10 * max(matrices, default=0) * -(-blocks // ways) + dtype.itemsize * sum(matrices) / ways
     del held["frozen prefix"]
     peaks = {"train": sum(gigabytes.values()), "optimizer": sum(gigabytes.values()) - gigabytes["activations"] + muon,
              "final numbers": sum(held.values()) + dtype.itemsize * whole  # rank 0: the whole backbone, five logits
              + 5 * 4 * max(LOGITS, cfg.seq_len * shape.vocab_size)}
     peaks = {phase: n / 1e9 for phase, n in peaks.items()}
-    most = max(peaks.values())
-    print(f"bridge at layer {layer} of {shape.num_hidden_layers}: {size:,} parameters, {size / max(1, replaced):.2f}x "
-          "the blocks it replaces: " + ", ".join(f"{name} {n:,}" for name, n in count.items()))
-    print(f"GB on one GPU at {micro} sequences a pass: "
-          + ", ".join(f"{name} {n / 1e9:.2f}" for name, n in gigabytes.items()) + "; at most "
-          + ", ".join(f"{name} {n:.1f}" for name, n in peaks.items())
+    return {"count": count, "parameters": size, "replaced": replaced, "flops_per_token": flops, "peaks": peaks,
+            "gigabytes": max(peaks.values()), "parts": {name: n / 1e9 for name, n in gigabytes.items()}}
+
+
+def fit(cfg, net, shape, layer, world, share, dtype):
+    """(sequences a pass, whether to recompute) of --micro_batch 0: the most of this process's `share` that train within
+    nine tenths of the GPU, 80 GB where there is none; recomputed, a third more compute, only if not even one fits."""
+    gpu = world.device.type == "cuda" and torch.cuda.get_device_properties(world.device).total_memory
+    limit = 0.9e-9 * (gpu or 80e9)
+    for recompute in sorted({cfg.recompute, True}):
+        for micro in [m for m in range(share, 0, -1) if share % m == 0]:
+            most = foretell(cfg, net, shape, layer, world, micro, dtype, recompute)["peaks"]["train"]
+            if most < limit:
+                return micro, recompute
+    raise UserError(f"a bridge at layer {layer} needs {most:.0f} GB to train even with --recompute, one sequence a "
+                    f"pass: more than {limit:.0f}; choose a lower --layer, fewer --blocks or a smaller --width")
+
+
+def report_size(cfg, net, shape, layer, world, micro, dtype, recompute):
+    """--dry_run: print what is foretold, and the speed at 50% MFU on an H100."""
+    found = foretell(cfg, net, shape, layer, world, micro, dtype, recompute)
+    size, flops, most = found["parameters"], found["flops_per_token"], found["gigabytes"]
+    print("\n".join(f"  {k} = {v}" for k, v in dataclasses.asdict(cfg).items()))
+    print(f"bridge at layer {layer} of {shape.num_hidden_layers}: {size:,} parameters, "
+          f"{size / max(1, found['replaced']):.2f}x the blocks it replaces: "
+          + ", ".join(f"{name} {n:,}" for name, n in found["count"].items()))
+    print(f"GB on one GPU at {micro} sequences a pass{', recomputed' * recompute}: "
+          + ", ".join(f"{name} {n:.2f}" for name, n in found["parts"].items()) + "; at most "
+          + ", ".join(f"{name} {n:.1f}" for name, n in found["peaks"].items())
           + f", which {'fits' if most < 80 else 'does NOT fit'} 80 GB")
     print(f"{flops:.3e} FLOPs a token: {0.5 * 989e12 / flops:,.0f} tokens/s a GPU at 50% of 989 TFLOP/s")
-    return {"parameters": size, "gigabytes": most, "peaks": peaks, "flops_per_token": flops}
+    return found

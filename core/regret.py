@@ -81,16 +81,4 @@ def section(found):
     return ["", "What LOCATE is worth. Spent: steps of all bridges over those of one, the chosen one's own included; "
             "regret: nats of KL above the best layer's bridge, mean +- sd over training seeds. Halving goes by "
             "training loss; a half is a chooser's better half of the layers.", "", report.table(
-                ["backbone", "by", "strategy", "least spent: regret", "most spent: regret"], rows), "",
-            "![regret against training spent](regret.png)"] if rows else []
-
-
-def draw(found, path):
-    """Regret against training spent: a column a backbone, a row a criterion."""
-    criteria = list(next(iter(found.values()))["regret"])
-    with report.figure(path, len(criteria), len(found), 4.2, 3.3) as axes:
-        for column, (name, b) in zip(axes.T, found.items(), strict=True):
-            for ax, criterion in zip(column, criteria, strict=True):
-                for strategy, points in b["regret"][criterion].items():
-                    ax.plot([p[0] for p in points], [p[1] for p in points], "o-", markersize=4, label=strategy)
-                ax.set(title=name, xlabel="training spent, in bridges", ylabel=f"regret, {criterion} (nats)")
+                ["backbone", "by", "strategy", "least spent: regret", "most spent: regret"], rows)] if rows else []

@@ -1,10 +1,11 @@
-"""report.py: what the tables and figures of all sections share. No number is typed here.
+"""report.py: what the tables, figures and films of all sections share. No number is typed here.
 
     text = table(["layer", "score"], [[1, "4.05"], ...])       # Markdown
     with figure(path, columns=3) as axes: axes[0, 0].plot(...)     # a PNG, written whole or not at all
 """
 import contextlib
 import re
+from pathlib import Path
 
 from core.run import atomic
 from core.stats import paired, verdict
@@ -35,6 +36,30 @@ def figure(path, rows=1, columns=1, width=3.7, height=3.1, **how):
     with atomic(path) as temporary:
         fig.savefig(temporary, dpi=130, format="png")
     plt.close(fig)
+
+
+def film(path, frames, width=86):
+    """A GIF (by name, too) of a text in the making, the last frame held. Each of `frames` is a list of (word, hidden):
+    hidden ones are grey, and red is what is no longer hidden, or another word, since the frame before."""
+    from matplotlib.font_manager import findfont
+    from PIL import Image, ImageDraw, ImageFont
+    font, pages = ImageFont.truetype(findfont("monospace"), 13), []
+    for before, now in zip([frames[0], *frames], [*frames, frames[-1]]):
+        column, row, page = 0, 0, []
+        for old, (word, hidden) in zip(before, now, strict=True):
+            for i, part in enumerate(word.split("\n")):
+                if i or column + len(part) > width:
+                    column, row = 0, row + 1
+                page.append((column, row, part, GREY if hidden else BLACK if old == (word, hidden) else RED))
+                column += len(part)
+        pages.append(page)
+    w, rows = font.getlength(" "), 1 + max(row for page in pages for _, row, *_ in page)
+    images = [Image.new("RGB", (int(w * width) + 10, 16 * rows + 10), "white") for _ in pages]
+    for image, page in zip(images, pages, strict=True):
+        for column, row, part, color in page:
+            ImageDraw.Draw(image).text((5 + w * column, 5 + 16 * row), part, color, font)
+    images[0].save(Path(path).with_suffix(".gif"), save_all=True, append_images=images[1:], loop=0,
+                   duration=[*[200] * len(frames), 2000])
 
 
 def compare_arms(control, arm, what):

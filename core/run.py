@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_map_only
 
-from core.common import UserError, memory_gib, peak_flops, pick
+from core.common import UserError, memory_gib, peak_flops, pick, why
 
 
 @contextlib.contextmanager
@@ -292,9 +292,8 @@ class Run:
             try:
                 torch.save(state, temporary)
             except RuntimeError as error:  # torch's own writer does not say OSError when the disk is full
-                reason = str(error).splitlines()[0]
-                raise UserError(f"{self.out}/state.pt could not be written ({reason}); free some space and run again: "
-                                "the last good state is kept") from None
+                raise UserError(f"{self.out}/state.pt could not be written ({why(error)}); free some space and run "
+                                "again: the last good state is kept") from None
 
     def saved(self):
         """Wait until state.pt is written; an error of that thread is raised here."""

@@ -7,7 +7,7 @@
 Every layer of a backbone gets the same network, batches and steps, in an ordinary run of bridge.py under --out: an
 interrupted sweep goes on. Beside them stand bridges that need no training, fitted on the very windows that the others
 saw, predictors without geometry, all variants of the score, and what choosing by them is worth (core/regret.py). Which
-backbones count is decided by RULES, not by hand. Writes sweep.png, regret.png, section.md and result.json to --out.
+backbones count is decided by RULES, not by hand. Writes sweep.png, section.md and result.json to --out.
 
 Letters: B batch, T tokens, D hidden width, V vocabulary, L blocks, C layers swept, R resamples.
 """
@@ -175,15 +175,6 @@ def corrected(found, draws=20000, seed=0):
     return {name: {"rho": float(r), "p": float(q)} for name, r, q in zip(names, rho, p, strict=True)}
 
 
-def disagreements(b, name, error):
-    """Pairs of layers that `name` and depth order differently, and how many of them `name` orders as minus the bridges'
-    `error` does."""
-    value, goal, depth = b["predictors"][name], negative(error, b), b["predictors"]["-layer"]
-    apart = [(value[i] - value[j]) * (goal[i] - goal[j]) > 0 for i, j in itertools.combinations(range(len(goal)), 2)
-             if (value[i] - value[j]) * (depth[i] - depth[j]) < 0]
-    return {"pairs": len(apart), "right": sum(apart)}
-
-
 def negative(error, b):
     """Minus the bridges' mean error at each layer of a backbone: high is good."""
     return [-mean(row[error]) for row in b["layers"]]
@@ -256,12 +247,6 @@ def section(result):
                     f"{c['p']:.4f}", "{1:+.2f} [{0:+.2f}, {2:+.2f}]".format(*c["score_minus"]), f"{a['rho']:.2f}",
                     f"{a['p']:.4f}"]
                    for name, a in result["corrected"].items() for c in [found[first]["correlations"][name]]])]
-    some = [(name, key, of) for name, b in found.items() for key, of in b.get("disagreements", {}).items()]
-    lines += ["", "Where a predictor and depth order two layers differently, how often the predictor is right (depth "
-              "is, otherwise).", "", report.table(
-                  ["backbone", "predictor", "pairs", *(f"right by {name}" for name in ERRORS.values())],
-                  [[name, key.replace("|", "\\|"), of["fvu"]["pairs"], *(of[e]["right"] for e in ERRORS)]
-                   for name, key, of in some])] if some else []
     if len(found) > 1:
         lines += ["", "Over the same: rho of a predictor minus rho of depth, by backbone, median with bootstrap "
                   "interval, verdict on the mean.", "", report.table(
@@ -335,8 +320,6 @@ def collect(cfg, model, shards, work):
     out = {"layers": rows, "seeds": len(rows[0]["fvu"]), "trained_steps": about.get("steps", MIN_STEPS),
            "predictors": predictors(geometry, rows), "correlations": correlations(geometry, rows)}
     out["regret"] = regret.worth_of_locate(rows, out["predictors"], logs)
-    out["disagreements"] = {name: {error: disagreements(out, name, error) for error in ERRORS} for name in out[
-        "predictors"] if name == "score" or name.startswith("-FVU")}
     return {**out, "eval_sequences": len(held_out), "excluded": [why for why, holds in RULES.items() if holds(out)]}
 
 
@@ -384,7 +367,7 @@ def main(argv):
     found |= others
     kept = {name: b for name, b in found.items() if not b["excluded"]}
     counted = kept or found
-    rivals = [name for name in found[first]["disagreements"] if name in shared(list(counted.values()))]
+    rivals = [name for name in shared(list(counted.values())) if name == "score" or name.startswith("-FVU")]
     result = {**identity, **{k: getattr(cfg, k) for k in ("steps", "blocks", "batch_size", "seq_len", "seed")},
               "nfe": NFE, "backbones": found, "kept": list(kept), "corrected": corrected(list(counted.values())),
               "against_depth": {name: {e: against_depth(counted, e, name) for e in ERRORS} for name in rivals}}
@@ -396,7 +379,6 @@ def main(argv):
             a["median"], *a["interval"])]][:len(found)]
     result["findings"] = list(findings(result))
     draw(result, run.out / "sweep.png")
-    regret.draw(found, run.out / "regret.png")
     run.finish(result, section(result))
     print(section(result))
     return run.result

@@ -10,6 +10,7 @@ import argparse
 
 if not __package__:
     argparse.ArgumentParser().exit(2, "error: start it as: python -m studies.twin\n")
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,36 +63,9 @@ def write(cfg, model, tokenizer):
     calls = len(masks) - 1
     print(f"{count} tokens in {calls} network calls, {count / calls:.1f} a call")
     if cfg.gif:
-        film(cfg.gif, [tokenizer.decode(i) for i in out], masks)
+        report.film(cfg.gif, [[(re.sub(r"[^\n]", ".", word) if hidden else word, hidden) for word, hidden in zip(
+            map(tokenizer.decode, out), mask, strict=True)] for mask in masks])
     return tokenizer.decode(out)
-
-
-def film(path, words, masks):
-    """A GIF of words (tokens) appearing: masks, a list of bool a call, says which are hidden still; new ones in red."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.animation import FuncAnimation
-    words, column = list(words), 0
-    for i, word in enumerate(words):
-        if (column := len(word) + column * ("\n" not in word)) > 86:                   # a line has so many characters
-            words[i], column = "\n" + word, len(word)
-    rows = "".join(words).count("\n") + 1
-    fig = plt.figure(figsize=(max(7, 0.08 * max(map(len, "".join(words).split("\n")))), 0.17 * rows + 0.2))
-    layers = [[fig.text(0.01, 1 - (row + 1) / (rows + 1), "", family="monospace", size=9, color=color, parse_math=False)
-               for row in range(rows)] for color in (report.BLACK, report.RED, report.GREY)]
-
-    def draw(call):
-        now, before = (masks[min(max(0, i), len(masks) - 1)] for i in (call, call - 1))
-        hidden = ["." * len(w) if n else w for w, n in zip(words, now, strict=True)]
-        shown = [2 if n else 1 if b else 0 for b, n in zip(before, now, strict=True)]    # the layer of each token
-        for number, layer in enumerate(layers):
-            text = "".join(w if n == number else " " * len(w) for w, n in zip(hidden, shown, strict=True))
-            ends = [i for i, c in enumerate("".join(words)) if c == "\n"]
-            for line, lo, hi in zip(layer, [-1, *ends], [*ends, None], strict=True):
-                line.set_text(text[lo + 1:hi])
-    FuncAnimation(fig, draw, len(masks) + 8).save(path, writer="pillow", fps=5)
-    plt.close(fig)
 
 
 @entry
@@ -99,8 +73,6 @@ def main(argv):
     cfg = parse(Config, argv, __doc__)
     if cfg.drafts and (cfg.suffix or cfg.threshold or cfg.block_size):
         raise UserError("--drafts continue a prompt greedily: leave --suffix, --threshold and --block_size out")
-    if cfg.gif and not cfg.gif.endswith(".gif"):
-        raise UserError(f"--gif {cfg.gif}: the name of a film must end in .gif")
     world = setup(cfg.device)
     model, tokenizer = load_converted(cfg.load, world.device, pick_dtype(cfg, world.device))
     print(text := write(cfg, model, tokenizer))

@@ -4,12 +4,14 @@
 
 How: 1 a few lines of C++ tell torch that there are eight CUDA devices, before torch is imported  2 a dispatch mode
 hands every operation on CUDA tensors to torch's FakeTensorMode, which refuses to mix devices or dtypes as CUDA would,
-and notes storages (memory), FLOPs, collectives, and what makes the host wait (.item(), copies to the CPU, nonzero)
+and notes storages (memory), FLOPs, collectives, what makes the host wait (.item(), copies to the CPU, nonzero), and the
+seconds that an H100 would take at least (roofline.py)
 3 Python's view of CUDA is patched where it would reach the driver; NCCL becomes a group of eight that talks to nobody.
 """
 import collections
 import contextlib
 import ctypes
+import functools
 import importlib.util
 import json
 import os
@@ -72,11 +74,10 @@ import torch.nn.functional as F  # noqa: E402
 from torch._subclasses import fake_tensor  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
-from torch.utils.flop_counter import flop_registry  # noqa: E402
+
+from roofline import link, roof, roof_of_graph, work  # noqa: E402
 
 aten = torch.ops.aten
-# Which argument of an attention kernel says that it is causal.
-CAUSAL = {"_scaled_dot_product_flash_attention": 4, "_scaled_dot_product_flash_attention_backward": 11}
 
 
 def on_gpu(x):
@@ -90,7 +91,8 @@ class FakeGPU(TorchDispatchMode):
         super().__init__()
         self.fake = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
         self.phase, self.bytes, self.sizes = "set-up", 0, {}
-        self.peaks, self.flops = collections.Counter(), collections.Counter()
+        self.peaks, self.flops, self.seconds = (collections.Counter() for _ in range(3))
+        self.part, self.fused = "rest", False          # of a step: what its seconds are counted under
         self.waits, self.collectives, self.graphs = [], [], []
 
     def __enter__(self):
@@ -126,13 +128,13 @@ class FakeGPU(TorchDispatchMode):
         self.waits.append(f"{what} at {os.path.basename(file)}:{frame.f_lineno}" if frame else what)
 
     def count(self, func, args, kwargs, out):
-        name = func._overloadpacket.__name__
-        if func._overloadpacket in flop_registry:
-            # The registry counts every key, and a product of attention that its backward takes a second time.
-            share = (0.5 if name in CAUSAL and args[CAUSAL[name]] else 1) * (0.8 if "attention_backward" in name else 1)
-            self.flops[self.phase] += share * flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
+        name, flops = func._overloadpacket.__name__, work(func, args, kwargs, out)
+        self.flops[self.phase] += flops
         if func.namespace == "c10d":
             self.collectives.append(f"{name} {sum(x.numel() for x in tree_leaves(args) if torch.is_tensor(x))}")
+            self.seconds[name.strip("_")] += link(name, args)
+        elif func.namespace == "aten" and not self.fused and not func.is_view and "empty" not in name:
+            self.seconds[self.part] += roof(func, flops, (args, kwargs, out))
 
     @contextlib.contextmanager
     def during(self, phase):
@@ -140,6 +142,29 @@ class FakeGPU(TorchDispatchMode):
         self.peaks[phase] = max(self.peaks[phase], self.bytes)
         yield
         self.phase = before
+
+    def part_of_step(self, function, part):
+        def within(*args, **kwargs):
+            before, self.part = self.part, part
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.part = before
+        return within
+
+    def compiled(self, honest, graph, inputs):
+        """What torch.compile gets for a graph: it is run as it is, and timed as if it were fused."""
+        seconds, run = roof_of_graph(graph.graph), honest(graph, inputs)
+
+        def fused(args):
+            self.seconds[self.part] += seconds
+            before, self.fused = self.fused, True
+            try:
+                return run(args)
+            finally:
+                self.fused = before
+        fused._boxed_call = True
+        return fused
 
     def timed(self, function, phase):
         def within(*args, **kwargs):
@@ -164,7 +189,7 @@ class FakeGPU(TorchDispatchMode):
                 "dtype": kwargs.get("dtype") or args[0].dtype, "device": kwargs["device"]}
         with self.fake:
             out = func(*args, **kwargs)
-        for x in tree_leaves(out):
+        for x in () if func.is_view else tree_leaves(out):
             if on_gpu(x) and x.untyped_storage()._cdata not in self.sizes:
                 self.hold(x.untyped_storage(), x.untyped_storage().nbytes())
         self.count(func, args, kwargs, out)
@@ -241,7 +266,7 @@ def eight_gpus(gpu, rank):
     import transformers.masking_utils
     from torch.distributed.fsdp._fully_shard import _fsdp_param
     from torch.testing._internal.distributed.fake_pg import FakeStore
-
+    from torch._dynamo.backends import debugging
     from core import backbone, common, run
     honest_total = common.World.sum
     join, free, alloc, to = (dist.init_process_group, _fsdp_param.free_storage, _fsdp_param.alloc_storage,
@@ -256,7 +281,7 @@ def eight_gpus(gpu, rank):
         gpu.graphs.append(gpu.step)
         return torch._dynamo.lookup_backend("aot_eager_decomp_partition")(graph, inputs)
 
-    def compiled(module, **how):
+    def compile_block(module, **how):
         module._compiled_call_impl = torch.compile(module._call_impl, backend=backend, **how)
 
     def total(world, values):                          # as if the others had nothing to add
@@ -282,16 +307,18 @@ def eight_gpus(gpu, rank):
                     save=lambda state, file: Path(file).touch()),
         torch.accelerator: dict(current_stream=lambda *_: Stream()), torch.Tensor: dict(record_stream=lambda *_: None),
         F: dict(scaled_dot_product_attention=attention(F.scaled_dot_product_attention)),
-        torch.nn.Module: dict(compile=compiled, to=lambda module, *where, **how: module if any(
+        torch.nn.Module: dict(compile=compile_block, to=lambda module, *where, **how: module if any(
             map(on_gpu, module.parameters())) else to(module, *where, **how)),
         dist: dict(init_process_group=lambda backend, **_: join("fake", store=FakeStore(), rank=rank, world_size=8),
                    broadcast_object_list=objects("broadcast_object_list"),
                    all_gather_object=objects("all_gather_object")),
         fake_tensor: dict(init_gpu_context=lambda device: None),
+        debugging: dict(boxed_nop=functools.partial(gpu.compiled, debugging.boxed_nop)),
         _fsdp_param: dict(
             free_storage=lambda t: (free(t), gpu.hold(t.untyped_storage(), 0)),
             alloc_storage=lambda t: (alloc(t), gpu.hold(t.untyped_storage(), t.numel() * t.itemsize))),
-        transformers.masking_utils: dict(is_tracing=lambda t=None: False),
+        transformers.masking_utils: dict(is_tracing=lambda t=None: False,        # texts that lie whole, one a row
+                                         find_packed_sequence_indices=lambda positions: None),
         transformers.PreTrainedModel: dict(init_weights=lambda self: self.tie_weights()),      # seconds, for no data
         common: dict(stay_together=lambda: None), common.World: dict(sum=total),
         run: dict(refuse_unshared=lambda out: None)}
@@ -328,7 +355,14 @@ def train(stage, argv, rank, tokens, validates, patches):
     gpu, marks, step_all = FakeGPU(), [], optim.step_all
 
     def mark():
-        marks.append((len(gpu.waits), gpu.flops["train"]))
+        marks.append((len(gpu.waits), gpu.flops["train"], gpu.seconds.copy()))
+
+    def average(*args, honest=torch._foreach_lerp_):
+        """The running mean of the weights ends a step, where there is one."""
+        gpu.part_of_step(honest, "EMA")(*args)
+        if gpu.step:
+            marks.pop()
+            mark()
 
     def stepped(*args):
         with gpu.during("optimizer"):
@@ -358,7 +392,8 @@ def train(stage, argv, rank, tokens, validates, patches):
         with contextlib.redirect_stdout(sys.stderr):
             foretold = stage.main.__wrapped__([*argv, "--dry_run", "--out", f"{out}/run"])
             patches = {**patches, (optim, "step_all"): stepped, (stage, "StopSignal"): before_the_loop,
-                       (optim, "build"): build, (backbone, "load"): made_on_gpu(backbone.load),
+                       (torch, "_foreach_lerp_"): average, (optim, "build"): build,
+                       (backbone, "load"): made_on_gpu(backbone.load),
                        (data, "prefetch"): lambda make, keys: map(make, keys)}
             if not validates:
                 patches[stage, "validate"] = lambda *_: [0.0, 0.0]
@@ -366,21 +401,27 @@ def train(stage, argv, rank, tokens, validates, patches):
                 stack.enter_context(mock.patch.object(module, name, value))
             phases(gpu, stack, run.Run, save="save")
             phases(gpu, stack, stage, validate="validate")
+            for thing, name, part in ((stage, "targets", "prefix"), (stage, "token_loss", "network"),
+                                      (torch.Tensor, "backward", "network"), (optim.Muon, "step", "Muon"),
+                                      (torch.optim.AdamW, "step", "AdamW")):
+                if hasattr(thing, name):
+                    stack.enter_context(mock.patch.object(thing, name, gpu.part_of_step(getattr(thing, name), part)))
             if hasattr(stage, "check_replicas"):
                 phases(gpu, stack, stage, check_replicas="save")
             with gpu:
                 gpu.phase = "train"
                 stage.main.__wrapped__([*argv, "--out", f"{out}/run"])
     return {"foretold": foretold, "peaks": {k: n / 1e9 for k, n in gpu.peaks.items()}, "graphs": gpu.graphs,
-            "flops": marks[-1][1] - marks[-2][1], "waits": gpu.waits[marks[-2][0]:marks[-1][0]],
-            "tokens": tokens, "collectives": gpu.collectives}
+            "flops": marks[-1][1] - marks[-2][1], "parts": marks[-1][2] - marks[-2][2],
+            "waits": gpu.waits[marks[-2][0]:marks[-1][0]], "tokens": tokens, "collectives": gpu.collectives}
 
 
 def bridge_run(folder, rank, *flags, validates=False):
     import bridge
     from core import denoiser
     argv = ["--preset", "8b", "--model", folder, "--steps", "1", "--batch_size", "128", "--calibration", "8", *flags]
-    return train(bridge, argv, rank, 16 * 1024, validates, {
+    batch = int(flags[flags.index("--batch_size") + 1]) if "--batch_size" in flags else 128
+    return train(bridge, argv, rank, batch // 8 * 1024, validates, {
         (bridge, "build"): made_on_gpu(bridge.build), (denoiser, "save"): lambda *_: None})
 
 
@@ -415,7 +456,8 @@ def shallow(folder):
 
 FEW = ["--layer", "2", "--steps", "3", "--batch_size", "64"]
 SCENES = {  # name -> function of the folder. Three steps, validation and two ranks only where the models are small
-    "bridge 6": lambda folder: bridge_run(folder, 0, "--layer", "6"),
+    "bridge 6": lambda folder: bridge_run(folder, 0, "--layer", "6", "--batch_size", "256"),
+    "bridge 6, 8 a pass": lambda folder: bridge_run(folder, 0, "--layer", "6", "--micro_batch", "8"),
     "bridge 16, mix": lambda folder: bridge_run(folder, 0, "--layer", "16", "--visible", "mix"),
     "bridge 2": lambda folder: bridge_run(folder, 0, *FEW, validates=True),
     "bridge 2, rank 7": lambda folder: bridge_run(folder, 7, *FEW, validates=True),

@@ -6,11 +6,13 @@ import subprocess
 import sys
 
 import pytest
+import roofline
+import torch
 from conftest import ROOT, slow
 
 LLAMA_8B = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
                 num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192, tie_word_embeddings=False)
-FULL = ("bridge 6", "bridge 16, mix", "convert, sharded")
+FULL = ("bridge 6", "bridge 6, 8 a pass", "bridge 16, mix", "convert, sharded")
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +34,11 @@ def test_memory_is_what_the_dry_run_foretells(found):
     for name in FULL:
         peaks, foretold = found[name]["peaks"], found[name]["foretold"]["peaks"]
         for phase in peaks.keys() & foretold.keys() - ({"optimizer"} if "sharded" in name else set()):
-            assert peaks[phase] == pytest.approx(foretold[phase], rel=0.1), (name, phase)
+            near = 0.1 if "convert" in name else 0.05
+            assert peaks[phase] == pytest.approx(foretold[phase], rel=near), (name, phase)
         assert peaks["save"] < peaks["train"], name                              # saving needs nothing of its own
-    assert found["bridge 6"]["peaks"]["train"] < 35 and found["convert, sharded"]["peaks"]["train"] < 62
+    assert found["bridge 6, 8 a pass"]["peaks"]["train"] < 35 and found["convert, sharded"]["peaks"]["train"] < 62
+    assert all(found[name]["peaks"]["train"] < 80 for name in FULL)              # two of them chose how much at once
 
 
 @slow
@@ -49,6 +53,36 @@ def test_the_host_waits_a_few_times_a_step(found):
     """Whatever the number of micro-batches: two of them here, four and twelve in the presets."""
     for name in (*FULL, "convert 2"):
         assert len(found[name]["waits"]) <= 4, (name, found[name]["waits"])
+
+
+@slow
+def test_the_headline_step_keeps_an_h100_busy(found):
+    """By the roofline, all-reduce hidden behind backward: 48% of 989 TFLOP/s; Muon a twentieth of the step, shared."""
+    scene = found["bridge 6"]
+    parts = {name: seconds for name, seconds in scene["parts"].items() if name != "allreduce"}
+    assert set(parts) == {"prefix", "network", "Muon", "AdamW", "EMA", "broadcast", "rest"}
+    assert scene["flops"] / sum(parts.values()) > 0.48 * 989e12 and parts["Muon"] < 0.06 * sum(parts.values())
+    assert scene["parts"]["allreduce"] < parts["network"] / 2                    # one micro-batch, two thirds backward
+
+
+def test_the_roofline_knows_a_kernel_and_a_fusion():
+    """A product is bound by arithmetic, a sum by memory; what a compiler fuses moves its ends only."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    with FakeTensorMode():
+        big, low = torch.empty(4096, 4096), torch.empty(4096, 4096, dtype=torch.bfloat16)
+        product, total = torch.ops.aten.mm.default, torch.ops.aten.add.Tensor
+        flops = roofline.work(product, (low, low), {}, low)
+        assert flops == 2 * 4096 ** 3 and roofline.work(total, (big, big), {}, big) == 0
+        seconds = roofline.roof(product, flops, (low, low, low))
+        assert seconds == pytest.approx(roofline.LAUNCH + flops / roofline.RATES[2])
+        once = roofline.roof(total, 0, (big, big))                               # one in, one out
+        assert once == pytest.approx(roofline.LAUNCH + 2 * 4 * 4096 ** 2 / roofline.RATES["memory"])
+        chain = make_fx(lambda x: ((x + 1) * 2).exp())(big)
+        assert roofline.roof_of_graph(chain.graph) == pytest.approx(once)
+        three = make_fx(lambda x: ((x + 1) @ x) * 2)(low)                        # the product keeps the two apart
+        half = roofline.roof(total, 0, (low, low))
+        assert roofline.roof_of_graph(three.graph) == pytest.approx(seconds + 2 * half)
 
 
 @slow

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from conftest import fails, tiny_model
 from test_generate import IDS, PRIOR, random_hybrid
 
@@ -11,7 +12,7 @@ import bridge
 import generate
 import hybrid
 import repr_align
-from core import backbone, masked, metrics
+from core import backbone, frontier, masked, metrics
 from core.common import UserError
 
 
@@ -129,7 +130,7 @@ def test_a_gap_is_filled_by_both_sides(runs, causal, text, tmp_path, capsys, mon
 
     def spy(cx):
         def copy(prompts, after, t):
-            made["lm"], made["prompts"], made["after"] = cx.lm, prompts, after
+            made.update({"lm": cx.lm, "prompts": prompts, "after": after} if len(prompts) > 1 else {})
             return torch.cat([prompts, after[:, :cx.cfg.new]], 1)
         yield "spy", {"calls": 0}, copy
 
@@ -148,7 +149,7 @@ def test_a_gap_is_filled_by_both_sides(runs, causal, text, tmp_path, capsys, mon
     found = generate.main([*argv, "--out", str(tmp_path / "gap")])
     before, after = made["prompts"], made["after"]
     assert before.shape == (4, 16) and after.shape == (4, 12)
-    for kind, ids in shown:                                                    # masks first, where there are such
+    for kind, ids in (some for some in shown if len(some[1]) > 1):             # one alone is timed
         masks, end = [ids[0][0]] * 4 * (kind != "ours"), [[]] * 4 if kind == "block" else after.tolist()
         assert ids == [[*masks, *row] for row in end]
     assert {kind for kind, _ in shown} == {"ours", "block", "bidirectional"}
@@ -158,13 +159,48 @@ def test_a_gap_is_filled_by_both_sides(runs, causal, text, tmp_path, capsys, mon
     rows = {r["name"]: r for r in found["rows"]}
     ours = rows["blocks at layer 2, alpha 0.8, beta 0.8"]
     assert rows[best]["calls"] == 5 and ours["passes"] == (3 * 2 + 2 + 4 + 4) * 8        # 4 of 32 tokens are new
-    assert "tokens right" in generate.section(found) and "before 12 that are known" in generate.section(found)
+    assert "| gaps right |" in generate.section(found) and "before 12 that are known" in generate.section(found)
+    assert all(r["tokens_per_s"] > 0 and p["exact"] <= p["right"] for r in found["rows"] for p in r["frontier"])
     argv[3] = str(causal)
     assert "without --bidirectional" in fails(capsys, generate.main, *argv, "--out", str(tmp_path / "c"))
     assert "must be at least --new" in fails(capsys, generate.main, "--suffix", "4", "--block_size", "8")
 
 
-def test_the_command_line_writes_blocks(runs, capsys):
+def test_gaps_of_whole_lines(runs, text, tmp_path, capsys, monkeypatch):
+    """Every gap is one line; a copy of the truth has all of them right, and one whose first token is wrong none."""
+    real = []
+
+    def honest(write, judged, text, gap, *more):
+        real.append((text, gap))
+        return frontier.frontier(write, judged, text, gap, *more)
+
+    def know(cx):
+        for name, shift in (("all but one", 1), ("all", 0)):
+            def write(before, after, t, shift=shift):
+                text, gap = real[-1]
+                new = text[:, gap].clone()
+                new[:, 0] += shift
+                return torch.cat([before, new], 1) if len(before) == len(text) else text[:1, :gap.stop]
+            yield name, {}, write
+    monkeypatch.setattr(generate, "frontier", honest)
+    monkeypatch.setattr(generate, "METHODS", {"know": know})
+    argv = ["--preset", "tiny", "--bridges", runs / "blocks", "--data", text, "--twin", "", "--tune_texts", "0",
+            "--suffix", "8", "--lines", "--texts", "3", "--out", tmp_path / "lines"]
+    found = generate.main(list(map(str, [*argv, "--new", "5"])))
+    tokenizer, (rows, gap) = backbone.load_tokenizer(str(runs / "toy")), real[0]
+    for row in rows:
+        breaks = ["\n" in tokenizer.decode(i) for i in row]
+        assert breaks[gap.start - 1] and breaks[gap.stop] and not any(breaks[gap]) and gap.stop - gap.start == 5
+    shares = {r["name"]: [(p["right"], p["exact"]) for p in r["frontier"]] for r in found["rows"]}
+    assert set(shares["all"]) == {(1.0, 1.0)} and set(shares["all but one"]) == {(0.8, 0.0)}
+    assert "one whole line" in generate.section(found)
+    argv[-1] = tmp_path / "none"
+    long = ["--new", "80", "--block_size", "80"]
+    assert "0 lines of --new tokens" in fails(capsys, generate.main, *argv, *long)
+    assert "go with --suffix" in fails(capsys, generate.main, "--lines")
+
+
+def test_the_command_line_writes_blocks(runs, capsys, tmp_path):
     argv = ["--bridge", f"{runs}/blocks", "--prompt", "import os", "--block_size", "8", "--max_new_tokens", "12",
             "--nfe", "3"]
     hybrid.main(argv)
@@ -174,6 +210,11 @@ def test_the_command_line_writes_blocks(runs, capsys):
     assert len(capsys.readouterr().out.splitlines()) >= 7                       # a line a call, and the text
     hybrid.main([*argv, "--suffix", "return x"])
     assert capsys.readouterr().out.rstrip().endswith("return x")
+    for more in ([], ["--suffix", "return x"]):
+        hybrid.main([*argv, *more, "--max_new_tokens", "8", "--refinements", "0", "--gif", f"{tmp_path}/film"])
+        with Image.open(tmp_path / "film.gif") as film:                         # an estimate a call, and the text
+            assert film.n_frames >= 4 and len({film.seek(n) or film.convert("L").tobytes() for n in range(4)}) >= 3
+    assert "shows one block" in fails(capsys, hybrid.main, *argv, "--gif", "film.gif")
 
 
 def test_bad_input(runs, causal, text, tmp_path, capsys):

@@ -403,7 +403,7 @@ def test_filling_and_filming(runs, capsys, tmp_path):
 def test_refusals_of_the_twin(runs, capsys):
     load = ["--load", f"{runs}/repr_align/w10"]
     for word, flags in (("mask token itself", ["--prompt", f"a{masked.MASK}b"]), ("--middle", "--suffix x --middle 0"),
-                        ("--sample_steps", "--sample_steps 0"), ("--top_p", "--top_p 0"), (".gif", "--gif film"),
+                        ("--sample_steps", "--sample_steps 0"), ("--top_p", "--top_p 0"),
                         ("--temperature", "--temperature -1"),
                         ("shorten one", "--max_new_tokens 5000"), ("--threshold", "--threshold 1.5"),
                         ("invalid choice", "--order best"),

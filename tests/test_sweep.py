@@ -106,17 +106,6 @@ def test_the_manual_is_a_corpus(tmp_path):
     assert 1 < sum(held) < len(held) / 3 and sum(map(len, documents)) > 300_000
 
 
-def test_where_score_and_depth_disagree():
-    fvu = [0.3, 0.1, 0.2, 0.4]                                                 # depth would say 1 < 2 < 3 < 4
-    right = backbone_of([2., 4., 3., 1.], fvu)
-    assert sweep.disagreements(right, "score", "fvu") == {"pairs": 2, "right": 2}     # (1, 2) and (1, 3)
-    wrong = backbone_of([4., 3., 1., 2.], fvu)
-    assert sweep.disagreements(wrong, "score", "kl") == {"pairs": 1, "right": 0}      # (3, 4)
-    assert sweep.disagreements(wrong, "-layer", "kl") == {"pairs": 0, "right": 0}
-    found = sweep.against_depth({"a": right, "b": right}, "kl", "-layer")
-    assert found["gaps"] == {"a": 0, "b": 0} and found["depth"] == pytest.approx(0.4)
-
-
 CURVES = {1: {10: 5., 20: 3., 40: 1.}, 2: {10: 3., 20: 2., 40: 2.}, 3: {10: 4., 20: 4., 40: 4.},
           4: {10: 2., 20: 5., 40: 5.}}
 
@@ -188,7 +177,7 @@ def test_the_sweep_runs(runs, tmp_path, monkeypatch, capsys):
     assert text.startswith("## Does the score foretell bridgeability?\n") and text == run.read_section(out)
     assert "| -layer |" in text and "![" in text and "**again**: left out, not as 300" in text
     assert all(len(value) <= 60 for _, value in result["headline"]) and len(result["headline"]) == 2
-    assert (out / "sweep.png").stat().st_size > 5000 and (out / "regret.png").stat().st_size > 5000
+    assert (out / "sweep.png").stat().st_size > 5000
     assert toy["regret"]["KL"]["all layers"] == [[3, 0, 0]] and "| toy | KL | halving |" in text
     assert "(seeds: 2; 3 steps of 4 x 128, 1 blocks; 4 held-out sequences)" in text
     fewer = {**result, "backbones": {"toy": toy}}                              # an older result, a newer POOL
@@ -216,3 +205,9 @@ def test_the_sweep_runs(runs, tmp_path, monkeypatch, capsys):
     assert "numbers" in fails(capsys, sweep.main, *argv[:2], "--out", tmp_path / "t", "--layers", "1,,3")
     assert "1 to 3" in fails(capsys, sweep.main, *argv[:2], "--out", tmp_path / "t", "--layers", "9")
     assert "toy.py" in fails(capsys, sweep.main, "--model", tmp_path / "none", "--out", tmp_path / "t")
+
+
+def test_a_predictor_against_depth():
+    right = backbone_of([2., 4., 3., 1.], [0.3, 0.1, 0.2, 0.4])
+    found = sweep.against_depth({"a": right, "b": right}, "kl", "-layer")
+    assert found["gaps"] == {"a": 0, "b": 0} and found["depth"] == pytest.approx(0.4)
