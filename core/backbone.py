@@ -370,7 +370,7 @@ def load(name, device, dtype, blocks=None, random_init=False):
         config.num_hidden_layers = blocks
     refuse_large(name, config, device, dtype)
     try:
-        with quiet():
+        with quiet(), torch.device(device) if random_init else contextlib.nullcontext():
             if random_init:
                 torch.manual_seed(0)
                 model, report = AutoModelForCausalLM.from_config(config, dtype=dtype), {}
