@@ -121,8 +121,8 @@ def train_flops(net, replaced, layer, T):
 def foretell(cfg, net, shape, layer, world, micro, dtype, recompute):
     """What a training takes, before it runs: parameters by group, GB on one GPU by component and at the peak of each
     phase, FLOPs a token. The bytes per width, token and block that wait for backward are those of traces at 8B shape
-    (tests/fake_gpu.py): 38 compiled, 62 not, 100 in fp32; with --recompute 4, and one block at a time in full. Beside
-    them 41 at the two ends, and a bf16 copy of all weights."""
+    (tests/fake_scenes.py): 38 compiled, 62 not, 100 in fp32; with --recompute 4, and one block at a time in full.
+    Beside them 41 at the two ends, and a bf16 copy of all weights."""
     from transformers import AutoModelForCausalLM
     with torch.device("meta"):
         lm = backbone.Backbone(AutoModelForCausalLM.from_config(shape))

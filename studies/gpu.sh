@@ -94,7 +94,7 @@ for blocks in (1, layer):
     net = denoiser.Bridge(lm.D, lm.D, blocks, lm.D // (64 if lm.D >= 512 else 32)).to(device).eval()
     config = hybrid_lm.HybridConfig(layer=layer, bridge=net.settings)
     config.vocab_size, config.hidden_size, config.max_position_embeddings = lm.V, lm.D, 8192
-    model = hybrid_lm.HybridForCausalLM(config, net, lm).eval()
+    model = hybrid_lm.HybridForCausalLM(config, net, lm).to(device).eval()
     for nfe in (1, 4):
         model.set_nfe(nfe)
         speed = 64 / seconds_of(2, lambda: model.generate(ids, **how))

@@ -1,6 +1,7 @@
 """fake_gpu.py: run the stages' own CUDA code without a GPU. CPU tensors are real; CUDA tensors have a shape, no data.
 
-    python tests/fake_gpu.py FOLDER          # FOLDER/config.json: a model's shape. One line of JSON on stdout
+    import fake_gpu                                   # before torch: it tells torch of GPUs (fake_scenes.py)
+    with eight_gpus(gpu := FakeGPU(), rank=0), gpu: ...
 
 How: 1 a few lines of C++ tell torch that there are eight CUDA devices, before torch is imported  2 a dispatch mode
 hands every operation on CUDA tensors to torch's FakeTensorMode, which refuses to mix devices or dtypes as CUDA would,
@@ -13,7 +14,6 @@ import contextlib
 import ctypes
 import functools
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -64,9 +64,8 @@ def load_hooks():
         ctypes.CDLL(f"{folder}/hooks.so", mode=ctypes.RTLD_GLOBAL)
 
 
-if __name__ == "__main__":
-    load_hooks()
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+load_hooks()
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
@@ -209,6 +208,10 @@ class FakeGPU(TorchDispatchMode):
         if func is aten.copy_.default and not on_gpu(args[0]):
             self.wait("copy to the CPU")
             return args[0].zero_()
+        if func is aten.bincount.default:
+            self.wait("bincount")
+            with self.fake:                                                      # as if no number were larger
+                return args[0].new_empty(kwargs.get("minlength") or [*args, 1, 1][2])
         picks = args[1] if func is aten.index.Tensor else ()
         picks = [x for x in picks if torch.is_tensor(x) and x.dtype == torch.bool]
         if func is aten.nonzero.default or picks:
@@ -330,149 +333,5 @@ def eight_gpus(gpu, rank):
         gpu.step = 0
         torch._dynamo.reset()
         yield stack
-        dist.destroy_process_group()
-
-
-# ------------------------------------------------------------------------------------------------------ what is run
-def phases(gpu, stack, module, **names):
-    """Functions of `module` that are phases of their own: name = phase."""
-    for name, phase in names.items():
-        stack.enter_context(mock.patch.object(module, name, gpu.timed(getattr(module, name), phase)))
-
-
-def made_on_gpu(function):
-    def made(*args, **kwargs):
-        with torch.device("cuda"):
-            return function(*args, **kwargs)
-    return made
-
-
-def train(stage, argv, rank, tokens, validates, patches):
-    """Run stage.main(argv) as process `rank` of eight, `tokens` a step each; unless it `validates` that is left out, to
-    save time. Returns what was noted (flops and waits of the last step), and what --dry_run foretells."""
-    import data
-    from core import backbone, optim, run
-    gpu, marks, step_all = FakeGPU(), [], optim.step_all
-
-    def mark():
-        marks.append((len(gpu.waits), gpu.flops["train"], gpu.seconds.copy()))
-
-    def average(*args, honest=torch._foreach_lerp_):
-        """The running mean of the weights ends a step, where there is one."""
-        gpu.part_of_step(honest, "EMA")(*args)
-        if gpu.step:
-            marks.pop()
-            mark()
-
-    def stepped(*args):
-        with gpu.during("optimizer"):
-            step_all(*args)
-        gpu.step += 1
-        mark()
-
-    def build(*args, honest=optim.build, **kwargs):
-        """With moments, as every step but the first one finds them."""
-        optimizers = honest(*args, **kwargs)
-        params = [p for o in optimizers for group in o.param_groups for p in group["params"]]
-        with gpu.during("set-up"):
-            for p in params:
-                p.grad = torch.zeros_like(p)
-            for optimizer in optimizers:
-                optimizer.step()
-            for p in params:
-                p.grad = None
-        return optimizers
-
-    def before_the_loop(world, honest=stage.StopSignal):
-        mark()
-        return honest(world)
-
-    with eight_gpus(gpu, rank) as stack, tempfile.TemporaryDirectory() as out:
-        argv = [*argv, "--random_init", "--eval_batches", "8", "--eval_every", "100", "--log_every", "100"]
-        with contextlib.redirect_stdout(sys.stderr):
-            foretold = stage.main.__wrapped__([*argv, "--dry_run", "--out", f"{out}/run"])
-            patches = {**patches, (optim, "step_all"): stepped, (stage, "StopSignal"): before_the_loop,
-                       (torch, "_foreach_lerp_"): average, (optim, "build"): build,
-                       (backbone, "load"): made_on_gpu(backbone.load),
-                       (data, "prefetch"): lambda make, keys: map(make, keys)}
-            if not validates:
-                patches[stage, "validate"] = lambda *_: [0.0, 0.0]
-            for (module, name), value in patches.items():
-                stack.enter_context(mock.patch.object(module, name, value))
-            phases(gpu, stack, run.Run, save="save")
-            phases(gpu, stack, stage, validate="validate")
-            for thing, name, part in ((stage, "targets", "prefix"), (stage, "token_loss", "network"),
-                                      (torch.Tensor, "backward", "network"), (optim.Muon, "step", "Muon"),
-                                      (torch.optim.AdamW, "step", "AdamW")):
-                if hasattr(thing, name):
-                    stack.enter_context(mock.patch.object(thing, name, gpu.part_of_step(getattr(thing, name), part)))
-            if hasattr(stage, "check_replicas"):
-                phases(gpu, stack, stage, check_replicas="save")
-            with gpu:
-                gpu.phase = "train"
-                stage.main.__wrapped__([*argv, "--out", f"{out}/run"])
-    return {"foretold": foretold, "peaks": {k: n / 1e9 for k, n in gpu.peaks.items()}, "graphs": gpu.graphs,
-            "flops": marks[-1][1] - marks[-2][1], "parts": marks[-1][2] - marks[-2][2],
-            "waits": gpu.waits[marks[-2][0]:marks[-1][0]], "tokens": tokens, "collectives": gpu.collectives}
-
-
-def bridge_run(folder, rank, *flags, validates=False):
-    import bridge
-    from core import denoiser
-    argv = ["--preset", "8b", "--model", folder, "--steps", "1", "--batch_size", "128", "--calibration", "8", *flags]
-    batch = int(flags[flags.index("--batch_size") + 1]) if "--batch_size" in flags else 128
-    return train(bridge, argv, rank, batch // 8 * 1024, validates, {
-        (bridge, "build"): made_on_gpu(bridge.build), (denoiser, "save"): lambda *_: None})
-
-
-def convert_run(folder, rank, *flags, validates=False):
-    import data
-    import repr_align
-    from core import backbone
-
-    class Text(data.RandomTokens):
-        def __init__(self, shards, split, T, *_):
-            super().__init__(128000, T)
-
-        def windows(self, count):
-            return super().windows(count, 0)
-    argv = ["--preset", "8b", "--model", folder, "--steps", "1", "--batch_size", "16", *flags]
-    return train(repr_align, argv, rank, 2 * 4096, validates, {
-        (backbone, "load_tokenizer"): lambda name: types.SimpleNamespace(mask_token_id=128255),
-        (data, "shards_beside"): lambda *_: (None, {}), (data, "Tokens"): Text,
-        (repr_align, "tokens_a_call"): lambda *_: 1.0,                    # by fake laws no token is ever revealed
-        (repr_align, "publish"): lambda run, *_: setattr(run, "result", None),
-        (repr_align, "summary"): lambda result: ""})
-
-
-def shallow(folder):
-    """The same shape with two blocks, beside it."""
-    config = json.loads((Path(folder) / "config.json").read_text())
-    other = Path(f"{folder}_shallow")
-    other.mkdir(exist_ok=True)
-    (other / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
-    return str(other)
-
-
-FEW = ["--layer", "2", "--steps", "3", "--batch_size", "64"]
-SCENES = {  # name -> function of the folder. Three steps, validation and two ranks only where the models are small
-    "bridge 6": lambda folder: bridge_run(folder, 0, "--layer", "6", "--batch_size", "256"),
-    "bridge 6, 8 a pass": lambda folder: bridge_run(folder, 0, "--layer", "6", "--micro_batch", "8"),
-    "bridge 16, mix": lambda folder: bridge_run(folder, 0, "--layer", "16", "--visible", "mix"),
-    "bridge 2": lambda folder: bridge_run(folder, 0, *FEW, validates=True),
-    "bridge 2, rank 7": lambda folder: bridge_run(folder, 7, *FEW, validates=True),
-    "convert, sharded": lambda folder: convert_run(folder, 0, "--shard"),
-    "convert 2": lambda folder: convert_run(shallow(folder), 0),
-    "convert 2, sharded": lambda folder: convert_run(shallow(folder), 0, "--shard", validates=True),
-    "convert 2, sharded, rank 7": lambda folder: convert_run(shallow(folder), 7, "--shard", validates=True),
-}
-
-if __name__ == "__main__":
-    import time
-    torch.set_num_threads(1)
-    found = {}
-    for name in sys.argv[2:] or SCENES:
-        start = time.process_time()
-        found[name] = SCENES[name](sys.argv[1])
-        found[name]["seconds"] = time.process_time() - start
-    print(json.dumps(found))
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -17,14 +17,14 @@ FULL = ("bridge 6", "bridge 6, 8 a pass", "bridge 16, mix", "convert, sharded")
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What fake_gpu.py printed, from one process: a device or dtype mix would have ended it with a traceback."""
+    """What fake_scenes.py printed, from one process; a device or dtype mix would have ended it with a traceback."""
     from transformers import LlamaConfig
     if shutil.which("g++") is None:
         pytest.skip("g++ is missing: without it torch cannot be told of GPUs that are not there")
     folder = tmp_path_factory.mktemp("8b")
     LlamaConfig(**LLAMA_8B).save_pretrained(folder)
-    done = subprocess.run([sys.executable, "tests/fake_gpu.py", str(folder)], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, "tests/fake_scenes.py", str(folder)], cwd=ROOT, capture_output=True,
+                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -83,6 +83,12 @@ def test_the_roofline_knows_a_kernel_and_a_fusion():
         three = make_fx(lambda x: ((x + 1) @ x) * 2)(low)                        # the product keeps the two apart
         half = roofline.roof(total, 0, (low, low))
         assert roofline.roof_of_graph(three.graph) == pytest.approx(seconds + 2 * half)
+
+
+@slow
+def test_what_needs_no_training_runs_too(found):
+    """LOCATE, the hybrid, blocks and gaps, rivals: no device or dtype is mixed, and each of them computes."""
+    assert all(found["use"]["used"][phase] > 1e9 for phase in ("locate", "rivals", "hybrid", "generate"))
 
 
 @slow
