@@ -92,7 +92,7 @@ PRESETS = {
     "tiny": {"steps": 20, "batch_size": 4, "seq_len": 32, "calibration": 8, "eval_batches": 4, "eval_every": 10,
              "save_every": 10, "log_every": 10, "warmup": 5},
     "toy": {"head_start": "tokens", "calibration": 1024, "sink": "shared"},
-    # run_all.sh spells these out with 400 steps: those are the published numbers
+    # run_all.sh spells these out: those are the published numbers
     "blocks": {"visible": "mix", "bidirectional": True, "self_condition": True, "batch_size": 8, "steps": 800,
                "noise_seeds": 1, "sink": "shared", "cooldown": 1.0},         # constant draws worse text: LOG.md
     "135m": {"steps": 300, "batch_size": 8, "calibration": 1024, "head_start": "tokens", "nfes": "1,4",

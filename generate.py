@@ -57,8 +57,8 @@ class Config:
     shift: float = 0.0          # of the sampler's grid (0: the bridge's default)
     refinements: int = 14       # of each block of tokens (0: none)
     back: float = 0.25          # share of the denoising calls that a refinement makes again
-    alphas: str = "1,0.8"       # weights of the token readout beside the retained blocks: settings to choose from
-    betas: str = "1,0.8"        # shares of the token prior that are divided out of their product: likewise
+    alphas: str = "0.8,0.6"     # weights of the token readout beside the retained blocks: settings to choose from
+    betas: str = "0.8,0.6"      # shares of the token prior that are divided out of their product: likewise
     temperatures: str = "1.0"   # where frontiers start; they go on until real text's entropy is reached
     second_judge: str = ""      # a folder or Hub id that shares no block with the decoder (empty: none)
 

@@ -50,8 +50,8 @@ class Config:
     block_size: int = 0         # draw so many tokens at once, by diffusion (0: token by token)
     suffix: str = ""            # with --block_size: the text after the gap of max_new_tokens
     refinements: int = 14       # with --block_size: of each block of tokens (0: none)
-    alpha: float = 0.8          # with --block_size: weight of the token readout beside the retained blocks
-    beta: float = 0.8           # with --block_size: share of the token prior that is divided out of their product
+    alpha: float = 0.6          # with --block_size: weight of the token readout beside the retained blocks
+    beta: float = 0.6           # with --block_size: share of the token prior that is divided out of their product
     top_p: float = 1.0          # with --block_size: nucleus
     show: bool = False          # with --block_size: print what the readout makes of every denoising step
     gif: str = ""               # with --block_size, of one block: a GIF file that shows the same

@@ -44,11 +44,11 @@ CONVERT: to blocks of tokens, one after another $(default '(20 s)')
     repr_align.py $common --align_weight 0 --attention block $convert --out "$OUT/repr_align/block"
 GENERATE: train a bridge that meets unknown tokens $(default '(90 s)')
     bridge.py $common --layer $BLOCKS_LAYER --visible mix --bidirectional --self_condition --cooldown 1 --nfes 8 \
-        --out "$OUT/blocks" $(default --blocks 4 --batch_size 8 --steps 400 --noise_seeds 1 --eval_batches 64 \
+        --out "$OUT/blocks" $(default --blocks 4 --batch_size 8 --steps 800 --noise_seeds 1 --eval_batches 64 \
         --head_start none --calibration 64) ${BLOCKS_STEPS:+--steps $BLOCKS_STEPS}
 GENERATE: text drawn in hidden space beside its rivals $(default '(3 min)')
     generate.py --data "$DATA" --bridges "$OUT/blocks" --twin "$OUT/repr_align/w0,$OUT/repr_align/block" $tiny \
-        $(default --alphas 0.8 --betas 0.8 --tune_texts 4) --out "$OUT/generate"
+        $(default --alphas 0.6 --betas 0.6 --tune_texts 4) --out "$OUT/generate"
 END
 if [ "$MODEL" = toy ]; then cat <<END   # its text poses no task that both models solve, so a smaller one learns some
 COMPARE: a small LM on text that holds the tasks $(default '(75 s)')

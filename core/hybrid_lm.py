@@ -23,12 +23,12 @@ from core.draws import generator, normal
 LAYER_NUMBERS = "layer_idx", "layer_id"  # what the library calls a module's place in the cache
 
 
-def product(upper, read, alpha=0.8, beta=0.8, prior=None):
+def product(upper, read, alpha=0.6, beta=0.6, prior=None):
     """log p (..., V), not normalised, of a token from what two experts make of it, both (..., V): the retained blocks
     see the states before it, the readout its own. Each is a posterior, p(x | a) and p(x | b), that holds the prior p(x)
     once; where a and b are independent given x, p(x | a, b) ~ p(x | a) p(x | b) / p(x): one copy has to go (beta). They
-    are not quite, as both know the prefix, so that what the readout adds, p(x | b) / p(x), counts a little less than
-    once: alpha = beta = 0.8, chosen on few texts (LOG.md)."""
+    are not quite, as both know the prefix, so that what the readout adds, p(x | b) / p(x), counts less than once, the
+    less the surer training made it: alpha = beta = 0.8 after 400 steps, 0.6 after 800 (on texts apart: LOG.md)."""
     logits = upper + alpha * read
     return logits - beta * prior.to(logits) if beta else logits
 
@@ -142,7 +142,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
 
     # ------------------------------------------------------------------------------------------- blocks of tokens
     @torch.no_grad()
-    def generate_blocks(self, input_ids, max_new_tokens=64, block_size=64, nfe=4, *, prior=None, alpha=0.8, beta=0.8,
+    def generate_blocks(self, input_ids, max_new_tokens=64, block_size=64, nfe=4, *, prior=None, alpha=0.6, beta=0.6,
                         temperature=1.0, top_p=1.0, refinements=14, back=0.25, seed=0, suffix_ids=None, watch=None):
         """input_ids (B, T) -> (B, T + max_new_tokens [+ suffix]): `block_size` tokens at a time are drawn in hidden
         space and decoded. Rows do not depend on one another.

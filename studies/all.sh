@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The full study behind the report, after run_all.sh: every layer with three seeds, more backbones, the interfaces,
-# diffusion against regression where nothing is hidden and where something is. An hour and a half on two idle cores;
+# diffusion against regression where nothing is hidden and where something is. Two hours on two idle cores;
 # run it again and it resumes, or prints what is finished.
 #
 #   bash studies/all.sh
@@ -19,19 +19,19 @@ study() {  # study "what it asks and how long it takes" name flags...
         printf '\nstudies/all.sh stopped: %s failed\n' "${*:2}" >&2; exit 1; }
 }
 
-printf '\n=== GENERATE and its twins with three training seeds, then at other layers and in a gap (30 min)\n'
+printf '\n=== GENERATE and its twins with three training seeds, then at other layers and in a gap (55 min)\n'
 best=$(python -c "import json, sys; print(json.load(open(sys.argv[1]))['layer'])" "$OUT/blocks/bridge.json")
 blocks() {  # blocks layer seed folder: a bridge like out/blocks
     python bridge.py --model "$OUT/toy" --data "$DATA" --layer "$1" --visible mix --bidirectional --self_condition \
-        --cooldown 1 --nfes 8 --blocks 4 --batch_size 8 --steps 400 --noise_seeds 1 --eval_batches 64 \
+        --cooldown 1 --nfes 8 --blocks 4 --batch_size 8 --steps 800 --noise_seeds 1 --eval_batches 64 \
         --head_start none --calibration 64 --seed "$2" --out "$3"
 }
-bridges="" twins="" layers=""       # all at 400 steps of 8 x 128 tokens; the default run's twins have had 120 only
+bridges="" twins="" layers=""       # all at 800 steps of 8 x 128 tokens; the default run's twins have had 120 only
 for seed in 0 1 2; do
-    for arm in twin400 block400; do    # all masks at once; block after block
-        python repr_align.py --model "$OUT/toy" --data "$DATA" --align_weight 0 --batch_size 8 --steps 400 \
+    for arm in twin block; do    # all masks at once; block after block
+        python repr_align.py --model "$OUT/toy" --data "$DATA" --align_weight 0 --batch_size 8 --steps 800 \
             --eval_every 100 --seed $seed --out "$OUT/generate_seeds/${arm}_$seed" \
-            $([ $arm = twin400 ] || echo --attention block)
+            $([ $arm = twin ] || echo --attention block)
         twins+="${twins:+,}$OUT/generate_seeds/${arm}_$seed"
     done
     [ $seed = 0 ] || blocks "$best" $seed "$OUT/generate_seeds/blocks_$seed"
@@ -42,9 +42,9 @@ for seed in 0 1 2; do
         layers+=",$OUT/layers/cell_${layer}_$seed"
     done
 done
-python generate.py --data "$DATA" --bridges "$bridges" --twin "$twins" --texts 32 --alphas 0.8 --betas 0.8 \
+python generate.py --data "$DATA" --bridges "$bridges" --twin "$twins" --texts 32 --alphas 0.6 --betas 0.6 \
     ${JUDGE:+--second_judge "$JUDGE"} --out "$OUT/generate_seeds/equal"
-python generate.py --data "$DATA" --bridges "$bridges$layers" --methods blocks,jacobi --alphas 0.8 --betas 0.8 \
+python generate.py --data "$DATA" --bridges "$bridges$layers" --methods blocks,jacobi --alphas 0.6 --betas 0.6 \
     --texts 70 --tune_texts 0 --temperatures 0.64,0.8 --out "$OUT/layers/text"
 python generate.py --data "$DATA" --bridges "$bridges" --twin "$twins" --prefix 56 --new 8 --suffix 64 --texts 64 \
     --tune_texts 16 --out "$OUT/generate_seeds/gap"
