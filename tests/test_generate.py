@@ -208,7 +208,7 @@ def test_the_second_block_equals_a_joint_pass(bidirectional):
     model.net.readout.weight.mul_(0.1)
     states = []
     out = model.generate_blocks(IDS, 10, block_size=5, nfe=3, refinements=0, temperature=0, seed=1, prior=PRIOR,
-                                beta=0.1, watch=states.append)
+                                alpha=1.0, beta=0.1, watch=states.append)
     model.set_nfe(3)
     unknown = (torch.arange(24) >= 19).expand(2, 24)
     seen = model.noise_at(torch.arange(19)).expand(2, 19, 32)
