@@ -29,7 +29,7 @@ from core.common import GradientSum, StopSignal, UserError, check_replicas, entr
 from core.denoiser import Bridge, calibrate, targets
 from core.diffusion import SAMPLERS, TIMES, hide, readout_loss, times, token_loss
 from core.draws import generator, normal
-from core.measure import NOISE_ROWS, fit, numbers, report_size, section, summary, train_flops
+from core.measure import NOISE_ROWS, most_that_fits, numbers, report_size, section, summary, train_flops
 from core.run import TRACKERS, Clock, Run, finished, read_json
 
 
@@ -235,6 +235,7 @@ def main(argv):
     # -------------------------------------------------------------------------------------------------- setup
     world = setup(cfg.device)
     dtype = pick_dtype(cfg, world.device)
+    world.size = max(world.size, 8 * (cfg.dry_run and cfg.preset == "8b"))      # of the command that is foretold
     slots, micro = split_batch(cfg.batch_size, cfg.micro_batch, world)
     model = backbone.resolve(cfg.model, cfg.out)
     layer = choose_layer(cfg)
@@ -246,7 +247,7 @@ def main(argv):
     with torch.device("meta" if cfg.dry_run else "cpu"):
         net = build(cfg, shape, layer)
     auto = not cfg.micro_batch and (cfg.dry_run or world.device.type == "cuda")
-    micro, recompute = fit(cfg, net, shape, layer, world, micro, dtype) if auto else (micro, cfg.recompute)
+    micro, recompute = most_that_fits(cfg, net, shape, layer, world, micro, dtype) if auto else (micro, cfg.recompute)
     if cfg.dry_run:
         return report_size(cfg, net, shape, layer, world, micro, dtype, recompute)
 
@@ -270,7 +271,8 @@ def main(argv):
     flops = train_flops(net, *(0, 0) if states else (replaced, layer), cfg.seq_len)        # kept ones cost nothing
     run.say(f"layer {layer} of {lm.L}: {cfg.objective} bridge of {net.settings['blocks']} blocks of width "
             f"{net.settings['W']}, {size:,} parameters"
-            + (f" = {size / replaced:.2f}x the blocks it replaces" if layer else ""))
+            + (f" = {size / replaced:.2f}x the blocks it replaces" if layer else "")
+            + f"; {micro} sequences a pass{', recomputed' * recompute}")
 
     # --------------------------------------------------------------------------------------------------- loop
     overlap = cfg.overlap == "on" or cfg.overlap == "auto" and world.device.type == "cuda"

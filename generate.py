@@ -291,9 +291,9 @@ def check(cfg):
 
 
 def whole_lines(tokens, tokenizer, cfg):
-    """Windows (2N, T) of held-out text whose gap is one line: a token with a line break before it, one after it and
-    none inside. Evenly spread; fewer where there are fewer."""
-    breaks = np.array(["\n" in tokenizer.decode(i) for i in range(len(tokenizer))])
+    """Windows (2N, T) of held-out text whose gap is one line: a token with a line break, or the end of a text, before
+    it, one after it and none inside. Evenly spread; fewer where there are fewer."""
+    breaks = np.array(["\n" in tokenizer.decode(i) or i == tokenizer.eos_token_id for i in range(len(tokenizer))])
     at = np.flatnonzero(breaks[tokens.ids])
     starts = at[:-1][np.diff(at) == cfg.new + 1] + 1 - cfg.prefix
     starts = starts[(starts >= 0) & (starts < len(tokens.ids) - tokens.T)]

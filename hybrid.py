@@ -62,7 +62,7 @@ class Config:
                 "top_p", "show", "gif", "compare")
 
 
-PRESETS = {"tiny": {"seq_len": 32, "eval_batches": 4}, "135m": {"eval_batches": 128}}
+PRESETS = {"tiny": {"seq_len": 32, "eval_batches": 4}, "135m": {"eval_batches": 128, "alpha": 0.8, "beta": 0.8}}
 PROMPT = "def main(args):"      # of the sample that is shown after saving
 
 
@@ -95,7 +95,7 @@ def continue_text(model, tokenizer, prompt, max_new_tokens, temperature, seed, s
 
 
 def write_blocks(model, tokenizer, cfg):
-    """The prompt, the drawn tokens and the suffix as text; with --show each denoising step is printed as it is made."""
+    """The prompt, the drawn tokens and the suffix as text; --show and --gif show each denoising step."""
     def ids(text):
         return torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]], device=model.device)     # (1, T)
 
@@ -160,7 +160,7 @@ def section(result):
 
 
 def continue_prompt(cfg, model, tokenizer, world, dtype):
-    """--prompt: its continuation on stdout, token by token or so many at once; nothing is saved."""
+    """--prompt: its continuation on stdout, token by token or so many at once; no model is saved."""
     if cfg.block_size:
         print(text := write_blocks(model, tokenizer, cfg))
         return text

@@ -197,11 +197,11 @@ def refuse(lm, tests, **what):
     for reason, test in tests.items():
         try:
             with torch.no_grad():
-                true, why = test(), ""
+                true, said = test(), ""
         except Exception as error:
-            true, why = False, f" ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+            true, said = False, f" ({type(error).__name__}: {why(error)})"
         if not true:
-            raise cannot(lm.config, reason + why, **what)
+            raise cannot(lm.config, reason + said, **what)
 
 
 def near(a, b):  # not equal: experts see other tokens beside a token, and a GPU may add in another order
@@ -287,7 +287,7 @@ def no_model(name, error):
 def identity(name, random_init=False):
     """16 hex digits of a model's weights: the size and 64 evenly spread 16 KiB pieces of each safetensors file, so that
     8B weights take milliseconds and no loading. Another training differs; a change of a few tensors between the pieces
-    need not. A Hub id has its commit, random weights (which are seeded) their config."""
+    need not. A Hub id has its commit, random weights (seeded, other ones on a GPU) their config."""
     folder, digest = Path(name), hashlib.sha256(json.dumps(random_init).encode())
     if not folder.exists():
         from transformers.utils import cached_file

@@ -5,8 +5,8 @@
     text = table(result); lines = verdicts(result); rows = headline(result); figure(result, path)
 
 A `row` is a method with one setting and one trained model: name, frontier (points of core.metrics.measure, each with
-its temperature), matched (at_entropy of them), calls; of ours also group, layer, seed, steps, parameters. `result` has
-rows, and the same metrics of real text under `real`. Letters: N texts, T tokens.
+its temperature), matched (at_entropy of them), calls, tokens_per_s; of ours also group, layer, seed, steps, parameters.
+`result` has rows, and the same metrics of real text under `real`. Letters: N texts, T tokens.
 """
 import math
 import statistics
@@ -79,10 +79,10 @@ def matched(group, form=".1f", key="matched"):
 
 
 def table(result):
-    """Markdown: one line a method, seeds as mean +- sd; what texts look like at the temperature nearest to real text's
-    entropy."""
+    """Markdown: one line a method, seeds as mean +- sd (of speed the fastest); what texts look like at the temperature
+    nearest to real text's entropy."""
     filled = [key for key in ("right", "exact") if result.get("settings", {}).get("suffix")
-              and key in result["rows"][0]["frontier"][0]]                            # a run of before may lack one
+              and all(key in r["frontier"][0] for r in result["rows"])]               # a run of before may lack one
     real, second, shape = dict.fromkeys(filled, 1.0) | result["real"], "second_ppl" in result["real"], (*SHAPE, *filled)
     rows = [["real text", "-", "-", f"{real['gen_ppl']:.1f}", "1.00",
              *([f"{real['second_ppl']:.1f}"] if second else []), "-", *(f"{real[k]:.2f}" for k in shape)]]

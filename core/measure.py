@@ -2,7 +2,7 @@
 
     table, ce = measure(lm, net, rows, layer, nfes, cfg)      # FVU, KL, CE gap at each number of calls
     flops = train_flops(net, replaced, layer, T)              # of a training token
-    report_size(cfg, net, shape, layer, world, micro, dtype)  # what --dry_run prints
+    micro, recompute = most_that_fits(cfg, ...)               # of sizes(cfg, ...), which report_size prints
 
 NFE: calls of the network a sample takes. FVU, fraction of variance unexplained: E|z_hat - z|^2 / E|z|^2. KL: of the
 hybrid's next-token law from the intact model's. CE gap: what its next-token loss loses over theirs, in nats.
@@ -118,11 +118,10 @@ def train_flops(net, replaced, layer, T):
     return passes * (own + blocks * W * T) + readout + 2 * (replaced + layer * D * T)
 
 
-def foretell(cfg, net, shape, layer, world, micro, dtype, recompute):
-    """What a training takes, before it runs: parameters by group, GB on one GPU by component and at the peak of each
-    phase, FLOPs a token. The bytes per width, token and block that wait for backward are those of traces at 8B shape
-    (tests/fake_scenes.py): 38 compiled, 62 not, 100 in fp32; with --recompute 4, and one block at a time in full.
-    Beside them 41 at the two ends, and a bf16 copy of all weights."""
+def sizes(cfg, net, shape, layer, world, micro, dtype, recompute):
+    """What a training takes: parameters by group, GB on one GPU by component and at each phase's peak, FLOPs a token.
+    Bytes per width, token and block that wait for backward, by traces at 8B shape (tests/fake_scenes.py): 38 compiled,
+    62 not, 100 in fp32; recomputed 4, and one block in full. Beside them 41 at the ends, and a bf16 copy of weights."""
     from transformers import AutoModelForCausalLM
     with torch.device("meta"):
         lm = backbone.Backbone(AutoModelForCausalLM.from_config(shape))
@@ -133,7 +132,6 @@ def foretell(cfg, net, shape, layer, world, micro, dtype, recompute):
     flops = train_flops(net, *(0, 0) if cfg.cache_states else (replaced, layer), cfg.seq_len)
     matrices = [p.numel() for p in net.blocks.parameters() if p.ndim == 2 and cfg.lr > 0]
     W, D, blocks = (net.settings[k] for k in ("W", "D", "blocks"))
-    ways = world.size if world.size > 1 else 8 if cfg.preset == "8b" else 1
     each = 100 if dtype == torch.float32 else 38 if cfg.compile else 62
     saved = W * (4 * blocks + each if recompute else each * blocks) + 41 * D
     saved += 8 * net.settings["V"] * net.generates                                  # the readout's logits
@@ -142,7 +140,7 @@ def foretell(cfg, net, shape, layer, world, micro, dtype, recompute):
             "optimizer": 4 * sum(matrices) + 8 * (size - sum(matrices))}
     gigabytes = {**held, "gradients": 4 * size, "activations": micro * cfg.seq_len * saved + (
         2 * size * (dtype == torch.bfloat16 and not recompute))}
-    muon = 10 * max(matrices, default=0) * -(-blocks // ways) + dtype.itemsize * sum(matrices) / ways
+    muon = 10 * max(matrices, default=0) * -(-blocks // world.size) + dtype.itemsize * sum(matrices) / world.size
     del held["frozen prefix"]
     peaks = {"train": sum(gigabytes.values()), "optimizer": sum(gigabytes.values()) - gigabytes["activations"] + muon,
              "final numbers": sum(held.values()) + dtype.itemsize * whole  # rank 0: the whole backbone, five logits
@@ -152,15 +150,15 @@ def foretell(cfg, net, shape, layer, world, micro, dtype, recompute):
             "gigabytes": max(peaks.values()), "parts": {name: n / 1e9 for name, n in gigabytes.items()}}
 
 
-def fit(cfg, net, shape, layer, world, share, dtype):
+def most_that_fits(cfg, net, shape, layer, world, share, dtype):
     """(sequences a pass, whether to recompute) of --micro_batch 0: the most of this process's `share` that train within
     nine tenths of the GPU, 80 GB where there is none; recomputed, a third more compute, only if not even one fits."""
     gpu = world.device.type == "cuda" and torch.cuda.get_device_properties(world.device).total_memory
     limit = 0.9e-9 * (gpu or 80e9)
     for recompute in sorted({cfg.recompute, True}):
         for micro in [m for m in range(share, 0, -1) if share % m == 0]:
-            most = foretell(cfg, net, shape, layer, world, micro, dtype, recompute)["peaks"]["train"]
-            if most < limit:
+            most = sizes(cfg, net, shape, layer, world, micro, dtype, recompute)["peaks"]["train"]
+            if most < limit or cfg.dry_run and recompute and micro == 1:           # which says that it does not fit
                 return micro, recompute
     raise UserError(f"a bridge at layer {layer} needs {most:.0f} GB to train even with --recompute, one sequence a "
                     f"pass: more than {limit:.0f}; choose a lower --layer, fewer --blocks or a smaller --width")
@@ -168,7 +166,7 @@ def fit(cfg, net, shape, layer, world, share, dtype):
 
 def report_size(cfg, net, shape, layer, world, micro, dtype, recompute):
     """--dry_run: print what is foretold, and the speed at 50% MFU on an H100."""
-    found = foretell(cfg, net, shape, layer, world, micro, dtype, recompute)
+    found = sizes(cfg, net, shape, layer, world, micro, dtype, recompute)
     size, flops, most = found["parameters"], found["flops_per_token"], found["gigabytes"]
     print("\n".join(f"  {k} = {v}" for k, v in dataclasses.asdict(cfg).items()))
     print(f"bridge at layer {layer} of {shape.num_hidden_layers}: {size:,} parameters, "

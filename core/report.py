@@ -5,7 +5,6 @@
 """
 import contextlib
 import re
-from pathlib import Path
 
 from core.run import atomic
 from core.stats import paired, verdict
@@ -39,8 +38,8 @@ def figure(path, rows=1, columns=1, width=3.7, height=3.1, **how):
 
 
 def film(path, frames, width=86):
-    """A GIF (by name, too) of a text in the making, the last frame held. Each of `frames` is a list of (word, hidden):
-    hidden ones are grey, and red is what is no longer hidden, or another word, since the frame before."""
+    """A GIF, whatever its name, of a text in the making, the last frame held. Each of `frames` is a list of (word,
+    hidden): hidden ones are grey, and red is what is no longer hidden, or another word, since the frame before."""
     from matplotlib.font_manager import findfont
     from PIL import Image, ImageDraw, ImageFont
     font, pages = ImageFont.truetype(findfont("monospace"), 13), []
@@ -58,8 +57,9 @@ def film(path, frames, width=86):
     for image, page in zip(images, pages, strict=True):
         for column, row, part, color in page:
             ImageDraw.Draw(image).text((5 + w * column, 5 + 16 * row), part, color, font)
-    images[0].save(Path(path).with_suffix(".gif"), save_all=True, append_images=images[1:], loop=0,
-                   duration=[*[200] * len(frames), 2000])
+    with atomic(path) as temporary:
+        images[0].save(temporary, format="GIF", save_all=True, append_images=images[1:], loop=0,
+                       duration=[*[200] * len(frames), 2000])
 
 
 def compare_arms(control, arm, what):

@@ -180,14 +180,14 @@ def grows(cfg, differ):
         return False
     out, (there, here) = Path(cfg.out), differ["steps"]
     if here < there:
-        why = f"which is more than --steps {here}"
+        reason = f"which is more than --steps {here}"
     elif cfg.cooldown > 0:
-        why = "whose learning rate was to end there: only a constant one (--cooldown 0) can go on"
+        reason = "whose learning rate was to end there: only a constant one (--cooldown 0) can go on"
     elif (out / "result.json").exists() and not (out / "state.pt").exists():
-        why = "which kept no state to go on from (--keep_state does)"
+        reason = "which kept no state to go on from (--keep_state does)"
     else:
         return True
-    raise UserError(f"{out} holds a run of {there} steps, {why}; choose another --out")
+    raise UserError(f"{out} holds a run of {there} steps, {reason}; choose another --out")
 
 
 def claim(out):

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The first minutes on a GPU, before anything else is run there: ceilings, every stage once, then the 8B shape with
 # random weights: the bridge at two micro-batches and what --dry_run foretold, its kernels by time, a hybrid's tokens a
-# second beside the intact model's, CONVERT and LOCATE at that width with few blocks. Nothing is downloaded. What was said, how long it took and the speed between the last lines of each log (those
-# before hold compilation) is in $OUT/gpu.json, written anew after every step: at most ten minutes.
+# second beside the intact model's, CONVERT and LOCATE at that width with few blocks. Nothing is downloaded. What was
+# said, how long it took and the speed between the last lines of each log (those before hold compilation) is in
+# $OUT/gpu.json, written anew after every step: at most ten minutes.
 #
 #   bash studies/gpu.sh
 #   SHAPE=out/toy OUT=out/gpu_look bash studies/gpu.sh              # the same on a small shape, on a CPU: 2 minutes
@@ -60,7 +61,7 @@ bridge=(bridge.py --layer "$LAYER" --preset $preset --model "$SHAPE" --random_in
         --log_every 3 --eval_batches 8 --calibration 8)
 for m in 8 32; do
     run "dry_$m" 20 python "${bridge[@]}" --micro_batch $m --dry_run
-    run "bridge_$m" 90 python "${bridge[@]}" --micro_batch $m --out "$OUT/bridge_$m"
+    run "bridge_$m" 75 python "${bridge[@]}" --micro_batch $m --out "$OUT/bridge_$m"
 done
 run profile 70 python - "${bridge[@]:1}" --steps 7 --micro_batch 8 --out "$OUT/profile" <<'END'
 import sys

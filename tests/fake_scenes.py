@@ -173,6 +173,8 @@ SCENES = {  # name -> function of the folder. Three steps, validation and two ra
     "bridge 6": lambda folder: bridge_run(folder, 0, "--layer", "6", "--batch_size", "256"),
     "bridge 6, 8 a pass": lambda folder: bridge_run(folder, 0, "--layer", "6", "--micro_batch", "8"),
     "bridge 16, mix": lambda folder: bridge_run(folder, 0, "--layer", "16", "--visible", "mix"),
+    "bridge 2, eager": lambda folder: bridge_run(folder, 0, "--layer", "2", "--no-compile"),
+    "bridge 2, recomputed": lambda folder: bridge_run(folder, 0, "--layer", "2", "--recompute"),
     "bridge 2": lambda folder: bridge_run(folder, 0, *FEW, validates=True),
     "bridge 2, rank 7": lambda folder: bridge_run(folder, 7, *FEW, validates=True),
     "convert, sharded": lambda folder: convert_run(folder, 0, "--shard"),

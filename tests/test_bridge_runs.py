@@ -256,13 +256,14 @@ def test_random_init_needs_only_a_config(tmp_path):
 def test_what_fits_is_chosen(runs, text, tmp_path, capsys, monkeypatch):
     """--micro_batch 0: as many sequences as fit, recomputed only where not even one does, else refused by name; a run
     on a CPU, or one that says how many, is left as it is."""
-    asked, taken, foretell = [], [0], measure.foretell
+    asked, taken, sizes = [], [0], measure.sizes
 
     def gigabytes(cfg, net, shape, layer, world, micro, dtype, recompute):
         asked.append((micro, recompute))
-        found = foretell(cfg, net, shape, layer, world, micro, dtype, recompute)
-        return found | {"peaks": {**found["peaks"], "train": taken[-1] + micro * (5 if recompute else 20)}}
-    monkeypatch.setattr(measure, "foretell", gigabytes)
+        found = sizes(cfg, net, shape, layer, world, micro, dtype, recompute)
+        train = taken[-1] + micro * (5 if recompute else 20)
+        return found | {"peaks": {**found["peaks"], "train": train}, "gigabytes": train}
+    monkeypatch.setattr(measure, "sizes", gigabytes)
     argv = ["--preset", "tiny", "--model", runs / "toy", "--data", text, "--layer", "2", "--batch_size", "12",
             "--out", tmp_path / "b"]
     for gb, chosen in ((0, (3, False)), (50, (1, False)), (60, (2, True)), (66, (1, True))):
@@ -271,7 +272,14 @@ def test_what_fits_is_chosen(runs, text, tmp_path, capsys, monkeypatch):
         assert asked[-1] == chosen and f"at {chosen[0]} sequences a pass" in (said := capsys.readouterr().out)
         assert ("recomputed" in said) == chosen[1]
     taken.append(70)
-    assert "fewer --blocks" in fails(capsys, bridge.main, *argv, "--dry_run")
+    bridge.main(list(map(str, [*argv, "--dry_run"])))
+    assert asked[-1] == (1, True) and "does NOT fit" not in capsys.readouterr().out      # 75 GB: above nine tenths
+    taken.append(80)
+    bridge.main(list(map(str, [*argv, "--dry_run"])))
+    assert "does NOT fit" in capsys.readouterr().out
+    cfg = bridge.Config(preset="tiny", layer="2", batch_size=12)
+    with pytest.raises(common.UserError, match="fewer --blocks"):
+        measure.most_that_fits(cfg, None, None, 2, common.World(0, 1, torch.device("cpu")), 12, torch.float32)
     bridge.main(list(map(str, [*argv, "--dry_run", "--micro_batch", "4"])))
     assert asked[-1] == (4, False)
     asked.clear()

@@ -13,6 +13,7 @@ from conftest import ROOT, slow
 LLAMA_8B = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
                 num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192, tie_word_embeddings=False)
 FULL = ("bridge 6", "bridge 6, 8 a pass", "bridge 16, mix", "convert, sharded")
+LIGHT = ("bridge 2, eager", "bridge 2, recomputed")
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +32,12 @@ def found(tmp_path_factory):
 
 @slow
 def test_memory_is_what_the_dry_run_foretells(found):
-    for name in FULL:
+    for name in (*FULL, *LIGHT):
         peaks, foretold = found[name]["peaks"], found[name]["foretold"]["peaks"]
         for phase in peaks.keys() & foretold.keys() - ({"optimizer"} if "sharded" in name else set()):
             near = 0.1 if "convert" in name else 0.05
             assert peaks[phase] == pytest.approx(foretold[phase], rel=near), (name, phase)
-        assert peaks["save"] < peaks["train"], name                              # saving needs nothing of its own
+        assert name in LIGHT or peaks["save"] < peaks["train"], name             # saving needs nothing of its own
     assert found["bridge 6, 8 a pass"]["peaks"]["train"] < 35 and found["convert, sharded"]["peaks"]["train"] < 62
     assert all(found[name]["peaks"]["train"] < 80 for name in FULL)              # two of them chose how much at once
 
@@ -50,14 +51,14 @@ def test_flops_are_those_of_the_formula(found):
 
 @slow
 def test_the_host_waits_a_few_times_a_step(found):
-    """Whatever the number of micro-batches: two of them here, four and twelve in the presets."""
+    """Whatever the number of micro-batches: one to sixteen of them here, twelve in CONVERT's preset."""
     for name in (*FULL, "convert 2"):
         assert len(found[name]["waits"]) <= 4, (name, found[name]["waits"])
 
 
 @slow
 def test_the_headline_step_keeps_an_h100_busy(found):
-    """By the roofline, all-reduce hidden behind backward: 48% of 989 TFLOP/s; Muon a twentieth of the step, shared."""
+    """By the roofline, an upper bound, all-reduce behind backward: 48% of 989 TFLOP/s; Muon a twentieth of it."""
     scene = found["bridge 6"]
     parts = {name: seconds for name, seconds in scene["parts"].items() if name != "allreduce"}
     assert set(parts) == {"prefix", "network", "Muon", "AdamW", "EMA", "broadcast", "rest"}

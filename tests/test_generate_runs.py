@@ -196,11 +196,11 @@ def test_gaps_of_whole_lines(runs, text, tmp_path, capsys, monkeypatch):
     assert "one whole line" in generate.section(found)
     argv[-1] = tmp_path / "none"
     long = ["--new", "80", "--block_size", "80"]
-    assert "0 lines of --new tokens" in fails(capsys, generate.main, *argv, *long)
+    assert "has 0 lines of --new tokens" in fails(capsys, generate.main, *argv, *long)
     assert "go with --suffix" in fails(capsys, generate.main, "--lines")
 
 
-def test_the_command_line_writes_blocks(runs, capsys, tmp_path):
+def test_the_command_line_writes_blocks(runs, capsys, tmp_path, monkeypatch):
     argv = ["--bridge", f"{runs}/blocks", "--prompt", "import os", "--block_size", "8", "--max_new_tokens", "12",
             "--nfe", "3"]
     hybrid.main(argv)
@@ -210,10 +210,22 @@ def test_the_command_line_writes_blocks(runs, capsys, tmp_path):
     assert len(capsys.readouterr().out.splitlines()) >= 7                       # a line a call, and the text
     hybrid.main([*argv, "--suffix", "return x"])
     assert capsys.readouterr().out.rstrip().endswith("return x")
+    made, film, draw = [], hybrid.film, hybrid.HybridForCausalLM.generate_blocks
+    monkeypatch.setattr(hybrid, "film", lambda path, frames: made.append(frames) or film(path, frames))
+    monkeypatch.setattr(hybrid.HybridForCausalLM, "generate_blocks", lambda model, ids, *a, watch, **how: draw(
+        model, ids, *a, watch=lambda z: made.append((ids, model.net.readout(z[0]).argmax(-1))) or watch(z), **how))
     for more in ([], ["--suffix", "return x"]):
-        hybrid.main([*argv, *more, "--max_new_tokens", "8", "--refinements", "0", "--gif", f"{tmp_path}/film"])
-        with Image.open(tmp_path / "film.gif") as film:                         # an estimate a call, and the text
-            assert film.n_frames >= 4 and len({film.seek(n) or film.convert("L").tobytes() for n in range(4)}) >= 3
+        made.clear()
+        text = hybrid.main([*argv, *more, "--max_new_tokens", "8", "--refinements", "0", "--gif", f"{tmp_path}/f.gif"])
+        *seen, frames = made
+        decode = backbone.load_tokenizer(str(runs / "toy")).decode
+        assert len(frames) == len(seen) + 1 == 4                                # an estimate a call, and the text
+        for (ids, read), frame in zip(seen, frames):
+            gap = read[ids.shape[1]:ids.shape[1] + 8] if more else read         # with a suffix z is of the whole text
+            assert frame == [(decode(i), False) for i in [*ids[0], *gap]]
+        assert text.startswith("".join(word for word, _ in frames[-1]).rstrip("\ufffd"))
+        with Image.open(tmp_path / "f.gif") as gif:
+            assert len({gif.seek(n) or gif.convert("L").tobytes() for n in range(gif.n_frames)}) >= 3
     assert "shows one block" in fails(capsys, hybrid.main, *argv, "--gif", "film.gif")
 
 
