@@ -12,7 +12,7 @@ from test_bridge import B, T, net, states
 
 import bridge
 import data
-from core import common, denoiser, diffusion, measure
+from core import backbone, common, denoiser, diffusion, measure
 
 
 # ----------------------------------------------------------------------------------------------------- the runs
@@ -277,9 +277,10 @@ def test_what_fits_is_chosen(runs, text, tmp_path, capsys, monkeypatch):
     taken.append(80)
     bridge.main(list(map(str, [*argv, "--dry_run"])))
     assert "does NOT fit" in capsys.readouterr().out
-    cfg = bridge.Config(preset="tiny", layer="2", batch_size=12)
+    cfg, shape = bridge.Config(preset="tiny"), backbone.read_config(str(runs / "toy"))
     with pytest.raises(common.UserError, match="fewer --blocks"):
-        measure.most_that_fits(cfg, None, None, 2, common.World(0, 1, torch.device("cpu")), 12, torch.float32)
+        measure.most_that_fits(cfg, bridge.build(cfg, shape, 2), shape, 2, common.World(0, 1, torch.device("cpu")), 12,
+                               torch.float32)
     bridge.main(list(map(str, [*argv, "--dry_run", "--micro_batch", "4"])))
     assert asked[-1] == (4, False)
     asked.clear()
