@@ -46,8 +46,10 @@ python generate.py --data "$DATA" --bridges "$bridges" --twin "$twins" --texts 3
     ${JUDGE:+--second_judge "$JUDGE"} --out "$OUT/generate_seeds/equal"
 python generate.py --data "$DATA" --bridges "$bridges$layers" --methods blocks,jacobi --alphas 0.6 --betas 0.6 \
     --texts 70 --tune_texts 0 --temperatures 0.64,0.8 --out "$OUT/layers/text"
-python generate.py --data "$DATA" --bridges "$bridges" --twin "$twins" --prefix 56 --new 8 --suffix 64 --texts 64 \
-    --tune_texts 16 --out "$OUT/generate_seeds/gap"
+for gap in "gap" "lines --lines"; do    # any eight tokens, then whole lines of eight
+    python generate.py --data "$DATA" --bridges "$bridges" --twin "$twins" --prefix 56 --new 8 --suffix 64 --texts 64 \
+        --tune_texts 16 --out "$OUT/generate_seeds/"$gap
+done
 printf '\n=== COMPARE: what twins of every kind still solve (9 min); an aligned one, and by which circuits (2 min)\n'
 python -m studies.ablate --study arms --model "$OUT/tasks/toy" --data "$OUT/tasks/data" --steps 500 --batch_size 16 \
     --flags "--seq_len 64 --eval_every 250 --eval_batches 64" --out "$OUT/tasks/arms"
