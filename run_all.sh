@@ -42,7 +42,7 @@ CONVERT: masked diffusion without alignment, then with $(default '(60 s)')
     repr_align.py $common --align_weight 10 $convert --out "$OUT/repr_align/w10"
 CONVERT: to blocks of tokens, one after another $(default '(20 s)')
     repr_align.py $common --align_weight 0 --attention block $convert --out "$OUT/repr_align/block"
-GENERATE: train a bridge that meets unknown tokens $(default '(90 s)')
+GENERATE: train a bridge that meets unknown tokens $(default '(70 s)')
     bridge.py $common --layer $BLOCKS_LAYER --visible mix --bidirectional --self_condition --cooldown 1 --nfes 8 \
         --out "$OUT/blocks" $(default --blocks 4 --batch_size 8 --steps 800 --noise_seeds 1 --eval_batches 64 \
         --head_start none --calibration 64) ${BLOCKS_STEPS:+--steps $BLOCKS_STEPS}
