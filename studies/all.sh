@@ -59,7 +59,7 @@ python circuits.py --model "$OUT/tasks/toy" --twins "$OUT/tasks/repr_align/w0,$O
     --out "$OUT/tasks/circuits_aligned"
 printf '\n=== LOCATE while the toy learns: when does its layer appear? (3 min; a report of its own)\n'
 for steps in 25 50 100 200 400 1000; do
-    [ -s "$OUT/growth/geometry_$steps/result.json" ] && continue    # delete growth whole, never a part: a toy only grows
+    [ -s "$OUT/growth/geometry_$steps/result.json" ] && continue    # delete it whole, never a part: a toy only grows
     python toy.py --data "$DATA" --steps $steps --cooldown 0 --keep_state --eval_every 1000 --out "$OUT/growth/toy"
     python geometry.py --data "$DATA" --out "$OUT/growth/geometry_$steps"
 done
