@@ -235,7 +235,7 @@ def main(argv):
     # -------------------------------------------------------------------------------------------------- setup
     world = setup(cfg.device)
     dtype = pick_dtype(cfg, world.device)
-    world.size = max(world.size, 8 * (cfg.dry_run and cfg.preset == "8b"))      # of the command that is foretold
+    world.size = max(world.size, 8 * (cfg.dry_run and cfg.preset == "8b" and not cfg.micro_batch))   # the headline's
     slots, micro = split_batch(cfg.batch_size, cfg.micro_batch, world)
     model = backbone.resolve(cfg.model, cfg.out)
     layer = choose_layer(cfg)

@@ -220,7 +220,10 @@ def test_dry_run_at_8b_shape(family, layers, ffn, vocab, block, tmp_path, capsys
     assert size["gigabytes"] < 80 and "which fits 80 GB" in out and f"bridge at layer 6 of {layers}" in out
     assert size["parameters"] == pytest.approx(6 * 10 * 4096 ** 2 + 3 * 4096 ** 2, rel=0.01)
     assert size["flops_per_token"] == pytest.approx(6 * size["parameters"] + 2 * 6 * block, rel=0.05)
+    assert "GB on one GPU at 32 sequences a pass" in out                         # of eight processes' 256
     assert bridge.main([*argv, "--recompute"])["gigabytes"] < size["gigabytes"]
+    bridge.main([*argv, "--batch_size", "32", "--micro_batch", "32"])            # as studies/gpu.sh: of one process
+    assert "at 32 sequences a pass" in capsys.readouterr().out
 
 
 def test_activation_formula_against_a_count():
