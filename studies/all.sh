@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The full study behind the report, after run_all.sh: every layer with three seeds, more backbones, the interfaces,
-# diffusion against regression where nothing is hidden and where something is. Two hours on two idle cores;
+# diffusion against regression where nothing is hidden and where something is. Two hours on two idle cores, by estimate;
 # run it again and it resumes, or prints what is finished.
 #
 #   bash studies/all.sh
