@@ -1,353 +1,475 @@
-"""bridge.py: REPLACE. Train a conditional diffusion bridge that produces h[l], so that blocks 1..l can go.
+"""REPLACE: train a diffusion bridge that generates h[l], so that blocks 1..l of the model can go.
 
-    python bridge.py --out out/mine                              # the toy at the layer geometry chose: ~1 min, 2 cores
-    torchrun --nproc_per_node 2 bridge.py --layer 2 --model out/toy    # on CPU too: same weights to rounding
+    python bridge.py                            # the toy, at the layer that geometry.py chose
+    python bridge.py --objective regression     # the control: same network, no diffusion
+    python bridge.py --generate                 # also learns tokens it cannot see: for generate.py
     torchrun --nproc_per_node 8 bridge.py --layer 6 --preset 8b --model meta-llama/Llama-3.1-8B
-    python bridge.py --preset blocks --layer 1 --blocks 4 --out out/blocks1   # meets unknown tokens: for generate.py
 
-The maths is in core/diffusion.py, the network in core/denoiser.py, the numbers (FVU, KL, CE gap) in core/measure.py.
-Expected on the default toy: next-token CE less than 0.01 nats above the intact model's. All tokens are known, so h[l]
-is a deterministic function of the input and plain regression (`--objective regression`) is a serious rival: train both
-and look. Writes bridge.safetensors (EMA weights), bridge.json, log.jsonl, section.md and result.json to --out.
+The network, its loss and its sampler are in core/diffusion.py. Without --generate all tokens are
+known. Then h[l] is a deterministic function of the input and plain regression is a serious rival.
 
-Letters: B batch, T tokens, D hidden width of the backbone, W width of the bridge, L blocks of the backbone, H heads,
-l the replaced layer, z the standardised h[l], c the standardised h[0].
+Writes bridge.safetensors (running mean of the weights), bridge.json, log.jsonl and result.json.
+
+Shapes: B batch, T tokens, D width of the backbone, V vocabulary, N held-out sequences.
 """
-import contextlib
 import copy
-import time
+from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Literal, NamedTuple
+from statistics import mean, stdev
+from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import data
-from core import backbone, cache, denoiser, optim
-from core.common import GradientSum, StopSignal, UserError, check_replicas, entry, parse, pick_dtype, setup, split_batch
-from core.denoiser import Bridge, calibrate, targets
-from core.diffusion import SAMPLERS, TIMES, hide, readout_loss, times, token_loss
-from core.draws import generator, normal
-from core.measure import NOISE_ROWS, most_that_fits, numbers, report_size, section, summary, train_flops
-from core.run import TRACKERS, Clock, Run, finished, read_json
+from core import backbone, diffusion, optim
+from core.common import (StopSignal, UserError, entry, generator, normal, parse, pick_dtype, setup,
+                         split_batch)
+from core.diffusion import (Bridge, BridgeConfig, bridge_loss, calibrate, hidden_tokens,
+                            noise_levels, position_noise, readout_loss, sample)
+from core.run import TRACKERS, Clock, Run, finished, plan, read_json
 
 
 @dataclass
 class Config:
-    preset: Literal["auto", "tiny", "toy", "blocks", "135m", "0.6b", "8b"] = "auto"  # auto: by the model's size
-    model: str = "toy"          # toy (the folder beside --out), a folder or a Hub id
+    # what and where
+    preset: Literal["auto", "tiny", "toy", "135m", "0.6b", "8b"] = "auto"  # auto: by model size
+    model: str = "toy"          # toy (the folder next to --out), a model folder or a Hub id
     data: str = "stdlib"        # see data.py
-    out: str = ""               # run folder [out/bridge, or out/bridge_lN when --layer N is given]
-    layer: str = "auto"         # auto: geometry's choice beside --out; 1..L (0 with --visible: embeddings)
-    seed: int = 0               # every draw is keyed by it
+    out: str = ""               # run folder (empty: out/bridge, regression, generator or bridge_lN)
+    layer: str = "auto"         # the layer l; auto: the choice of geometry.py next to --out
+    seed: int = 0               # every random number is a function of it
     device: str = "auto"        # auto, cpu, cuda
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the frozen backbone and of autocast
-    cache_states: str = ""      # folder to keep h[l] of the training text in, for other runs of this seed (empty: none)
-    compile: bool = False       # torch.compile the frozen prefix and the bridge, block by block
-    random_init: bool = False   # a backbone of this shape with random weights: for throughput without a download
-    visible: Literal["full", "prefix", "span", "mix"] = "full"  # which tokens are known; mix: some of each
-    bidirectional: bool = False  # let unknown tokens see each other and what follows (needed to fill a span)
-    objective: Literal["diffusion", "regression"] = "diffusion"  # regression: the same network, once, without noise
-    prediction: Literal["x", "v"] = "x"  # what the network outputs: z, or e - z
-    source: Literal["noise", "embedding"] = "noise"  # e ~ N(0, I), or c + noise / 2: a bridge between the two ends
-    times: Literal[tuple(TIMES)] = "logit-normal"  # law of t in training
-    t_mean: float = 0.7         # mean of logit t; above 0 trains more near t = 1, where sampling starts
-    sink: Literal["own", "shared"] = "own"  # units of h[l] at position 0, an attention sink: its own, or the others'
-    head_start: Literal["none", "ridge", "tokens"] = "none"  # a ridge of h[0], or of it and its token's mean h[l]
-    self_condition: bool = False  # feed the last estimate of z back in (half of the time in training)
-    width: int = 0              # W (0: D)
-    blocks: int = 0             # of the bridge (0: as many as it replaces)
-    recompute: bool = False     # activation checkpointing: less memory, a third more compute; on its own if needed
-    overlap: Literal["auto", "on", "off"] = "auto"  # send gradients during backward; auto: with NCCL, not with gloo
-    bucket_mb: float = 25.0     # size of the buckets in which they are sent
-    ema: float = 0.995          # decay of the weights' running mean, reached by min(ema, (1+k)/(10+k))
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU
+    compile: bool = False       # torch.compile, block by block
+    dry_run: bool = False       # print size, memory and time of this training, then leave
+    # what is learned
+    objective: Literal["diffusion", "regression"] = "diffusion"  # regression: one call, no noise
+    generate: bool = False      # the settings that generate.py needs (see PRESETS)
+    visible: Literal["full", "prefix", "span", "mix"] = "full"  # the tokens that the bridge knows
+    self_condition: bool = False  # the last estimate of h[l] is an input
+    head_start: Literal["none", "tokens"] = "none"  # start from token means and a linear map
+    sink: Literal["own", "shared"] = "own"  # units of position 0: its own, or those of the others
+    # network
+    width: int = 0              # width of the bridge (0: the backbone's)
+    depth: int = 0              # blocks of the bridge (0: as many as it replaces)
+    recompute: bool = False     # activation checkpointing
+    # optimisation
     steps: int = 400            # optimizer steps
     batch_size: int = 16        # sequences a step, over all processes
-    micro_batch: int = 0        # sequences a forward pass of one process (0: what fits a GPU; on a CPU its whole share)
+    micro_batch: int = 0        # sequences a forward pass of one process (0: its whole share)
     seq_len: int = 128          # tokens a sequence
     lr: float = 0.02            # Muon, for the matrices inside the blocks (0: AdamW there too)
     lr_adam: float = 2e-3       # AdamW, for everything else
-    weight_decay: float = 0.01  # decoupled
     warmup: int = 20            # steps
-    cooldown: float = 0.0       # share of the run in which the rate descends to zero; 0: --ema settles it, see LOG.md
-    skip: int = 4               # first positions of a sequence (attention sinks): own loss scale, reported apart
-    calibration: int = 64       # sequences for mu, sigma and the head start
-    sampler: Literal[tuple(SAMPLERS)] = "euler"  # of the final numbers, and the hybrid's default; not of training
-    shift: float = 1.0          # of its grid: 1 is even in t, above 1 spends more calls near t = 1
-    nfe: int = 4                # its network calls
-    nfes: str = "1,2,4,8"       # numbers of calls that are measured, beside --nfe
-    eval_batches: int = 512     # held-out sequences of the final numbers
-    noise_seeds: int = 3        # sampler noises whose spread is reported (on the first 64 sequences)
-    eval_every: int = 200       # steps between validations
+    cooldown: float = 0.0       # share of the run in which the rate falls to zero
+    ema: float = 0.995          # decay of the running mean of the weights
+    skip: int = 4               # first positions: attention sinks, scaled and reported separately
+    calibration: int = 64       # sequences that set the units and the head start
+    # measurement
+    nfes: tuple[int, ...] = (1, 2, 4)  # network calls to measure; the last is the hybrid's default
+    eval_batches: int = 512     # held-out sequences
     log_every: int = 50         # steps between log lines
-    save_every: int = 200       # steps between checkpoints
-    track: Literal[tuple(TRACKERS)] = ""  # also log there (an optional package)
-    keep_state: bool = False    # keep the training state of a finished run, to go on to more --steps later
-    dry_run: bool = False       # print sizes and cost, then leave
-    MEASURES = ("sampler", "shift", "nfe", "nfes", "eval_batches", "noise_seeds")  # no part of what is trained
+    save_every: int = 200       # steps between checkpoints, each with a validation
+    track: Literal[tuple(TRACKERS)] = ""  # log there, too
 
 
 PRESETS = {
-    "tiny": {"steps": 20, "batch_size": 4, "seq_len": 32, "calibration": 8, "eval_batches": 4, "eval_every": 10,
-             "save_every": 10, "log_every": 10, "warmup": 5},
-    "toy": {"head_start": "tokens", "calibration": 1024, "sink": "shared"},
-    # run_all.sh spells these out: those are the published numbers
-    "blocks": {"visible": "mix", "bidirectional": True, "self_condition": True, "batch_size": 8, "steps": 800,
-               "noise_seeds": 1, "sink": "shared", "cooldown": 1.0},         # constant draws worse text: LOG.md
-    "135m": {"steps": 300, "batch_size": 8, "calibration": 1024, "head_start": "tokens", "nfes": "1,4",
-             "noise_seeds": 1, "eval_batches": 128, "lr": 0.0},    # minutes on two cores; Muon: half of a step, LOG.md
-    "0.6b": {"steps": 5000, "batch_size": 32, "seq_len": 1024, "compile": True, "ema": 0.999,
-             "lr": 0.01, "lr_adam": 6e-4, "warmup": 200, "cooldown": 1.0, "eval_every": 1000, "save_every": 500},
-    "8b": {"steps": 20000, "batch_size": 256, "seq_len": 1024, "compile": True, "ema": 0.9995,
-           "lr": 0.01, "lr_adam": 3e-4, "warmup": 500, "cooldown": 1.0, "eval_every": 2000, "save_every": 500},
+    "tiny": dict(steps=20, batch_size=4, seq_len=32, warmup=5, calibration=8, eval_batches=4,
+                 log_every=10, save_every=10),
+    "toy": dict(steps=300, head_start="tokens", sink="shared", calibration=1024, nfes=(1, 4)),
+    "135m": dict(steps=300, batch_size=8, lr=0.0, head_start="tokens", calibration=1024,
+                 nfes=(1, 4), eval_batches=128),
+    "0.6b": dict(steps=5000, batch_size=32, seq_len=1024, compile=True, lr=0.01, lr_adam=6e-4,
+                 warmup=200, cooldown=1.0, ema=0.999, save_every=500),
+    "8b": dict(steps=20000, batch_size=256, micro_batch=8, seq_len=1024, compile=True,
+               dtype="bf16", lr=0.01, lr_adam=3e-4, warmup=500, cooldown=1.0, ema=0.9995,
+               save_every=500),
 }
+GENERATE = dict(visible="mix", self_condition=True, cooldown=1.0, nfes=(8,))
+for name, settings in list(PRESETS.items()):
+    PRESETS[f"{name}_generate"] = {**settings, **GENERATE}
+PRESETS["toy_generate"] |= dict(depth=4, steps=800, batch_size=8, head_start="none",
+                                calibration=64, eval_batches=64)
+WEIGHT_DECAY = 0.01
 
 
-# ---------------------------------------------------------------------------------------------- one micro-batch
-class Batch(NamedTuple):
-    """One micro-batch of b sequences; all of it is a function of (seed, step, slot), whoever draws it."""
+def choose(cfg):
+    """The name of the preset."""
+    size = cfg.preset
+    if size == "auto":
+        size = backbone.preset_of(cfg.model, cfg.out or "out/bridge")
+    return f"{size}_generate" if cfg.generate else size
+
+
+# -------------------------------------------------------------------------------------------------
+# Data parallelism by hand
+
+class GradientSum:
+    """Sums gradients over processes; with NCCL while the backward pass is still running.
+
+    Gradients live in flat buckets, filled from the last parameter to the first: the order in which
+    backward finishes them. NCCL sends a bucket as soon as it is complete. gloo sends all buckets
+    after backward, since both would compete for the processor. All processes send the buckets in
+    the same order. A parameter without a gradient counts as zero. The loss is divided by the global
+    batch, so the sum is the gradient. There is no wrapper module, so parameter names stay clean."""
+
+    def __init__(self, params, world, bucket_bytes=25e6):
+        self.overlap = world.device.type == "cuda"
+        self.sending = False
+        self.buckets = []       # (flat gradient, its parameters)
+        self.views = {}         # parameter -> its part of a flat gradient
+        self.works = []         # the all-reduces of the buckets that were sent
+        groups = defaultdict(list)
+        offset = 0
+        for p in reversed(params if world.size > 1 else []):
+            groups[offset // bucket_bytes].append(p)
+            offset += p.nbytes
+        for number, group in enumerate(groups.values()):
+            sizes = [p.numel() for p in group]
+            flat = group[0].new_zeros(sum(sizes))
+            self.buckets.append((flat, group))
+            for p, part in zip(group, flat.split(sizes)):
+                self.views[p] = part.view_as(p)
+                p.register_post_accumulate_grad_hook(partial(self.ready, number))
+
+    def start(self):
+        """Call before the backward pass of the last micro-batch: buckets may be sent from now."""
+        self.sending = self.overlap
+        self.missing = [len(group) for _, group in self.buckets]
+
+    def ready(self, number, p):
+        """Hook: the gradient of p, in bucket `number`, is complete for this micro-batch."""
+        if p.grad is not self.views[p]:                 # the first micro-batch makes a fresh tensor
+            p.grad = self.views[p].copy_(p.grad)
+        if self.sending:
+            self.missing[number] -= 1
+            self.send()
+
+    def send(self):
+        """Send the next buckets, in order, as far as they are complete."""
+        while len(self.works) < len(self.buckets) and self.missing[len(self.works)] == 0:
+            flat, _ = self.buckets[len(self.works)]
+            self.works.append(dist.all_reduce(flat, async_op=True))
+
+    def finish(self):
+        """Send the other buckets and wait until all gradients are summed."""
+        for p, view in self.views.items():
+            if p.grad is not view:                      # it got no gradient in this step
+                p.grad = view.zero_()
+        self.missing = [0] * len(self.buckets)
+        self.send()
+        for work in self.works:
+            work.wait()
+        self.works = []
+        self.sending = False
+
+
+# -------------------------------------------------------------------------------------------------
+# One batch
+
+@dataclass
+class Batch:
+    """One micro-batch of b sequences."""
     ids: torch.Tensor           # (b, T)
     t: torch.Tensor             # (b,) noise level
     noise: torch.Tensor         # (b, T, D)
-    seen: torch.Tensor          # (b,) bool: shown the network's own first estimate
-    unknown: torch.Tensor       # (b, T) bool, or None: every token is known
-    state: torch.Tensor         # (b, T, D) h[l] from --cache_states, or None: the prefix makes it
+    self_conditioned: torch.Tensor  # (b,) bool: sees the network's own first estimate
+    unknown: torch.Tensor       # (b, T) bool, or None: all tokens are known
 
 
-def draw(cfg, train, states, D, device, step, slots):
-    """The Batch of these slots at `step`; `states` are those of core/cache.py, or None."""
-    ids = train.batch(cfg.seed, step, slots, cfg.batch_size)[:, :-1]
-    t = times(cfg.times, cfg.t_mean, cfg.seed, step, slots)
-    noise = torch.stack([normal((cfg.seq_len, D), device, cfg.seed, "noise", step, s) for s in slots])
-    seen = torch.tensor([cfg.self_condition and generator(cfg.seed, "self", step, s).random() < 0.5 for s in slots])
-    kept = states and states.rows([step * cfg.batch_size + s for s in slots])
-    parts = ids, t, noise, seen, hide(cfg.visible, cfg.seq_len, cfg.seed, step, slots), kept
-    return Batch(*(None if part is None else part.to(device) for part in parts))
-
-
-def losses(lm, net, batch, layer, cfg, dtype):
-    """(the loss summed over the batch's sequences, error of each sequence (b,)).
-
-    1 the two ends of the path, from the frozen prefix  2 the bridge's error  3 the readout's, beside it."""
-    z, c = targets(lm, net, batch.ids, layer, batch.state)                             # (b, T, D) each
-    with torch.autocast(z.device.type, dtype, enabled=dtype != torch.float32):
-        error, z_hat = token_loss(net, z, c, batch.t, batch.noise, cfg.skip, batch.seen, batch.unknown)
-        each = error.mean(1)                                                           # (b,)
-        total = each.sum()
-        if net.generates:
-            total = total + readout_loss(net, z_hat, batch.ids).mean(1).sum()
-    return total, each.detach()
+def make_batch(cfg, train, D, device, step, slots):
+    """Everything random about these slots of the batch: a function of (seed, step, slot) alone, so
+    any number of processes and any micro-batch train the same weights."""
+    ids = train.batch(cfg.seed, step, slots, cfg.batch_size)[:, :-1].to(device)
+    shape = (cfg.seq_len, D)
+    noise = [normal(shape, device, cfg.seed, "noise", step, slot) for slot in slots]
+    coins = [generator(cfg.seed, "self", step, slot).random() < 0.5 for slot in slots]
+    return Batch(
+        ids=ids,
+        t=noise_levels(cfg.seed, step, slots).to(device),
+        noise=torch.stack(noise),
+        self_conditioned=torch.tensor(coins, device=device),
+        unknown=hidden_tokens(cfg.visible, ids, cfg.seed, step, slots))
 
 
 @torch.no_grad()
-def validate(lm, net, rows, layer, cfg, world):
-    """(training loss, share of tokens that the readout names from the true z or None) on held-out rows (N, T+1), shared
-    out over the processes: t on an even grid, noise with its own key, so that how often this runs changes nothing."""
-    total = torch.zeros(2, dtype=torch.float64)
-    with torch.compiler.set_stance("force_eager") if cfg.compile else contextlib.nullcontext():    # for single rows
-        for i in range(world.rank, len(rows), world.size):
-            ids = rows[i:i + 1, :-1]
-            z, c = targets(lm, net, ids, layer)
-            t = torch.tensor([(i + 0.5) / len(rows)], device=world.device)
-            noise = normal(z.shape, world.device, cfg.seed, "validate", i)
-            unknown = hide(cfg.visible, cfg.seq_len, cfg.seed, 0, [i], "validate")
-            loss, _ = token_loss(net, z, c, t, noise, cfg.skip, torch.ones_like(t),
-                                 None if unknown is None else unknown.to(world.device))
-            named = (net.readout(z).argmax(-1) == ids).float().mean() if net.generates else 0.0
-            total += torch.tensor([loss.mean().item(), float(named)])
-    loss, named = world.sum((total / len(rows)).tolist())
-    return loss, named if net.generates else None
+def both_ends(lm, layer, ids):
+    """h[0] and h[l] (B, T, D) of the tokens: the frozen blocks 1..l run."""
+    h0 = lm.embed(ids)
+    return h0, lm.through(h0, 0, layer)
 
 
-# ------------------------------------------------------------------------------------------------------- choices
-def choose_layer(cfg):
-    """--layer -> a number. `auto` is what geometry.py wrote beside --out."""
-    if cfg.layer == "auto":
-        return read_json(Path(cfg.out).parent / "geometry" / "result.json",
-                         "run python geometry.py first, or pass --layer N")["best_layer"]
-    if not cfg.layer.isdigit():
-        raise UserError(f"--layer {cfg.layer} must be auto or a number")
-    return int(cfg.layer)
+def batch_loss(lm, bridge, layer, cfg, batch):
+    """(loss summed over the sequences, error of each sequence (b,))."""
+    h0, hl = both_ends(lm, layer, batch.ids)
+    z = bridge.target(h0, hl)                                                   # (b, T, D)
+    c = bridge.condition(h0, batch.ids)
+    with torch.autocast(z.device.type, torch.bfloat16, enabled=cfg.dtype == "bf16"):
+        error, z_hat = bridge_loss(bridge, z, c, batch.t, batch.noise, cfg.skip,
+                                   batch.self_conditioned, batch.unknown)
+        error = error.mean(1)                                                   # (b,)
+        loss = error.sum()
+        if bridge.config.generates:
+            loss = loss + readout_loss(bridge, z_hat, batch.ids).mean(1).sum()
+    return loss, error.detach()
 
 
-def check(cfg):
-    """Raise UserError for flags that make no sense, alone or together."""
-    for name, fine, want in (
-            ("ema", 0 <= cfg.ema < 1, "lie in [0, 1)"), ("skip", 0 <= cfg.skip < cfg.seq_len, "be below --seq_len"),
-            ("calibration", cfg.head_start != "tokens" or cfg.calibration > 1, "be 2 or more: tokens halve them"),
-            ("shift", cfg.shift > 0, "be above 0"), ("bucket_mb", cfg.bucket_mb > 0, "be above 0"),
-            ("nfes", all(n.isdigit() and int(n) > 0 for n in cfg.nfes.split(",")), "be numbers such as 1,2,4,8")):
-        if not fine:
-            raise UserError(f"--{name} {getattr(cfg, name)} must {want}")
-    if cfg.bidirectional and cfg.visible == "full":
-        raise UserError("--bidirectional would let the replaced layer see the future; it needs --visible prefix, span "
-                        "or mix")
-    if cfg.cache_states and cfg.random_init:
-        raise UserError("--cache_states keeps the states of a real text: not with --random_init")
-    if cfg.head_start != "none" and (cfg.prediction, cfg.source) != ("x", "noise"):
-        raise UserError(f"--head_start {cfg.head_start} is a first guess of z: with --prediction {cfg.prediction} and "
-                        f"--source {cfg.source} choose --head_start none")
+@torch.no_grad()
+def validate(lm, bridge, layer, rows, cfg, world):
+    """Training loss on held-out rows (N, T+1), each with its own fixed noise and noise level."""
+    total = 0.0
+    for i in range(world.rank, len(rows), world.size):
+        ids = rows[i:i + 1, :-1]
+        t = torch.tensor([(i + 0.5) / len(rows)], device=ids.device)
+        noise = normal((1, cfg.seq_len, lm.D), ids.device, cfg.seed, "validate", i)
+        unknown = hidden_tokens(cfg.visible, ids, cfg.seed, 0, [i], "validate")
+        batch = Batch(ids, t, noise, t > 0, unknown)
+        _, error = batch_loss(lm, bridge, layer, cfg, batch)
+        total += error.item()
+    return world.sum([total])[0] / len(rows)
+
+
+# -------------------------------------------------------------------------------------------------
+# Measurement
+
+@torch.no_grad()
+def measure(lm, bridge, layer, rows, calls, cfg):
+    """Compare the hybrid with the intact model on held-out rows (N, T+1), positions >= cfg.skip.
+    Every stage that measures a hybrid calls this function.
+
+    fvu: unexplained share of the variance of z. kl: KL(intact || hybrid) of the next token, in
+    nats. ce_intact: next-token loss of the intact model. ce_gap: loss of the hybrid less that, with
+    _se, its standard error over sequences. agree: how often both have the same most likely token.
+    readout_accuracy: how often the readout names the token from the true z. _rows: a number per
+    sequence."""
+    noise = position_noise(0, range(rows.shape[1] - 1), lm.D, rows.device)      # (T, D)
+    columns = defaultdict(list)
+    for ids in rows.split(1 if lm.V > 2 ** 16 else 8):          # the logits must fit the memory
+        inputs = ids[:, :-1]
+        targets = ids[:, 1:, None]
+        # 1. h[l] of the intact model, and the bridge's
+        h0, hl = both_ends(lm, layer, inputs)
+        z = bridge.target(h0, hl)
+        z_hat = sample(bridge, bridge.condition(h0, inputs), calls, noise)
+        hl_hat = bridge.restore(h0, z_hat).to(hl.dtype)
+        # 2. What the upper blocks predict from both
+        intact = lm.head(lm.through(hl, layer, lm.L)).float().log_softmax(-1)   # (b, T, V)
+        hybrid = lm.head(lm.through(hl_hat, layer, lm.L)).float().log_softmax(-1)
+        gap = intact - hybrid
+        # 3. Numbers of every token (b, T), averaged over positions
+        values = {"error": (z_hat - z).square().sum(-1), "energy": z.square().sum(-1),
+                  "kl": (intact.exp() * gap).sum(-1),
+                  "ce_gap": gap.gather(-1, targets)[..., 0],
+                  "ce_intact": -intact.gather(-1, targets)[..., 0],
+                  "agree": intact.argmax(-1) == hybrid.argmax(-1)}
+        if bridge.config.generates:
+            values["readout_accuracy"] = bridge.readout(z).argmax(-1) == inputs
+        for name, value in values.items():
+            columns[name] += value[:, cfg.skip:].double().mean(1).tolist()
+    result = {name: mean(column) for name, column in columns.items()}
+    result["fvu"] = result.pop("error") / result.pop("energy")
+    spread = stdev(columns["ce_gap"]) if len(rows) > 1 else 0.0
+    return {**result, "ce_gap_se": spread / len(rows) ** 0.5,
+            "kl_rows": columns["kl"], "ce_gap_rows": columns["ce_gap"]}
+
+
+def show(result):
+    """Print the result of a run and return it."""
+    print(f"layer {result['layer']}, {result['objective']}, {result['parameters']:,} parameters")
+    for calls, row in result["nfe"].items():
+        print(f"NFE {calls}: FVU {row['fvu']:.4f}, KL {row['kl']:.4f}, CE gap {row['ce_gap']:+.4f} "
+              f"+- {row['ce_gap_se']:.4f} nats, agreement {row['agree']:.1%}")
+    return result
+
+
+# -------------------------------------------------------------------------------------------------
+# Main
+
+def choose_layer(cfg, L):
+    layer = cfg.layer
+    if layer == "auto":
+        file = Path(cfg.out).parent / "geometry" / "result.json"
+        layer = read_json(file, "run python geometry.py first, or pass --layer N")["best_layer"]
+    lowest = 1 if cfg.visible == "full" else 0          # h[0] is worth generating only if hidden
+    if str(layer) not in [str(i) for i in range(lowest, L + 1)]:
+        raise UserError(f"--layer {layer} must be auto or lie in {lowest}..{L}")
+    return int(layer)
 
 
 def build(cfg, shape, layer):
-    """The untrained Bridge, a function of cfg.seed. Raises UserError for a layer or a width that cannot be."""
-    first = 1 if cfg.visible == "full" else 0  # h[0] is worth producing only where tokens are unknown
-    if not first <= layer <= shape.num_hidden_layers:
-        raise UserError(f"--layer {layer} must lie in {first}..{shape.num_hidden_layers}, the blocks of {cfg.model}")
-    W, blocks = cfg.width or shape.hidden_size, cfg.blocks or max(1, layer)
-    each = 64 if W >= 512 else 32
-    H = max(1, W // each)
-    if W % (2 * H):
-        raise UserError(f"--width {W} does not split into {H} heads; use a multiple of {each}")
+    """An untrained bridge, a function of the seed. `shape` is the backbone's config."""
+    width = cfg.width or shape.hidden_size
+    heads = max(1, width // (64 if width >= 512 else 32))
+    if width % (2 * heads):
+        raise UserError(f"--width {width} does not split into {heads} heads of an even size")
     torch.manual_seed(cfg.seed)
-    return Bridge(shape.hidden_size, W, blocks, H, cfg.objective, cfg.prediction, cfg.source, cfg.self_condition,
-                  cfg.visible, cfg.bidirectional, shape.vocab_size, head_start=cfg.head_start, sink=cfg.sink)
+    return Bridge(BridgeConfig(
+        D=shape.hidden_size, W=width, depth=cfg.depth or max(1, layer), H=heads,
+        V=shape.vocab_size, objective=cfg.objective, head_start=cfg.head_start,
+        generates=cfg.visible != "full", bidirectional=cfg.visible != "full",
+        self_condition=cfg.self_condition, sink=cfg.sink))
 
 
-def texts(cfg, model, vocab, world):
-    """(tokenizer, training windows, held-out rows (N, T+1))."""
-    if cfg.random_init:  # nothing to learn from, only to measure: no tokenizer and no text are needed
-        train = data.RandomTokens(vocab, cfg.seq_len)
-        return None, train, train.windows(cfg.eval_batches, 1).to(world.device)
-    tokenizer = backbone.load_tokenizer(model)
-    shards, _ = data.shards_beside(cfg, tokenizer, world)
-    held_out = data.Tokens(shards, "val", cfg.seq_len).windows(cfg.eval_batches)
-    return tokenizer, data.Tokens(shards, "train", cfg.seq_len), held_out.to(world.device)
+def count(tensors):
+    return sum(tensor.numel() for tensor in tensors)
 
 
-def keep_states(cfg, lm, train, layer, identity, world):
-    """--cache_states: what core/cache.py keeps of the layer, written where it is missing; None without the flag."""
-    if not cfg.cache_states:
-        return None
-    if world.main:
-        cache.write(cfg.cache_states, lm, train, [layer], cfg, identity["base"])
-    world.barrier()
-    return cache.States(cfg.cache_states, layer)
+def flops_per_token(bridge, lm, layer, T):
+    trained = count(bridge.parameters())
+    replaced = count(lm.blocks[:layer].parameters())
+    layers = len(bridge.blocks) + layer / 3             # a frozen block runs forward only
+    return backbone.training_flops(trained, replaced, layers, lm.config, T)
+
+
+def forecast(cfg, world, shape, layer):
+    """--dry_run: what this training costs, from shapes alone. For the 8b preset on 8 processes."""
+    from transformers import AutoModelForCausalLM
+    with torch.device("meta"):
+        lm = backbone.Backbone(AutoModelForCausalLM.from_config(shape))
+        bridge = build(cfg, shape, layer)
+    if cfg.preset.startswith("8b"):
+        world.size = max(world.size, 8)
+    trained = count(bridge.parameters())
+    weights = count(bridge.state_dict().values())
+    muon = count(bridge.blocks.parameters()) if cfg.lr else 0   # one moment; AdamW has two
+    frozen = count(lm.parameters()) - count(lm.blocks[layer:].parameters())
+    # Bytes per channel, token and block that wait for backward, traced at the 8B shape
+    waiting = 62 if cfg.dtype == "bf16" else 100
+    blocks = len(bridge.blocks)
+    channels = lm.D * 41 + bridge.config.W * waiting * blocks
+    if cfg.recompute:
+        channels = lm.D * 41 + bridge.config.W * (waiting + 4 * blocks)
+    tokens = cfg.seq_len * (cfg.micro_batch or cfg.batch_size // world.size)
+    memory = {"lower blocks": frozen * (2 if cfg.dtype == "bf16" else 4), "weights": 4 * weights,
+              "EMA": 4 * weights, "gradients": 4 * trained, "optimizer": 8 * trained - 4 * muon,
+              "activations": tokens * channels}
+    flops = flops_per_token(bridge, lm, layer, cfg.seq_len)
+    return plan(cfg, world, trained, flops, cfg.steps * cfg.batch_size * cfg.seq_len, memory)
+
+
+def set_units(lm, bridge, layer, ids, skip):
+    """Calibrate the bridge on tokens ids (N, T)."""
+    ends = [both_ends(lm, layer, part) for part in ids.split(8)]
+    h0, hl = map(torch.cat, zip(*ends))                                         # (N, T, D)
+    calibrate(bridge, h0, hl, ids, skip)
+
+
+@torch.no_grad()
+def update_ema(ema, bridge, decay, step):
+    decay = min(decay, (1 + step) / (10 + step))        # short memory at first
+    torch._foreach_lerp_(list(ema.parameters()), list(bridge.parameters()), 1 - decay)
 
 
 @entry
 def main(argv):
-    cfg = parse(Config, argv, __doc__, PRESETS, lambda cfg: backbone.preset_of(cfg.model, cfg.out))
-    cfg.out = cfg.out or ("out/bridge" if cfg.layer == "auto" else f"out/bridge_l{cfg.layer}")
-    check(cfg)
-
-    # -------------------------------------------------------------------------------------------------- setup
+    cfg = parse(Config, argv, __doc__, PRESETS, choose)
+    if not cfg.out:
+        name = "generator" if cfg.generate else cfg.objective.replace("diffusion", "bridge")
+        cfg.out = f"out/{name}" if cfg.layer == "auto" else f"out/{name}_l{cfg.layer}"
+    if min(cfg.nfes, default=0) < 1 or cfg.skip >= cfg.seq_len:
+        raise UserError("--nfes must be numbers from 1 on, and --skip must be below --seq_len")
     world = setup(cfg.device)
     dtype = pick_dtype(cfg, world.device)
-    world.size = max(world.size, 8 * (cfg.dry_run and cfg.preset == "8b" and not cfg.micro_batch))   # the headline's
-    slots, micro = split_batch(cfg.batch_size, cfg.micro_batch, world)
+
+    # Has this very run finished already?
     model = backbone.resolve(cfg.model, cfg.out)
-    layer = choose_layer(cfg)
-    identity = {"layer_number": layer, "base": backbone.identity(model, cfg.random_init)}
-    if (result := finished(cfg, identity)) and not cfg.dry_run:
-        print(f"{cfg.out} is finished: " + summary(result))
-        return result
     shape = backbone.read_config(model, cfg.seq_len)
-    with torch.device("meta" if cfg.dry_run else "cpu"):
-        net = build(cfg, shape, layer)
-    auto = not cfg.micro_batch and (cfg.dry_run or world.device.type == "cuda")
-    micro, recompute = most_that_fits(cfg, net, shape, layer, world, micro, dtype) if auto else (micro, cfg.recompute)
+    layer = choose_layer(cfg, shape.num_hidden_layers)
     if cfg.dry_run:
-        return report_size(cfg, net, shape, layer, world, micro, dtype, recompute)
+        return forecast(cfg, world, shape, layer)
+    identity = {"layer_number": layer, "base": backbone.identity(model)}
+    result = finished(cfg, identity)
+    if result:
+        return show(result)
 
-    # -------------------------------------------------------------------------------------------- model, data
-    net, net.recompute = net.to(world.device), recompute
-    lm = backbone.load(model, world.device, dtype, blocks=layer, random_init=cfg.random_init)     # only the prefix
-    tokenizer, train, held_out = texts(cfg, model, lm.V, world)
-    states = keep_states(cfg, lm, train, layer, identity, world)
-    windows = train.windows(cfg.calibration, cfg.seed)[:, :-1].to(world.device)
-    calibrate(lm, net, windows, layer, cfg.skip, states and states.calibration(windows).to(world.device))
-    run = Run(cfg, world, identity)
-    mean_net = copy.deepcopy(net).requires_grad_(False)                                           # EMA
-    params = list(net.parameters())
-    own = [p for name, p in net.named_parameters() if not name.startswith("readout")]  # the readout learns beside it
-    optimizers = optim.build(net.named_parameters(), cfg.lr, cfg.lr_adam, cfg.weight_decay, world=world)
-    state = run.resume([net, mean_net], optimizers)
+    # Data, the frozen lower blocks, the bridge
+    tokenizer = backbone.load_tokenizer(model)
+    shards, _ = data.shards_beside(cfg, tokenizer, world)
+    train = data.Tokens(shards, "train", cfg.seq_len)
+    held_out = data.Tokens(shards, "val", cfg.seq_len).windows(cfg.eval_batches).to(world.device)
+    lm = backbone.load(model, world.device, dtype, blocks=layer)
+    bridge = build(cfg, shape, layer).to(world.device)
+    bridge.recompute = cfg.recompute
+    ids = train.windows(cfg.calibration, cfg.seed)[:, :-1].to(world.device)
+    set_units(lm, bridge, layer, ids, cfg.skip)
+    ema = copy.deepcopy(bridge).requires_grad_(False)
     if cfg.compile:
-        for block in [*lm.blocks[:layer], *net.blocks]:
-            block.compile(dynamic=False)                                    # in place: parameter names stay clean
-    size, replaced = sum(p.numel() for p in params), sum(p.numel() for b in lm.blocks[:layer] for p in b.parameters())
-    flops = train_flops(net, *(0, 0) if states else (replaced, layer), cfg.seq_len)        # kept ones cost nothing
-    run.say(f"layer {layer} of {lm.L}: {cfg.objective} bridge of {net.settings['blocks']} blocks of width "
-            f"{net.settings['W']}, {size:,} parameters"
-            + (f" = {size / replaced:.2f}x the blocks it replaces" if layer else "")
-            + f"; {micro} sequences a pass{', recomputed' * recompute}")
+        for block in [*lm.blocks[:layer], *bridge.blocks]:
+            block.compile(dynamic=False)                # in place: parameter names stay as they are
 
-    # --------------------------------------------------------------------------------------------------- loop
-    overlap = cfg.overlap == "on" or cfg.overlap == "auto" and world.device.type == "cuda"
-    gradients = GradientSum(params, world, overlap, cfg.bucket_mb * 1e6)    # no DDP wrapper: see there
-    stop, clock, waited = StopSignal(world), Clock(state["seconds"]), 0.0
-    bins = torch.zeros(8, 2, dtype=torch.float64)                           # loss sum and count by noise level
-    parts = [some.tolist() for some in torch.tensor(slots).split(micro)]    # this process's micro-batches
-    ready = data.prefetch(lambda key: draw(cfg, train, states, lm.D, world.device, *key),
-                          ((step, some) for step in range(state["step"], cfg.steps) for some in parts))
+    # Optimizers, resume
+    run = Run(cfg, world, identity)
+    named = dict(bridge.named_parameters())
+    optimizers = optim.build(named.items(), cfg.lr, cfg.lr_adam, WEIGHT_DECAY, world=world)
+    state = run.resume([bridge, ema], optimizers)
+    clipped = [p for name, p in named.items() if not name.startswith("readout")]
+    slots, micro_batch = split_batch(cfg.batch_size, cfg.micro_batch, world)
+    parts = [part.tolist() for part in torch.tensor(slots).split(micro_batch)]
+    gradients = GradientSum(list(named.values()), world)
+    tokens = cfg.batch_size * cfg.seq_len
+    flops = flops_per_token(bridge, lm, layer, cfg.seq_len)
+    stop = StopSignal(world)
+    clock = Clock(state["seconds"])
+    size = count(named.values())
+    run.say(f"layer {layer} of {lm.L}: {cfg.objective} bridge, {size:,} parameters")
 
-    for step in range(state["step"], cfg.steps):
-        found = []
-        for some in parts:
-            # 1 a batch that a thread has drawn meanwhile
-            waiting = time.perf_counter()
-            batch = next(ready)
-            waited += time.perf_counter() - waiting
-            # 2 gradient of the mean loss over the global batch
-            total, each = losses(lm, net, batch, layer, cfg, dtype)
-            if some is parts[-1]:
-                gradients.arm()
-            (total / cfg.batch_size).backward()
-            found.append(torch.stack([batch.t, each]).double())             # stays on the device: nothing waits
-        # 3 sum over processes, clip
+    # The loop. A thread makes the batches, a few steps ahead.
+    steps = range(state["step"], cfg.steps)
+    batches = data.prefetch(lambda key: make_batch(cfg, train, lm.D, world.device, *key),
+                            product(steps, parts))
+    for step in steps:
+        # 1. Gradient of the mean loss over the global batch, one micro-batch after another
+        errors = []
+        for part in parts:
+            loss, error = batch_loss(lm, bridge, layer, cfg, next(batches))
+            if part is parts[-1]:
+                gradients.start()
+            (loss / cfg.batch_size).backward()
+            errors.append(error)
         gradients.finish()
-        norm = nn.utils.clip_grad_norm_(own, 1.0).item()
-        t, each = torch.cat(found, 1).cpu()                                 # (slots,) each
-        bins.index_add_(0, (t * 8).long().clamp(max=7), torch.stack([each, torch.ones_like(each)], 1))
-        bad = next((f", slot {s}" for s, fine in zip(slots, torch.isfinite(each)) if not fine), "")
-        # 4 step, running mean of the weights
-        optim.step_all(optimizers, optim.share_at(step, cfg.steps, cfg.warmup, cfg.cooldown), norm, f"step {step}{bad}")
-        with torch.no_grad():
-            torch._foreach_lerp_(list(mean_net.parameters()), params, 1 - min(cfg.ema, (1 + step) / (10 + step)))
-        # 5 report, validate, save, leave when asked
+        # 2. Clip and step
+        norm = nn.utils.clip_grad_norm_(clipped, 1.0).item()
+        share = optim.share_at(step, cfg.steps, cfg.warmup, cfg.cooldown)
+        optim.step_all(optimizers, share, norm, f"step {step}")
+        # 3. Running mean of the weights
+        update_ema(ema, bridge, cfg.ema, step)
+        # 4. Log, validate, save, leave if asked to
         done = step + 1
         if done % cfg.log_every == 0 or done == cfg.steps:
-            total, *by_t = world.sum([each.sum().item() / cfg.batch_size, *bins.flatten().tolist()])
-            by_t = torch.tensor(by_t).view(8, 2)
-            run.progress(done, cfg.steps, clock, cfg.batch_size * cfg.seq_len, flops, loss=total,
-                         lr=optimizers[0].param_groups[0]["lr"], gnorm=norm,
-                         wait=waited / max(1e-9, clock.seconds() - state["seconds"]),
-                         loss_by_t=(by_t[:, 0] / by_t[:, 1].clamp_min(1)).tolist(), count_by_t=by_t[:, 1].tolist())
-            bins.zero_()
-        if done % cfg.eval_every == 0 and done < cfg.steps:
+            loss = world.sum([torch.cat(errors).sum().item() / cfg.batch_size])[0]
+            run.progress(done, cfg.steps, clock, tokens, flops, loss=loss, gnorm=norm)
+        if done % cfg.save_every == 0 and done < cfg.steps:
             with clock.paused():
-                run.log(done, cfg.steps, val_loss=validate(lm, mean_net, held_out[:NOISE_ROWS], layer, cfg, world)[0])
+                val_loss = validate(lm, ema, layer, held_out[:64], cfg, world)
+                run.log(done, cfg.steps, val_loss=val_loss)
         leaving = stop.poll()
         if leaving or done % cfg.save_every == 0 or done == cfg.steps:
-            check_replicas([*params, *mean_net.parameters()], world)
-            run.save(done, clock, [net, mean_net], optimizers, wait=done == cfg.steps)
+            run.save(done, clock, [bridge, ema], optimizers)
         if leaving:
             run.leave(done)
     stop.done()
-    seconds = clock.seconds()
-    del gradients.buckets, gradients.views                                  # the final numbers want their memory
 
-    # ------------------------------------------------------------------------------------------------- result
-    val_loss, named = validate(lm, mean_net, held_out[:NOISE_ROWS], layer, cfg, world)
-    if not world.main:  # the final numbers need the whole backbone: rank 0 alone loads it
+    # The result: rank 0 alone loads the whole backbone
+    val_loss = validate(lm, ema, layer, held_out[:64], cfg, world)
+    if not world.main:
         return world.barrier()
-    tokens = cfg.steps * cfg.batch_size * cfg.seq_len
-    info = {"layer": layer, "head_start": cfg.head_start, "objective": cfg.objective, "visible": cfg.visible,
-            "seed": cfg.seed, "model": model, "size_ratio": size / replaced if layer else None,
-            "base": identity["base"], "nfe_default": cfg.nfe, "sampler": cfg.sampler, "shift": cfg.shift}
-    denoiser.save(mean_net, run.out, {**info, "tokenizer": tokenizer and backbone.tokenizer_hash(tokenizer)})
-    result = {**info, "val_loss": val_loss, "readout_accuracy": named, "parameters": size, "steps": cfg.steps,
-              "table": mean_net.means.numel() if cfg.head_start == "tokens" else 0,
-              "replaced_parameters": replaced, "tokens": tokens, "tokens_per_s": tokens / seconds, "seconds": seconds,
-              "mfu": run.mfu(tokens / seconds, flops), "flops_per_token": flops, "nfe": {}}
-    if not cfg.random_init:  # a network of random weights has no upper blocks worth asking
-        lm = backbone.load(model, world.device, dtype)
-        result |= numbers(lm, mean_net, net.requires_grad_(False), held_out, layer, cfg)
-    run.finish(result, section(result) if result["nfe"] else "")
-    print(section(result) if result["nfe"] else summary(result))
-    return run.result
+    lm = backbone.load(model, world.device, dtype)
+    info = {"layer": layer, "objective": cfg.objective, "visible": cfg.visible, "seed": cfg.seed,
+            "model": model, "base": identity["base"], "seq_len": cfg.seq_len,
+            "nfe_default": 1 if cfg.objective == "regression" else cfg.nfes[-1],
+            "tokenizer": backbone.tokenizer_hash(tokenizer)}
+    diffusion.save(ema, run.out, info)
+    nfes = [1] if cfg.objective == "regression" else cfg.nfes
+    measured = {str(calls): measure(lm, ema, layer, held_out, calls, cfg) for calls in nfes}
+    return show(run.finish({
+        **info, "val_loss": val_loss, "parameters": size, "steps": cfg.steps,
+        "tokens": cfg.steps * tokens, "seconds": clock.seconds(), "eval_sequences": len(held_out),
+        "nfe": measured}))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,24 @@
-"""circuits.py: COMPARE. Which edges of the network solve a task, before and after conversion to masked diffusion?
+"""COMPARE: which edges of the network solve a task, before and after conversion to a masked LM?
 
-    python circuits.py --model out/tasks/toy                                # all tasks, all twins: ~20 s, 2 cores
-    python circuits.py --model out/tasks/toy --seed 1 --out out/again       # other prompts
-    python circuits.py --model out/tasks/toy --task opening --k 100 --out out/opening       # one task, larger circuits
+    python circuits.py                                  # out/tasks/toy and its converted models
+    python circuits.py --model DIR --converted DIR DIR      # an AR model, its converted models
+    python circuits.py --seed 1 --out out/again         # other prompts
+    python circuits.py --tasks opening --k 100 --out out/opening
 
-Attribution of one model and of its converted twins on the tasks of core/tasks.py. Two circuits are compared by the
-Jaccard index of their strongest edges. Floors: chance, and other tasks in the same model. Ceilings: the same model on
-other prompts, a twin of another seed. Between them stands the untrained twin: the AR weights with a mask token and
-bidirectional attention, before any step. Only where a twin shares less or more with the AR model than this one does has
-training done anything. Writes result.json, section.md, circuits.png and scores.safetensors (every edge) to --out.
+Two circuits are compared by the Jaccard index of their k strongest edges (core/attribution.py), on
+prompts of core/tasks.py that all compared models solve. The index needs a scale:
 
-Edges, senders and receivers are those of core/attribution.py: `a1.3` is head 3 of block 1, `m1` its MLP, from 0 on.
+    floors      chance; circuits of other tasks in the AR model
+    untrained   the AR weights with a mask and two-way attention, before any training step
+    ceilings    the same model on other prompts; converted models that differ in their seed
 
-Letters: P pairs, T tokens, L blocks, S senders, R receivers, k edges in a circuit.
+Training has changed a circuit only where the converted model's index is not the untrained one's.
+Zeroing asks whether a circuit matters: the AR circuit's three strongest components write nothing,
+and so do three random ones.
+
+Writes result.json, scores.safetensors (every edge) and circuits.png (if a task was analysed).
+
+Letters: P pairs of prompts, T tokens, S senders, R receivers, k edges in a circuit.
 """
 import itertools
 import statistics
@@ -24,289 +30,308 @@ import torch
 from safetensors.torch import save_file
 
 from core import backbone, masked, report
-from core.attribution import Subject, attribute, by_depth, chance, components, gini, other_tasks, overlaps, without
-from core.common import UserError, entry, parse, pick, setup
-from core.draws import generator
+from core.attribution import (Subject, attribute, chance, other_tasks, overlaps, strongest,
+                              without)
+from core.common import UserError, entry, generator, parse, pick, setup
 from core.run import Run, atomic, beside, finished, read_json
-from core.stats import paired, plus_minus, verdict
-from core.tasks import MIXED, TASKS, Pair, Pieces, examples
+from core.tasks import TASKS, TRAINED, Pieces, examples
+
+UNTRAINED = "untrained"
+LEAST = 0.5     # a model that solves fewer prompts of a task is not compared on it
+ZEROED = 3      # components that write nothing
+SAMPLES = 5     # random sets of components
+FEWEST = 4      # pairs that all models must solve in each set
+COLORS = (report.BLUE, report.RED, report.YELLOW, report.GREEN)     # of converted models
 
 
 @dataclass
 class Config:
-    preset: Literal["auto", "tiny", "toy", "135m"] = "auto"  # auto: by the model's size
-    model: str = "toy"          # the AR model: toy (the folder beside --out), a folder or a Hub id
-    twins: str = ""             # folders of converted models, comma-separated (empty: all in repr_align beside --model)
+    # what and where
+    preset: Literal["auto", "tiny", "toy", "135m", "0.6b", "8b"] = "auto"  # auto: by model size
+    model: str = ""             # the AR model, a folder or Hub id (empty: tasks/toy next to --out)
+    converted: tuple[str, ...] = ()     # converted models (empty: all that are found near --model)
     out: str = "out/circuits"   # run folder
-    task: str = "all"           # one or more of core/tasks.py, comma-separated (all: those that the toy is trained on)
     seed: int = 0               # of the prompts
     device: str = "auto"        # auto, cpu, cuda
-    pairs: int = 64             # pairs of prompts per task, of those that all models solve
-    resamples: int = 3          # sets of prompts: the interval, and the first ceiling
-    ig_steps: int = 5           # points on the way from the corrupted to the clean embedding (0: plain EAP)
-    k: int = 30                 # edges in a circuit; the figure shows others too
-    least: float = 0.5          # a task that a model solves less often is not analysed for it
+    # what is measured
+    tasks: tuple[str, ...] = tuple(TRAINED)     # names in core/tasks.py
+    pairs: int = 64             # pairs of prompts a task, at most
+    resamples: int = 3          # sets of pairs
+    ig_steps: int = 5           # points between corrupted and clean embedding (0: plain EAP)
+    k: int = 30                 # edges in a circuit
     micro_batch: int = 16       # pairs at a time
 
 
-PRESETS = {"tiny": {"pairs": 4, "resamples": 2, "ig_steps": 2},
-           "135m": {"task": "induction,names,infill,opening", "pairs": 12, "resamples": 2, "ig_steps": 2,
-                    "micro_batch": 8}}
-SWEEP = (10, 30, 100, 300)
-MARGIN = 0.05   # of the Jaccard index: two circuits that differ by less in what they share are taken as equal
-UNTRAINED = "untrained twin"
+PRESETS = {
+    "tiny": dict(pairs=4, resamples=2, ig_steps=2),
+    "135m": dict(tasks=("induction", "names", "infill", "opening"), pairs=12, resamples=2,
+                 ig_steps=2, micro_batch=8)}
 
 
-# ----------------------------------------------------------------------------------------------- prompts, effects
-def stack(pairs, device):
-    """Pairs of one length -> a batch of tensors: clean, corrupted (P, T), answer, wrong, place (P,)."""
-    return {k: torch.tensor([getattr(p, k) for p in pairs], device=device) for k in Pair._fields if k != "rest"}
+# -------------------------------------------------------------------------------------------------
+# Prompts
+
+def make_batch(pairs, subject, eos):
+    """Pairs as the subject reads them: clean, corrupted (P, T); answer, wrong, last (P,).
+
+    A masked model finds a mask at the answer's place. An AR model reads the right side first. The
+    state at `last` predicts the answer."""
+    batch = {"clean": [], "corrupted": [], "answer": [], "wrong": [], "last": []}
+    for clean, corrupted in pairs:
+        for name, prompt in (("clean", clean), ("corrupted", corrupted)):
+            ids = [eos, *prompt.right, *prompt.left]
+            if subject.student is not None:
+                ids = [eos, *prompt.left, subject.student.mask_id, *prompt.right]
+            batch[name].append(ids)
+        batch["answer"].append(clean.answer)
+        batch["wrong"].append(corrupted.answer)
+        batch["last"].append(len(ids) - 1 if subject.student is None else len(prompt.left))
+    return {name: torch.tensor(x, device=subject.lm.model.device) for name, x in batch.items()}
 
 
-def slices(batch, size):
-    return [dict(zip(batch, part, strict=True)) for part in zip(*(v.split(size) for v in batch.values()), strict=True)]
+def take(batch, rows):
+    """The rows of a batch: a slice, or indices."""
+    return {name: x[rows] for name, x in batch.items()}
+
+
+def split(batch, size):
+    """The batch in parts of at most `size` pairs."""
+    count = len(batch["clean"])
+    return [take(batch, slice(i, i + size)) for i in range(0, count, size)]
+
+
+def first_choice(subject, ids, last):
+    """The most likely answers (P,) to prompts (P, T)."""
+    student = subject.student
+    if student is None:
+        return subject.logits(subject.lm.embed(ids), last).argmax(-1)
+    normed = student.predict(ids, ids == student.mask_id)                           # (P, T-1, D)
+    return student.logits(normed[torch.arange(len(ids), device=ids.device), last]).argmax(-1)
 
 
 @torch.no_grad()
-def solved(subject, batch, which="clean"):
-    """(P,) bool: the model's first choice among all tokens is the right one."""
-    goal = {"clean": "answer", "corrupted": "wrong"}[which]
-    return torch.cat([subject.logits(subject.embed(part[which], part["place"]), part["place"]).argmax(-1) == part[goal]
-                      for part in slices(batch, 64)])
+def solved(subject, batch):
+    """(P,) bool: both answers, clean and corrupted, are the model's first choice."""
+    right = []
+    for part in split(batch, 64):
+        clean = first_choice(subject, part["clean"], part["last"]) == part["answer"]
+        corrupted = first_choice(subject, part["corrupted"], part["last"]) == part["wrong"]
+        right.append(clean & corrupted)
+    return torch.cat(right)
 
 
-def zeroing(subject, batch, scores, graph, cfg):
-    """What zeroing components costs: share of prompts still solved, intact, without the three components that carry
-    the most by `scores` (the AR model's, so that twins are asked about its circuit), without three random ones and
-    without three of the same kind and block or nearest to it (five draws each)."""
-    weight = components(scores, graph.edges(), cfg.k, graph)[1:]                             # the embedding stays
-    names, gen = graph.senders[1:], generator(cfg.seed, "controls")
-    top = [names[j] for j in weight.topk(min(3, len(names) // 2)).indices.tolist()]
-    others, block = [n for n in names if n not in top], {n: int(n[1:].split(".")[0]) for n in names}
+# -------------------------------------------------------------------------------------------------
+# One task
 
-    def left(zeroed):
-        with without(subject, zeroed):
+def study(task, subjects, pieces, eos, cfg):
+    """(result of a task, {(subject, set of prompts): scores (S, R)})."""
+    result = {"group": TASKS[task][0], "pairs": 0, "solved": {}, "overlap": {}, "zeroing": {}}
+    # 1. Who solves which prompts
+    seeds = [1000 * cfg.seed + s for s in range(cfg.resamples)]
+    sets = [examples(task, pieces, 4 * cfg.pairs, seed) for seed in seeds]
+    batches = {}
+    right = {}
+    for x in subjects:
+        batches[x.name] = [make_batch(pairs, x, eos) for pairs in sets]
+        right[x.name] = torch.stack([solved(x, batch) for batch in batches[x.name]])
+        result["solved"][x.name] = right[x.name].double().mean().item()             # of (sets, P)
+
+    # 2. The prompts that all able models solve; attribution is for two-way and causal attention
+    able = [x for x in subjects if x.name != UNTRAINED and result["solved"][x.name] >= LEAST
+            and (x.student is None or x.student.arm.attention == "bidirectional")]
+    if subjects[0] not in able or len(able) < 2:
+        return result, {}
+    shared = torch.stack([right[x.name] for x in able]).all(0)                      # (sets, P)
+    fewest = int(shared.sum(1).min())
+    if fewest < FEWEST:
+        return result, {}
+    result["pairs"] = min(cfg.pairs, fewest)
+
+    # 3. Attribution, of the untrained model too, whether it solves the task or not
+    compared = [x for x in subjects if x in able or x.name == UNTRAINED]
+    scores = {}
+    for x in compared:
+        for s, batch in enumerate(batches[x.name]):
+            batch = take(batch, shared[s].nonzero()[:cfg.pairs, 0])
+            scores[x.name, s] = attribute(x, split(batch, cfg.micro_batch), cfg.ig_steps)
+            batches[x.name][s] = batch
+
+    # 4. Overlap of the circuits, and what the AR model's is good for
+    edges = subjects[0].graph().edges()
+    circuits = {key: strongest(value, edges, cfg.k) for key, value in scores.items()}
+    result["overlap"] = overlaps(circuits, compared)
+    for x in able:
+        result["zeroing"][x.name] = zeroing(x, batches[x.name][0], scores["AR", 0], cfg)
+    return result, scores
+
+
+def zeroing(subject, batch, scores, cfg):
+    """Share of the prompts still solved without the components whose edges in the AR model's
+    circuit carry the most, and without random ones."""
+    graph = subject.graph()
+    weight = torch.zeros(len(graph.senders), dtype=scores.dtype)
+    for edge in strongest(scores, graph.edges(), cfg.k):
+        sender, receiver = divmod(edge, len(graph.receivers))
+        weight[sender] += scores[sender, receiver].abs()
+    names = graph.senders[1:]                           # the embedding stays
+    count = min(ZEROED, len(names) // 2)
+    top = [names[i] for i in weight[1:].topk(count).indices.tolist()]
+    others = [name for name in names if name not in top]
+    gen = generator(cfg.seed, "controls")
+
+    def left(components):
+        with without(subject, components):
             return solved(subject, batch).double().mean().item()
 
-    def match():
-        free, chosen = list(gen.permutation(others)), []
-        for name in top:
-            chosen.append(min(free, key=lambda n: (n[0] != name[0], abs(block[n] - block[name]))))
-            free.remove(chosen[-1])
-        return chosen
+    controls = [left(gen.choice(others, count, replace=False)) for _ in range(SAMPLES)]
     return {"components": top, "intact": left([]), "strongest": left(top),
-            "random": statistics.mean(left(gen.choice(others, len(top), replace=False)) for _ in range(5)),
-            "matched": statistics.mean(left(match()) for _ in range(5))}
+            "random": statistics.mean(controls)}
 
 
-def study(name, subjects, pieces, cfg, device):
-    """One task: who solves it, and the circuits of those who do. Returns (result, {(subject, set): scores}).
+# -------------------------------------------------------------------------------------------------
+# Report
 
-    1 prompts that every able model solves, clean and corrupted
-    2 attribution, for `resamples` sets of prompts; of the untrained twin too, whether it solves them or not
-    3 overlap of circuits  4 where the attribution lies  5 zeroing"""
-    drawn = [stack(examples(name, pieces, 4 * cfg.pairs, 1000 * cfg.seed + s), device) for s in range(cfg.resamples)]
-    right = {x.name: [solved(x, b) & solved(x, b, "corrupted") for b in drawn] for x in subjects}
-    found = {"group": TASKS[name][0], "usable": False,
-             "solved": {n: torch.cat(r).double().mean().item() for n, r in right.items()}}
-    able = [x for x in subjects if x.kind != UNTRAINED and found["solved"][x.name] >= cfg.least]
-    pool = [torch.stack([right[x.name][s] for x in able]).all(0) if able else None for s in range(cfg.resamples)]
-    if subjects[0] not in able or len(able) < 2 or min(int(p.sum()) for p in pool) < 4:
-        return found, {}
-    batches = [{k: v[p][:cfg.pairs] for k, v in some.items()} for some, p in zip(drawn, pool, strict=True)]
-    measured = able + [x for x in subjects if x.kind == UNTRAINED]
-    graph, L = able[0].graph(), able[0].lm.L
-    edges = graph.edges()
-    scores = {(x.name, s): attribute(x, slices(b, cfg.micro_batch), cfg.ig_steps)
-              for x in measured for s, b in enumerate(batches)}
-    found |= {"usable": True, "pairs": min(len(b["clean"]) for b in batches), "models": {},
-              "overlap": {str(k): overlaps(scores, measured, edges, k) for k in sweep(cfg.k, edges)}}
-    for kind in dict.fromkeys(x.kind for x in measured):
-        own = [scores[x.name, s] for x in measured if x.kind == kind for s in range(cfg.resamples)]
-        shares = torch.stack([by_depth(o, graph, L) for o in own])                             # (n, L + 1)
-        found["models"][kind] = {
-            "by_depth": shares.mean(0).tolist(), "mean_block": (shares * torch.arange(L + 1)).sum(1).tolist(),
-            "gini": [gini(components(o, edges, cfg.k, graph)) for o in own]}
-    found["zeroing"] = {x.name: zeroing(x, batches[0], scores["AR", 0], graph, cfg) for x in able}
-    return found, scores
+def show(result):
+    """The table on the terminal."""
+    rows = []
+    for task, numbers in result["tasks"].items():
+        for subject in result["subjects"]:
+            overlap = numbers["overlap"].get(subject["kind"], {})
+            zeroed = numbers["zeroing"].get(subject["name"])
+            row = [task, subject["name"], f"{numbers['solved'][subject['name']]:.0%}"]
+            for comparison in ("ar", "prompts", "seeds"):
+                values = overlap.get(comparison)
+                row.append(report.plus_minus(values, ".2f") if values else None)
+            for components in ("strongest", "random"):
+                row.append(f"{zeroed[components]:.0%}" if zeroed else None)
+            rows.append(row)
+    columns = ["task", "model", "solved", "overlap with AR", "other prompts", "other seed",
+               f"left without {ZEROED} strongest", f"without {ZEROED} random"]
+    print(report.table(columns, rows))
+    print(f"overlap by chance: {result['chance']:.3f}")
 
 
-def sweep(k, edges):
-    return [n for n in sorted({*SWEEP, k}) if n <= int(edges.sum())]
+def draw(result, path):
+    """Overlap with the AR model's circuit, task by task."""
+    tasks = [name for name, task in result["tasks"].items() if task["overlap"]]
+    converted = dict.fromkeys(x["kind"] for x in result["subjects"][2:])
+    series = [("AR", "prompts", report.BLACK, "AR, other prompts"),
+              (UNTRAINED, "ar", report.GREY, UNTRAINED)]
+    for kind, color in zip(converted, itertools.cycle(COLORS)):
+        series.append((kind, "ar", color, kind))
+    with report.figure(path, width=3 + len(tasks)) as axes:
+        ax = axes[0, 0]
+        for place, (kind, comparison, color, label) in enumerate(series):
+            x = []
+            y = []
+            for i, name in enumerate(tasks):
+                values = result["tasks"][name]["overlap"].get(kind, {}).get(comparison, [])
+                x += [i + 0.1 * place] * len(values)
+                y += values
+            if y:
+                ax.plot(x, y, "o", color=color, alpha=0.7, label=label)
+        floors = [(result["chance"], report.GREY, "chance")]
+        if result["other_tasks"]:
+            mean = statistics.mean(result["other_tasks"])
+            floors.append((mean, report.BLACK, "AR, other tasks"))
+        right = len(tasks) - 0.5
+        for floor, color, label in floors:
+            ax.hlines(floor, -0.2, right, color=color, linestyle=":", label=label)
+        ax.set_xticks(range(len(tasks)), tasks)
+        ax.set(ylim=(0, 1), xlim=(-0.2, right + 1.5),          # room for the legend
+               ylabel=f"Jaccard index of {result['k']} edges",
+               title="Overlap with the AR model's circuit (higher: more alike)")
 
 
-# --------------------------------------------------------------------------------------------------------- report
-def kind_of(name):
-    return name.split(", seed")[0]
+# -------------------------------------------------------------------------------------------------
+# Main
+
+def find_converted(cfg, model, base):
+    """[(folder, its result.json)] of models that were converted from `base`. Those with attention
+    by token blocks are only asked what they solve, and only if they are named."""
+    near = Path(model).parent
+    finished_runs = [*near.glob("*/result.json"), *near.glob("convert/*/result.json")]
+    folders = cfg.converted or sorted(file.parent for file in finished_runs)
+    twins = []
+    for folder in map(Path, folders):
+        info = read_json(folder / "result.json", "convert a model with: python repr_align.py")
+        suits = info.get("base") == base and "mask_id" in info
+        if suits and (cfg.converted or info["attention"] == "bidirectional"):
+            twins.append((folder, info))
+    if len(twins) < max(1, len(cfg.converted)):
+        raise UserError(f"{', '.join(cfg.converted) or near} must hold models that were converted from "
+                        f"{model}; make one with: python repr_align.py --model {model} "
+                        f"--align_weight 0 --out {near}/w0")
+    return twins
 
 
-def verdicts(result):
-    """A sentence for each task and kind of twin: what it shares with the AR model against what it shared untrained."""
-    meaning = {"behind": "training moved it away", "ahead": "training brought it nearer"}
-    for name, found in result["tasks"].items():
-        if not found["usable"]:
-            yield f"{name} ({found['group']}): not analysed, too few prompts are solved by the AR model and a twin"
-            continue
-        row = found["overlap"][str(result["k"])]
-        before = row[f"AR and {UNTRAINED}"]["values"]
-        for kind in [n for n in found["models"] if n not in ("AR", UNTRAINED)]:
-            values, sets = row[f"AR and {kind}"]["values"], len(before)
-            seeds = [statistics.mean(values[i:i + sets]) for i in range(0, len(values), sets)]    # a training is one
-            words = verdict(paired(seeds, [statistics.mean(before)] * len(seeds)), MARGIN, lower_is_better=False)
-            gaps = (f"{r[f'AR and {kind}']['mean'] - r[f'AR and {UNTRAINED}']['mean']:+.2f} at {k}"
-                    for k, r in found["overlap"].items())
-            yield (f"{name} ({found['group']}), {kind}: shares {plus_minus(values, '.2f')} of the circuit with the AR "
-                   f"model, {plus_minus(before, '.2f')} before any training: {words}; by k {', '.join(gaps)}; "
-                   + meaning.get(words.split()[0], "no difference is known to be training's doing"))
-
-
-def who_solves(result):
-    """One sentence: the share of prompts that each trained model answers, task by task."""
-    trained = [n for n in result["subjects"] if n != UNTRAINED]
-    rates = {name: " / ".join(f"{found['solved'][n]:.0%}" for n in trained) for name, found in result["tasks"].items()}
-    return f"share solved by {' / '.join(trained)}: {'; '.join(f'{name} {rate}' for name, rate in rates.items())}"
-
-
-def said(values):
-    return plus_minus(values, ".2f") if values else None
-
-
-def circuit_rows(result):
-    """A row for each task and model that was analysed, and one for every two tasks of the AR model."""
-    for name, found in result["tasks"].items():
-        for kind, model in found.get("models", {}).items():
-            row = found["overlap"][str(result["k"])]
-            zero = [z for n, z in found["zeroing"].items() if kind_of(n) == kind]
-            over, *ceilings = (row.get(what, {}).get("values") for what in (
-                f"AR and {kind}", f"{kind}, other prompts", f"{kind}, other seed"))
-            fair = [(v - row["chance"]) / (1 - row["chance"]) for v in over or []]
-            yield [name, kind, *map(said, [over, fair, *ceilings, model["mean_block"], model["gini"]]),
-                   *(said([z[key] for z in zero]) for key in ("strongest", "random", "matched"))]
-    if other := result["other_tasks"].get(str(result["k"])):
-        yield ["every two tasks", "AR", said(other["values"]), *[None] * 8]
-
-
-def section(result):
-    """The text of section.md."""
-    tasks, k = result["tasks"], result["k"]
-    some = any(found["usable"] for found in tasks.values())
-    return "\n".join([
-        "## COMPARE", "", "Who solves what: share of prompts, clean and corrupted, whose answer is the model's first "
-        f"choice ({4 * result['pairs'] * result['resamples']} prompts a task, seed {result['seed']}). In a task of the "
-        "middle the AR model reads the right side first.", "",
-        report.table(["model", *(f"{n} ({found['group']})" for n, found in tasks.items())],
-                     [[n, *(f"{found['solved'][n]:.1%}" for found in tasks.values())] for n in result["subjects"]]), "",
-        f"Circuits: the {k} strongest of {result['edges']:,} edges (EAP-IG, {result['ig_steps']} points) of a model of "
-        f"{result['layers']} blocks, {result['resamples']} sets of at most {result['pairs']} pairs that all analysed "
-        "models solve; mean +- sd over sets and twins' seeds. Overlap is the Jaccard index, "
-        f"{chance(k, result['edges']):.3f} by chance. The last columns: share of prompts still solved without some "
-        "components." if some else
-        "No task is solved often enough by the AR model and a twin.", "",
-        *[report.table(["task", "model", "overlap with AR", "chance-adjusted", "itself, other prompts", "other seed",
-                        "mean block (0: embedding)", "Gini", "left without the AR model's 3 strongest",
-                        "without 3 random", "without 3 matched"], circuit_rows(result)), ""] * some,
-        *(f"- {line}" for line in result["verdicts"]), "",
-        *["![overlap with the AR model, and depth of attribution](circuits.png)", ""] * some])
-
-
-def headline(result):
-    """[[what, value]]: how many tasks are analysed. Overlaps of different tasks are not averaged."""
-    models = [found.get("models", ()) for found in result["tasks"].values()]
-    kinds = list(dict.fromkeys(kind_of(n) for n in result["subjects"] if n not in ("AR", UNTRAINED)))
-    return [[f"tasks solved by the AR model and a twin, of {len(models)}", ", ".join(
-        f"{sum(kind in some for some in models)} ({kind.removeprefix('masked, ')})" for kind in kinds[:4])]]
-
-
-def figure(result, path):
-    """A row for a task: overlap with the AR model against K, and where in depth the attribution lies."""
-    usable = {n: found for n, found in result["tasks"].items() if found["usable"]}
-    kinds = dict.fromkeys(kind for found in usable.values() for kind in found["models"])
-    cycle = itertools.cycle((report.RED, report.YELLOW, report.GREEN, report.BLACK))
-    colors = {kind: {"AR": report.BLUE, UNTRAINED: report.GREY}.get(kind) or next(cycle) for kind in kinds}
-    with report.figure(path, len(usable), 2, width=4.6, height=2.8) as axes:
-        for (left, right), (name, found) in zip(axes, usable.items(), strict=True):
-            lines = {"AR, other prompts": (report.BLUE, "--"), **{f"AR and {n}": (c, "o-") for n, c in colors.items()}}
-            for what, (color, style) in lines.items():
-                points = [(int(k), row[what]["mean"]) for k, row in found["overlap"].items() if what in row]
-                if points:
-                    left.plot(*zip(*points), style, markersize=3, color=color, label=what)
-            left.plot(*zip(*((int(k), v["mean"]) for k, v in result["other_tasks"].items() if v)), ":",
-                      color=report.BLUE, label="AR, other tasks")
-            left.plot(*zip(*((int(k), row["chance"]) for k, row in found["overlap"].items())), ":", color=report.GREY,
-                      label="chance")
-            left.set(xscale="log", xlabel="K strongest edges", ylabel="Jaccard", ylim=(0, 1), title=f"{name}: overlap")
-            for kind, model in found["models"].items():
-                right.plot(model["by_depth"], color=colors[kind], label=kind)
-            right.set(xlabel="sender's block (0: embedding)", ylabel="share", title=f"{name}: depth of attribution")
-
-
-# ----------------------------------------------------------------------------------------------------------- main
-def load_subjects(model, twins, base, device):
-    """The AR model, its untrained twin and the converted ones. Raises UserError for a twin of another model."""
-    subjects, bare = [Subject(backbone.load(model, device, torch.float32))], backbone.load(model, device, torch.float32)
-    student = masked.Student(bare, masked.add_mask(bare, backbone.load_tokenizer(model)))
-    subjects.append(Subject(bare, student, UNTRAINED, UNTRAINED))
-    for folder in twins:
-        about = read_json(folder / "result.json", "finish that run first")
-        if about.get("base") != base:
-            raise UserError(f"{folder} was converted from another model than {model}; pass its own as --model")
-        student, _ = masked.load_converted(folder, device, torch.float32, "bidirectional")
-        kind = f"masked, w = {about['w']:g}"
-        if f"{kind}, seed {about['seed']}" in [x.name for x in subjects]:
-            raise UserError(f"{folder} is a second twin with w = {about['w']:g} and seed {about['seed']}; name those "
-                            "to compare with --twins")
-        subjects.append(Subject(student.lm, student, f"{kind}, seed {about['seed']}", kind))
+def load_subjects(model, twins, device):
+    """The AR model first, then the untrained model and the converted ones."""
+    subjects = [Subject(backbone.load(model, device, torch.float32))]
+    lm = backbone.load(model, device, torch.float32)
+    mask_id = masked.add_mask(lm, backbone.load_tokenizer(model))
+    subjects.append(Subject(lm, masked.Student(lm, mask_id), UNTRAINED, UNTRAINED))
+    for folder, info in twins:
+        student, _ = masked.load_converted(folder, device, torch.float32)
+        kind = f"converted, w = {info['align_weight']:g}"
+        if info["attention"] == "block":
+            kind += f", {student.arm}"
+        subjects.append(Subject(student.lm, student, f"{kind}, seed {info['seed']}", kind))
+    assert len({x.name for x in subjects}) == len(subjects), "two converted models of one weight and seed"
     return subjects
+
+
+def model_of(cfg):
+    return cfg.model or str(beside(cfg.out, "tasks") / "toy")
+
+
+def choose_preset(cfg):
+    if cfg.preset != "auto":
+        return cfg.preset
+    return backbone.preset_of(model_of(cfg), cfg.out)
 
 
 @entry
 def main(argv):
-    cfg = parse(Config, argv, __doc__, PRESETS, lambda cfg: backbone.preset_of(cfg.model, cfg.out))
-    names = list(MIXED) if "all" in cfg.task.split(",") else cfg.task.split(",")
-    for name in names:
-        pick(TASKS, name, "--task")
+    cfg = parse(Config, argv, __doc__, PRESETS, choose_preset)
+    for task in cfg.tasks:
+        pick(TASKS, task, "--tasks")
     world = setup(cfg.device)
-    model = backbone.resolve(cfg.model, cfg.out)
-    near = Path(model).parent / "repr_align"
-    home = near if near.exists() else beside(cfg.out, "repr_align")
-    twins = [Path(t) for t in cfg.twins.split(",") if t] or sorted(
-        f.parent for f in home.glob("*/result.json") if "attention" not in read_json(f).get("flags", {}))
-    if not twins:
-        raise UserError(f"there is no converted model in {home}; make one with: python repr_align.py")
-    identity = {"base": backbone.identity(model), "weights": [backbone.identity(t) for t in twins]}
-    if result := finished(cfg, identity):
-        print(section(result))
+    model = backbone.resolve(model_of(cfg), cfg.out)
+    base = backbone.identity(model)
+    twins = find_converted(cfg, model, base)
+    identity = {"base": base, "weights": [backbone.identity(folder) for folder, _ in twins]}
+    result = finished(cfg, identity)
+    if result:
+        show(result)
         return result
 
-    # ------------------------------------------------------------------------------------------------- setup
-    subjects = load_subjects(model, twins, identity["base"], world.device)
+    subjects = load_subjects(model, twins, world.device)
+    tokenizer = backbone.load_tokenizer(model)
+    pieces = Pieces(tokenizer)
     graph = subjects[0].graph()
     edges = graph.edges()
     count = int(edges.sum())
-    if cfg.k > count:
-        raise UserError(f"--k {cfg.k} is more than the {count} edges of this model")
-    pieces = Pieces(backbone.load_tokenizer(model))
+    assert 0 < cfg.k <= count, f"--k {cfg.k}: the model has {count} edges"
     run = Run(cfg, world, identity)
 
-    # --------------------------------------------------------------------------------------------- study, result
-    scores, found = {}, {}
-    for name in names:
-        found[name], own = study(name, subjects, pieces, cfg, world.device)
-        scores |= {(*key, name): value for key, value in own.items()}
-    result = {**identity, "tasks": found, "other_tasks": {str(k): other_tasks(scores, edges, k) for k in
-                                                          sweep(cfg.k, edges)}, "subjects": [x.name for x in subjects],
-              "k": cfg.k, "edges": count, "layers": subjects[0].lm.L, "seed": cfg.seed, "pairs": cfg.pairs,
-              "senders": graph.senders, "receivers": graph.receivers, "resamples": cfg.resamples,
-              "ig_steps": cfg.ig_steps}
-    result |= {"verdicts": list(verdicts(result)), "headline": headline(result)}
-    result["findings"] = [who_solves(result), *(v for v in result["verdicts"] if "not analysed" not in v)]
+    results = {}
+    scores = {}
+    for task in cfg.tasks:
+        results[task], task_scores = study(task, subjects, pieces, tokenizer.eos_token_id, cfg)
+        for (name, s), value in task_scores.items():
+            scores[name, s, task] = value
+        run.say(f"{task}: {'analysed' if task_scores else 'not solved by two models'}")
     with atomic(run.out / "scores.safetensors") as temporary:
         save_file({"/".join(map(str, key)): value for key, value in scores.items()}, temporary)
-    if any(of["usable"] for of in found.values()):
-        figure(result, run.out / "circuits.png")
-    run.finish({**result, "made_of": backbone.made_of(cfg.out, twins)}, section(result))
-    run.say("\n".join(f"- {line}" for line in result["verdicts"]))
-    return run.result
+    result = {**identity, "k": cfg.k, "seed": cfg.seed, "tasks": results, "edges": count,
+              "chance": chance(cfg.k, count), "other_tasks": other_tasks(scores, edges, cfg.k),
+              "senders": graph.senders, "receivers": graph.receivers,
+              "subjects": [{"name": x.name, "kind": x.kind} for x in subjects]}
+    if scores:
+        draw(result, run.out / "circuits.png")
+    show(result)
+    return run.finish(result)
 
 
 if __name__ == "__main__":

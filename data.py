@@ -1,289 +1,267 @@
-"""data.py: text -> token shards -> batches that are a pure function of (seed, step, slot).
+"""DATA: text -> token shards -> batches that are a function of (seed, step, slot).
 
-    python data.py                                        # the Python standard library: offline, ~10 s, 2.7M tokens
-    python data.py --data notes/ --out out/notes          # .txt .md .py .jsonl, a file or a folder
-    python data.py --data HuggingFaceFW/fineweb-edu:sample-10BT --model Qwen/Qwen3-0.6B --max_tokens 1000000000
+    python data.py                              # the Python standard library: offline, 2.7M tokens
+    python data.py --data notes/ --out out/notes                   # a text file or folder
+    python data.py --data HuggingFaceFW/fineweb-edu:sample-10BT --model Qwen/Qwen3-0.6B \\
+        --max_tokens 1000000000                                    # a Hub dataset, streamed
 
-Writes to --out: train.bin, val.bin (raw uint16 or uint32 token ids, every document ended by EOS), tokenizer.json,
-section.md and result.json, and last meta.json (tokens, dtype, tokenizer hash, source, sha256). Every stage calls
-`prepare`, which reuses such a folder when it holds what the stage asks for and else refuses it, naming the difference.
-Memory does not grow with the corpus: below 0.5 GB for a text file of any size.
+Every stage makes the shards it needs, in the folder `data` next to its --out. This command is only
+needed for other sizes or folders.
 
-Letters: B sequences, T tokens a sequence.
+Writes train.bin and val.bin (raw uint16 or uint32 token ids, an EOS after each document),
+tokenizer.json, result.json and, last, meta.json. Memory does not grow with the corpus.
+
+Shapes: B sequences, T tokens a sequence.
 """
 import functools
 import hashlib
-import itertools
-import json
 import math
-import os
 import platform
 import re
 import sysconfig
-import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from core import tasks as generated
+from core import tasks
 from core.backbone import EOS, load_tokenizer, tokenizer_hash
-from core.common import UserError, entry, parse, why
-from core.draws import generator
-from core.run import atomic, beside, digest, read_json, write_json, write_text
-
-BPE_DOCUMENTS = 20_000  # enough text for a small vocabulary, and a Hub-sized corpus is not streamed twice
+from core.common import UserError, entry, generator, parse, why
+from core.run import atomic, beside, read_json, write_json
 
 
 @dataclass
 class Config:
-    data: str = "stdlib"        # stdlib, a text file or folder, HUB_ID[:CONFIG[:COLUMN]], or a folder of shards
-    model: str = "toy"          # whose tokenizer: toy (trains a byte-level BPE on the text), a folder or a Hub id
+    data: str = "stdlib"        # stdlib, a text file or folder, or a Hub dataset ID:CONFIG:COLUMN
+    model: str = "toy"          # whose tokenizer; toy: a BPE trained on this text
     out: str = "out/data"       # folder to write
-    vocab: int = 2048           # vocabulary of the toy's BPE
-    tasks: float = 0.0          # with the toy's own BPE: share of generated lines (tasks.py) in the training text
+    vocab: int = 2048           # size of the toy's vocabulary
+    tasks: float = 0.0          # share of generated task lines in the toy's training text
     max_tokens: int = 0         # stop after this many training tokens (0: the whole corpus)
-    seed: int = 0               # unused by the shards themselves; kept so that every stage takes --seed
+    seed: int = 0               # every stage takes one; the shards do not depend on it
 
 
-# ---------------------------------------------------------------------------------------------- text -> documents
-TEXT = {".txt", ".md", ".py", ".jsonl"}
-TABLES = {".parquet", ".arrow", ".csv"}
-PIECE = 8_000  # characters: a plain text file has no document boundaries, so it is cut into pieces of about this size
+# -------------------------------------------------------------------------------------------------
+# Source -> documents
+
+TEXT = (".txt", ".md", ".rst", ".py")
+TABLES = {".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}   # ending -> loader of datasets
+ENDINGS = (*TEXT, *TABLES)
+SKIPPED = {                     # folders of the standard library: tests and generated tables
+    "test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}
+PIECE = 8_000                   # characters: a long text is cut into documents of about this size
+BPE_DOCUMENTS = 20_000          # enough text for a small vocabulary
 
 
 def resolve(data):
-    """--data -> {"kind": stdlib | text | hub | shards, ...}: small enough to compare and to print."""
+    """--data -> the source as a small dict, to compare and to store."""
     if data == "stdlib":
         return {"kind": "stdlib", "python": platform.python_version()}
-    path, _, rest = (data, "", "") if Path(data).exists() else data.partition(":")
-    config, _, column = rest.partition(":")
-    path = Path(path)
-    hub = {"kind": "hub", "id": str(path), "config": config or None, "column": column or None}
-    if not path.exists():
-        if path.suffix in TEXT or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)):
-            raise UserError(f"--data {data}: no such file or folder; pass stdlib, a path or a Hub dataset id")
-        return hub
-    if (path / "meta.json").exists():
-        return {"kind": "shards", "path": str(path)}
-    if path.is_dir() and any(f.suffix in TABLES for f in path.rglob("*")):
-        return {**hub, "id": str(path.resolve())}
-    files = _files(path)
-    if not files:
-        raise UserError(f"--data {data}: no {', '.join(sorted(TEXT))} file in that folder; point --data at the text")
-    size = sum(f.stat().st_size for f in files)
-    return {"kind": "text", "path": str(path.resolve()), "files": len(files), "bytes": size}
+    name, config, column = (data + "::").split(":")[:3]
+    column = column or "text"
+    path = Path(name)
+    if path.exists():
+        size = sum(file.stat().st_size for file in text_files(path))
+        return {"kind": "text", "path": str(path.resolve()), "bytes": size, "column": column}
+    if path.suffix in ENDINGS or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise UserError(f"--data {data}: there is no such file or folder")
+    return {"kind": "hub", "id": name, "config": config or None, "column": column}
 
 
-def _files(path):
-    """The text files of a folder, in a fixed order; a file that is named itself, whatever its ending."""
-    return sorted(f for f in path.rglob("*") if f.suffix in TEXT and f.is_file()) if path.is_dir() else [path]
+def text_files(path):
+    """The readable files of a folder, in a fixed order. A file given by name is always taken."""
+    if path.is_file():
+        return [path]
+    return sorted(file for file in path.rglob("*") if file.suffix in ENDINGS)
+
+
+def places(source):
+    """Where the documents of a source are: files, or the name of a Hub dataset."""
+    if source["kind"] == "hub":
+        return [source["id"]]
+    if source["kind"] == "text":
+        return text_files(Path(source["path"]))
+    root = Path(sysconfig.get_paths()["stdlib"])
+    return [file for file in sorted(root.rglob("*.py"))
+            if not SKIPPED.intersection(file.relative_to(root).parts)]
 
 
 def documents(source):
-    """Yield the texts of `source` one by one, in a fixed order; memory holds one document at a time."""
-    if source["kind"] == "stdlib":
-        root = Path(sysconfig.get_paths()["stdlib"])
-        # left out: tests, installed packages, and two folders of generated tables (code pages, help topics)
-        skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}
-        for file in sorted(root.rglob("*.py")):
-            if not skip & set(file.relative_to(root).parts):
-                yield file.read_text(encoding="utf-8", errors="replace")
-    elif source["kind"] == "text":
-        for file in _files(Path(source["path"])):
-            yield from _read(file)
+    """Yield the texts of a source in a fixed order. Memory holds one document at a time."""
+    for place in places(source):
+        try:
+            yield from filter(None, read(place, source))        # without empty texts
+        except Exception as error:      # codecs and datasets raise many types: one line is enough
+            reason = f"{type(error).__name__}: {why(error)}"
+            raise UserError(f"{place} could not be read as text ({reason}); --data takes stdlib, "
+                            "a text file or folder, or ID:CONFIG:COLUMN of the Hub") from None
+
+
+def read(place, source):
+    """Yield the documents of one place. Code is one document a file, a table one a row."""
+    if source["kind"] == "hub":
+        yield from rows(place, source["column"], name=source["config"])
+    elif place.suffix in TABLES:
+        yield from rows(TABLES[place.suffix], source["column"], data_files=str(place))
+    elif place.suffix == ".py":
+        yield place.read_text(encoding="utf-8")
     else:
-        yield from _stream(source)
+        yield from pieces(place)
 
 
-def _read(file):
-    """Yield the documents of one file: a .jsonl has one a line, code is one, other text is cut into pieces."""
-    try:
-        with open(file, encoding="utf-8") as text:
-            if file.suffix == ".jsonl":
-                for number, line in enumerate(text, 1):
-                    try:
-                        yield str(json.loads(line)["text"])
-                    except (ValueError, KeyError, TypeError):
-                        raise UserError(f"{file} line {number} is not a JSON object with a `text` field") from None
-            elif file.suffix == ".py":
-                yield "".join(_chunks(text, file))
-            else:
-                yield from pieces(_chunks(text, file))
-    except UnicodeDecodeError:
-        raise UserError(f"{file} is not UTF-8 text; convert it or leave it out of --data") from None
-
-
-def _chunks(text, file):
-    while chunk := text.read(2 ** 20):
-        if "\0" in chunk:
-            raise UserError(f"{file} is a binary file, not text; leave it out of --data")
-        yield chunk
-
-
-def pieces(chunks):
-    """Cut a long text, given in chunks of any size, into pieces of PIECE to 2 PIECE characters: at a blank line, a
-    line's end, or anywhere. A cut depends on the next 2 PIECE characters only, so never on the chunks."""
-    text = ""
-    for chunk in chunks:
-        text += chunk
-        while len(text) > 2 * PIECE:
-            second = text[PIECE:2 * PIECE]
-            blank = re.search(r"\n[ \t]*\n", second)
-            cut = PIECE + (blank.end() if blank else second.find("\n") + 1 or PIECE)
-            yield text[:cut]
-            text = text[cut:]
-    yield text
-
-
-def _stream(source):
-    """A Hub id or a local folder of parquet, arrow or csv files, streamed: nothing is held but the current rows."""
+def rows(path, column, **kwargs):
+    """Yield one column of a dataset, streamed: a Hub id, or data_files in a known format."""
     import datasets
-    try:
-        rows = iter(datasets.load_dataset(source["id"], source["config"], split="train", streaming=True))
-        row = next(rows, None)
-    except Exception as error:  # the Hub raises many types; what the user needs is the one line
-        raise UserError(f"dataset {source['id']} could not be opened ({type(error).__name__}: {why(error)}); "
-                        "without network, pass a text file or folder to --data") from None
-    column = source["column"] or "text"
-    if row is not None and column not in row:
-        raise UserError(f"dataset {source['id']} has no column {column!r}, only {', '.join(row)}; "
-                        "name one as --data ID:CONFIG:COLUMN")
-    while row is not None:
-        yield str(row[column])
-        row = next(rows, None)
+    dataset = datasets.load_dataset(path, split="train", streaming=True, **kwargs)
+    for row in dataset:
+        if column not in row:
+            raise ValueError(f"there is no column {column!r}, only {', '.join(row)}")
+        yield row[column]
 
+
+def pieces(file):
+    """Cut a long text at the first blank line after PIECE characters, or at a line's end after
+    twice as many."""
+    lines = []
+    size = 0
+    with open(file, encoding="utf-8") as text:
+        for line in text:
+            lines.append(line)
+            if size > PIECE and not line.strip(" \t\n") or size > 2 * PIECE:
+                yield "".join(lines)
+                lines = []
+                size = 0
+            else:
+                size += len(line)
+    yield "".join(lines)
+
+
+# -------------------------------------------------------------------------------------------------
+# Documents -> shards
 
 def held_out(text, first):
-    """Every tenth document by hash of its text goes to val, so twins never straddle the split; the first one always
-    does, so that no corpus is left without."""
-    return first or hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[0] % 10 == 0
+    """Every tenth document goes to val, by a hash of its text: equal documents share a side. The
+    first document always does, so that no corpus is left without."""
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return first or digest[0] % 10 == 0
 
 
 def train_tokenizer(source, vocab):
-    """Byte-level BPE on the train split only. Returns a transformers fast tokenizer whose id 0 is EOS."""
+    """A byte-level BPE, trained on the training documents alone. Its id 0 is EOS."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    train = (d for i, d in enumerate(tqdm(documents(source), desc="BPE", unit="doc", leave=False, disable=None))
-             if not held_out(d, i == 0))
-    train = itertools.islice(train, BPE_DOCUMENTS)
-    bpe.train_from_iterator(train, trainers.BpeTrainer(
+    trainer = trainers.BpeTrainer(
         vocab_size=vocab, special_tokens=[EOS], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    numbered = enumerate(documents(source))
+    train = (text for i, text in numbered if not held_out(text, i == 0))
+    bpe.train_from_iterator(islice(train, BPE_DOCUMENTS), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS)
 
 
-# ------------------------------------------------------------------------------------------------------- shards
 def tokenized(source, tokenizer):
-    """Yield (text, ids) of each document that is not empty; memory holds 64 of them at a time."""
-    texts = (text for text in tqdm(documents(source), desc="tokens", unit="doc", leave=False, disable=None) if text)
-    while group := list(itertools.islice(texts, 64)):
+    """Yield (text, ids) of every document. Memory holds 64 of them."""
+    texts = iter(tqdm(documents(source), "documents", leave=False, disable=None))
+    group = list(islice(texts, 64))
+    while group:
         yield from zip(group, tokenizer(group, add_special_tokens=False)["input_ids"])
+        group = list(islice(texts, 64))
 
 
 def write_shards(source, tokenizer, out, max_tokens=0, share=0.0):
-    """Tokenize `source` into out/train.bin and out/val.bin; returns meta. Memory holds one group of documents. Lines of
-    tasks.py follow every training document until they are this `share` of all training tokens."""
-    dtype = np.uint16 if len(tokenizer) <= 2 ** 16 else np.uint32
-    tokens, size, sha = {"train": 0, "val": 0}, {"train": 0, "val": 0}, {s: hashlib.sha256() for s in ("train", "val")}
-    lines, own = generated.lines(tokenizer), 0
-    # the files are closed before they are renamed
-    with atomic(out / "train.bin") as a, atomic(out / "val.bin") as b, open(a, "wb") as train, open(b, "wb") as val:
-        files = {"train": train, "val": val}
-        for i, (text, ids) in enumerate(tokenized(source, tokenizer)):
-            split = "val" if held_out(text, i == 0) else "train"
-            block = [*ids, tokenizer.eos_token_id]
-            size[split] += len(text.encode("utf-8", "surrogatepass"))
-            while split == "train" and own < share * (tokens[split] + len(block)):
+    """Write out/train.bin and out/val.bin. Returns what meta.json tells about them.
+
+    Generated task lines follow each training document until they are `share` of all training
+    tokens. The held-out text has none."""
+    assert 0 <= share < 1, "--tasks is a share"
+    dtype = "uint16" if len(tokenizer) <= 2 ** 16 else "uint32"
+    lines = tasks.lines(tokenizer)
+    tokens = {"train": 0, "val": 0}
+    size = {"train": 0, "val": 0}                   # bytes of text
+    task_tokens = 0
+    with (atomic(out / "train.bin") as train_path, atomic(out / "val.bin") as val_path,
+          open(train_path, "wb") as train, open(val_path, "wb") as val):
+        for text, ids in tokenized(source, tokenizer):
+            split = "val" if held_out(text, first=tokens["val"] == 0) else "train"
+            ids = [*ids, tokenizer.eos_token_id]
+            while split == "train" and task_tokens < share * (tokens["train"] + len(ids)):
                 line = [*next(lines), tokenizer.eos_token_id]
-                block, own = block + line, own + len(line)
-            files[split].write(piece := np.asarray(block, dtype).tobytes())
-            sha[split].update(piece)
-            tokens[split] += len(block)
+                ids = ids + line
+                task_tokens += len(line)
+            file = train if split == "train" else val
+            file.write(np.asarray(ids, dtype).tobytes())
+            tokens[split] += len(ids)
+            size[split] += len(text.encode("utf-8", "surrogatepass"))
             if 0 < max_tokens <= tokens["train"]:
                 break
         if min(tokens.values()) == 0:
-            raise UserError(f"the corpus {_name(source)} is empty or a single document; it needs two, one to hold out")
-    return {"tokens": tokens, "bytes": size, "dtype": np.dtype(dtype).name, "tokenizer": tokenizer_hash(tokenizer),
-            "vocab_size": len(tokenizer), "source": source, "max_tokens": max_tokens, "tasks": share,
-            "sha256": {s: h.hexdigest() for s, h in sha.items()}}
-
-
-def _name(source):
-    return source.get("path") or source.get("id") or source["kind"]
-
-
-def section(result):
-    """Its part of the report, a function of result.json."""
-    tokens, size, source = result["tokens"], result["bytes"], result["source"]
-    name = f"Python {source['python']}'s library" if source["kind"] == "stdlib" else Path(_name(source)).name
-    own = f", {100 * result['tasks']:.0f}% of the training tokens are generated task lines" if result["tasks"] else ""
-    return (f"## The text\n\n{name}: {tokens['train']:,} training and {tokens['val']:,} held-out tokens, every tenth "
-            f"document by hash of its text (no seed is involved); vocabulary {result['vocab_size']:,}, "
-            f"{size['val'] / tokens['val']:.2f} bytes a held-out token{own}.\n")
+            raise UserError("the corpus is empty or a single document; it needs two, one of them "
+                            "to hold out")
+    return {"source": source, "tokens": tokens, "bytes": size, "dtype": dtype,
+            "tokenizer": tokenizer_hash(tokenizer), "vocab_size": len(tokenizer),
+            "max_tokens": max_tokens, "tasks": share}
 
 
 def make(source, tokenizer, out, vocab, max_tokens, share):
-    """Write the folder of shards; meta.json, last, says that it is whole."""
-    print(f"data: tokenizing {_name(source)} into {out}", flush=True)
+    """Write a folder of shards. meta.json comes last: it says that the folder is whole."""
     out.mkdir(parents=True, exist_ok=True)
-    start, own = time.time(), {"vocab": vocab} if tokenizer is None else {}
-    tokenizer, share = (train_tokenizer(source, vocab), share) if tokenizer is None else (tokenizer, 0.0)
-    meta = {**write_shards(source, tokenizer, out, max_tokens, share), **own}
+    trained = tokenizer is None
+    if trained:
+        tokenizer = train_tokenizer(source, vocab)
+    meta = write_shards(source, tokenizer, out, max_tokens, share if trained else 0.0)
+    meta["vocab"] = vocab if trained else None
     with atomic(out / "tokenizer.json") as temporary:
         tokenizer.backend_tokenizer.save(str(temporary))
-    write_text(out / "section.md", section(meta))
-    write_json(out / "result.json", {**meta, "seconds": round(time.time() - start, 1), "section": digest(section(meta)),
-                                     "headline": [["text", f"{sum(meta['tokens'].values()) / 1e6:.1f}M tokens"]]})
+    write_json(out / "result.json", meta)
     write_json(out / "meta.json", meta)
 
 
 def prepare(data, tokenizer, out, world=None, vocab=2048, max_tokens=None, tasks=None):
-    """The folder of shards for `data` under `tokenizer` (None: train a BPE): made at `out` if missing, reused if it
-    holds the same, refused by naming the difference otherwise. With a BPE of its own the training text has a share of
-    `tasks`. Returns (folder, meta)."""
-    if not 0 <= (tasks or 0) < 1:
-        raise UserError(f"--tasks {tasks} is a share of the training text: it must lie in [0, 1)")
+    """Make the shards of --data at `out`, or take those that are there. Returns (folder, meta).
+
+    tokenizer None trains a BPE of `vocab` tokens; only its text has task lines. Shards that hold
+    something else are refused. max_tokens or tasks None: take the shards as they are."""
+    out = Path(out)
     source = resolve(data)
-    ready = source["kind"] == "shards"
-    out = Path(source["path"] if ready else out)
-    if (world is None or world.main) and not (out / "meta.json").exists():
+    main = world is None or world.main
+    if main and not (out / "meta.json").exists():
+        print(f"tokenizing {data} into {out}", flush=True)
         make(source, tokenizer, out, vocab, max_tokens or 0, tasks or 0.0)
     if world is not None:
         world.barrier()
     meta = read_json(out / "meta.json", "delete that folder and run again")
-    wanted = {"max_tokens": max_tokens, "source": None if ready else source,               # None: whatever it is
-              "tokenizer": tokenizer and tokenizer_hash(tokenizer)}
-    if tokenizer is None and not ready:
-        wanted |= {"vocab": vocab, "tasks": tasks}
+
+    wanted = {"source": source, "max_tokens": max_tokens}
+    if tokenizer is None:
+        wanted.update(vocab=vocab, tasks=tasks)
+    else:
+        wanted.update(tokenizer=tokenizer_hash(tokenizer))
     for key, value in wanted.items():
-        if value is not None and meta.get(key) != value:
-            raise UserError(f"{out} holds shards with {key} {meta.get(key)}, but {value} is asked for; "
-                            "delete that folder or choose another --out")
-    for split in ("train", "val"):
-        file, want = out / f"{split}.bin", meta["tokens"][split] * np.dtype(meta["dtype"]).itemsize
-        have = os.path.getsize(file) if file.exists() else 0
-        if have != want:
-            raise UserError(f"{file} has {have} bytes where meta.json says {want}; delete {out} and make it again")
+        if value is not None and meta[key] != value:
+            raise UserError(f"{out} holds shards with {key} {meta[key]}, but {value} is asked for; "
+                            "choose another --out or delete the folder")
     return out, meta
 
 
 def shards_beside(cfg, tokenizer, world):
-    """The token shards of --data, kept in the folder `data` beside --out. Returns (folder, meta)."""
+    """The shards of cfg.data in the folder `data` next to cfg.out. Returns (folder, meta)."""
     return prepare(cfg.data, tokenizer, beside(cfg.out, "data"), world)
 
 
-# ------------------------------------------------------------------------------------------------------ batches
+# -------------------------------------------------------------------------------------------------
+# Shards -> batches
+
 @functools.lru_cache(maxsize=16)
 def walk(seed, epoch, n, T):
-    """(a, b, phase) of an epoch over n windows of T + 1 tokens; see Tokens."""
+    """(a, b, phase) of an epoch over n windows: see Tokens."""
     gen = generator(seed, "epoch", epoch)
     a = int(gen.integers(1, n + 1))
     while math.gcd(a, n) != 1:
@@ -292,81 +270,70 @@ def walk(seed, epoch, n, T):
 
 
 class Tokens:
-    """One split, read through a memory map: memory does not grow with the corpus.
+    """One split of a folder of shards, read through a memory map.
 
-    Windows of T+1 tokens tile the split. An epoch visits each once, in the order of a random affine walk
-    i -> (a i + b) mod n with gcd(a, n) = 1, and shifts the tiling by a random phase: no permutation is stored, and
-    where window number i lies is a pure function of (seed, i). With `limit` only the first so many tokens are used."""
+    Windows of T+1 tokens tile the split. An epoch visits each window once, in the order of an
+    affine walk i -> (a i + b) mod n with gcd(a, n) = 1, and shifts all windows by a random phase.
+    No permutation is stored: the place of a window is a function of (seed, step, slot)."""
 
-    def __init__(self, folder, split, seq_len, limit=0):
-        meta = read_json(Path(folder) / "meta.json")
-        self.ids = np.memmap(Path(folder) / f"{split}.bin", dtype=meta["dtype"], mode="r")[:limit or None]
-        self.sha256 = meta["sha256"][split]
-        self.T, self.n = seq_len, (len(self.ids) - seq_len) // (seq_len + 1)
+    def __init__(self, folder, split, seq_len):
+        meta = read_json(Path(folder) / "meta.json", "run python data.py")
+        self.ids = np.memmap(Path(folder) / f"{split}.bin", dtype=meta["dtype"], mode="r")
+        self.T = seq_len
+        self.n = (len(self.ids) - seq_len) // (seq_len + 1)
         if self.n < 1:
-            raise UserError(f"the {split} split in {folder} has {len(self.ids)} tokens, fewer than two windows of "
-                            f"--seq_len {seq_len}; use a larger corpus or a shorter --seq_len")
+            raise UserError(f"the {split} split in {folder} has {len(self.ids)} tokens, fewer than "
+                            f"two windows of --seq_len {seq_len}; use more text or a shorter one")
 
     def cut(self, starts):
-        return torch.from_numpy(np.stack([self.ids[s:s + self.T + 1] for s in starts]).astype(np.int64))  # (B, T+1)
+        """Token windows (B, T+1) that begin at the given places."""
+        windows = [self.ids[start:start + self.T + 1] for start in starts]
+        return torch.from_numpy(np.stack(windows).astype(np.int64))
 
     def batch(self, seed, step, slots, batch_size):
-        """Training rows (B, T+1) int64 for the given slots of the global batch of `batch_size` at `step`."""
+        """Training windows (B, T+1) for these slots of the global batch at `step`."""
         starts = []
         for slot in slots:
             epoch, i = divmod(step * batch_size + slot, self.n)
             a, b, phase = walk(seed, epoch, self.n, self.T)
-            starts.append((a * i + b) % self.n * (self.T + 1) + phase)
+            tile = (a * i + b) % self.n
+            starts.append(tile * (self.T + 1) + phase)
         return self.cut(starts)
 
     def windows(self, count, seed=None):
-        """At most `count` windows (B, T+1) for evaluation: evenly spread, or with a seed a random choice of tiles."""
+        """At most `count` windows (B, T+1): evenly spread, or with a seed a random choice."""
         count = min(count, self.n)
-        tiles = np.arange(count) * self.n // count if seed is None else np.sort(
-            generator(seed, "windows").choice(self.n, count, replace=False))
+        tiles = np.arange(count) * self.n // count
+        if seed is not None:
+            gen = generator(seed, "windows")
+            tiles = np.sort(gen.choice(self.n, count, replace=False))
         return self.cut(tiles * (self.T + 1))
 
 
-class RandomTokens:
-    """Stands in for Tokens when a bare config is trained for its speed: uniform ids, the same keys, no text."""
-
-    def __init__(self, vocab, seq_len):
-        self.vocab, self.T = vocab, seq_len
-
-    def batch(self, seed, step, slots, batch_size):
-        rows = [generator(seed, "tokens", step, s).integers(self.vocab, size=self.T + 1) for s in slots]
-        return torch.from_numpy(np.stack(rows))
-
-    def windows(self, count, seed):
-        return self.batch(seed, 0, range(count), count)
-
-
-def prefetch(make, keys):
-    """Yield make(key) for each key, made up to three ahead in a thread, so that a loop does not wait for data. An error
-    of `make` is raised where its value would have come."""
-    def work(key):
-        # The thread was woken by a loop that takes a batch. Would it begin at once, it would take the interpreter lock
-        # from that loop there and then, and the loop would wait for a whole draw.
-        time.sleep(2e-3)
-        return make(key)
-    keys, pool = iter(keys), ThreadPoolExecutor(1)
-    ahead = deque(pool.submit(work, key) for key in itertools.islice(keys, 3))
+def prefetch(function, keys):
+    """Yield function(key) for each key, computed in a thread up to three keys ahead."""
+    keys = iter(keys)
+    pool = ThreadPoolExecutor(1)
+    ahead = deque(pool.submit(function, key) for key in islice(keys, 3))
     try:
         while ahead:
-            made = ahead.popleft().result()
-            ahead.extend(pool.submit(work, key) for key in itertools.islice(keys, 1))
-            yield made
+            value = ahead.popleft().result()        # raises the function's error here
+            ahead.extend(pool.submit(function, key) for key in islice(keys, 1))
+            yield value
     finally:
-        pool.shutdown(cancel_futures=True)  # the loop may have left early
+        pool.shutdown(cancel_futures=True)          # the loop may have left early
 
 
 @entry
 def main(argv):
     cfg = parse(Config, argv, __doc__)
     tokenizer = None if cfg.model == "toy" else load_tokenizer(cfg.model)
-    out, meta = prepare(cfg.data, tokenizer, cfg.out, vocab=cfg.vocab, max_tokens=cfg.max_tokens, tasks=cfg.tasks)
-    print(f"{out}: {meta['tokens']['train']:,} train and {meta['tokens']['val']:,} val tokens of "
-          f"{_name(meta['source'])}, vocabulary {meta['vocab_size']}, {meta['dtype']}")
+    out, meta = prepare(cfg.data, tokenizer, cfg.out, vocab=cfg.vocab, max_tokens=cfg.max_tokens,
+                        tasks=cfg.tasks)
+    tokens = meta["tokens"]
+    print(f"{out}: {tokens['train']:,} training and {tokens['val']:,} held-out tokens, "
+          f"vocabulary {meta['vocab_size']:,}")
+    return meta
 
 
 if __name__ == "__main__":

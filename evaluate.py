@@ -1,284 +1,426 @@
-"""evaluate.py: EVALUATE. One report from the runs of the other stages; no number in it is typed.
+"""EVALUATE: one report from the runs of the other stages.
 
-    python evaluate.py                                   # reads out/, writes out/evaluate/report.md: half a minute
-    python evaluate.py --harness lambada_openai --limit 100 --out out/evaluate_lm    # needs pip install "lm-eval[hf]"
-    python evaluate.py --publish toy                     # also copies them to results/toy/ and fills the README
+    python evaluate.py                                  # reads out/, writes out/evaluate: a minute
+    python evaluate.py --runs out/tiny --out out/tiny/evaluate
+    python evaluate.py --harness lambada_openai         # needs pip install "lm-eval[hf]"
 
-Every run wrote a section.md of its own; here they are joined in reading order, with whatever else lies under --runs.
-Some findings need two runs: diffusion beside regression, a twin beside another one. Measured here is what no stage
-measures: speed, memory, bits per byte; of the same weights once. Writes report.md, figures and result.json to --out.
+Every stage left numbers in its result.json. They become sentences here and nowhere else. What no
+stage measures is measured here: bits per byte, and milliseconds a token.
 
-Letters: N texts, T tokens, L blocks, l the replaced layer.
+Writes report.md, figure.png, the figures of the stages and result.json.
+
+Shapes: N windows, T tokens.
 """
-import re
+import math
 import shutil
-from dataclasses import asdict, dataclass
+import timeit
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from statistics import mean
+from typing import Literal, NamedTuple
+
+import torch
 
 import data
-from core import backbone, cost, masked, report, zeroshot
+import hybrid
+from core import backbone, masked, report
 from core.common import UserError, entry, parse, pick_dtype, setup
-from core.run import Run, read_json, read_section, write_text
-from core.stats import paired, verdict
+from core.report import paired, table, unpaired, verdict
+from core.run import provenance, read_json, recorded, write_json, write_text
 
 
 @dataclass
 class Config:
-    preset: Literal["auto", "tiny", "toy", "135m"] = "auto"  # auto: by the backbone's size
-    runs: str = "out"           # folder that holds the stages' runs
+    # what and where
+    preset: Literal["auto", "tiny", "toy", "135m", "0.6b", "8b"] = "auto"  # auto: by model size
+    runs: str = "out"           # folder that holds the runs of the stages
     out: str = "out/evaluate"   # folder of the report
+    margin: float = 0.005       # nats: a smaller difference is a tie
+    # measurement
     texts: int = 32             # held-out windows of 128 tokens for bits per byte
-    calls: int = 8              # network calls a window of the twins' likelihood
+    calls: int = 8              # network calls a window for a converted model's bound
+    new: int = 64               # tokens of each timing, after as many
+    repeats: int = 2            # the fastest timing counts
+    harness: tuple[str, ...] = ()  # tasks of lm-evaluation-harness
+    limit: int = 0              # examples a task (0: all)
+    seed: int = 0               # of the bounds
     device: str = "auto"        # auto, cpu, cuda
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the models
-    repeats: int = 2            # timings are the fastest of so many
-    new: int = 64               # tokens of each timing, after as many
-    harness: str = ""           # tasks of lm-evaluation-harness, comma-separated
-    harness_path: str = ""      # folder of local task descriptions
-    limit: int = 0              # examples a task (0: all)
-    margin: float = 0.005       # nats of CE or KL within which two models are called equal
-    seed: int = 0               # of the twins' masks
-    publish: str = ""           # copy figures and numbers to results/NAME, a column of the README (empty: do not)
-    MEASURES = ("preset", "texts", "calls", "dtype", "repeats", "new", "harness", "harness_path",
-                "limit", "margin", "seed")  # the report is made anew whenever it is asked for
 
 
-PRESETS = {"tiny": dict(texts=3, calls=4, repeats=1, new=4), "135m": dict(texts=8, calls=4, repeats=1, new=32)}
-STAGES = {  # folder under --runs, in reading order -> the command that makes it
-    "toy": "python toy.py --out {out}", "geometry": "python geometry.py --out {out}",
-    "bridge": "python bridge.py --out {out}", "regression": "python bridge.py --objective regression --out {out}",
-    "hybrid": "python hybrid.py --bridge {runs}/bridge --out {out}",
-    "generate": "python generate.py --bridges {runs}/blocks --out {out}",
-    "repr_align/w0": "python repr_align.py --align_weight 0 --out {out}",
-    "repr_align/w10": "python repr_align.py --align_weight 10 --out {out}",
-    "repr_align/block": "python repr_align.py --align_weight 0 --attention block --out {out}",
-    "tasks/circuits": "python circuits.py --model {runs}/tasks/toy --out {out}"}  # of a backbone of its own
-# the README's first table: words, and the first headline of the first run that is there (REPLACE, CONVERT: see main)
-FIRST = {"LOCATE": ("best layer", "geometry"), "REPLACE": ("", "bridge"),
-         "GENERATE": ("gen-PPL", "generate_seeds/equal", "generate"), "CONVERT": ("w = 10:", "repr_align/w10"),
-         "COMPARE": ("tasks solved by both:", "tasks/circuits_aligned", "tasks/circuits")}
-ANSWERS = {  # its second one: question -> runs and words of their findings, the strongest evidence first
-    "which layer?": (("geometry", "is chosen"),),
-    "the score against depth alone": (("sweep", "depth alone; "),),
-    "every token known: diffusion (4 or 8 calls) against regression (1)": (("sweep", "KL against that of regression"),
-                                                                          ("bridge, regression", "by KL")),
-    "the same, layer 4, 4 calls, as many blocks as replaced; regression at the better of two rates": (
-        ("ablate/objective", "4, by KL: diffusion against"),),
-    "every token known: diffusion against a table of token means": (("sweep", "KL against that of a table"),),
-    "h[l] in 32 diffused numbers and upper blocks, against a network": (("interfaces", "bottleneck against causal"),),
-    "the last state in 32 diffused numbers and head, against the same": (("interfaces", "latent against causal"),),
-    "tokens hidden: 16 drawn states (8 calls each) against one mean (1 call)": (("span", "tempered: sampled stat"),),
-    "tokens hidden: 16 drawn states against unigrams": (("span", "used: sampled states against unigrams"),),
-    "text drawn at the best of layers 0, 1, 2, 4, 7 against the next": (("layers/text", "against blocks at layer"),),
-    "text drawn at that layer against the embedding's": (("layers/text", "against blocks at layer 0"),),
-    "text drawn against its best rival at no more calls (one draw of it)": (
-        ("generate_seeds/equal", " against "), ("generate", " against ")),
-    "a gap of 8 tokens filled, against its best rival": (("generate_seeds/gap", " against "),),
-    "conversion with alignment against without, by the bound": (
-        ("ablate/arms", "w = 10 against blocks, causal context:"), ("repr_align", "with alignment")),
-    "the same, a toy that knows tasks: how many the twin still solves": (
-        ("tasks/arms", "tasks solved: blocks, causal context, w = 10 against"),),
-    "the AR model's own loss beside conversion against without: tasks still solved": (
-        ("tasks/arms", "tasks solved: blocks, causal context, next-token loss 1 against"),),
-    "alignment for a quarter of the steps against none: lowest masked CE on the way": (
-        ("ablate/align", "off after a quarter against w = 0"),),
-    "conversion to blocks of tokens against all at once, by the bound": (
-        ("ablate/arms", "blocks against bidirectional:"), ("repr_align", "by blocks")),
-    "circuits of the twin, untrained and trained": (("tasks/circuits_aligned", "shares"), ("tasks/circuits", "shares"))}
-ARMS = {("bridge", "regression"): ("layer", "steps", "tokens", "parameters", "seed", "eval_sequences"),
-        **{("repr_align/w0", f"repr_align/{arm}"): ("steps", "seed", "eval_sequences")  # what two compared runs share,
-           for arm in ("w10", "block")}}
-SAME = ("data", "skip", "calibration", "batch_size", "seq_len", "train_tokens")     # and which of their flags
+PRESETS = {"tiny": dict(texts=3, calls=4, new=4, repeats=1), "135m": dict(texts=8, calls=4, new=32)}
 
 
-# --------------------------------------------------------------------------------------------------------- the runs
-def read_runs(runs, out):
-    """{folder under runs: its result.json} of every finished run, the stages first. Raises UserError for runs of
-    different backbones, for one that is made of weights that have changed, and for two that cannot be compared."""
-    def of_another(folder):  # a cell is part of its study's own section; a pipeline below has a report of its own
-        above = [up for up in folder.parents if up.is_relative_to(runs)]
-        return any((up / "config.json").exists() or up != runs and (up / "evaluate").exists() for up in above) or any(
-            part.startswith("cell_") for part in folder.parts)
-    found = (f.parent for f in runs.rglob("section.md") if (f.parent / "result.json").exists())
-    folders = {str(f.relative_to(runs)) for f in found if f.resolve() != out.resolve() and not of_another(f)}
-    order = [*(s for s in STAGES if s in folders), *sorted(folders - set(STAGES))]
-    if not order:
-        raise UserError(f"{runs} holds no finished run; make some with: bash run_all.sh")
-    found = {stage: read_json(runs / stage / "result.json") for stage in order}
-    base = next((found[s]["base"] for s in STAGES if "base" in found.get(s, ())), None)
-    for stage in order:
-        if stage in STAGES and not stage.startswith("tasks/") and found[stage]["base"] != base:
-            raise UserError(f"{runs}/{stage} comes from another backbone than the runs beside it; delete the stale one "
-                            "and run it again")
-        for part, weights in found[stage].get("made_of", {}).items():
-            if (runs / stage / part).exists() and backbone.identity(runs / stage / part) != weights:
-                raise UserError(f"{runs}/{stage} was made of other weights than those now in {runs / stage / part}; "
-                                "delete it and run it again")
-    for (one, two), same in ARMS.items():
-        if one in found and two in found:
-            flags = [read_json(runs / s / "config.json")["dihal"]["config"] for s in (one, two)]
-            differ = [k for k in same if found[one][k] != found[two][k]] + [
-                k for k in SAME if flags[0].get(k) != flags[1].get(k)]
-            if differ:
-                raise UserError(f"{runs}/{one} and {runs}/{two} differ in {', '.join(differ)}, so they cannot be "
-                                "compared; run one of them again")
-    return found
+# -------------------------------------------------------------------------------------------------
+# The runs
+
+FOLDERS = ("toy", "geometry", "bridge", "regression", "hybrid", "generate", "circuits")
 
 
-def against_regression(found, margin):
-    """One sentence on diffusion against its control, and the same for the README; by KL (what the hybrid's law lost, on
-    all tokens) and by CE (what one text's next token showed). One training seed each: never a verdict, whatever the
-    interval over texts, which holds for these two trainings; studies/sweep.py has the seeds."""
-    bridge, control = found["bridge"], found["regression"]["nfe"]["1"]
-    n = str(bridge["nfe_default"])
-    texts = {key: paired(bridge["nfe"][n][f"{key}_rows"], control[f"{key}_rows"]) for key in ("kl", "ce_gap")}
-    words = {key: verdict(gap, margin, "nats", "texts") for key, gap in texts.items()}
-    return (f"at layer {bridge['layer']} the diffusion bridge (NFE {n}) beside plain regression with the same network, "
-            f"steps and data: not known (n = 1 training seed each); of these two trainings, by KL {words['kl']}; by CE "
-            f"{words['ce_gap']}",
-            f"CE gap {bridge['nfe'][n]['ce_gap']:+.4f} nats, by plain regression {control['ce_gap']:+.4f}")
+def read_runs(runs):
+    """{folder: its result.json} of the finished runs."""
+    arms = [f"convert/{path.name}" for path in sorted(runs.glob("convert/*"))]
+    results = {}
+    for folder in [*FOLDERS, *arms]:
+        if (runs / folder / "result.json").exists():
+            recorded(runs / folder)                     # refuses a run of the second edition
+            results[folder] = read_json(runs / folder / "result.json")
+    # The circuits may belong to another model, one that was taught tasks
+    bases = {folder: result["base"] for folder, result in results.items() if folder != "circuits"}
+    if len(set(bases.values())) != 1:
+        raise UserError(f"{runs} must hold finished runs of one base model; those of "
+                        f"{', '.join(bases) or 'none'} come from {len(set(bases.values()))}. "
+                        "Start with: bash run_all.sh")
+    return results
 
 
-def measure_models(cfg, runs, found, world, dtype):
-    """What no stage measures: {"zero_shot": ..., "cost": ..., "harness": ...} of the models under `runs`."""
-    import hybrid
-    model = hybrid.from_bridge(runs / "bridge", device=world.device, dtype=dtype)
-    tokenizer = hybrid.tokenizer_of(model)
-    intact = backbone.load(model.config.base_model, world.device, dtype)
-    if max(128, 5 * cfg.new) > intact.config.max_position_embeddings:
-        raise UserError(f"--new {cfg.new}: five times as many tokens, and windows of 128, must fit the model's "
-                        f"{intact.config.max_position_embeddings} positions")
-    meta = read_json(runs / "data" / "meta.json")
-    texts = {"held-out": (data.Tokens(runs / "data", "val", 127).windows(cfg.texts).to(world.device),
-                          meta["bytes"]["val"] / meta["tokens"]["val"])}
-    twins = {f"masked, {s.removeprefix('repr_align/')}": masked.load_converted(runs / s, world.device, dtype)[0]
-             for s in found if s.startswith("repr_align/")}
-    models = {"AR": intact.model, f"hybrid, NFE {model.config.nfe}": model, **twins}
-    return {"harness": zeroshot.harness(models, tokenizer, cfg.harness.split(","), cfg.harness_path, cfg.limit,
-                                        cfg.calls, cfg.seed) if cfg.harness else {},     # first: it may refuse a task
-            "zero_shot": zeroshot.zero_shot(models, texts, cfg.calls, cfg.seed),
-            "cost": cost.cost(model, intact, next(iter(twins.values()), None), cfg.repeats, cfg.new)}
+def arms_of(results):
+    """{name: result} of the converted models."""
+    arms = {}
+    for folder, result in results.items():
+        if folder.startswith("convert/"):
+            bound, error = result["bound"]
+            name = folder.removeprefix("convert/")
+            arms[name] = {**result, "arm": name, "bound": bound, "error": error}
+    return arms
 
 
-# --------------------------------------------------------------------------------------------------------- join
-def overview(found, path):
-    """Three panels: the score over depth, the hybrid's loss over NFE, the conversion's loss over steps."""
+# -------------------------------------------------------------------------------------------------
+# Findings: sentences from numbers. Each function yields those of one stage that was run.
+
+def find_locate(results, cfg):
+    result = results["geometry"]
+    best = result["best_layer"]
+    layers = result["layers"]
+    share = layers[best - 1]["chosen"]
+    yield (f"LOCATE. The geometry score chooses layer {best} of {len(layers)} candidates, "
+           f"and does so in {share:.0%} of the bootstrap resamples.")
+    choices = [variant["best_layer"] for variant in result["variants"]]
+    depth = result["trivial"][0]["spearman_with_score"]
+    yield (f"LOCATE. {choices.count(best)} of {len(choices)} variants of its constants choose that "
+           f"layer. The score's rank correlation with depth alone is {depth:.2f}.")
+
+
+def find_replace(results, cfg):
+    result = results["bridge"]
+    calls = result["nfe_default"]
+    numbers = result["nfe"][str(calls)]
+    yield (f"REPLACE. A diffusion bridge in place of blocks 1..{result['layer']} ({calls} calls) "
+           f"changes the next-token loss by {numbers['ce_gap']:+.4f} nats (standard error "
+           f"{numbers['ce_gap_se']:.4f}); the KL from the intact model is {numbers['kl']:.4f}.")
+    if "regression" in results:
+        control = results["regression"]["nfe"]["1"]
+        gap = paired(numbers["kl_rows"], control["kl_rows"])
+        yield (f"REPLACE. Diffusion against plain regression with the same network (KL "
+               f"{control['kl']:.4f} in one call): {verdict(gap, cfg.margin, 'nats', 'texts')}. "
+               "That is one training of each; the interval is over texts.")
+
+
+def find_generate(results, cfg):
+    result = results["generate"]
+    methods = defaultdict(list)
+    for row in result["rows"]:
+        if row["matched"] is not None:                  # it reaches the entropy of real text
+            methods[row["method"]].append(row)
+
+    def logs(name):
+        return [math.log(row["matched"]) for row in methods[name]]
+
+    def level(name):
+        return mean(logs(name))
+
+    ours = [name for name, rows in methods.items() if rows[0]["layer"] is not None]
+    if not ours:
+        yield "GENERATE. Hidden-state diffusion does not reach the entropy of real text."
+        return
+    best = min(ours, key=level)
+    calls = methods[best][0]["calls"]
+    yield (f"GENERATE. At the entropy of real text, {best} ({calls} calls) has gen-PPL "
+           f"{math.exp(level(best)):.1f}; real text has {result['real']['gen_ppl']:.1f}.")
+    rivals = [name for name, rows in methods.items()
+              if rows[0]["layer"] is None and rows[0]["calls"] <= calls]
+    if rivals:
+        rival = min(rivals, key=level)
+        words = verdict(unpaired(logs(best), logs(rival)), unit="nats a token")
+        yield (f"GENERATE. Against {rival}, the best rival at no more calls (gen-PPL "
+               f"{math.exp(level(rival)):.1f}): {words}.")
+
+
+def find_convert(results, cfg):
+    arms = arms_of(results)
+    rival = arms["w0"]
+    yield (f"CONVERT. After {rival['steps']} steps without alignment, -log p of held-out text is "
+           f"at most {rival['bound']:.3f} nats a token.")
+    names = {"w10": "Alignment of hidden states", "block": "Conversion by token blocks"}
+    for arm, name in names.items():
+        if arm in arms:
+            gap = paired([arms[arm]["bound"]], [rival["bound"]])
+            words = verdict(gap, cfg.margin, "nats")
+            yield f"CONVERT. {name}: at most {arms[arm]['bound']:.3f}; against w0 {words}."
+
+
+def find_compare(results, cfg):
+    tasks = results["circuits"]["tasks"]
+    analysed = [name for name, task in tasks.items() if task["pairs"]]
+    yield (f"COMPARE. The model and a converted one both solve {len(analysed)} of {len(tasks)} "
+           f"tasks ({', '.join(analysed) or 'none'}); only those have circuits to compare.")
+    for name in analysed:
+        overlap = tasks[name]["overlap"]
+        untrained = mean(overlap["untrained"]["ar"])
+        prompts = mean(overlap["AR"]["prompts"])
+        for kind in set(overlap) - {"AR", "untrained"}:
+            yield (f"COMPARE. On {name} the circuit of {kind} has overlap (Jaccard) "
+                   f"{mean(overlap[kind]['ar']):.2f} with that of the AR model; before training it "
+                   f"has {untrained:.2f}, and the AR model on other prompts {prompts:.2f}.")
+
+
+def find_cost(results, cfg):
+    measured = results["measured"]
+    bits = [f"{name} {value:.3f}" for name, (value, error) in measured["bits"].items()]
+    yield ("COST. Bits per byte of held-out text (an upper bound for converted models): "
+           f"{', '.join(bits)}.")
+    times = dict(measured["ms"])
+    intact = times.pop("intact")
+    ratios = [f"{name} {ms / intact:.2f}" for name, ms in times.items()]
+    yield (f"COST. Time a token, as a multiple of the intact model's {intact:.1f} ms: "
+           f"{', '.join(ratios)}.")
+
+
+# -------------------------------------------------------------------------------------------------
+# Sections: one table a stage. Rows are dictionaries, columns are their keys.
+
+def replace_rows(results):
+    rows = []
+    for folder in ("bridge", "regression"):
+        if folder in results:
+            for calls, row in results[folder]["nfe"].items():
+                rows.append({"folder": folder, "calls": int(calls), **row})
+    return rows
+
+
+def convert_rows(results):
+    return list(arms_of(results).values())
+
+
+def compare_rows(results):
+    tasks = results["circuits"]["tasks"]
+    return [{"task": name, **task["solved"]} for name, task in tasks.items()]
+
+
+def cost_rows(results):
+    bits = results["measured"]["bits"]
+    ms = results["measured"]["ms"]
+    rows = []
+    for name in {**bits, **ms}:
+        value, error = bits.get(name, (None, None))
+        rows.append({"model": name, "ms": ms.get(name), "bits": value, "error": error})
+    return rows
+
+
+def show(rows, columns):
+    """Markdown table of these keys of the rows; of all keys if none are given."""
+    columns = columns.split() or list(rows[0])
+    lines = []
+    for row in rows:
+        values = [row[name] for name in columns]
+        lines.append([f"{value:.4g}" if isinstance(value, float) else value for value in values])
+    return table(columns, lines)
+
+
+class Section(NamedTuple):
+    folders: list               # runs; the first must be there. The figures of all are shown
+    find: Callable              # results, cfg -> sentences
+    rows: Callable              # results -> rows of the table
+    columns: str                # their keys
+
+
+SECTIONS = {
+    "LOCATE": Section(["geometry"], find_locate, lambda results: results["geometry"]["layers"],
+                      "layer score score_low score_high curvature stiffness effective_rank"),
+    "REPLACE": Section(["bridge", "regression"], find_replace, replace_rows,
+                       "folder calls fvu kl ce_gap ce_gap_se agree"),
+    "GENERATE": Section(["generate"], find_generate, lambda results: results["generate"]["rows"],
+                        "method seed calls matched tokens_per_s"),
+    "CONVERT": Section(["convert/w0", "convert/w10", "convert/block"], find_convert, convert_rows,
+                       "arm attention align_weight steps bound error seconds"),
+    "COMPARE": Section(["circuits"], find_compare, compare_rows, ""),
+    "COST": Section(["measured"], find_cost, cost_rows, ""),
+    "HARNESS": Section(["harness"], lambda *_: [], lambda results: results["harness"], "")}
+
+
+def overview(results, path):
+    """LOCATE: the score over depth. REPLACE: the KL by calls. CONVERT: the bound of every arm."""
     with report.figure(path, columns=3) as (axes,):
-        for ax, title, x, y in zip(axes, ("LOCATE: the score of each layer", "REPLACE: what the hybrid loses",
-                                          "CONVERT: masked CE of the twin"),
-                                   ("layer", "network calls (NFE)", "step"),
-                                   ("diffusion-friendliness", "CE gap (nats)", "nats per masked token")):
-            ax.set(title=title, xlabel=x, ylabel=y)
-        if "geometry" in found:
-            rows, best = found["geometry"]["layers"], found["geometry"]["best_layer"]
-            x, score, *band = zip(*[[r[k] for k in ("layer", "score", "score_low", "score_high")] for r in rows])
-            axes[0].plot(x, score, "o-", markersize=4, color=report.BLACK)
-            axes[0].fill_between(x, *band, color=report.BLACK, alpha=0.2, linewidth=0)
-            axes[0].plot(best, score[best - 1], "o", color=report.RED, markersize=9, label=f"layer {best} is chosen")
-        for stage, color, label in (("bridge", report.BLUE, "diffusion bridge"),
-                                    ("regression", report.RED, "plain regression (one call)")):
-            table = found.get(stage, {}).get("nfe", {})
-            axes[1].errorbar([int(n) for n in table], [r["ce_gap"] for r in table.values()], fmt="o-", capsize=3,
-                             yerr=[r["ce_gap_se"] for r in table.values()], color=color, label=label, markersize=4)
-        alike = [s for s in found if s.startswith("repr_align/") and "attention" not in found[s]["flags"]]
-        for i, stage in enumerate(alike):                                # another arm's masked CE is of another task
-            curve = found[stage]["curve"]
-            axes[2].plot([r[0] for r in curve], [r[1] for r in curve], "o-", markersize=3,
-                         label=stage.removeprefix("repr_align/"),
-                         color=(report.GREY, report.YELLOW, report.GREEN, report.BLUE)[i % 4])
+        if "geometry" in results:
+            rows = results["geometry"]["layers"]
+            plot(axes[0], rows, "layer", "score", report.BLUE)
+        for folder, color in (("bridge", report.BLUE), ("regression", report.GREY)):
+            rows = [row for row in replace_rows(results) if row["folder"] == folder]
+            plot(axes[1], rows, "calls", "kl", color, label=folder)
+        plot(axes[2], convert_rows(results), "arm", "bound", report.BLUE)
+        axes[0].set_title("LOCATE: higher is better")
+        axes[1].set_title("REPLACE: lower is better")
+        axes[2].set_title("CONVERT: lower is better")
 
 
-def join(runs, found, out):
-    """The sections in reading order, their figures copied beside the report; a stage without one names its command."""
-    parts = []
-    for stage in [*STAGES, *(s for s in found if s not in STAGES)]:
-        if stage in found:
-            text = read_section(runs / stage)
-            for name in re.findall(r"\]\(([\w.-]+\.png)\)", text):
-                mine = f"{stage.replace('/', '_')}_{name}"
-                shutil.copy(runs / stage / name, out / mine)
-                text = text.replace(f"]({name})", f"]({mine})")
-            head, rest = text.split("\n", 1)
-            parts.append(f"{head}{'' if stage in STAGES else f' ({stage})'}\n{rest}")
-        elif stage != "toy":
-            parts.append(f"*{stage}: not run.* `{STAGES[stage].format(runs=runs, out=runs / stage)}`\n")
-    return parts
+def plot(ax, rows, x, y, color, label=None):
+    ax.plot([row[x] for row in rows], [row[y] for row in rows], "o-", color=color, label=label)
+    ax.set(xlabel=x, ylabel=y)
 
 
-def readme_blocks(root):
-    """What --publish writes into the README: two tables of every results/NAME."""
-    found = {f.parent.name: read_json(f) for f in sorted(root.glob("results/*/result.json"))}
-    found = {**{"toy": found.get("toy")}, **found} if "toy" in found else found      # the default comes first
-    return {"results": report.table(["stage", *found], [
-                [stage, *(of["table"].get(stage) for of in found.values())] for stage in FIRST]),
-            "findings": report.table(["question", *found], [
-                [question, *(report.answer(of["findings"], some) for of in found.values())]
-                for question, some in ANSWERS.items()])}
+# -------------------------------------------------------------------------------------------------
+# Measurement
+
+@torch.no_grad()
+def bits_per_byte(model, rows, size, cfg):
+    """(bits per byte, standard error) of windows (N, T) of `size` bytes, whose first tokens are
+    given. A converted model has an upper bound."""
+    nats = 0.0
+    error = 0.0
+    if isinstance(model, masked.Student):
+        nats, error = masked.text_likelihood(model, list(rows), cfg.calls, cfg.seed)
+    else:
+        for ids in rows.split(8):
+            loss = model(ids, labels=ids, use_cache=False).loss.item()
+            nats += loss * ids[:, 1:].numel()
+    return nats / math.log(2) / size, error / math.log(2) / size
 
 
-def publish(run, name):
-    """Copy the report's numbers and figures to results/NAME and write the README's tables."""
-    root = Path(__file__).resolve().parent
-    (root / "results" / name).mkdir(exist_ok=True, parents=True)
-    for file in [*run.out.glob("*.png"), run.out / "report.md", run.out / "result.json"]:
-        shutil.copy(file, root / "results" / name / file.name)
-    write_text(root / "README.md", report.fill_markers((root / "README.md").read_text(), readme_blocks(root)))
+def milliseconds(intact, model, students, cfg):
+    """{model: ms a token} of cached greedy generation, batch 1. A converted model writes all its
+    tokens at once, in a quarter as many calls, without a cache."""
+    prompt = torch.arange(1, cfg.new + 1, device=intact.device)[None]
+    greedy = dict(max_new_tokens=cfg.new, min_new_tokens=cfg.new, do_sample=False, pad_token_id=0,
+                  attention_mask=torch.ones_like(prompt))
+    times = {}
+
+    def measure_time(name, write):
+        seconds = timeit.repeat(lambda: write().cpu(), number=1, repeat=cfg.repeats)
+        times[name] = 1e3 * min(seconds) / cfg.new
+
+    measure_time("intact", partial(intact.generate, prompt, **greedy))
+    for nfe in (1, 4, 16):
+        model.set_nfe(nfe)
+        measure_time(f"hybrid, NFE {nfe}", partial(model.generate, prompt, **greedy))
+    for name, student in students.items():
+        ids = torch.cat([prompt, torch.full_like(prompt, student.mask_id)], 1)
+        fill = partial(masked.fill, student, ids, ids == student.mask_id, cfg.new // 4)
+        measure_time(name, fill)
+    return times
+
+
+def measure(cfg, runs, results, world, dtype):
+    """What no stage measures, of the intact model, the hybrid and the converted models."""
+    base = runs / "toy" if "toy" in results else ""     # it moves with its runs
+    model = hybrid.from_bridge(runs / "bridge", base, device=world.device, dtype=dtype)
+    intact = backbone.load(model.config.base_model, world.device, dtype).model
+    students = {}
+    for name in arms_of(results):
+        folder = runs / "convert" / name
+        students[f"converted, {name}"], _ = masked.load_converted(folder, world.device, dtype)
+    models = {"intact": intact, f"hybrid, NFE {model.config.nfe}": model, **students}
+
+    tokenizer = hybrid.load_tokenizer(model)
+    rows = data.Tokens(runs / "data", "val", 127).windows(cfg.texts).to(world.device)
+    size = sum(len(tokenizer.decode(row[1:], skip_special_tokens=True).encode())
+               for row in rows)
+    tasks = harness(models, tokenizer, cfg) if cfg.harness else []
+    bits = {name: bits_per_byte(model, rows, size, cfg) for name, model in models.items()}
+    times = milliseconds(intact, model, students, cfg)
+    return {"measured": {"bits": bits, "ms": times}, "harness": tasks}
+
+
+def harness(models, tokenizer, cfg):
+    """[{model, task, metric, value}] of lm-evaluation-harness."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    class Converted(HFLM):
+        """The bound of a converted model takes the place of a likelihood."""
+        def _loglikelihood_tokens(self, requests, **_):
+            answers = []
+            for _, context, rest in requests:
+                ids = torch.tensor([*context, *rest], device=self.device)
+                given = max(1, len(context))
+                bound, _ = masked.likelihood(self.student, ids, cfg.calls, cfg.seed, given)
+                answers.append((-bound, False))
+            return answers
+
+    rows = []
+    for name, model in models.items():
+        if isinstance(model, masked.Student):
+            interface = Converted(pretrained=model.lm.model, tokenizer=tokenizer)
+            interface.student = model
+        else:
+            interface = HFLM(pretrained=model, tokenizer=tokenizer)
+        scores = simple_evaluate(interface, tasks=list(cfg.harness), limit=cfg.limit or None)
+        for task, metrics in scores["results"].items():
+            for metric, value in metrics.items():
+                if isinstance(value, float):
+                    rows.append({"model": name, "task": task, "metric": metric, "value": value})
+    return rows
+
+
+# -------------------------------------------------------------------------------------------------
+# Main
+
+def copy_figures(runs, folders, out):
+    """Copy the stages' figures into `out`. Returns the Markdown that shows them."""
+    links = []
+    for folder in folders:
+        for file in sorted((runs / folder).glob("*.png")):
+            name = f"{folder.replace('/', '_')}_{file.name}"
+            shutil.copy(file, out / name)
+            links.append(f"![{folder}]({name})")
+    return "\n".join(links)
 
 
 @entry
 def main(argv):
-    cfg = parse(Config, argv, __doc__, PRESETS, lambda cfg: backbone.preset_of("", cfg.out, f"{cfg.runs}/bridge"))
-    runs, out = Path(cfg.runs), Path(cfg.out)
-    if cfg.texts < 2 or cfg.repeats < 1 or cfg.new < 4 or cfg.calls < 4 or cfg.calls % 2:
-        raise UserError("--texts must be at least 2, --repeats 1, --new 4, and --calls 4 and even")
-    found = read_runs(runs, out)
+    cfg = parse(Config, argv, __doc__, PRESETS,
+                lambda cfg: backbone.preset_of("", cfg.out, f"{cfg.runs}/bridge"))
+    runs = Path(cfg.runs)
+    out = Path(cfg.out)
+    results = read_runs(runs)
+    out.mkdir(parents=True, exist_ok=True)
 
-    # ------------------------------------------------------------------------------------- what no stage measures
+    # 1. Measure, unless the same weights were measured in the same way
     world = setup(cfg.device)
     dtype = pick_dtype(cfg, world.device)
-    models = {s: backbone.identity(runs / s) for s in found if s == "bridge" or s.startswith("repr_align/")}
-    asked = {"of": models, **{k: v for k, v in asdict(cfg).items() if k not in ("runs", "out", "publish", "margin")}}
-    old = read_json(out / "result.json") if (out / "result.json").exists() else {}
-    own = {k: old[k] for k in ("zero_shot", "cost", "harness")} if old.get("asked") == asked else (
-        measure_models(cfg, runs, found, world, dtype) if "bridge" in found else
-        {"zero_shot": None, "cost": None, "harness": {}})
-    run = Run(cfg, world, {})
+    weights = [backbone.identity(runs / folder) for folder in results]
+    asked = [*weights, cfg.texts, cfg.calls, cfg.new, cfg.repeats, *cfg.harness, cfg.limit]
+    file = out / "result.json"
+    old = read_json(file) if file.exists() else {"asked": None}
+    if old["asked"] == asked:
+        own = old["own"]
+    elif "bridge" in results:
+        own = measure(cfg, runs, results, world, dtype)
+    else:
+        own = {}
+    results |= own
 
-    # ------------------------------------------------------------------------------------------------ the report
-    findings = [f"**{stage}**: {line}" for stage in found for line in found[stage].get("findings", [])]
-    table = {stage: f"{words} {found[s]['headline'][0][1]}".strip()
-             for stage, (words, *some) in FIRST.items() for s in [s for s in some if s in found][:1]}
-    if {"bridge", "regression"} <= set(found):
-        sentence, table["REPLACE"] = against_regression(found, cfg.margin)
-        findings = [f"**bridge, regression**: {sentence}.", *findings]
-    twins = {s.removeprefix("repr_align/"): found[s] for s in found if s.startswith("repr_align/")}
-    findings += [f"**repr_align**: {report.compare_arms(twins['w0'], twins[arm], what)}" for what, arm in (
-        ("with alignment", "w10"), ("by blocks", "block")) if {"w0", arm} <= set(twins)]
-    if len(twins) > 1:
-        table["CONVERT"] = "bound, nats: " + ", ".join(f"{arm} {r['bound'][0]:.3f}" for arm, r in twins.items())
-    every = [[s, *row] for s in found for row in found[s].get("headline", [])]
-    overview(found, out / "figure.png")
-    about = next(iter(found.values()))
-    text = "\n".join([
-        "# Where should diffusion enter a language model?", "", *(f"- {line}" for line in findings), "",
-        report.table(["run", "what", "result"], every), "", "![the three stages](figure.png)", "",
-        *join(runs, found, out), *(cost.section(own["cost"], out / "cost.png") if own["cost"] else []),
-        *(zeroshot.section(own["zero_shot"], own["harness"]) if own["zero_shot"] else []),
-        f"Python {about['python']}, torch {about['torch']}, transformers {about['transformers']}, device "
-        f"{about['device']}, {about['threads']} threads.", ""])
-    write_text(out / "report.md", text)
-
-    run.finish({**{key: found.get(stage) for key, stage in (
-        ("sweep", "sweep"), ("interfaces", "interfaces"), ("generation", "generate"), ("circuits", "tasks/circuits"))},
-        "conversion": {s: found[s]["curve"] for s in found if s.startswith("repr_align/")}, **own, "asked": asked,
-        "table": table, "findings": findings, "headlines": every})
-    if cfg.publish:
-        publish(run, cfg.publish)
-    width = max(len(what) for _, what, _ in every)
-    print("\n".join(f"{what:{width}}  {value}" for _, what, value in every) + "\n\n" + "\n".join(findings)
-          + f"\n\nThe report is {out}/report.md")
-    return run.result
+    # 2. The report: findings first, then a section a stage
+    findings = []
+    sections = []
+    for title, section in SECTIONS.items():
+        if results.get(section.folders[0]):
+            findings += section.find(results, cfg)
+            sections += [f"## {title}", show(section.rows(results), section.columns),
+                         copy_figures(runs, section.folders, out)]
+    overview(results, out / "figure.png")
+    text = "\n\n".join([
+        "# Where should diffusion enter a language model?",
+        "\n".join(f"- {finding}" for finding in findings),
+        "![LOCATE, REPLACE, CONVERT](figure.png)", *sections])
+    write_text(out / "report.md", text + "\n")
+    result = {"findings": findings, "own": own, "asked": asked, **provenance(world)}
+    write_json(file, result)
+    print("\n".join(findings))
+    print(f"\nThe report is {out}/report.md")
+    return result
 
 
 if __name__ == "__main__":

@@ -1,372 +1,468 @@
-"""generate.py: GENERATE. Text drawn by diffusion in hidden space, measured beside its rivals at equal entropy.
+"""GENERATE: write text by diffusion in hidden space, and compare it with rivals at equal entropy.
 
-    python generate.py                                            # out/blocks beside its rivals: ~4 min on two cores
-    python generate.py --bridges out/a,out/b --twin out/m,out/n --out out/generate2    # layers and seeds; mean +- sd
-    python bridge.py --preset blocks --layer 1 --blocks 4 --out out/blocks1            # makes such a bridge
+    python generate.py                                      # out/generator and its rivals
+    python bridge.py --generate --layer 2 --out out/generator_l2
+    python generate.py --bridges out/generator out/generator_l2 --out out/generate_layers
 
-Each text is a held-out prefix and what a method writes after it, or with --suffix in the gap before more text. Methods
-are compared by gen-PPL at real text's entropy (core.metrics.at_entropy), over temperatures that go on until it is
-reached. Of a method's settings (the twin's order, how lazy Jacobi is, the weights of our two experts) the best is
-chosen on texts apart, for ours and rivals alike, and alone reported. Writes result.json, samples.jsonl, generation.png
-and section.md to --out.
+Hidden-state diffusion writes a token block in two steps. First the bridge samples the states h[l]
+of all its tokens together, by flow matching with x-prediction. Then two experts name every token:
+the upper blocks, from the states before it, and the bridge's readout, from its own state.
 
-Letters: N texts, P prefix, S suffix, T tokens, V vocabulary, L blocks, l the layer of a bridge.
+    log p(x) = log p_upper(x) + alpha * (log p_readout(x) - log p_prior(x))
+
+A refinement lets the intact model read the tokens, adds noise to the h[l] that it computes, and
+repeats the last calls of the sampler from there.
+
+Every method continues the same held-out prefixes, at temperatures that reach the entropy of real
+text. Writes result.json, samples.jsonl and generation.png.
+
+Shapes: N texts, P prefix, n new tokens, D width, V vocabulary, L blocks, l the bridge's layer.
 """
-import functools
-import itertools
 import json
 import math
-from dataclasses import asdict, dataclass
+import statistics
+import timeit
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from transformers import DynamicCache, GenerationConfig
 
 import data
-from core import backbone, conversion, masked
-from core.common import UserError, entry, parse, pick, pick_dtype, setup
-from core.diffusion import SAMPLERS, again
-from core.draws import generator
-from core.frontier import COLDEST, HOTTEST, figure, frontier, headline, matched, nearest, table, tune, verdicts
-from core.metrics import at_entropy, judge, measure, seconds_of
-from core.report import table as markdown
+import hybrid
+from core import backbone, masked, report
+from core.common import UserError, entry, generator, normal, parse, pick_dtype, setup
 from core.run import Run, finished, read_json, write_text
+
+COLDEST = 0.4       # limits of the search over temperatures
+HOTTEST = 4.0
+RATIO = 1.25        # ratio of two neighbouring temperatures
+BACK = 0.25         # share of the sampler's calls that a refinement repeats
+STAY = 0.8          # lazy Jacobi: probability that a token stays
+ORDER = "entropy"   # a converted model reveals tokens of low entropy first
 
 
 @dataclass
 class Config:
-    preset: Literal["auto", "tiny", "toy", "135m"] = "auto"  # auto: by the backbone's size
-    bridges: str = "out/blocks"  # folders of bridges trained with --visible prefix, span or mix, comma-separated
-    twin: str = "out/repr_align/w0,out/repr_align/block"  # folders of masked twins, by arm and seed (empty: none)
-    methods: str = "all"        # which to draw with, comma-separated (all: METHODS, below)
-    data: str = "stdlib"        # held-out text; see data.py
+    # what and where
+    preset: Literal["auto", "tiny", "toy", "135m"] = "auto"  # by model size
+    bridges: tuple[str, ...] = ("out/generator",)  # bridges trained with --generate
+    converted: tuple[str, ...] = ("out/convert/w0", "out/convert/block")  # converted models
+    data: str = "stdlib"        # held-out text, see data.py
     out: str = "out/generate"   # run folder
-    seed: int = 0               # of every draw
+    seed: int = 0               # of all sampling
     device: str = "auto"        # auto, cpu, cuda
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the models
-    texts: int = 24             # N that are reported
-    tune_texts: int = 8         # other texts, on which settings are chosen (0: choose none, report every setting)
-    prefix: int = 64            # visible tokens of each
-    new: int = 64               # tokens written after them
-    suffix: int = 0             # visible tokens after those, which close a gap; all best within the bridges' seq_len
-    lines: bool = False         # gaps that are one whole line, of exactly --new tokens
-    block_size: int = 64        # of which so many are drawn at once
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU
+    # texts
+    texts: int = 24             # held-out texts
+    prefix: int = 64            # given tokens of a text
+    new: int = 64               # tokens to write
+    # hidden-state diffusion
+    block_size: int = 64        # tokens sampled together
     nfe: int = 4                # network calls of the first denoising
-    sampler: Literal["", *SAMPLERS] = ""  # of the bridge (empty: its default)
-    shift: float = 0.0          # of the sampler's grid (0: the bridge's default)
-    refinements: int = 14       # of each block of tokens (0: none)
-    back: float = 0.25          # share of the denoising calls that a refinement makes again
-    alphas: str = "0.8,0.6"     # weights of the token readout beside the retained blocks: settings to choose from
-    betas: str = "0.8,0.6"      # shares of the token prior that are divided out of their product: likewise
-    temperatures: str = "1.0"   # where frontiers start; they go on until real text's entropy is reached
-    second_judge: str = ""      # a folder or Hub id that shares no block with the decoder (empty: none)
+    refinements: int = 14       # of each token block
+    alpha: float = 0.6          # weight of the readout
 
 
-PRESETS = {"tiny": {"texts": 4, "tune_texts": 2, "prefix": 16, "new": 12, "block_size": 12, "nfe": 2, "refinements": 1,
-                    "alphas": "0.8", "betas": "0.8"},
-           "135m": {"texts": 6, "tune_texts": 2, "refinements": 6, "alphas": "0.8", "betas": "0.8"}}
+PRESETS = {
+    "tiny": dict(texts=4, prefix=16, new=12, nfe=2, refinements=1),
+    "135m": dict(texts=6, refinements=6, alpha=0.8),
+}
 
 
-class Context(NamedTuple):
-    """What a method may need: the flags, the intact model, log p (V,) of training text's tokens, and
-    [(folder, its bridge.json)]."""
-    cfg: Any
-    lm: Any
-    prior: Any
-    bridges: list
+# -------------------------------------------------------------------------------------------------
+# Hidden-state diffusion
 
-
-# ------------------------------------------------------------------------------------------------------- methods
-# A method yields, for each setting and trained model, (row name, what is known about it, write); write takes prompts
-# (N, P), what comes after the gap (N, S; S = 0: nothing) and a temperature to (N, P + new), and may look at what comes
-# after or not. Rows of one name are seeds; one "group" in `about`: settings to choose from.
-def unigram(cx):
-    def write(prompts, after, t):
-        u = generator(cx.cfg.seed, "unigram").random((len(prompts), cx.cfg.new))
-        new = masked.choose(cx.prior, t, 1.0, torch.from_numpy(u).to(prompts.device))
-        return torch.cat([prompts, new], 1)
-    yield "unigrams", {"calls": 0}, write
-
-
-def autoregressive(cx):
-    """Stock generate() of the intact model, which sees nothing after a gap; so the one of CHOICE that makes what comes
-    after likeliest, too."""
-    from transformers import GenerationConfig
-
-    def write(prompts, after, t, count=1):
-        torch.manual_seed(cx.cfg.seed)
-        how = GenerationConfig(max_new_tokens=cx.cfg.new, min_new_tokens=cx.cfg.new, do_sample=True, temperature=t,
-                               top_k=0, eos_token_id=cx.lm.config.eos_token_id, pad_token_id=0)  # not its own nucleus
-        some = prompts.repeat_interleave(count, 0)                                    # (N count, P)
-        out = cx.lm.model.generate(some, generation_config=how, attention_mask=torch.ones_like(some))
-        if count == 1:
-            return out
-        nats = judge(cx.lm, torch.cat([out, after.repeat_interleave(count, 0)], 1), out.shape[1]).sum(1)
-        best = nats.view(-1, count).argmin(1)                                         # (N,)
-        return out.view(len(prompts), count, -1)[torch.arange(len(prompts)), best]
-    yield "AR, intact model", {"calls": cx.cfg.new}, write
-    if cx.cfg.suffix:
-        yield f"AR, best of {CHOICE} by what comes after", {"calls": cx.cfg.new + 1}, functools.partial(
-            write, count=CHOICE)
+@dataclass
+class Sampling:
+    """The settings of generate_blocks."""
+    block_size: int = 64
+    nfe: int = 4
+    refinements: int = 14
+    alpha: float = 0.6
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
 
 
 @torch.no_grad()
-def jacobi(lm, prompts, new, calls, temperature, seed, prior, stay=0.0):
-    """prompts (N, P) -> (N, P + new): each call decodes all new tokens again, in parallel, from the guess before it:
-    the control for what parallel decoding gives without any training.
+def generate_blocks(model, input_ids, max_new_tokens=64, prior=None, watch=None, **settings):
+    """Continue input_ids (N, P) with a HybridForCausalLM: ids (N, P + max_new_tokens).
 
-    Plain: by inverting the distribution function at one fixed u a position. After i calls the first i tokens are those
-    that sampling one by one would draw at these u. Lazy (`stay` > 0): by fresh draws, whose tokens would never fit one
-    another, from p(x | tokens before) p(x | its last token) / p(x), where the last token is taken for x itself with
-    probability `stay`, else for one drawn from the prior: a Gibbs sampler with a memory."""
-    from transformers import DynamicCache
-    cache, past = DynamicCache(), prompts.shape[1] - 1
+    One token block follows another; rows do not depend on one another. `prior` is the log p (V,) of
+    token_prior, `watch` sees every estimate of z (N, n, D), `settings` are those of Sampling."""
+    settings = Sampling(**settings)
+    nfe_before = model.config.nfe
+    model.set_nfe(settings.nfe)
+    cache = DynamicCache(config=model.config)
+    parts = [input_ids]
+    for done in range(0, max_new_tokens, settings.block_size):
+        following = append(model, parts[-1], cache)                             # (N, 1, V)
+        count = min(settings.block_size, max_new_tokens - done)
+        parts.append(sample_block(model, cache, following, count, settings, prior, watch))
+    model.set_nfe(nfe_before)
+    return torch.cat(parts, dim=1)
 
-    def draws(*key):
-        u = np.stack([generator(seed, *key, row).random(new) for row in range(len(prompts))])
-        return torch.from_numpy(u).to(prompts.device)                                 # (N, new)
 
-    def states(lo, hi):                                                               # of these tokens, after the cache
-        positions = torch.arange(lo, hi, device=ids.device)[None]
-        h = lm.embed(ids[:, lo:hi], positions)
-        return lm.through(h, 0, lm.L, lm.side(h, positions, None, cache))
-    u = draws("drift", 0) if stay else draws("jacobi")
-    ids = torch.cat([prompts, masked.choose(prior, 1.0, 1.0, u)], 1)                 # (N, P + new), a first guess
-    states(0, past)
-    for call in range(calls if stay else min(calls, new)):
-        known = 0 if stay else call                                                   # that many are final by now
-        law = lm.head(states(past + known, past + new)).double()                      # (N, new - known, V)
-        backbone.trim(cache, past if stay else past + known + 1)
-        if stay:
-            u = draws("drift", call + 1)
-        if stay and call:
-            old = ids[:, past + 1:, None]
-            law.scatter_add_(-1, old, torch.log1p(stay / (1 - stay) / prior.double().exp()[old]))
-        better = masked.choose(law, temperature, 1.0, u[:, known:].contiguous())
-        ids = torch.cat([ids[:, :past + known + 1], better], 1)
+def append(model, ids, cache):
+    """Add known tokens (N, T) to the cache. Returns the logits (N, 1, V) of the next token."""
+    start = cache.get_seq_length()
+    positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
+    model.hidden(ids, positions, cache=cache)           # the bridge's part of the cache
+    _, states = model.read(ids, positions, cache)       # the backbone's part
+    return model.lm.head(states[:, -1:])
+
+
+def sample_block(model, cache, following, count, settings, prior, watch=None):
+    """Tokens (N, n) of a token block after the cache. `following` (N, 1, V) predicts its first."""
+    bridge = model.net
+    start = cache.get_seq_length()
+    positions = torch.arange(start, start + count, device=following.device)[None]
+    unknown = following.new_ones((len(following), count), dtype=torch.bool)     # (N, n)
+    mask = following.new_ones((count, start + count), dtype=torch.bool)         # all keys are seen
+    ids = unknown.long()                                # placeholders: the bridge ignores them
+    h0 = model.lm.embed(ids, positions)                                         # (N, n, D)
+    z = None
+    done = 0
+    for turn in range(settings.refinements + 1):
+        # 1. Refine: start from the states of the last tokens, as the intact model reads them
+        if turn > 0:
+            h, states = model.read(ids, positions, cache)                       # (N, n, D)
+            z = bridge.target(h0, h, positions)
+            done = settings.nfe - repeated_calls(settings.nfe)
+        # 2. Sample the states of all tokens together
+        noise = [normal(h0.shape[1:], h0.device, settings.seed, "block", start, turn, row)
+                 for row in range(len(h0))]
+        z = model.states(h0, ids, settings.nfe, torch.stack(noise), positions, mask, cache,
+                         unknown=unknown, watch=watch, z=z, done=done)
+        if turn == 0:
+            h = bridge.restore(h0, z, positions).to(h0.dtype)
+            states = model.upper(h, positions, cache)
+        backbone.trim(cache, start)                     # these tokens are not known yet
+        # 3. Name the tokens. The upper blocks predict token i at position i - 1.
+        upper = torch.cat([following, model.lm.head(states)[:, :-1]], dim=1)    # (N, n, V)
+        logits = product(upper.double(), bridge.readout(z).double(), settings.alpha, prior)
+        u = uniforms(ids.shape, ids.device, settings.seed, "decode", start, turn)
+        ids = masked.choose(logits, settings.temperature, settings.top_p, u)
     return ids
 
 
-def parallel(cx):
-    """Jacobi decoding by the intact model: plain, at as many calls and block passes as ours; lazy, at as many calls."""
-    calls, passes = cost(cx.cfg, cx.bridges[0][1], cx.lm.L)
-    each = np.cumsum(1 - np.arange(cx.cfg.new) / cx.cfg.new) * cx.lm.L       # passes of so many calls: tokens get final
-
-    def row(name, some, **how):
-        return name, {"calls": some, **({"group": "lazy Jacobi"} if how else {})}, lambda prompts, after, t: jacobi(
-            cx.lm, prompts, cx.cfg.new, some, t, cx.cfg.seed, cx.prior, **how)
-    equal = {"calls": calls, "block passes": min(cx.cfg.new, 1 + int((each < passes).sum()))}
-    for some in dict.fromkeys(equal.values()):
-        yield row(f"Jacobi, intact model, equal {' and '.join(n for n, c in equal.items() if c == some)}", some)
-    for stay in (0.5, 0.8, 0.9, 0.95):                                       # our loop without bridge or training
-        yield row(f"lazy Jacobi, intact model, stay {stay}", calls, stay=stay)
+def repeated_calls(nfe):
+    return max(1, round(BACK * nfe))
 
 
-def twin(cx):
-    """The masked twin, revealed in every order of masked.ORDERS."""
-    cfg, steps = cx.cfg, min(cost(cx.cfg, cx.bridges[0][1], cx.lm.L)[0], cx.cfg.new)
-    for folder in split(cfg.twin):
+def product(upper, readout, alpha=1.0, prior=None):
+    """log p (..., V), not normalised, of a token from two predictions of it, logits (..., V).
+
+    Both p(x | a) and p(x | b) contain the prior p(x). Where a and b are independent given x,
+    p(x | a, b) is proportional to p(x | a) p(x | b) / p(x): alpha = 1. Both experts know the
+    prompt, so they are not independent, and the readout counts for less."""
+    logits = upper.log_softmax(-1) + alpha * readout.log_softmax(-1)
+    if prior is not None:
+        logits = logits - alpha * prior
+    return logits
+
+
+def token_prior(shards, V):
+    """log p (V,) of the tokens of training text (at most 2M), each counted once more."""
+    rows = data.Tokens(shards, "train", 127).windows(2 ** 14)                   # (N, 128)
+    counts = torch.bincount(rows.flatten(), minlength=V) + 1.0
+    return counts.double().log().log_softmax(0)
+
+
+def uniforms(shape, device, seed, purpose, *key):
+    """Uniform numbers (N, n) in float64. A row is a function of (seed, purpose, key, row)."""
+    rows = [generator(seed, purpose, *key, row).random(shape[1]) for row in range(shape[0])]
+    return torch.tensor(np.stack(rows), device=device)
+
+
+def count_calls(cfg):
+    """Network calls, one after another, that hidden-state diffusion makes for cfg.new tokens.
+
+    A refinement is one pass of the intact model and the repeated calls of the bridge, which also
+    reads each finished token block before the next one."""
+    blocks = math.ceil(cfg.new / cfg.block_size)
+    refinement = 1 + repeated_calls(cfg.nfe)
+    return blocks * (2 * cfg.nfe + cfg.refinements * refinement) - cfg.nfe
+
+
+# -------------------------------------------------------------------------------------------------
+# Methods: write(prompts (N, P), temperature) -> ids (N, P + new)
+
+@dataclass
+class Context:
+    """What every method gets."""
+    cfg: Config
+    lm: backbone.Backbone       # the intact model
+    prior: torch.Tensor         # log p (V,) of training text's tokens
+    calls: int                  # network calls of hidden-state diffusion: only AR makes more
+
+
+def unigrams(cx, prompts, temperature):
+    """The floor: tokens sampled from their frequencies."""
+    u = generator(cx.cfg.seed, "unigram").random((len(prompts), cx.cfg.new))
+    u = torch.tensor(u, device=prompts.device)
+    return torch.cat([prompts, masked.choose(cx.prior, temperature, 1.0, u)], dim=1)
+
+
+def autoregressive(cx, prompts, temperature):
+    """The intact model, token by token."""
+    # generate() fills what a config leaves open from the model's generation_config.json: top_p,
+    # penalties, forbidden words. So we replace the model's config.
+    cx.lm.model.generation_config = GenerationConfig(
+        do_sample=True, temperature=temperature, top_k=0, pad_token_id=0,
+        max_new_tokens=cx.cfg.new, min_new_tokens=cx.cfg.new,
+        eos_token_id=cx.lm.config.eos_token_id)
+    torch.manual_seed(cx.cfg.seed)
+    return cx.lm.model.generate(prompts, attention_mask=torch.ones_like(prompts))
+
+
+@torch.no_grad()
+def predict(lm, ids, start, cache):
+    """Logits (N, T - start, V) in float64 of the tokens from `start` on; ids (N, T).
+
+    The cache holds the first tokens of ids, and keeps those that are the same in the next call."""
+    past = cache.get_seq_length()
+    positions = torch.arange(past, ids.shape[1] - 1, device=ids.device)[None]
+    h = lm.embed(ids[:, past:-1], positions)
+    h = lm.through(h, 0, lm.L, lm.side(h, positions, cache=cache))
+    backbone.trim(cache, start - 1)
+    return lm.head(h[:, start - 1 - past:]).double()
+
+
+def jacobi(cx, prompts, temperature, stay=0.0):
+    """Jacobi decoding: each call samples all new tokens again, from the guess before it.
+
+    Plain: a position keeps its uniform number u. After i calls the first i tokens are those that
+    sampling token by token gives at these u. Lazy (stay > 0): each call has new numbers, whose
+    tokens alone would never fit one another. So a token is sampled from p(x | tokens before)
+    p(last | x), where the last token is x itself with probability `stay` and a sample of the prior
+    otherwise."""
+    def sample(logits, temperature, call):
+        key = ("drift", call) if stay else ("jacobi",)
+        u = uniforms((len(prompts), cx.cfg.new), prompts.device, cx.cfg.seed, *key)
+        return masked.choose(logits, temperature, 1.0, u)
+
+    cache = DynamicCache()
+    tokens = sample(cx.prior, 1.0, 0)                                           # (N, new)
+    for call in range(cx.calls):
+        ids = torch.cat([prompts, tokens], dim=1)
+        logits = predict(cx.lm, ids, prompts.shape[1], cache)                   # (N, new, V)
+        if stay and call:                               # the first guess is not worth keeping
+            last = tokens[..., None]
+            odds = stay / (1 - stay) / cx.prior.exp()[last]
+            logits.scatter_add_(-1, last, torch.log1p(odds))
+        tokens = sample(logits, temperature, call + 1)
+    return torch.cat([prompts, tokens], dim=1)
+
+
+def untrained(cx):
+    """Rivals that need no training."""
+    yield "unigrams", 0, partial(unigrams, cx), ""
+    yield "AR", cx.cfg.new, partial(autoregressive, cx), ""
+    yield "Jacobi", cx.calls, partial(jacobi, cx), ""
+    yield "lazy Jacobi", cx.calls, partial(jacobi, cx, stay=STAY), ""
+
+
+def converted_models(cx):
+    """Masked diffusion LMs of repr_align.py."""
+    calls = min(cx.calls, cx.cfg.new)
+
+    def write(student, prompts, temperature):
+        masks = prompts.new_full((len(prompts), cx.cfg.new), student.mask_id)
+        ids = torch.cat([prompts, masks], dim=1)
+        hidden = ids == student.mask_id
+        return masked.fill(student, ids, hidden, calls, temperature, cx.cfg.seed, ORDER)
+    for folder in cx.cfg.converted:
         student, _ = masked.load_converted(folder, cx.lm.model.device, cx.lm.model.dtype)
-        result = read_json(Path(folder) / "result.json")
-        kind = "masked twin" if student.arm == conversion.BIDIRECTIONAL else f"masked twin, {student.arm}"
-        about = {"group": kind, "calls": steps, "seed": result["seed"], "train_seconds": result["seconds"]}
-        for order in masked.ORDERS:
-            def write(prompts, after, t, student=student, order=order):
-                parts = [prompts, prompts.new_full((len(prompts), cfg.new), student.mask_id), after]
-                ids = torch.cat(parts if student.arm.attention == "bidirectional" else parts[:2], 1)
-                return masked.fill(student, ids, ids == student.mask_id, steps, t, cfg.seed,
-                                   order)[:, :cfg.prefix + cfg.new]
-            yield f"{kind}, {order} order", about, write
+        yield f"converted model, {student.arm}", calls, partial(write, student), folder
 
 
-def blocks(cx):
-    """Bridges: so many tokens at once in hidden space, decoded by the product of two experts."""
-    import hybrid
-    cfg, where = cx.cfg, cx.lm.model
-    for folder, info in cx.bridges:
-        model = hybrid.from_bridge(folder, "", 0, cfg.sampler, cfg.shift, where.device, where.dtype)
-        result, (calls, passes) = read_json(Path(folder) / "result.json", "finish that run"), cost(cfg, info, cx.lm.L)
-        about = {"group": f"blocks at layer {info['layer']}", "layer": info["layer"], "folder": str(folder),
-                 "calls": calls, "passes": passes, "train_seconds": result["seconds"],
-                 **{k: result[k] for k in ("seed", "steps", "parameters", "readout_accuracy", "val_loss")}}
-        for a, b in itertools.product(numbers(cfg.alphas), numbers(cfg.betas)):
-            def write(prompts, after, t, model=model, a=a, b=b):
-                return model.generate_blocks(
-                    prompts, cfg.new, cfg.block_size, cfg.nfe, prior=cx.prior, alpha=a, beta=b, temperature=t,
-                    back=cfg.back, refinements=cfg.refinements, seed=cfg.seed,
-                    suffix_ids=after if cfg.suffix else None)[:, :cfg.prefix + cfg.new]
-            yield f"{about['group']}, alpha {a:g}, beta {b:g}", {**about, "alpha": a, "beta": b}, write
+def bridges(cx):
+    """Hidden-state diffusion with every bridge."""
+    cfg = cx.cfg
+
+    def write(model, prompts, temperature):
+        return generate_blocks(model, prompts, cfg.new, cx.prior, block_size=cfg.block_size,
+                               nfe=cfg.nfe, refinements=cfg.refinements, alpha=cfg.alpha,
+                               temperature=temperature, seed=cfg.seed)
+    for folder in cfg.bridges:
+        model = hybrid.from_bridge(folder, device=cx.lm.model.device, dtype=cx.lm.model.dtype)
+        name = f"hidden-state diffusion, layer {model.config.layer}"
+        yield name, cx.calls, partial(write, model), folder
 
 
-CHOICE = 8                      # continuations, of which one is chosen by what comes after the gap
-METHODS = {"unigram": unigram, "ar": autoregressive, "jacobi": parallel, "twin": twin, "blocks": blocks}
+# To add a method: a function of the Context, and an entry here. It yields (name in the result,
+# network calls one after another, write, folder of the trained model).
+METHODS = [untrained, converted_models, bridges]
 
 
-def drawn(cx):
-    """All rows of the methods asked for."""
-    for method in asked(cx.cfg).values():
-        yield from method(cx)
+# -------------------------------------------------------------------------------------------------
+# Metrics: the intact model's perplexity of a text, read at equal entropy
+
+def gen_ppl(lm, texts, prefix):
+    """exp of the mean -log p of a token after the prefix; texts (N, T)."""
+    logits = predict(lm, texts, prefix, DynamicCache())                         # (N, n, V)
+    nll = F.cross_entropy(logits.flatten(0, 1), texts[:, prefix:].flatten())
+    return nll.exp().item()
 
 
-def asked(cfg):
-    names = METHODS if cfg.methods == "all" else split(cfg.methods)
-    return {name: pick(METHODS, name, "--methods") for name in names}
+def entropy(ids):
+    """Entropy in nats of a text's own token histogram; ids (T,). At most ln T."""
+    _, counts = ids.unique(return_counts=True)
+    return torch.special.entr(counts.double() / len(ids)).sum().item()
 
 
-def cost(cfg, info, L):
-    """(network calls one after another, passes of a new token through any transformer block) of drawing the new tokens
-    with the bridge of this bridge.json. The intact model's pass of a refinement is a call too, the retained blocks'
-    after the first denoising a part of its last one. A finished block is encoded for the next one by both; the prefix,
-    encoded once by every method, is left out."""
-    first, turns = (cfg.nfe, cfg.refinements) if info["objective"] == "diffusion" else (1, 0)
-    ours, count = first + turns * again(first, cfg.back), -(-cfg.new // cfg.block_size)    # the bridge's calls
-    encode = first * info["blocks"] + L                                               # of a finished block, for others
-    each = ours * info["blocks"] + (L - info["layer"]) + (turns + (cfg.suffix > 0)) * L + encode * (1 - 1 / count)
-    seen = 1 + (cfg.prefix + cfg.suffix) / cfg.new * (cfg.suffix > 0)                 # around a gap nothing is cached
-    return (ours + turns) * count + first * (count - 1), round(each * seen)
+def measure(lm, texts, prefix):
+    """The metrics of what was written after the prefix."""
+    entropies = [entropy(ids) for ids in texts[:, prefix:]]
+    return {"gen_ppl": gen_ppl(lm, texts, prefix), "entropy": statistics.mean(entropies)}
 
 
-def section(result):
-    """This run's part of the report."""
-    how, tuned, suffix = result["settings"], result["tuned"], result["settings"]["suffix"]
-    lines = ["## GENERATE", "",
-             f"{result['texts']} texts: {how['prefix']} held-out tokens, then {how['new']} written"
-             f"{f' before {suffix} that are known, judged with as many of these' if suffix else ''}"
-             f"{', one whole line' * how.get('lines', False)}; ours "
-             f"{how['block_size']} at a time by {how['nfe']} calls and {how['refinements']} refinements; seed "
-             f"{how['seed']}. gen-PPL is that of the intact model (it favours its own samples), read off where the "
-             "entropy of a text's tokens equals real text's; +- sd over training seeds where there are several.", "",
-             table(result), "", "![frontiers over temperature](generation.png)", "", *verdicts(result), ""]
-    if tuned:
-        lines += [f"Settings, chosen on {result['tune_texts']} other texts (gen-PPL at their entropy):", "",
-                  markdown(["setting", "gen-PPL", "chosen"], [
-                      [name, matched([{"matched": m} for m in some["matched"]]), "yes" * (name == group["chosen"])]
-                      for group in tuned.values() for name, some in group["settings"].items()]), ""]
-    return "\n".join([*lines, *(
-        f"- {r['name']}, seed {r['seed']}: {r['parameters']:,} parameters, readout included, {r['steps']} steps, "
-        f"{r['train_seconds']:.0f} s; the readout names {r['readout_accuracy']:.1%} of the tokens from true states."
-        for r in result["rows"] if "layer" in r), ""])
+def frontier(write, lm, prompts, target):
+    """Write at T = 1, and hotter or colder until the entropy `target` lies between two points.
+
+    Returns the points [{temperature, metrics}] and the last texts (N, P + new)."""
+    points = []
+    temperature = 1.0
+    while COLDEST <= temperature <= HOTTEST:
+        texts = write(prompts, temperature)
+        point = {"temperature": temperature, **measure(lm, texts, prompts.shape[1])}
+        points.append(point)
+        missing = target - point["entropy"]
+        if missing * (target - points[0]["entropy"]) <= 0:
+            break
+        temperature = round(temperature * (RATIO if missing > 0 else 1 / RATIO), 4)
+    return points, texts
 
 
-# ---------------------------------------------------------------------------------------------------------- main
-def split(text):
-    return [part for part in text.split(",") if part]
+def at_entropy(points, target):
+    """gen-PPL at the entropy `target`, that of real text: the number that methods are compared by.
+
+    A text that repeats itself has a low perplexity and a low entropy. So a method is read where its
+    entropy is that of real text: linear in (entropy, log gen-PPL) between the last two points of
+    its frontier. One that stays above the target is read at its lowest entropy, which errs against
+    it. None if it stays below."""
+    entropies = [point["entropy"] for point in points]
+    if max(entropies) < target:
+        return None
+    if min(entropies) >= target:
+        return points[entropies.index(min(entropies))]["gen_ppl"]
+    a, b = points[-2:]
+    share = (target - a["entropy"]) / (b["entropy"] - a["entropy"])
+    return a["gen_ppl"] ** (1 - share) * b["gen_ppl"] ** share
 
 
-def numbers(text):
-    """The numbers of a comma list."""
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        return [math.nan]
+def tokens_per_second(write, prompt, new):
+    """Speed of one text, the faster of two runs. The copy to the CPU waits for a GPU."""
+    seconds = timeit.repeat(lambda: write(prompt, 1.0).cpu(), number=1, repeat=2)
+    return new / min(seconds)
+
+
+# -------------------------------------------------------------------------------------------------
+# Report
+
+def table(result):
+    """Markdown: a line a method and training seed."""
+    lines = [["real text", None, None, None, f"{result['real']['gen_ppl']:.1f}"]]
+    for row in result["rows"]:
+        matched = row["matched"] and f"{row['matched']:.1f}"
+        speed = f"{row['tokens_per_s']:.0f}"
+        lines.append([row["method"], row["seed"], row["calls"], speed, matched])
+    columns = ["method", "seed", "calls", "tokens/s", "gen-PPL at real entropy"]
+    return report.table(columns, lines)
+
+
+def figure(result, path):
+    """A dot a row: hidden-state diffusion in blue, its rivals in grey. The line is real text."""
+    with report.figure(path, width=9, height=2.6) as axes:
+        ax = axes[0, 0]
+        for row in result["rows"]:
+            color = report.GREY if row["layer"] is None else report.BLUE
+            ax.plot([row["matched"]], [row["method"]], "o", color=color)
+        ax.axvline(result["real"]["gen_ppl"], color=report.RED)
+        ax.set_xscale("log", base=2)
+        ax.set_xlabel("gen-PPL at real text's entropy (lower is better; line: real text)")
+
+
+# -------------------------------------------------------------------------------------------------
+# Main
+
+def choose_preset(cfg):
+    if cfg.preset != "auto":
+        return cfg.preset
+    return backbone.preset_of("", cfg.out, cfg.bridges[0])
 
 
 def check(cfg):
-    """Refuse what can be seen from the flags and the folders alone. Returns [(folder, its bridge.json)]."""
-    if not all(COLDEST <= t <= HOTTEST for t in numbers(cfg.temperatures)):
-        raise UserError(f"--temperatures must be numbers in [{COLDEST}, {HOTTEST}]")
-    if not all(x >= 0 for x in numbers(f"{cfg.alphas},{cfg.betas}")) or not 0 <= cfg.back < 1:
-        raise UserError("--alphas and --betas must be numbers that are not negative, and --back lie in [0, 1)")
-    if cfg.lines and not cfg.suffix:
-        raise UserError("--lines are gaps: they go with --suffix")
-    if cfg.suffix and cfg.block_size < cfg.new:
-        raise UserError("a gap before a --suffix is drawn at once: --block_size must be at least --new")
-    if cfg.texts < 2 or cfg.tune_texts not in (0, *range(2, cfg.texts + 1)) or cfg.new < 4 or cfg.prefix < 2:
-        raise UserError("--texts and --prefix must be at least 2, --new 4, and --tune_texts 0 or 2..--texts")
-    cfg.twin = cfg.twin if "twin" in asked(cfg) else ""
-    remedy = "train one with: python bridge.py --preset blocks --layer 1 --blocks 4 --out out/blocks"
-    bridges = [(f, read_json(Path(f) / "bridge.json", remedy)) for f in split(cfg.bridges)]
-    for folder, info in bridges:
-        if info["base"] != bridges[0][1]["base"]:
-            raise UserError("these bridges come from different backbones; compare those of one")
-        if info.get("visible", "full") == "full":
-            raise UserError(f"{folder} has never met an unknown token; {remedy}")
-        if cfg.suffix and not info["bidirectional"]:
-            raise UserError(f"{folder} cannot see a --suffix: it was trained without --bidirectional; {remedy}")
-    for folder in split(cfg.twin):
-        if read_json(Path(folder) / "result.json", "finish it, or pass --twin ''")["base"] != bridges[0][1]["base"]:
-            raise UserError(f"{folder} was converted from another backbone than these bridges; pass --twin ''")
-    return bridges
-
-
-def whole_lines(tokens, tokenizer, cfg):
-    """Windows (2N, T) of held-out text whose gap is one line: a token with a line break, or the end of a text, before
-    it, one after it and none inside. Evenly spread; fewer where there are fewer."""
-    breaks = np.array(["\n" in tokenizer.decode(i) or i == tokenizer.eos_token_id for i in range(len(tokenizer))])
-    at = np.flatnonzero(breaks[tokens.ids])
-    starts = at[:-1][np.diff(at) == cfg.new + 1] + 1 - cfg.prefix
-    starts = starts[(starts >= 0) & (starts < len(tokens.ids) - tokens.T)]
-    count = min(len(starts), 2 * cfg.texts)
-    return tokens.cut(starts[np.arange(count) * len(starts) // max(1, count)]) if count else []
+    """{folder: result.json} of the bridges and the converted models. They share one backbone."""
+    remedy = "train it (bridge.py --generate, repr_align.py), or leave it out"
+    results = {folder: read_json(Path(folder) / "result.json", remedy)
+               for folder in cfg.bridges + cfg.converted}
+    if len({result["base"] for result in results.values()}) > 1:
+        raise UserError("these --bridges and --converted models were made from several backbones; "
+                        "compare those of one")
+    for folder in cfg.bridges:
+        if results[folder]["visible"] == "full":
+            raise UserError(f"the bridge in {folder} was trained with all tokens known, so it "
+                            "cannot write; train one with: python bridge.py --generate")
+    return results
 
 
 @entry
 def main(argv):
-    cfg = parse(Config, argv, f"{__doc__}\nMethods: {', '.join(METHODS)}.", PRESETS,
-                lambda cfg: backbone.preset_of("", cfg.out, cfg.bridges.split(",")[0]))
-    world, bridges = setup(cfg.device), check(cfg)
+    cfg = parse(Config, argv, __doc__, PRESETS, choose_preset)
+    world = setup(cfg.device)
     dtype = pick_dtype(cfg, world.device)
-    model = bridges[0][1]["model"]
-    weights = [backbone.identity(f) for f in [*split(cfg.bridges), *split(cfg.twin), *split(cfg.second_judge)]]
-    identity = {"base": bridges[0][1]["base"], "weights": weights}
-    if result := finished(cfg, identity):
+    trained = check(cfg)
+    first = trained[cfg.bridges[0]]
+    weights = [backbone.identity(folder) for folder in trained]
+    identity = {"base": first["base"], "weights": weights}
+    result = finished(cfg, identity)
+    if result:
         print(table(result))
         return result
 
-    # 1 texts to report, others to choose settings on, judges
-    import hybrid
-    gap, length = slice(cfg.prefix, cfg.prefix + cfg.new), cfg.prefix + cfg.new + cfg.suffix
-    backbone.read_config(model, length)
-    tokenizer = backbone.load_tokenizer(model)
+    # 1. Text, the intact model, the token prior
+    length = cfg.prefix + cfg.new
+    backbone.read_config(first["model"], length)
+    tokenizer = backbone.load_tokenizer(first["model"])
     shards, _ = data.shards_beside(cfg, tokenizer, world)
-    tokens = data.Tokens(shards, "val", length - 1)
-    windows = whole_lines(tokens, tokenizer, cfg) if cfg.lines else tokens.windows(2 * cfg.texts)   # (2N, T)
-    if len(windows) < 2 * cfg.texts:
-        raise UserError(f"the held-out text has {len(windows)} {'lines of --new tokens in ' * cfg.lines}windows of "
-                        f"--prefix + --new + --suffix tokens, fewer than twice --texts {cfg.texts}")
-    windows = windows.to(world.device)
-    text, apart = windows[::2], windows[1::2][torch.arange(cfg.tune_texts) * cfg.texts // max(1, cfg.tune_texts)]
-    lm = backbone.load(model, world.device, dtype)
-    second = cfg.second_judge and (backbone.load(cfg.second_judge, world.device, dtype),
-                                   backbone.load_tokenizer(cfg.second_judge), tokenizer)
-    measured = functools.partial(measure, lm, prefix=cfg.prefix, end=gap.stop)
-    judged = functools.partial(measured, second=second)                               # not where settings are chosen
-    cx = Context(cfg, lm, hybrid.token_prior(shards, lm.V).to(world.device), bridges)
+    held_out = data.Tokens(shards, "val", length - 1).windows(2 * cfg.texts)    # (2N, T)
+    texts = held_out[::2].to(world.device)              # the others are free to choose settings on
+    prompts = texts[:, :cfg.prefix]
+    lm = backbone.load(first["model"], world.device, dtype)
+    prior = token_prior(shards, lm.V).to(world.device)
+    cx = Context(cfg, lm, prior, count_calls(cfg))
     run = Run(cfg, world, identity)
+    real = measure(lm, texts, cfg.prefix)
 
-    # 2 choose each group's setting, then draw
-    start, rows, samples, real = numbers(cfg.temperatures), [], [], judged(text)
-    tuned = tune(drawn(cx), measured, apart, gap, start) if cfg.tune_texts else {}
-    one = text[:1, :gap.start], text[:1, gap.stop:]                                   # (1, P), (1, S): timed alone
-    for name, about, write in drawn(cx):
-        group = tuned.get(about.get("group"))
-        if group and name != group["chosen"]:
-            continue
-        first = sorted(set(group["settings"][name]["near"])) if group else start
-        points, ids = frontier(write, judged, text, gap, real["entropy"], first)
-        near = ids[nearest(points.values(), real["entropy"])[0]["temperature"]]
-        row = {"name": name, **about, "frontier": list(points.values()),
-               "matched": at_entropy(points.values(), real["entropy"]),
-               "tokens_per_s": cfg.new / seconds_of(2, functools.partial(write, *one, 1.0))}
-        if second:
-            row["second_matched"] = at_entropy(points.values(), real["entropy"], "second_ppl")
-        rows.append(row)
-        samples += [{"method": name, "prefix": tokenizer.decode(some[:cfg.prefix]),
-                     "text": tokenizer.decode(some[gap]),
-                     **({"after": tokenizer.decode(some[gap.stop:])} if cfg.suffix else {})} for some in near[:8]]
-        run.say(f"{name:44} gen-PPL at real text's entropy: {matched([row])}   (real text {real['gen_ppl']:.1f})")
+    # 2. Write with every method
+    rows = []
+    samples = ""
+    for method in METHODS:
+        for name, calls, write, folder in method(cx):
+            points, written = frontier(write, lm, prompts, real["entropy"])
+            training = trained.get(folder, {})
+            row = {"method": name, "calls": calls, "folder": folder, "layer": training.get("layer"),
+                   "seed": training.get("seed"), "train_seconds": training.get("seconds"),
+                   "frontier": points, "matched": at_entropy(points, real["entropy"]),
+                   "tokens_per_s": tokens_per_second(write, prompts[:1], cfg.new)}
+            rows.append(row)
+            run.say(f"{name}: gen-PPL at real entropy {row['matched']}")
+            sample = {"method": name, "texts": tokenizer.batch_decode(written)}
+            samples += json.dumps(sample) + "\n"
 
-    # 3 report
-    write_text(run.out / "samples.jsonl", "".join(json.dumps(s) + "\n" for s in samples))
-    result = {**identity, "rows": rows, "real": real, "tuned": tuned, "texts": len(text), "tune_texts": len(apart),
-              "settings": asdict(cfg)}
+    # 3. Report
+    result = {**identity, "rows": rows, "real": real}
+    write_text(run.out / "samples.jsonl", samples)
     figure(result, run.out / "generation.png")
-    made_of = backbone.made_of(cfg.out, [*split(cfg.bridges), *split(cfg.twin)])
-    run.finish({**result, "headline": headline(result), "made_of": made_of,
-                "findings": [line.removeprefix("- ") for line in list(verdicts(result))[:4]]}, section(result))
     print(table(result))
-    return run.result
+    return run.finish(result)
 
 
 if __name__ == "__main__":

@@ -1,227 +1,348 @@
-"""hybrid.py: bridge + retained upper blocks + LM head = one causal LM that transformers can load and sample from.
+"""HYBRID: bridge + upper blocks + head as one Hugging Face causal LM.
 
-    python hybrid.py --bridge out/bridge                                   # save it to out/hybrid, measure it: ~10 s
-    python hybrid.py --bridge out/bridge --prompt "import os" --nfe 4      # text on stdout
-    python hybrid.py --bridge out/bridge --prompt "import os" --compare    # beside the intact model's continuation
-    python hybrid.py --bridge out/blocks --prompt "import os" --block_size 32 --show    # 32 tokens at once
+    python hybrid.py                                        # out/bridge and its base -> out/hybrid
+    python hybrid.py --bridge out/bridge_l6 --out out/hybrid_l6
+    python sample.py --model out/hybrid --prompt "import os"            # write text with it
 
-    import hybrid                                                          # registers the architecture
-    model = AutoModelForCausalLM.from_pretrained("out/hybrid")             # the upper blocks come from the base model
+    import hybrid                                           # registers the architecture
+    model = AutoModelForCausalLM.from_pretrained("out/hybrid")          # generate() works as usual
 
-The CE gap on held-out text is the bridge's own (about 0.01 nats on the default toy). Writes config.json,
-hybrid.safetensors, the tokenizer, a model card and result.json to --out.
+The bridge (core/diffusion.py) takes the place of blocks 1..l. The model is saved, loaded again and
+then measured, with the same numbers as bridge.py.
 
-Letters: B batch, T tokens, D hidden width, L blocks, l the replaced layer, V vocabulary.
+Writes config.json, bridge.safetensors, bridge.json, the tokenizer and result.json. The upper blocks
+and the head are not copied: they stay in the folder of the base model.
+
+Shapes: B batch, T new tokens, K all tokens (cached ones first), D width of the backbone,
+V vocabulary, L blocks of the backbone, l the replaced layer.
 """
-import statistics
+import copy
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
+from transformers import (AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig,
+                          PreTrainedModel)
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import data
+from bridge import measure
 from core import backbone, diffusion
 from core.common import UserError, entry, parse, pick_dtype, setup
-from core.metrics import against
-from core.report import film, table
-from core.run import Run, beside, card, finished, read_json
-
-if __name__ != "__main__":  # as a program it looks whether its run is finished before transformers load (2 s)
-    from core.hybrid_lm import HybridConfig, HybridForCausalLM, from_bridge, product  # noqa: F401
+from core.run import Run, finished, read_json
 
 
 @dataclass
 class Config:
-    preset: Literal["auto", "tiny", "toy", "135m"] = "auto"  # auto: by the base's size
+    preset: Literal["auto", "tiny", "toy", "135m", "0.6b", "8b"] = "auto"  # by model size
     bridge: str = "out/bridge"  # folder of a trained bridge
     out: str = "out/hybrid"     # folder to save the hybrid to
-    model: str = ""             # the base model, when it is no longer where the bridge was trained
-    data: str = "stdlib"        # held-out text of the CE gap; see data.py
-    seed: int = 0               # of sampling
+    model: str = ""             # where the base model is now, if it moved
+    data: str = "stdlib"        # held-out text; see data.py
     device: str = "auto"        # auto, cpu, cuda
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the retained blocks
-    nfe: int = 0                # network calls of the bridge (0: the bridge's default, 4 with --block_size)
-    sampler: Literal["", *diffusion.SAMPLERS] = ""  # how it goes from noise to a state (empty: the bridge's default)
-    shift: float = 0.0          # of the sampler's grid, above 1: more calls near noise (0: the bridge's default)
-    prompt: str = ""            # continue this text instead of saving
-    max_new_tokens: int = 64    # tokens to generate
-    temperature: float = 0.0    # 0: greedy
-    block_size: int = 0         # draw so many tokens at once, by diffusion (0: token by token)
-    suffix: str = ""            # with --block_size: the text after the gap of max_new_tokens
-    refinements: int = 14       # with --block_size: of each block of tokens (0: none)
-    alpha: float = 0.6          # with --block_size: weight of the token readout beside the retained blocks
-    beta: float = 0.6           # with --block_size: share of the token prior that is divided out of their product
-    top_p: float = 1.0          # with --block_size: nucleus
-    show: bool = False          # with --block_size: print what the readout makes of every denoising step
-    gif: str = ""               # with --block_size, of one block: a GIF file that shows the same
-    compare: bool = False       # print the intact model's continuation beside it
-    seq_len: int = 128          # tokens a sequence of the CE gap
-    eval_batches: int = 512     # sequences of the CE gap
-    MEASURES = ("prompt", "max_new_tokens", "temperature", "block_size", "suffix", "refinements", "alpha", "beta",
-                "top_p", "show", "gif", "compare")
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the upper blocks; auto: bf16 on a GPU
+    seq_len: int = 128          # tokens a sequence
+    eval_batches: int = 512     # held-out sequences
+    skip = 4                    # first positions, attention sinks, are not measured
 
 
-PRESETS = {"tiny": {"seq_len": 32, "eval_batches": 4}, "135m": {"eval_batches": 128, "alpha": 0.8, "beta": 0.8}}
-PROMPT = "def main(args):"      # of the sample that is shown after saving
+PRESETS = {
+    "tiny": dict(seq_len=32, eval_batches=4),
+    "135m": dict(eval_batches=128),
+}
+PROMPT = "def main(args):"      # of the sample in result.json
 
 
-def token_prior(shards, V):
-    """log p (V,) of the tokens of training text (at most 2M of them), each counted once more than it occurs."""
-    rows = data.Tokens(shards, "train", 127).windows(2 ** 14)                          # (N, 128)
-    return (torch.bincount(rows.flatten(), minlength=V) + 1.0).double().log().log_softmax(0)
+# -------------------------------------------------------------------------------------------------
+# The model
+
+class HybridConfig(PretrainedConfig):
+    """`info` is the bridge.json of the bridge: its layer, its base, its shape."""
+    model_type = "dihal_hybrid"
+
+    def __init__(self, info=None, base_model="", nfe=0, **rest):
+        info = info or {}
+        self.info = info
+        self.layer = info.get("layer")
+        self.base_model = base_model or info.get("model")
+        self.nfe = nfe or info.get("nfe_default")       # network calls of the bridge
+        super().__init__(**rest)
 
 
-def tokenizer_of(model):
-    """The base's tokenizer. Raises UserError when it is not the one the bridge was trained with."""
-    tokenizer = backbone.load_tokenizer(model.config.base_model)
-    if backbone.tokenizer_hash(tokenizer) != model.config.tokenizer:
-        raise UserError(f"the tokenizer in {model.config.base_model} is not the one this bridge was trained with")
+class HybridForCausalLM(PreTrainedModel, GenerationMixin):
+    """Logits of blocks l+1..L and the head on the h[l] that the bridge generates.
+
+    The noise is a function of the position, as in bridge.measure. So logits are deterministic, and
+    those of token i depend on tokens 0..i only.
+
+    One transformers cache serves all parts. A network call at another noise level has other keys
+    and values, so every call of the bridge has cache layers of its own:
+
+        layer 0             counts the tokens: the library reads their number from it
+        1 .. L-l            blocks l+1..L
+        then                blocks 1..l, kept only for a bridge that generates text
+        then i * depth + j  call i, block j of the bridge
+
+    So the number of cached tokens is right whatever the bridge is made of, at l = L too.
+    config.num_hidden_layers counts all layers: the library sizes the cache by it.
+
+    The backbone `lm` is no submodule: its weights stay in their folder and are not saved again."""
+    config_class = HybridConfig
+    main_input_name = "input_ids"
+
+    def __init__(self, config, net, lm):
+        super().__init__(config)
+        self.net = net
+        self.__dict__["lm"] = lm
+        self.register_buffer("noise", torch.zeros(0, lm.D), persistent=False)
+        self.generation_config = copy.deepcopy(lm.model.generation_config)  # end tokens of the base
+
+        kept = list(lm.blocks[config.layer:])
+        if net.config.generates:
+            kept += lm.blocks[:config.layer]    # generate.py reads tokens by the intact model
+        else:
+            for i in range(config.layer):
+                lm.blocks[i] = torch.nn.Identity()
+        for place, block in enumerate(kept, start=1):
+            number_cache_layer(block, place)
+        self.first = 1 + len(kept)              # cache layer of the bridge
+        self.set_nfe(config.nfe)
+
+    def set_nfe(self, nfe):
+        """Use `nfe` network calls from now on. Regression always makes one."""
+        assert nfe >= 1, "a bridge needs at least one network call"
+        self.config.nfe = nfe
+        self.config.num_hidden_layers = self.first + self.net.cache_layers(nfe)
+
+    def _apply(self, fn):
+        """`.to(device)` moves bridge and backbone. A cast to bf16 is for the backbone alone: the
+        bridge stays in fp32, as in from_bridge(dtype=bf16)."""
+        self.lm._apply(fn)
+        return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device))
+
+    def get_input_embeddings(self):
+        return self.lm.model.get_input_embeddings()
+
+    def noise_at(self, positions):
+        """Noise (..., D) at positions (...): rows of a table that grows with the text."""
+        count = int(positions.max()) + 1
+        if count > 2 * self.config.info["seq_len"]:
+            warnings.warn("this text is over twice as long as the bridge's training texts",
+                          stacklevel=2)
+        if count > len(self.noise):
+            self.noise = diffusion.position_noise(0, range(2 * count), self.lm.D, positions.device)
+        return self.noise[positions]
+
+    def states(self, h0, ids, nfe, noise, positions, mask, cache, **more):
+        """Sample z, the standardised h[l] (B, T, D), of tokens ids (B, T) whose h[0] is h0."""
+        part = SimpleNamespace(                         # the bridge numbers its layers from 0
+            update=lambda keys, values, layer: cache.update(keys, values, self.first + layer))
+        return diffusion.sample(self.net, self.net.condition(h0, ids), nfe, noise,
+                                positions=positions, mask=mask, cache=part, **more)
+
+    def hidden(self, input_ids, positions, cache, attention_mask=None):
+        """The bridge's h[l] (B, T, D) of new tokens, and the `side` that the upper blocks need.
+
+        The tokens join the bridge's part of the cache and are not counted yet."""
+        h0 = self.lm.embed(input_ids, positions)                                # (B, T, D)
+        side = self.lm.side(h0, positions, attention_mask, cache)
+        mask = bridge_mask(input_ids, cache.get_seq_length(), attention_mask)
+        z = self.states(h0, input_ids, self.config.nfe, self.noise_at(positions), positions,
+                        mask, cache)
+        if self.config.layer == 0:
+            return h0, side                             # known tokens need no bridge
+        return self.net.restore(h0, z, positions).to(h0.dtype), side
+
+    def upper(self, h, positions, cache):
+        """h[l] (B, T, D) -> h[L] (B, T, D). The tokens join the upper blocks' part of the cache."""
+        side = self.lm.side(h, positions, None, cache)
+        return self.lm.through(h, self.config.layer, self.lm.L, side)
+
+    def read(self, ids, positions, cache):
+        """Exact h[l] and h[L] (B, T, D) of tokens (B, T) by the intact model, which only a bridge
+        that generates keeps. The tokens join its part of the cache and are counted: known tokens
+        go through `hidden` first."""
+        h0 = self.lm.embed(ids, positions)
+        side = self.lm.side(h0, positions, None, cache)
+        h = self.lm.through(h0, 0, self.config.layer, side)
+        states = self.upper(h, positions, cache)
+        count_tokens(cache, h)
+        return h, states
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None,
+                labels=None, use_cache=True, logits_to_keep=0, **ignored):
+        """input_ids (B, T), the tokens after those in `past_key_values` -> logits (B, T, V).
+
+        attention_mask (B, K) is 0 on padding, on either side. With labels (B, T; -100 ignored) the
+        mean next-token loss, too. `logits_to_keep` > 0: only the last positions get logits."""
+        T = input_ids.shape[1]
+        cache = past_key_values
+        if cache is None:
+            cache = DynamicCache(config=self.config)
+        assert isinstance(cache, DynamicCache), "a static cache does not work"
+        if position_ids is None:
+            is_token = attention_mask
+            if is_token is None:
+                is_token = input_ids.new_ones(1, cache.get_seq_length() + T)
+            position_ids = (is_token.cumsum(-1) - 1).clamp_min(0)[:, -T:]       # (1 or B, T)
+
+        h, side = self.hidden(input_ids, position_ids, cache, attention_mask)
+        h = self.lm.through(h, self.config.layer, self.lm.L, side)              # (B, T, D)
+        count_tokens(cache, h)
+        logits = self.lm.head(h[:, -logits_to_keep:])                           # (B, T, V)
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
+        return CausalLMOutputWithPast(loss=loss, logits=logits,
+                                      past_key_values=cache if use_cache else None)
+
+    def save_pretrained(self, folder, **ignored):
+        """The bridge's files and a config.json that transformers understands."""
+        config = self.config
+        info = {**config.info, "model": config.base_model, "nfe_default": config.nfe}
+        config.save_pretrained(folder)
+        diffusion.save(self.net, folder, info)
+
+    @classmethod
+    def from_pretrained(cls, folder, *, config=None, base_model="", dtype=None, torch_dtype=None,
+                        device="cpu", **library):
+        """Load a saved hybrid. `base_model` says where the base is now, if it moved."""
+        config = config or HybridConfig.from_pretrained(folder)
+        config.base_model = base_model or config.base_model
+        name = str(dtype or torch_dtype).removeprefix("torch.")
+        dtype = getattr(torch, name, torch.float32)     # "auto" and None stand for fp32
+        library.setdefault("attn_implementation", config._attn_implementation)
+        for name in ("attn_implementation", "device_map", "quantization_config"):
+            if library.get(name):
+                raise NotImplementedError(f"a hybrid has no {name}; it takes device and dtype")
+        net, _ = diffusion.load(folder, device)
+        return assemble(net, config, device, dtype)
+
+
+AutoConfig.register(HybridConfig.model_type, HybridConfig)
+AutoModelForCausalLM.register(HybridConfig, HybridForCausalLM)
+
+
+def number_cache_layer(block, place):
+    """Tell the modules of a transformer block which layer of a cache is theirs."""
+    numbered = False
+    for module in block.modules():
+        for name in ("layer_idx", "layer_id"):          # the library has two words for it
+            if hasattr(module, name):
+                setattr(module, name, place)
+                numbered = True
+    assert numbered, "this architecture does not say which layer of a cache a block uses"
+
+
+def count_tokens(cache, h):
+    """Count the tokens of h (B, T, D) in layer 0 of the cache: a key of one channel for each."""
+    key = h[:, None, :, :1]
+    cache.update(key, key, 0)
+
+
+def bridge_mask(ids, past, attention_mask):
+    """Which keys each new token sees in the bridge, (1 or B, 1, T, K) bool. None: all before it."""
+    T = ids.shape[1]
+    padded = attention_mask is not None and not bool(attention_mask.all())
+    if not padded and past == 0:
+        return None
+    mask = torch.ones(1, 1, T, past + T, dtype=torch.bool, device=ids.device).tril(past)
+    if padded:
+        itself = mask.triu(past)                        # padding sees itself: no NaN
+        mask = (mask & (attention_mask[:, None, None] > 0)) | itself
+    return mask
+
+
+def assemble(net, config, device, dtype):
+    """Load the base, check that it is the one the bridge was trained on, join the two."""
+    base = config.base_model
+    if backbone.identity(base) != config.info["base"]:
+        raise UserError(f"the weights in {base} are not those this bridge was trained on; pass the "
+                        "right --model (base_model= in from_pretrained)")
+    lm = backbone.load(base, device, dtype)
+    config.vocab_size = lm.V
+    config.max_position_embeddings = lm.config.max_position_embeddings
+    return HybridForCausalLM(config, net, lm).eval()
+
+
+def from_bridge(folder, model="", nfe=0, device="cpu", dtype=torch.float32):
+    """HybridForCausalLM of a bridge folder. model="" and nfe=0 stand for the bridge's own."""
+    net, info = diffusion.load(folder, device)
+    return assemble(net, HybridConfig(info, model, nfe), device, dtype)
+
+
+def load_tokenizer(model):
+    """The tokenizer of the base, checked."""
+    base = model.config.base_model
+    tokenizer = backbone.load_tokenizer(base)
+    if backbone.tokenizer_hash(tokenizer) != model.config.info["tokenizer"]:
+        raise UserError(f"the tokenizer in {base} is not the one this bridge was trained with")
     return tokenizer
 
 
-def continue_text(model, tokenizer, prompt, max_new_tokens, temperature, seed, stream=False):
-    """The prompt's continuation as text; greedy at temperature 0. With `stream` it is printed as it comes."""
-    torch.manual_seed(seed)
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)         # (1, T)
-    if ids.shape[1] == 0:
-        raise UserError("the prompt is empty after tokenization; give at least one token")
-    from transformers import TextStreamer
-    streamer = TextStreamer(tokenizer) if stream else None
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    out = model.generate(ids, max_new_tokens=max_new_tokens, streamer=streamer,
-                         attention_mask=torch.ones_like(ids), pad_token_id=tokenizer.eos_token_id or 0, **sampling)
+# -------------------------------------------------------------------------------------------------
+# Main
+
+def choose(cfg):
+    """The name of the preset."""
+    size = backbone.preset_of("", cfg.out, cfg.bridge)
+    return size if cfg.preset == "auto" else cfg.preset
+
+
+def greedy(model, tokenizer, prompt):
+    """The most likely 32 tokens after a prompt, by the library's generate()."""
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)  # (1, T)
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=32,
+                         do_sample=False, pad_token_id=0)
     return tokenizer.decode(out[0, ids.shape[1]:])
 
 
-def write_blocks(model, tokenizer, cfg):
-    """The prompt, the drawn tokens and the suffix as text; --show and --gif show each denoising step."""
-    def ids(text):
-        return torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]], device=model.device)     # (1, T)
-
-    def words(some):
-        return [(tokenizer.decode(i), False) for i in some]
-    before, frames = ids(cfg.prompt).long(), []
-
-    def watch(z):                                                    # (1, T, D) of all of a gapped text, or of a block
-        new = model.net.readout(z[0, before.shape[1] * bool(cfg.suffix):][:cfg.max_new_tokens]).argmax(-1)
-        frames.append(words(before[0]) + words(new))
-        if cfg.show:
-            print(repr(tokenizer.decode(new)))
-    out = model.generate_blocks(
-        before, cfg.max_new_tokens, cfg.block_size, cfg.nfe or 4, alpha=cfg.alpha,
-        beta=cfg.beta, prior=prior_beside(cfg.bridge, model) if cfg.beta > 0 else None, temperature=cfg.temperature,
-        top_p=cfg.top_p, refinements=cfg.refinements, seed=cfg.seed, suffix_ids=ids(cfg.suffix) if cfg.suffix else None,
-        watch=watch if cfg.show or cfg.gif else None)
-    if cfg.gif:
-        film(cfg.gif, [*frames, words(out[0, :before.shape[1] + cfg.max_new_tokens])])
-    return tokenizer.decode(out[0])
-
-
-def prior_beside(bridge, model):
-    """token_prior of the shards beside a bridge folder. Raises UserError where there are none of this tokenizer."""
-    shards = beside(bridge, "data")
-    meta = read_json(shards / "meta.json", "it is what the token prior is counted from, so make it with data.py, or "
-                                           "leave the prior in by --beta 0")
-    if meta["tokenizer"] != model.config.tokenizer:
-        raise UserError(f"{shards} holds tokens of another tokenizer than the bridge's; leave the prior in by --beta 0")
-    return token_prior(shards, model.lm.V)
-
-
-@torch.no_grad()
-def compare(model, intact, rows):
-    """On rows (N, T+1), all positions, as a reader of text would count: ce_gap = CE of the hybrid - CE of the intact
-    model (nats) and its standard error over rows, kl(intact || hybrid), agree = share of equal top-1 tokens."""
-    gaps, total = [], torch.zeros(3, dtype=torch.float64)
-    for ids in rows.split(16):
-        token, logits = ids[:, 1:, None], model(ids[:, :-1], use_cache=False).logits   # (B, T, 1), (B, T, V)
-        own = intact.head(intact.through(intact.embed(ids[:, :-1]), 0, intact.L))      # (B, T, V)
-        ce, gaps_of = against(own, token)
-        kl, gap = gaps_of(logits)                                                      # (B, T) each
-        gaps += gap.double().mean(1).tolist()
-        total += torch.stack([kl.sum(), (own.argmax(-1) == logits.argmax(-1)).sum(), ce.sum()]).double().cpu()
-    kl, agree, ce_intact = (total / rows[:, 1:].numel()).tolist()
-    return {"ce_gap": statistics.mean(gaps), "kl": kl, "agree": agree, "ce_intact": ce_intact,
-            "ce_gap_se": statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else None}
-
-
-def section(result):
-    """This run's part of the report."""
-    se = f" +- {result['ce_gap_se']:.4f}" if result["ce_gap_se"] is not None else ""
-    return "\n".join([
-        "## HYBRID", "",
-        f"Bridge and retained blocks as one causal LM, saved, loaded again and measured: layer {result['layer']}, "
-        f"{result['sampler']} sampler with shift {result['shift']:g}; {result['eval_sequences']} held-out sequences of "
-        f"{result['seq_len']} tokens, all positions (+- standard error over sequences), seed {result['seed']}.", "",
-        table(["NFE", "CE gap (nats)", "KL", "top-1 agreement", "CE of the intact model"],
-              [[result["nfe_default"], f"{result['ce_gap']:+.4f}{se}", f"{result['kl']:.4f}", f"{result['agree']:.1%}",
-                f"{result['ce_intact']:.3f}"]]), "",
-        f"Greedy after `{result['prompt']}`:", "", "```", result["sample"], "```", ""])
-
-
-def continue_prompt(cfg, model, tokenizer, world, dtype):
-    """--prompt: its continuation on stdout, token by token or so many at once; no model is saved."""
-    if cfg.block_size:
-        print(text := write_blocks(model, tokenizer, cfg))
-        return text
-    sample = (tokenizer, cfg.prompt, cfg.max_new_tokens, cfg.temperature, cfg.seed)
-    text = continue_text(model, *sample, stream=True)
-    if cfg.compare:
-        intact = backbone.load(model.config.base_model, world.device, dtype)
-        print("--- the intact model:")
-        theirs = cfg.prompt + continue_text(intact.model, *sample, stream=True)
-        ids = tokenizer(theirs, return_tensors="pt")["input_ids"].to(world.device)
-        print("--- on the intact model's text: CE gap {ce_gap:+.4f} nats, KL {kl:.4f}, top-1 agreement {agree:.1%}"
-              .format(**compare(model, intact, ids)))
-    return text
+def show(result):
+    print(f"layer {result['layer']}, {result['nfe_default']} calls: FVU {result['fvu']:.4f}, "
+          f"KL {result['kl']:.4f}, CE gap {result['ce_gap']:+.4f} nats, "
+          f"equal top-1 tokens {result['agree']:.1%}")
+    print(f"greedy: {result['prompt']}{result['sample']}")
 
 
 @entry
 def main(argv):
-    cfg = parse(Config, argv, __doc__, PRESETS, lambda cfg: backbone.preset_of(
-        cfg.model, cfg.out, "" if cfg.model else cfg.bridge))
+    cfg = parse(Config, argv, __doc__, PRESETS, choose)
     world = setup(cfg.device)
     dtype = pick_dtype(cfg, world.device)
-    if cfg.temperature < 0:
-        raise UserError(f"--temperature {cfg.temperature} must not be negative")
-    if (cfg.suffix or cfg.show or cfg.gif) and not cfg.block_size:
-        raise UserError("--suffix, --show and --gif go with --block_size")
-    if cfg.gif and cfg.block_size < cfg.max_new_tokens:
-        raise UserError("--gif shows one block of tokens: --block_size must be at least --max_new_tokens")
-    if cfg.block_size and (cfg.compare or not cfg.prompt):
-        raise UserError("--block_size goes with --prompt and without --compare")
+
+    # Has this very run finished already?
     info = read_json(Path(cfg.bridge) / "bridge.json", "train a bridge with: python bridge.py")
-    identity = {"base": info.get("base"), "layer": info.get("layer"), "bridge_weights": backbone.identity(cfg.bridge)}
-    if not cfg.prompt and (result := finished(cfg, identity)):
-        print(f"{cfg.out} is finished: layer {result['layer']}, CE gap {result['ce_gap']:+.4f} nats")
+    identity = {"base": info["base"], "bridge_weights": backbone.identity(cfg.bridge)}
+    result = finished(cfg, identity)
+    if result:
+        show(result)
         return result
-    # 1 join, save, load again
-    from core.hybrid_lm import HybridForCausalLM, from_bridge
-    model = from_bridge(cfg.bridge, cfg.model, cfg.nfe, cfg.sampler, cfg.shift, world.device, dtype)
-    tokenizer = tokenizer_of(model)
-    if cfg.prompt:
-        return continue_prompt(cfg, model, tokenizer, world, dtype)
+
+    # 1. Join, save, load again
+    model = from_bridge(cfg.bridge, cfg.model, device=world.device, dtype=dtype)
+    tokenizer = load_tokenizer(model)
+    backbone.read_config(model.config.base_model, cfg.seq_len)      # are there so many positions?
     shards, _ = data.shards_beside(cfg, tokenizer, world)
     rows = data.Tokens(shards, "val", cfg.seq_len).windows(cfg.eval_batches).to(world.device)
     run = Run(cfg, world, identity)
     backbone.save_model(model, tokenizer, run.out)
     model = HybridForCausalLM.from_pretrained(run.out, dtype=dtype, device=world.device)
-    # 2 measure what was saved
-    intact = backbone.load(model.config.base_model, world.device, dtype)
-    how = model.config
-    measured = compare(model, intact, rows)
-    result = {**identity, **measured, "base_model": how.base_model, "nfe_default": how.nfe, "sampler": how.sampler,
-              "shift": how.shift, "eval_sequences": len(rows), "seq_len": cfg.seq_len, "seed": cfg.seed,
-              "prompt": PROMPT, "sample": continue_text(model, tokenizer, PROMPT, 32, 0.0, cfg.seed),
-              "headline": [[f"hybrid, blocks 1..{how.layer} replaced, {how.nfe} calls",
-                            f"CE {measured['ce_gap']:+.4f} nats over {measured['ce_intact']:.3f}"]]}
-    # 3 report
-    card(run.out, f"Blocks 1..{how.layer} replaced by a diffusion bridge",
-         "" if Path(how.base_model).exists() else how.base_model, {**measured, "layer": how.layer, "nfe": how.nfe})
-    run.finish({**result, "made_of": backbone.made_of(cfg.out, [cfg.bridge])}, section(result))
-    print(f"saved to {cfg.out}: layer {how.layer}, NFE {how.nfe}, CE gap {measured['ce_gap']:+.4f} nats over the "
-          f"intact model's {measured['ce_intact']:.3f}\nsample: {PROMPT}{result['sample']}")
-    return run.result
+
+    # 2. Measure what was saved
+    config = model.config
+    intact = backbone.load(config.base_model, world.device, dtype)
+    measured = measure(intact, model.net, config.layer, rows, config.nfe, cfg)
+    result = run.finish({
+        **identity, **measured, "layer": config.layer, "nfe_default": config.nfe,
+        "eval_sequences": len(rows), "seq_len": cfg.seq_len, "prompt": PROMPT,
+        "sample": greedy(model, tokenizer, PROMPT)})
+    show(result)
+    return result
 
 
 if __name__ == "__main__":

@@ -1,312 +1,462 @@
-"""repr_align.py: CONVERT. The AR model becomes a masked diffusion LM, each layer held near the AR model's own states.
+"""CONVERT: turn an AR model into a masked diffusion LM whose states stay near the AR model's own.
 
-    python repr_align.py --out out/mine/w10                           # w = 10 on the toy: ~1 min on 2 cores
-    python repr_align.py --align_weight 0 --out out/mine/w0           # the control arm: same batches, same masks
-    python repr_align.py --attention block --align_weight 0 --out out/mine/block     # writes block after block
+    python repr_align.py                            # w = 10 on the toy, a minute on two cores
+    python repr_align.py --align_weight 0           # the control: same batches, same masks
+    python repr_align.py --align_weight 0 --attention block     # token block after token block
     torchrun --nproc_per_node 8 repr_align.py --preset 8b --shard --model meta-llama/Llama-3.1-8B
 
-Student = the AR weights with bidirectional attention on masked input; teacher = the same weights, frozen, causal, on
-the clean input. loss = CE + path * p_correct * CE + w * (1 - mean cosine over layers) on the positions whose next token
-is masked (REPR-ALIGN, arXiv 2605.06885; core/conversion.py). studies/twin.py uses the converted model.
-A block model sees its block of tokens and what is before it, masked (--context noisy) or as it is: a clean copy in the
-same pass, at twice the compute, which sees itself by blocks (clean) or by tokens (causal, as the AR model did).
-Writes a Hugging Face folder (see core/twin_lm.py), section.md with convert.png, log.jsonl and result.json to --out.
+The student has the AR weights, sees the whole text and predicts its masked tokens. The teacher has
+the same weights, is frozen and causal, and sees the text without masks. Over the masked tokens:
 
-Letters: B batch, T tokens, L blocks, N held-out rows, w the weight of alignment.
+    loss = CE + path * p_correct * CE + w * (1 - cosine of student's and teacher's states)
+
+This is REPR-ALIGN (arXiv 2605.06885). Its published code divides the path term by r, the share of
+masked tokens; this one does not.
+
+With --attention block a token sees its token block and the text before it. That text is masked too
+(--context noisy), or each pass holds a clean copy of it, at twice the cost, that attends as the AR
+model does (--context causal). Who sees whom is in core/masked.py.
+
+Writes a Hugging Face folder (core/masked.py loads it, sample.py writes with it), convert.png,
+log.jsonl and result.json.
+
+Shapes: B batch, T tokens, L blocks, D width, V vocabulary, n masked tokens of a batch,
+N held-out sequences, r share of masked tokens, w weight of the alignment.
 """
+import dataclasses
 import math
-import textwrap
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import data
 from core import backbone, optim, report
-from core.common import GradientSum, StopSignal, UserError, entry, parse, pick_dtype, setup, split_batch
-from core.conversion import Arm, conversion_loss, corrupt, flops_per_token
-from core.masked import Student, add_mask, fill, text_likelihood
-from core.run import Clock, Run, card, finished
-from core.shard import Whole, clip, is_sharded, report_size, shard, whole
+from core.common import (StopSignal, UserError, entry, generator, parse, pick_dtype, setup,
+                         split_batch)
+from core.masked import Arm, Student, add_mask, predictors, text_likelihood
+from core.run import TRACKERS, Clock, Run, finished, plan
 
 
 @dataclass
 class Config:
-    preset: Literal["auto", "tiny", "toy", "135m", "0.6b", "8b"] = "auto"  # auto: by the model's size
-    model: str = "toy"          # toy (the folder beside --out), a folder or a Hub id
+    # what and where
+    preset: Literal["auto", "tiny", "toy", "tasks", "135m", "0.6b", "8b"] = "auto"  # by model size
+    model: str = "toy"          # toy (the folder next to --out), a model folder or a Hub id
     data: str = "stdlib"        # see data.py
-    out: str = "out/repr_align/w10"  # run folder
-    seed: int = 0               # every draw is keyed by it: arms with one seed see the same batches and masks
+    out: str = ""               # run folder (empty: out/convert/w10 by --align_weight, or block)
+    seed: int = 0               # every random number is a function of it
     device: str = "auto"        # auto, cpu, cuda
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the teacher and of autocast
-    random_init: bool = False   # random weights of the same shape
-    attention: Literal["bidirectional", "block"] = "bidirectional"  # of the student: all to all, or block after block
-    block_size: int = 16        # tokens of a block, with --attention block
-    context: Literal["noisy", "clean", "causal"] = "noisy"  # what a block sees before it: masks, or a clean copy
-    shift: bool = True          # the state at a token predicts the next one, as in the AR model, not the token itself
-    ar_weight: float = 0.0      # weight of the next-token loss on a causal clean copy (0: off)
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU
+    dry_run: bool = False       # print size, memory and time of this training, then leave
+    # what is learned
+    attention: Literal["bidirectional", "block"] = "bidirectional"  # block: by token blocks
+    block_size: int = 16        # tokens of a token block
+    context: Literal["noisy", "causal"] = "noisy"  # text before a token block: masked, or a copy
+    ar_weight: float = 0.0      # weight of the next-token loss on the clean copy
     align_weight: float = 10.0  # w (0: no alignment, no teacher)
     align_until: int = 0        # step from which w is 0 (0: none)
-    path: float = 1.0           # weight of the p_correct * CE term (always on in the published code)
-    freeze: Literal["embed", "none"] = "embed"  # what stays as it is: embeddings and head, or nothing
-    shard: bool = False         # spread blocks of student and teacher over the processes (FSDP2; AdamW only)
-    cooldown: float = 0.5       # share of the run in which lr descends to zero (0: constant, so that --steps may grow)
-    train_tokens: int = 0       # use only the first so many training tokens (0: all): the low-data regime
-    steps: int = 200            # optimizer steps
-    batch_size: int = 16        # sequences a step, over all processes
+    path: float = 1.0           # weight of the path term
+    freeze: Literal["embed", "none"] = "embed"  # frozen: embeddings and head, or nothing
+    # optimisation
+    steps: int = 120            # optimizer steps
+    batch_size: int = 8         # sequences a step, over all processes
     micro_batch: int = 0        # sequences a forward pass of one process (0: its whole share)
     seq_len: int = 128          # tokens a sequence
-    lr: float = 0.01            # Muon, for the matrices inside the blocks
+    train_tokens: int = 0       # train on the first tokens of the corpus alone (0: on all)
+    lr: float = 0.01            # Muon, for the matrices inside the blocks (0: AdamW there too)
     lr_adam: float = 1e-3       # AdamW, for everything else
-    weight_decay: float = 0.01  # decoupled
     warmup: int = 20            # steps
+    shard: bool = False         # spread the blocks over the processes (FSDP2, AdamW alone)
+    # measurement
     eval_batches: int = 64      # held-out sequences
-    eval_every: int = 25        # steps between validations
-    log_every: int = 50         # steps between log lines
-    save_every: int = 100       # steps between checkpoints
-    keep_state: bool = False    # keep state.pt when finished, so that --steps can be raised
-    track: Literal["", "wandb", "tensorboard"] = ""  # where the values of log.jsonl also go
-    dry_run: bool = False       # print sizes, then leave
+    eval_every: int = 40        # steps between validations and checkpoints
+    track: Literal[tuple(TRACKERS)] = ""    # also send the log to a tracker
 
 
-PRESETS = {
-    "tiny": {"steps": 20, "batch_size": 4, "seq_len": 32, "eval_batches": 4, "eval_every": 10, "log_every": 10,
-             "save_every": 10, "warmup": 5},
-    "135m": {"steps": 40, "batch_size": 8, "lr": 0.0, "lr_adam": 3e-4, "eval_batches": 16, "eval_every": 20,
-             "log_every": 10},                                               # four seconds a step on two cores
-    "0.6b": {"steps": 5000, "batch_size": 32, "micro_batch": 4, "seq_len": 1024, "lr": 0.0, "lr_adam": 3e-4,
-             "warmup": 200, "eval_every": 500, "save_every": 500},
-    "8b": {"steps": 20000, "batch_size": 96, "micro_batch": 1, "seq_len": 4096, "lr": 0.0, "lr_adam": 3e-4,
-           "warmup": 500, "eval_every": 1000, "save_every": 1000},
+PRESETS = {                     # "toy": the defaults
+    "tiny": dict(steps=20, batch_size=4, seq_len=32, warmup=5, eval_batches=4, eval_every=10),
+    "tasks": dict(steps=500, batch_size=16, seq_len=64, eval_batches=16, eval_every=250),
+    "135m": dict(steps=40, lr=0.0, lr_adam=3e-4, eval_batches=16, eval_every=20),
+    "0.6b": dict(steps=5000, batch_size=32, micro_batch=4, seq_len=1024, lr=0.0, lr_adam=3e-4,
+                 warmup=200, eval_every=500),
+    "8b": dict(steps=20000, batch_size=96, micro_batch=1, seq_len=4096, lr=0.0, lr_adam=3e-4,
+               warmup=500, eval_every=1000),
 }
-PROMPT = "def main(args):"      # of the sample at the end
-GAP = 8                         # tokens that are hidden in the middle of a text and filled in
-SURE = 0.9                      # a call reveals all tokens more likely than that: how many a call are they?
+COOLDOWN = 0.5                  # share of the run in which the rates descend to zero
+WEIGHT_DECAY = 0.01
+LOG_EVERY = 10                  # steps between log lines
+BOUND_CALLS = 4                 # network calls a sequence for the bound on -log p
 
 
-# ---------------------------------------------------------------------------------------------------------- set-up
-def check(cfg):
-    """Refuse what can be seen from the flags alone."""
-    blocks = cfg.attention == "block"
-    for wrong, why in (
-        (min(cfg.align_weight, cfg.path, cfg.ar_weight) < 0,
-         "--align_weight, --path and --ar_weight must not be negative"),
-        (cfg.seq_len < 3, "--seq_len must be at least 3: the first token is never masked"),
-        (not blocks and cfg.context != "noisy", f"--context {cfg.context} is of blocks: add --attention block"),
-        (blocks and cfg.seq_len % cfg.block_size, f"--block_size {cfg.block_size} must divide --seq_len {cfg.seq_len}"),
-        (cfg.ar_weight and cfg.context != "causal", "--ar_weight needs a clean copy: add --context causal"),
-        (cfg.align_until > cfg.steps, f"--align_until {cfg.align_until} lies beyond --steps {cfg.steps}"),
-    ):
-        if wrong:
-            raise UserError(why)
+# -------------------------------------------------------------------------------------------------
+# Masks and loss
+
+def sample_masks(T, block_size, seed, step, slots, purpose="mask", r=None):
+    """(B, T) bool: which tokens are masked. Every token block of a sequence has its own share r,
+    uniform on (0, 1) unless given, and each of its tokens is masked with probability r. The first
+    token is given: no state predicts it."""
+    rows = []
+    for slot in slots:
+        gen = generator(seed, purpose, step, slot)
+        blocks = math.ceil(T / block_size)
+        share = gen.random(blocks) if r is None else np.full(blocks, r)
+        share = share.clip(1 / 500, 1 - 1 / 500).repeat(block_size)[:T]
+        rows.append(gen.random(T) < share)
+    is_mask = torch.from_numpy(np.stack(rows))
+    is_mask[:, 0] = False
+    return is_mask
+
+
+def clean_states(teacher, ids):
+    """The teacher's h[0], ..., h[L-1] and normed h[L] on clean text, causal, one after another."""
+    for layer, h, _, _ in teacher.at(ids, range(teacher.L + 1)):
+        yield h if layer < teacher.L else teacher.norm(h)
+
+
+def distance(student, teacher):
+    """States (n, D) of both models -> (n,)."""
+    return 1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1)
+
+
+class Losses(NamedTuple):
+    """Sums over positions: the parts of a batch add up to the batch."""
+    denoising: torch.Tensor     # () CE and path term
+    alignment: torch.Tensor     # () distance, mean over the layers; 0 without a teacher
+    ar: torch.Tensor            # () next-token CE of the clean copy; 0 unless asked for
+    ce: torch.Tensor            # () CE alone, in nats
+
+
+def conversion_loss(student, teacher, ids, is_mask, path, with_ar=False):
+    """Losses on ids (B, T) with masks where is_mask (B, T; on the CPU). teacher None: no alignment.
+
+    A masked token counts at the state that predicts it. The teacher's is that of the token before;
+    every layer has the same weight, embeddings and normed last state included."""
+    T = ids.shape[1]
+    zero = torch.zeros((), device=ids.device)
+    at = predictors(student.arm, T, known=False).to(ids.device)                 # (T-1,)
+    # 1. The n masked tokens: row b, token i + 1. Found on the CPU, so that no GPU is waited for
+    b, i = is_mask[:, 1:].nonzero().to(ids.device).unbind(1)
+    # 2. Alignment: student and teacher layer by layer, never stacked
+    alignment = zero
+    clean = clean_states(teacher, ids) if teacher else None
+    for h in student.states(ids, is_mask.to(ids.device)):
+        if teacher:
+            with torch.no_grad():
+                target = next(clean)                                            # (B, T, D)
+            errors = distance(h[b, at[i]], target[b, i])                        # (n,)
+            alignment = alignment + errors.sum() / (student.lm.L + 1)
+    # 3. Cross-entropy of the masked tokens
+    logits = student.logits(h[b, at[i]])                                        # (n, V)
+    ce = F.cross_entropy(logits, ids[b, i + 1], reduction="none")               # (n,)
+    # 4. Path term: CE again, weighted by the student's probability of the right token
+    p_correct = torch.exp(-ce).detach()
+    denoising = ce + path * p_correct * ce
+    # 5. The AR model's own task, on the clean copy
+    ar = zero
+    if with_ar:
+        logits = student.logits(h[:, :T - 1]).flatten(0, 1)
+        ar = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum")
+    return Losses(denoising.sum(), alignment, ar, ce.detach().sum())
+
+
+@torch.no_grad()
+def validate(student, teacher, rows, world, seed):
+    """[masked CE in nats, distance or None] on held-out rows (N, T), and with a clean copy its
+    next-token CE: what is left of the AR model. The shares r lie on an even grid."""
+    N, T = rows.shape
+    has_copy = student.arm.has_copy(known=False)
+    totals = torch.zeros(4, dtype=torch.float64)
+    for start in range(0, N, world.size):       # as many passes on every rank: FSDP gathers in each
+        i = min(start + world.rank, N - 1)
+        is_mask = sample_masks(T, T, seed, 0, [i], "validate", r=(i + 0.5) / N)
+        loss = conversion_loss(student, teacher, rows[i:i + 1], is_mask, 0.0, has_copy)
+        sums = [loss.ce, loss.alignment, loss.ar, is_mask.sum()]
+        if start + world.rank < N:
+            totals += torch.tensor([value.item() for value in sums])
+    ce, alignment, ar, count = world.sum(totals.tolist())
+    scores = [ce / count, alignment / count if teacher else None]
+    if has_copy:
+        scores.append(ar / rows[:, 1:].numel())
+    return scores
+
+
+# -------------------------------------------------------------------------------------------------
+# --shard: FSDP2
+
+def shard(lm, world, dtype):
+    """Spread the weights of the blocks over the processes. Everything else stays whole."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    settings = {"mesh": init_device_mesh(world.device.type, (world.size,))}
+    if dtype != torch.float32:
+        settings["mp_policy"] = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32)
+    for block in lm.blocks:
+        fully_shard(block, **settings)
+        block.set_gradient_divide_factor(1.0)           # a sum: losses are divided by the batch
+        block.set_force_sum_reduction_for_comms(True)
+    for block, following in zip(lm.blocks, lm.blocks[1:]):
+        block.set_modules_to_forward_prefetch([following])
+    # One root without weights, so that the blocks share streams and fetch each other ahead in the
+    # backward pass. We call the blocks and never the root, so it is started by hand.
+    whole = {p for p in lm.stack.parameters() if not is_sharded(p)}
+    root = fully_shard(lm.stack, ignored_params=whole, **settings)
+    root._get_fsdp_state()._lazy_init()
+
+
+def is_sharded(tensor):
+    return hasattr(tensor, "full_tensor")
+
+
+class WholeState:
+    """A sharded module and its optimizers as whole tensors on the CPU of rank 0, so that another
+    number of processes can resume."""
+
+    def __init__(self, module, optimizers=()):
+        from torch.distributed.checkpoint.state_dict import StateDictOptions
+        self.module = module
+        self.optimizers = optimizers
+        self.options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+    def state_dict(self):
+        from torch.distributed.checkpoint.state_dict import get_state_dict
+        return get_state_dict(self.module, self.optimizers, options=self.options)
+
+    def load_state_dict(self, saved):
+        from torch.distributed.checkpoint.state_dict import set_state_dict
+        weights, moments = saved
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["peak_lr"] = group["lr"]          # torch loads only keys that are there
+        set_state_dict(self.module, self.optimizers, model_state_dict=weights,
+                       optim_state_dict=moments, options=self.options)
+
+
+def clip(params, limit):
+    """Scale the gradients down to a joint norm of `limit`. Returns the norm before."""
+    shards = [p for p in params if is_sharded(p)]
+    if not shards:
+        return nn.utils.clip_grad_norm_(params, limit).item()
+    whole = [p for p in params if not is_sharded(p)]
+    norm_of_shards = nn.utils.get_total_norm([p.grad for p in shards]).full_tensor()
+    norm_of_whole = nn.utils.get_total_norm([p.grad for p in whole])
+    norm = torch.hypot(norm_of_shards, norm_of_whole)
+    for group in (shards, whole):
+        nn.utils.clip_grads_with_norm_(group, limit, norm)
+    return norm.item()
+
+
+# -------------------------------------------------------------------------------------------------
+# Set-up and result
+
+def out_folder(cfg):
+    name = "block" if cfg.attention == "block" else f"w{cfg.align_weight:g}"
+    return cfg.out or f"out/convert/{name}"
+
+
+def choose_preset(cfg):
+    if cfg.preset != "auto":
+        return cfg.preset
+    return backbone.preset_of(cfg.model, out_folder(cfg))
 
 
 def load_models(cfg, model, tokenizer, world, dtype):
     """(student in fp32, teacher or None): the same weights twice."""
-    load = dict(device=world.device, random_init=cfg.random_init)
-    teacher = backbone.load(model, dtype=dtype, **load) if cfg.align_weight > 0 else None
-    lm = backbone.load(model, dtype=torch.float32, **load)
-    student = Student(lm, add_mask(lm, tokenizer), Arm(*(getattr(cfg, name) for name in Arm._fields)))
-    student.requires_grad_(True)                                             # the mask token's own vector always learns
-    if cfg.freeze == "embed":
+    teacher = None
+    if cfg.align_weight > 0:
+        teacher = backbone.load(model, world.device, dtype)
+    lm = backbone.load(model, world.device, torch.float32)
+    mask_id = add_mask(lm, tokenizer)
+    student = Student(lm, mask_id, Arm(cfg.attention, cfg.block_size, cfg.context))
+    student.requires_grad_(True)
+    if cfg.freeze == "embed":                           # student.shift learns all the same
         lm.model.get_input_embeddings().requires_grad_(False)
         lm.model.get_output_embeddings().requires_grad_(False)
     if cfg.shard:
-        shard([m for m in (lm, teacher) if m is not None], world, dtype)
+        shard(lm, world, dtype)
+        if teacher:
+            shard(teacher, world, dtype)
     return student, teacher
 
 
 def build_optimizers(cfg, student, world):
-    """(what learns, its optimizers): shards and whole tensors apart, since no step may mix the two."""
-    named = [(n, p) for n, p in student.named_parameters() if p.requires_grad]
-    groups = [[(n, p) for n, p in named if is_sharded(p) == there] for there in (True, False)]
-    lr = 0.0 if cfg.shard else cfg.lr
-    return [p for _, p in named], [o for group in groups if group for o in optim.build(
-        group, lr, cfg.lr_adam, cfg.weight_decay, inside=student.lm.blocks_name, world=world)]
+    """(trained parameters, optimizers). Shards and whole tensors need optimizers of their own, and
+    Muon cannot step on shards."""
+    named = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
+    optimizers = []
+    for sharded in (True, False):
+        group = [(name, p) for name, p in named if is_sharded(p) == sharded]
+        if group:
+            optimizers += optim.build(group, 0.0 if cfg.shard else cfg.lr, cfg.lr_adam,
+                                      WEIGHT_DECAY, inside=student.lm.blocks_name, world=world)
+    return [p for _, p in named], optimizers
 
 
-@torch.no_grad()
-def validate(student, teacher, rows, cfg, world):
-    """[masked CE in nats over all masked tokens, mean cosine or None] on rows (N, T); r on an even grid, own keys. With
-    a causal clean copy also its next-token loss: what the student has forgotten of the AR model's task."""
-    totals, ar = torch.zeros(4, dtype=torch.float64), cfg.context == "causal"
-    for i in range(world.rank, -(-len(rows) // world.size) * world.size, world.size):  # as many passes on every rank:
-        counts, i = i < len(rows), min(i, len(rows) - 1)                               # with --shard each is collective
-        is_mask = corrupt(rows.shape[1], cfg.seed, "validate", 0, [i], r=(i + 0.5) / len(rows))
-        loss = conversion_loss(student, teacher, rows[i:i + 1].to(world.device), is_mask, 0.0, ar=ar)
-        totals += counts * torch.tensor([loss.ce.item(), is_mask.sum().item(), loss.cosines.mean().item(),
-                                         loss.ar.item() / rows[:, 1:].numel()])
-    ce, count, cosine, forgot = world.sum(totals.tolist())
-    return [ce / count, cosine / count if teacher is not None else None] + [forgot] * ar
+def flops_per_token(cfg, lm):
+    """Two-way attention counts twice, a clean copy twice; the head meets about half the tokens."""
+    size = sum(p.numel() for p in lm.blocks.parameters())
+    copies = 2 if cfg.context == "causal" else 1
+    taught = cfg.align_weight > 0
+    frozen = lm.V * lm.D + taught * size
+    layers = lm.L * (2 * copies + taught / 3)
+    return backbone.training_flops(copies * size, frozen, layers, lm.config, cfg.seq_len)
 
 
-def infilled(student, rows, seed):
-    """Share of GAP hidden tokens in the middle of rows (N, T) that greedy filling, two a call, gets right. A block
-    model, which sees nothing after a block, is given only what comes before them."""
-    lo = rows.shape[1] // 2 - GAP // 2
-    rows = rows if student.arm.attention == "bidirectional" else rows[:, :lo + GAP]
-    hidden = torch.zeros_like(rows, dtype=torch.bool)
-    hidden[:, lo:lo + GAP] = True
-    ids = fill(student, rows.masked_fill(hidden, student.mask_id), hidden, GAP // 2, temperature=0.0, seed=seed)
-    return (ids == rows)[hidden].double().mean().item()
+def forecast(cfg, world, config, dtype, micro_batch):
+    """--dry_run: what this training takes. --shard is planned for eight processes."""
+    from transformers import AutoModelForCausalLM
+    with torch.device("meta"):
+        lm = backbone.Backbone(AutoModelForCausalLM.from_config(config))
+    ways = 8 if cfg.shard else 1
+    inside = sum(p.numel() for p in lm.blocks.parameters())
+    outside = sum(p.numel() for p in lm.parameters()) - inside
+    held = inside / ways + outside
+    tokens = micro_batch * cfg.seq_len
+    states = tokens * (2 if cfg.context == "causal" else 1)
+    moments = 8 if cfg.shard or cfg.lr == 0 else 4      # bytes: AdamW keeps two numbers, Muon one
+    memory = {
+        "weights": 4 * held,
+        "gradients": 4 * inside / ways,
+        "optimizer": moments * inside / ways,
+        "teacher": dtype.itemsize * held * (cfg.align_weight > 0),
+        "activations": dtype.itemsize * states * lm.L * 32 * lm.D,      # roughly
+        "logits": 13 * tokens * lm.V}                                   # if all tokens are masked
+    total = cfg.steps * cfg.batch_size * cfg.seq_len
+    return plan(cfg, world, inside, flops_per_token(cfg, lm), total, memory)
 
 
-def tokens_a_call(student, rows, seed):
-    """How many tokens a call reveals, by threshold SURE, where the last 64 of rows (N, T), or half, are to write."""
-    hidden = torch.zeros_like(rows, dtype=torch.bool)
-    hidden[:, max(rows.shape[1] // 2, rows.shape[1] - 64):] = True
-    masks = [hidden]
-    fill(student, rows.masked_fill(hidden, student.mask_id), hidden, 1, seed=seed, threshold=SURE,
-         watch=lambda _, is_mask: masks.append(is_mask))
-    calls = sum((a != b).any(1).sum().item() for a, b in zip(masks, masks[1:]))           # each row makes its own
-    return hidden.sum().item() / calls
-
-
-# ------------------------------------------------------------------------------------------------- what is reported
-def sample(student, tokenizer, seed):
-    """What the model writes after PROMPT, one token a call; studies/twin.py has it write by other settings."""
-    prompt = tokenizer(PROMPT)["input_ids"]
-    new = min(32, student.lm.config.max_position_embeddings - len(prompt))
-    ids = torch.tensor([[*prompt, *[student.mask_id] * new]], device=student.shift.device)           # (1, T)
-    return tokenizer.decode(fill(student, ids, ids == student.mask_id, new, seed=seed)[0])
-
-
-def summary(result):
-    return (f"w = {result['w']:g}, masked val CE {result['curve'][0][1]:.3f} -> {result['val_loss']:.3f} nats in "
-            f"{result['seconds']:.0f} s\n{result['sample']}")
-
-
-def section(result):
-    """This run's section of the report; report.compare_arms compares two runs."""
-    flags = ", ".join(f"{k} {v}" for k, v in result["flags"].items())
-    columns = ["step", "masked CE (nats)", "cosine with the AR model's states", "next-token CE, clean copy (nats)"]
-    a_call = result["tokens_a_call"]
-    sure = f"; by calls that reveal what is likelier than {SURE:g}, {a_call:.2f} tokens a call" if a_call else ""
-    rows = [[step, *(None if value is None else f"{value:.3f}" for value in rest)] for step, *rest in result["curve"]]
-    return f"""## CONVERT, {result["headline"][0][0].removeprefix("masked twin, ")}
-
-{result['steps']} steps of {result['batch_size']} x {result['seq_len']} tokens in {result['seconds']:.0f} s \
-({result['tokens_per_s']:,.0f} tokens/s), one training seed ({result['seed']}); means over {result['eval_sequences']} \
-held-out sequences, their shares of masks on an even grid. {flags}.
-
-{report.table(columns[:len(rows[0])], rows)}
-
--log p of these texts is at most {result["bound"][0]:.3f} +- {result["bound"][1]:.3f} nats a token (standard error). \
-Of {GAP} hidden tokens in the middle of a text {result["infilled"]:.1%} are filled in right{sure}.
-
-![masked CE on held-out text over the steps of training](convert.png)
-
-It writes, one token a call:
-
-{textwrap.indent(result['sample'], '    ')}
-"""
-
-
-def publish(run, cfg, result, model, student, tokenizer):
-    """Save the model; sample from it; write the section, the figure, the model card and the result."""
+def publish(cfg, run, student, tokenizer, curve):
+    """Save the converted model and the figure."""
     student.fold()
-    weights = {"state_dict": whole(student.lm.model.state_dict(), run.world)} if cfg.shard else {}
-    result["sample"] = sample(student, tokenizer, cfg.seed)
-    arm = "" if student.arm == Arm() else f", {student.arm}"
-    result["headline"] = [[f"masked twin, w = {result['w']:g}{arm}", f"masked CE {result['curve'][0][1]:.3f} -> "
-                           f"{result['val_loss']:.3f} nats, {result['seconds']:.0f} s"]]
+    weights = {}
+    if cfg.shard:
+        weights["state_dict"], _ = WholeState(student.lm.model).state_dict()
     if run.world.main:
-        backbone.save_model(student.lm.model, tokenizer, run.out, twin=True, **weights)
-        card(run.out, "A masked diffusion language model", "" if Path(model).exists() else model, result)
+        backbone.save_model(student.lm.model, tokenizer, run.out, converted=True, **weights)
         with report.figure(run.out / "convert.png") as axes:
-            steps, ce, *_ = zip(*result["curve"], strict=True)
-            axes[0, 0].plot(steps, ce, "o-", markersize=3, color=report.BLUE)
-            axes[0, 0].set(title=f"CONVERT: masked CE, w = {result['w']:g}", xlabel="step",
-                           ylabel="nats a masked token")
-    run.finish(result, section(result))
+            steps = [row[0] for row in curve]
+            axes[0, 0].plot(steps, [row[1] for row in curve], "o-", color=report.BLUE)
+            axes[0, 0].set(title=f"CONVERT, w = {cfg.align_weight:g} (lower is better)",
+                           xlabel="step", ylabel="nats a masked token")
+
+
+def show(result):
+    curve = result["curve"]
+    print(f"w = {result['align_weight']:g}: masked CE {curve[0][1]:.3f} -> {curve[-1][1]:.3f} nats "
+          f"in {result['seconds']:.0f} s; -log p at most {result['bound'][0]:.3f} nats a token")
 
 
 @entry
 def main(argv):
-    cfg = parse(Config, argv, __doc__, PRESETS, lambda cfg: backbone.preset_of(cfg.model, cfg.out))
-    check(cfg)
+    cfg = parse(Config, argv, __doc__, PRESETS, choose_preset)
+    cfg.out = out_folder(cfg)
+    needs_copy = cfg.ar_weight > 0
+    has_copy = cfg.context == "causal"
+    if (needs_copy and not has_copy) or (has_copy and cfg.attention != "block"):
+        raise UserError("--ar_weight needs --context causal, and that needs --attention block")
     world = setup(cfg.device)
-    dtype, (slots, micro) = pick_dtype(cfg, world.device), split_batch(cfg.batch_size, cfg.micro_batch, world)
+    slots, micro_batch = split_batch(cfg.batch_size, cfg.micro_batch, world)
+    dtype = pick_dtype(cfg, world.device)
+    autocast = torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
+
+    # Has this very run finished already?
     model = backbone.resolve(cfg.model, cfg.out)
-    identity = {"base": backbone.identity(model, cfg.random_init)}
-    if not cfg.dry_run and (result := finished(cfg, identity)):
-        if world.main:
-            print(f"{cfg.out} is finished: {summary(result)}")
-        return result
     config = backbone.read_config(model, cfg.seq_len)
     if cfg.dry_run:
-        return report_size(cfg, config, world, micro, dtype)
+        return forecast(cfg, world, config, dtype, micro_batch)
+    if cfg.shard and world.size == 1:
+        raise UserError("--shard spreads weights over processes; start it with torchrun")
+    identity = {"base": backbone.identity(model)}
+    result = finished(cfg, identity)
+    if result:
+        print(f"{cfg.out} is finished")
+        show(result)
+        return result
 
+    # Data, models
     tokenizer = backbone.load_tokenizer(model)
-    shards, meta = data.shards_beside(cfg, tokenizer, world)
-    train = data.Tokens(shards, "train", cfg.seq_len, cfg.train_tokens)
-    held_out = data.Tokens(shards, "val", cfg.seq_len).windows(cfg.eval_batches)[:, :-1]             # (N, T)
+    shards, _ = data.shards_beside(cfg, tokenizer, world)
+    train = data.Tokens(shards, "train", cfg.seq_len)
+    if cfg.train_tokens:
+        train.n = max(1, (cfg.train_tokens - cfg.seq_len) // (cfg.seq_len + 1))
+    held_out = data.Tokens(shards, "val", cfg.seq_len).windows(cfg.eval_batches)
+    held_out = held_out[:, :-1].to(world.device)                                # (N, T)
     student, teacher = load_models(cfg, model, tokenizer, world, dtype)
-    params, optimizers = build_optimizers(cfg, student, world)
-    run = Run(cfg, world, identity)
-    things = [Whole(student, world)], [Whole(o, world) for o in optimizers]
-    state = run.resume(*things)
-    curve, copies = state.get("curve", []), 1 + (cfg.context != "noisy")
-    flops = flops_per_token(student.lm, cfg.seq_len, teacher is not None, copies)
-    run.say(f"converting {model} to {student.arm}: w = {cfg.align_weight:g}, {sum(p.numel() for p in params):,} "
-            "parameters learn")
+    block_size = student.arm.size(cfg.seq_len)
 
-    gradients = GradientSum([p for p in params if not is_sharded(p)], world, overlap=False)
-    stop, clock = StopSignal(world), Clock(state["seconds"])
+    # Optimizers, resume
+    run = Run(cfg, world, identity)
+    params, optimizers = build_optimizers(cfg, student, world)
+    whole = [p for p in params if not is_sharded(p)]
+    saved = ([student], optimizers)
+    if cfg.shard:
+        shift = nn.ParameterList([student.shift])
+        module = nn.ModuleDict({"model": student.lm.model, "shift": shift})
+        saved = ([WholeState(module, optimizers)], [])
+    state = run.resume(*saved)
+    curve = state.get("curve", [])
+    parts = [part.tolist() for part in torch.tensor(slots).split(micro_batch)]
+    tokens = cfg.batch_size * cfg.seq_len
+    flops = flops_per_token(cfg, student.lm)
+    size = sum(p.numel() for p in params)
+    stop = StopSignal(world)
+    clock = Clock(state["seconds"])
+    run.say(f"converting {model} to {student.arm}, w = {cfg.align_weight:g}: {size:,} parameters")
+
+    # The loop
     for step in range(state["step"], cfg.steps):
         if step % cfg.eval_every == 0:
             with clock.paused():
-                curve.append([step, *validate(student, teacher, held_out, cfg, world)])
+                curve.append([step, *validate(student, teacher, held_out, world, cfg.seed)])
                 run.log(step, cfg.steps, val_loss=curve[-1][1])
-        # 1 masks of the whole batch, text of this process: functions of (seed, step, slot)
-        is_mask = corrupt(cfg.seq_len, cfg.seed, "mask", step, range(cfg.batch_size), None,
-                          student.arm.plan(cfg.seq_len)[0])                                              # (B, T)
+        # 1. Masks of the whole batch: the loss is a mean over its masked tokens
+        is_mask = sample_masks(cfg.seq_len, block_size, cfg.seed, step, range(cfg.batch_size))
         count = max(1, is_mask.sum().item())
         w = cfg.align_weight if step < (cfg.align_until or cfg.steps) else 0.0
-        sums = torch.zeros(2 + student.lm.L, device=world.device)
-        for some in torch.tensor(slots).split(micro):
-            ids = train.batch(cfg.seed, step, some.tolist(), cfg.batch_size)[:, :-1].to(world.device)    # (b, T)
-            # 2 gradient of the mean over the whole batch's masked tokens and aligned states
-            with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
-                loss = conversion_loss(student, teacher if w else None, ids, is_mask[some], cfg.path, cfg.ar_weight > 0)
-            (loss.each.sum() / count + w * loss.apart / count
-             + cfg.ar_weight * loss.ar / (cfg.batch_size * (cfg.seq_len - 1))).backward()
-            sums += torch.cat([loss.ce[None] / count, loss.cosines / count])
-        gradients.finish()
-        # 3 clip, step
-        norm = clip(params, 1.0, world)
-        optim.step_all(optimizers, optim.share_at(step, cfg.steps, cfg.warmup, cfg.cooldown), norm, f"step {step}")
-        # 4 report, save (at the end too, before anything is measured), leave when asked
+        # 2. Gradient, one micro-batch after another
+        sums = torch.zeros(2, device=world.device)
+        for part in parts:
+            ids = train.batch(cfg.seed, step, part, cfg.batch_size)[:, :-1].to(world.device)
+            with autocast:
+                loss = conversion_loss(student, teacher if w else None, ids, is_mask[part],
+                                       cfg.path, cfg.ar_weight > 0)
+            total = loss.denoising / count + w * loss.alignment / count
+            total = total + cfg.ar_weight * loss.ar / (cfg.batch_size * (cfg.seq_len - 1))
+            total.backward()
+            sums += torch.stack([loss.ce, loss.alignment.detach()]) / count
+        optim.sum_gradients(whole, world)               # FSDP sums those of shards
+        # 3. Clip and step
+        norm = clip(params, 1.0)
+        share = optim.share_at(step, cfg.steps, cfg.warmup, COOLDOWN)
+        optim.step_all(optimizers, share, norm, f"step {step}")
+        # 4. Log, save, leave if asked to
         done = step + 1
-        if done % cfg.log_every == 0 or done == cfg.steps:
-            ce, *cosines = world.sum(sums.tolist())
-            run.progress(done, cfg.steps, clock, cfg.batch_size * cfg.seq_len, flops, ce=ce,
-                         lr=optimizers[0].param_groups[0]["lr"], gnorm=norm,
-                         cosine_by_layer=[c if math.isfinite(c) else None for c in cosines])
+        if done % LOG_EVERY == 0 or done == cfg.steps:
+            ce, alignment = world.sum(sums.tolist())
+            run.progress(done, cfg.steps, clock, tokens, flops, ce=ce, alignment=alignment,
+                         gnorm=norm)
         leaving = stop.poll()
-        if leaving or done % cfg.save_every == 0 or done == cfg.steps:
-            run.save(done, clock, *things, wait=done == cfg.steps, curve=curve)
+        if leaving or done % cfg.eval_every == 0 or done == cfg.steps:
+            run.save(done, clock, *saved, curve=curve)
         if leaving:
             run.leave(done)
     stop.done()
 
-    seconds, tokens = clock.seconds(), cfg.steps * cfg.batch_size * cfg.seq_len
-    curve.append([cfg.steps, *validate(student, teacher, held_out, cfg, world)])
-    held_out = held_out.to(world.device)
-    judged = text_likelihood(student, held_out, 4, cfg.seed)
-    arms = ("path", "ar_weight", "align_until", *Arm._fields)                       # shown where they are not as ever
-    flags = ["freeze", "train_tokens", *(flag for flag in arms if getattr(cfg, flag) != getattr(Config, flag))]
-    publish(run, cfg, {
-        "val_loss": curve[-1][1], "curve": curve, "w": cfg.align_weight, "cosine": curve[-1][2], "steps": cfg.steps,
-        "bound": [nats / held_out[:, 1:].numel() for nats in judged], "batch_size": cfg.batch_size,
-        "infilled": infilled(student, held_out[:32], cfg.seed), "seq_len": cfg.seq_len, "tokens": tokens,
-        "tokens_a_call": None if cfg.shard else tokens_a_call(student, held_out[:8], cfg.seed),    # calls could differ
-        "tokens_per_s": tokens / seconds, "seconds": seconds, "seed": cfg.seed, "mask_id": student.mask_id,
-        "eval_sequences": len(held_out), "tasks": meta.get("tasks", 0),
-        "flags": {flag: getattr(cfg, flag) for flag in flags}, **identity}, model, student, tokenizer)
-    run.say(f"saved to {cfg.out}: {summary(run.result)}")
-    return run.result
+    # The result
+    seconds = clock.seconds()
+    curve.append([cfg.steps, *validate(student, teacher, held_out, world, cfg.seed)])
+    bound = text_likelihood(student, held_out, BOUND_CALLS, cfg.seed)
+    publish(cfg, run, student, tokenizer, curve)
+    result = run.finish({
+        **dataclasses.asdict(cfg), **identity, "curve": curve, "val_loss": curve[-1][1],
+        "bound": [nats / held_out[:, 1:].numel() for nats in bound], "seconds": seconds,
+        "tokens": cfg.steps * tokens, "parameters": size, "mask_id": student.mask_id})
+    if world.main:
+        show(result)
+    return result
 
 
 if __name__ == "__main__":

@@ -1,189 +1,199 @@
 """attribution.py: what each edge of a network contributes to a task, by hooks on an ordinary model.
 
-    subject = Subject(lm)                                   # or Subject(lm, student) for a masked model
-    scores = attribute(subject, batches, steps=5)           # EAP-IG: every edge at once, a few backward passes
-    with without(subject, ["a1.3"]): ...                    # what the model does when a component writes nothing
-    circuit = strongest(scores, edges, k=30)                # flat indices of the edges with the largest |score|
-    jaccard(circuit, other), chance(30, edges.sum())        # what they share, and what two random ones would
+    subject = Subject(lm)                                   # or Subject(lm, student): masked model
+    scores = attribute(subject, batches, steps=5)           # (S, R), one score an edge
+    with without(subject, ["a1.3"]): ...                    # a component writes nothing
+    circuit = strongest(scores, edges, k=30)                # the edges with the largest |score|
+    jaccard(circuit, other), chance(30, edges.sum())        # overlap, and that of random circuits
 
-Edge attribution patching (EAP, Syed et al. 2023) and its integrated-gradients form (EAP-IG, Hanna et al. 2024). Senders
-are the embedding, each head `a1.3` and each MLP `m1` (block 1, head 3, from 0 on); receivers each head's input by q, k
-and v (`a1.3.q`; grouped heads' once), each MLP's, and the logits. An edge u -> v is what of v's input u wrote.
+Edge attribution patching (EAP, Syed et al. 2023) with integrated gradients (EAP-IG, Hanna et al.
+2024). Senders are the embedding, every head `a1.3` and every MLP `m1` (block 1, head 3, from 0).
+Receivers are every head's input by q, k and v (`a1.3.q`; with grouped heads one k and v a group),
+every MLP's input, and the logits. The edge u -> v is what of v's input u wrote.
 
-Letters: P pairs, T tokens, D hidden width, H heads, K key heads, d channels a head, S senders, R receivers,
-L blocks, k edges in a circuit, n edges in all.
+    score(u -> v) = (u's output on the corrupted prompt - on the clean one)
+                    . gradient of the metric at v's input, a mean over points of a line
+
+The line leads from the corrupted embedding (0) to the clean one (1). Our points are the midpoints
+(k + 1/2) / m, k = 0..m-1. The published code has k / m, counted from the corrupted end; midpoints
+integrate with a smaller error. The metric is the logit of the right answer less the wrong one's.
+
+Letters: P pairs, T tokens, D hidden width, H heads, d channels a head, S senders, R receivers,
+k edges in a circuit, n edges in all.
 """
 import contextlib
 import itertools
-import statistics
-from collections import Counter
 from typing import NamedTuple
 
 import torch
 
 from core.common import UserError
 
-# model_type -> norm, attention, its output matrix and second norm in a block, where what a head or an MLP puts out
-# joins the residual stream as it is: no norm or factor after it, and attention before the MLP. A test says so.
-PRE_NORM = ("input_layernorm", "self_attn", "o_proj", "post_attention_layernorm")
-ADDS_UP = {**dict.fromkeys(("llama", "qwen2", "qwen3", "mistral", "gemma", "olmo", "smollm3", "starcoder2"), PRE_NORM),
-           "gpt2": ("ln_1", "attn", "c_proj", "ln_2")}
+# Families of the Llama layout, whose heads and MLPs add to the residual stream as they are: no norm
+# or factor after them, attention before the MLP.
+LAYOUT = ("llama", "qwen2", "qwen3", "mistral", "gemma", "olmo", "smollm3", "starcoder2")
 
 
-# ------------------------------------------------------------------------------------------------------ the graph
+# -------------------------------------------------------------------------------------------------
+# The graph
+
 class Graph(NamedTuple):
-    """Names of S senders and R receivers; `before` (R,) says how many senders, from the first, feed each receiver."""
-    senders: list
-    receivers: list
-    before: list
+    senders: list       # S names
+    receivers: list     # R names
+    before: list        # (R,) how many senders, from the first on, feed a receiver
 
     def edges(self):
         """(S, R) bool: which edges exist."""
-        return torch.arange(len(self.senders))[:, None] < torch.tensor(self.before)[None]
+        return torch.arange(len(self.senders))[:, None] < torch.tensor(self.before)
 
 
 class Subject:
-    """A model under study, cut into the parts that the graph names. `student` is set for a masked model, whose
-    attention is bidirectional and whose prompt holds a mask: its state before the mask predicts the mask's token.
-    Several subjects of one `kind` differ in their training seed."""
+    """A model under study. `student` is set for a masked model: its attention is two-way, and its
+    prompt holds a mask. Subjects of one `kind` differ in their training seed."""
 
     def __init__(self, lm, student=None, name="AR", kind="AR"):
-        if lm.config.model_type not in ADDS_UP:
-            raise UserError(f"the heads of a {lm.config.model_type} model are not known to simply add up in its "
-                            f"residual stream (output norms? parallel blocks?); circuits are for {', '.join(ADDS_UP)}")
-        self.lm, self.student, self.name, self.kind = lm, student, name, kind
-        self.H = lm.config.num_attention_heads
-        self.K = getattr(lm.config, "num_key_value_heads", None) or self.H
-        norm1, attention, out, norm2 = ADDS_UP[lm.config.model_type]
-        self.norm1, self.attention, self.norm2, self.mlp = (
-            [getattr(block, part) for block in lm.blocks] for part in (norm1, attention, norm2, "mlp"))
-        self.out = [getattr(a, out) for a in self.attention]
-        self.joint = hasattr(self.attention[0], "c_attn")                    # one matrix for q, k, v, stored (in, out)
-        self.inputs = ("c_attn",) if self.joint else ("q_proj", "k_proj", "v_proj")
+        if lm.config.model_type not in LAYOUT:
+            raise UserError(f"circuits need a model whose heads add to its residual stream as they "
+                            f"are ({', '.join(LAYOUT)}); this one is a {lm.config.model_type}")
+        self.lm = lm
+        self.student = student
+        self.name = name
+        self.kind = kind
+        self.heads = lm.config.num_attention_heads
+        self.key_heads = lm.config.num_key_value_heads
 
     def graph(self):
-        senders, receivers, before = ["embed"], [], []
+        senders = ["embed"]
+        receivers = []
+        before = []
         for i in range(self.lm.L):
-            inputs = [f"a{i}.{h}.{part}" for part, count in (("q", self.H), ("k", self.K), ("v", self.K))
-                      for h in range(count)]
-            receivers, before = receivers + inputs, before + [len(senders)] * len(inputs)
-            senders += [f"a{i}.{h}" for h in range(self.H)]
-            receivers, before = [*receivers, f"m{i}"], [*before, len(senders)]
+            for part, heads in (("q", self.heads), ("k", self.key_heads), ("v", self.key_heads)):
+                receivers += [f"a{i}.{head}.{part}" for head in range(heads)]
+                before += [len(senders)] * heads
+            senders += [f"a{i}.{head}" for head in range(self.heads)]
+            receivers.append(f"m{i}")
+            before.append(len(senders))
             senders.append(f"m{i}")
         return Graph(senders, [*receivers, "logits"], [*before, len(senders)])
 
-    def inward(self, i, grads):
-        """Gradients at q, k, v (P, T, heads * d) -> at the normed input, apart for each head: (P, T, H + 2K, D)."""
-        weights, parts = [getattr(self.attention[i], name).weight for name in self.inputs], []
-        weights = weights[0].T.chunk(3) if self.joint else weights
-        for g, w, heads in zip(grads, weights, (self.H, self.K, self.K), strict=True):
-            parts.append(torch.einsum("pthd,hde->pthe", g.unflatten(-1, (heads, -1)), w.unflatten(0, (heads, -1))))
-        return torch.cat(parts, 2)
-
-    def outward(self, i, z):
-        """What the heads of block i, concatenated in z (P, T, H * d), write into the residual stream: (P, T, H, D)."""
-        w = self.out[i].weight if self.joint else self.out[i].weight.T                          # (H * d, D)
-        return torch.einsum("pthd,hde->pthe", z.unflatten(-1, (self.H, -1)), w.unflatten(0, (self.H, -1)))
-
-    def embed(self, ids, place):
-        """Prompts (P, T) whose answer stands before token `place` (P,) -> h[0] (P, T [+ 1], D). A masked model gets a
-        mask there; an AR model what follows that place right after the first token (EOS)."""
-        T, place = ids.shape[1], place[:, None]                                                # (P, 1)
+    def logits(self, h, last):
+        """h[0] (P, T, D) -> logits (P, V) of the answer, from the states at the tokens `last`."""
+        side = self.lm.side(h, causal=self.student is None)
+        h = self.lm.norm(self.lm.through(h, 0, self.lm.L, side))
+        h = h[torch.arange(len(h), device=h.device), last]                          # (P, D)
         if self.student is None:
-            j = torch.arange(T - 1, device=ids.device)
-            turned = 1 + (j + place - 1) % (T - 1)                                             # (P, T - 1)
-            return self.lm.embed(torch.cat([ids[:, :1], ids.gather(1, turned)], 1))
-        j = torch.arange(T + 1, device=ids.device)[None]                                       # (1, T + 1)
-        hidden_at = j == place
-        return self.student.embed(ids.gather(1, (j - (j > place).long()).clamp_max(T - 1)), hidden_at)
-
-    def logits(self, h, place):
-        """h[0] (P, T, D) -> logits (P, V) of the answer: from the state before its place."""
-        h = self.lm.norm(self.lm.through(h, 0, self.lm.L, self.lm.side(h, causal=self.student is None)))
-        if self.student is None:
-            return self.lm.unnormed_head(h[:, -1]).float()
-        return self.student.logits(h[torch.arange(len(h), device=h.device), place - 1])
+            return self.lm.unnormed_head(h).float()
+        return self.student.logits(h)
 
 
 @contextlib.contextmanager
-def record(subject, seen):
-    """While open, a forward pass leaves in `seen`: x{i} and r{i}, the residual stream before block i's attention and
-    MLP; q_proj{i}, k_proj{i}, v_proj{i} (GPT-2: c_attn{i}) and y{i}, the MLP's normed input, where gradients arrive;
-    z{i} and m{i}, the heads side by side and the MLP's output; f, the stream before the final norm."""
+def record(subject):
+    """While open, a forward pass fills the yielded dict {(name, block): tensor}.
+
+    x, r: residual stream before attention and MLP. q, k, v: projections. z: heads, side by side.
+    y, m: normed input and output of the MLP. ("f", L): the stream before the final norm."""
+    seen = {}
     with contextlib.ExitStack() as hooks:
-        def take(module, name, output=False):
-            def hook(_, args, *more):
-                value = more[-1] if output else args[0]
-                seen[name] = value[0] if isinstance(value, tuple) else value
-            register = module.register_forward_hook if output else module.register_forward_pre_hook
+        def note(key, register):
+            def hook(_, args, output=None):
+                seen[key] = args[0] if output is None else output
             hooks.enter_context(register(hook))
 
-        for i in range(subject.lm.L):
-            take(subject.norm1[i], f"x{i}")
-            for name in subject.inputs:
-                take(getattr(subject.attention[i], name), f"{name}{i}", output=True)
-            take(subject.out[i], f"z{i}")
-            take(subject.norm2[i], f"r{i}")
-            take(subject.mlp[i], f"y{i}")
-            take(subject.mlp[i], f"m{i}", output=True)
-        take(subject.lm.norm, "f")
+        for i, block in enumerate(subject.lm.blocks):
+            attention = block.self_attn
+            note(("x", i), block.input_layernorm.register_forward_pre_hook)
+            note(("q", i), attention.q_proj.register_forward_hook)
+            note(("k", i), attention.k_proj.register_forward_hook)
+            note(("v", i), attention.v_proj.register_forward_hook)
+            note(("z", i), attention.o_proj.register_forward_pre_hook)
+            note(("r", i), block.post_attention_layernorm.register_forward_pre_hook)
+            note(("y", i), block.mlp.register_forward_pre_hook)
+            note(("m", i), block.mlp.register_forward_hook)
+        note(("f", subject.lm.L), subject.lm.norm.register_forward_pre_hook)
         yield seen
 
 
-# ---------------------------------------------------------------------------------------------------- attribution
+# -------------------------------------------------------------------------------------------------
+# Attribution
+
 def metric(logits, batch):
-    """Logit of the right answer over the wrong one, (P,)."""
-    return (logits.gather(1, batch["answer"][:, None]) - logits.gather(1, batch["wrong"][:, None]))[:, 0]
+    """Logit of the right answer less that of the wrong one, (P,)."""
+    right = logits.gather(1, batch["answer"][:, None])
+    return (right - logits.gather(1, batch["wrong"][:, None]))[:, 0]
+
+
+def split_heads(x, weight, heads):
+    """Each head's part of x (P, T, H * d) times its rows of weight (H * d, D): (P, T, H, D)."""
+    weight = weight.unflatten(0, (heads, -1))                                       # (H, d, D)
+    return torch.einsum("pthd,hde->pthe", x.unflatten(-1, (heads, -1)), weight)
 
 
 def written(subject, h0, seen):
     """What each sender wrote into the stream: (P, T, S, D)."""
     parts = [h0[:, :, None]]
-    for i in range(subject.lm.L):
-        parts += [subject.outward(i, seen[f"z{i}"]), seen[f"m{i}"][:, :, None]]
+    for i, block in enumerate(subject.lm.blocks):
+        weight = block.self_attn.o_proj.weight.T                                    # (H * d, D)
+        parts.append(split_heads(seen["z", i], weight, subject.heads))
+        parts.append(seen["m", i][:, :, None])
     return torch.cat(parts, 2)
 
 
-def through_norm(norm, x, g):
-    """Gradients g (P, T, n, D) at the output of a norm whose input is x (P, T, D) -> at its input, for each of n."""
-    x = x.detach()[:, :, None].expand_as(g).clone().requires_grad_()
-    return torch.autograd.grad(norm.forward(x), x, g)[0]
+def through_norm(norm, x, gradient):
+    """Gradients (P, T, n, D) at the output of a norm of x (P, T, D) -> at its input."""
+    x = x.detach()[:, :, None].expand_as(gradient).clone().requires_grad_()
+    return torch.autograd.grad(norm.forward(x), x, gradient)[0]
+
+
+def receiver_gradients(subject, h0, batch):
+    """Yield the metric's gradients at the receivers' inputs in the residual stream, (P, T, n, D)
+    for n receivers at a time, in the order of the graph."""
+    with record(subject) as seen:
+        total = metric(subject.logits(h0, batch["last"]), batch).sum()
+    keys = [key for key in seen if key[0] in "qkvyf"]
+    values = torch.autograd.grad(total, [seen[key] for key in keys])
+    gradients = dict(zip(keys, values, strict=True))
+    for i, block in enumerate(subject.lm.blocks):
+        attention = block.self_attn
+        inputs = torch.cat([
+            split_heads(gradients["q", i], attention.q_proj.weight, subject.heads),
+            split_heads(gradients["k", i], attention.k_proj.weight, subject.key_heads),
+            split_heads(gradients["v", i], attention.v_proj.weight, subject.key_heads)], 2)
+        yield through_norm(block.input_layernorm, seen["x", i], inputs)
+        inputs = gradients["y", i][:, :, None]
+        yield through_norm(block.post_attention_layernorm, seen["r", i], inputs)
+    yield gradients["f", subject.lm.L][:, :, None]
 
 
 def attribute(subject, batches, steps):
-    """Scores (S, R), mean over pairs: the change of the metric, to first order, when the edge alone carries what it
-    carries on the corrupted prompt. steps = 0 is EAP: gradients at the clean prompt. Otherwise EAP-IG: their mean at
-    `steps` midpoints of the line between the corrupted embedding and the clean one.
-
-    1 what every sender writes, corrupted minus clean  2 gradient at every receiver's input, along the line
-    3 a score is the product of the two, summed over positions. Memory holds one batch of pairs."""
+    """Scores (S, R), mean over pairs: the change of the metric, to first order, when the edge alone
+    carries what it carries on the corrupted prompt. steps = 0 is EAP: the gradient at the clean
+    prompt. Memory holds one batch of pairs."""
     graph = subject.graph()
-    scores, count = torch.zeros(len(graph.senders), len(graph.receivers), dtype=torch.float64), 0
+    scores = torch.zeros(len(graph.senders), len(graph.receivers), dtype=torch.float64)
+    points = [(k + 0.5) / steps for k in range(steps)] or [1.0]
+    count = 0
     for batch in batches:
-        place, change = batch["place"], 0
+        # 1. What every sender writes, corrupted less clean
+        outputs = []
         with torch.no_grad():
-            clean, corrupted = (subject.embed(batch[which], place) for which in ("clean", "corrupted"))
-            for h0, sign in ((corrupted, 1), (clean, -1)):
-                with record(subject, {}) as seen:
-                    subject.logits(h0, place)
-                change = change + sign * written(subject, h0, seen)                            # (P, T, S, D)
-        for way in [1.0] if not steps else [(k + 0.5) / steps for k in range(steps)]:
-            h0 = (corrupted + way * (clean - corrupted)).detach().requires_grad_()
-            with record(subject, {}) as seen:
-                total = metric(subject.logits(h0, place), batch).sum()
-            names = [f"{n}{i}" for i in range(subject.lm.L) for n in (*subject.inputs, "y")] + ["f"]
-            grads = dict(zip(names, torch.autograd.grad(total, [seen[n] for n in names]), strict=True))
+            for ids in (batch["corrupted"], batch["clean"]):
+                h0 = subject.lm.embed(ids)
+                with record(subject) as seen:
+                    subject.logits(h0, batch["last"])
+                outputs.append(written(subject, h0, seen))                          # (P, T, S, D)
+            change = outputs[0] - outputs[1]
+            corrupted = outputs[0][:, :, 0]
+            clean = outputs[1][:, :, 0]
+        # 2. Times the gradient at every receiver, at each point of the line
+        for point in points:
+            h0 = (corrupted + point * (clean - corrupted)).requires_grad_()
             column = 0
-            for i in range(subject.lm.L):
-                qkv = [grads[f"{n}{i}"] for n in subject.inputs]
-                qkv = qkv[0].chunk(3, -1) if subject.joint else qkv
-                for g, norm, x in ((subject.inward(i, qkv), subject.norm1[i], seen[f"x{i}"]),
-                                   (grads[f"y{i}"][:, :, None], subject.norm2[i], seen[f"r{i}"])):
-                    g, n = through_norm(norm, x, g), graph.before[column]                      # (P, T, n_r, D)
-                    scores[:n, column:column + g.shape[2]] += torch.einsum(
-                        "ptsd,ptrd->sr", change[:, :, :n], g).double().cpu() / max(steps, 1)
-                    column += g.shape[2]
-            scores[:, column] += torch.einsum("ptsd,ptd->s", change, grads["f"]).double().cpu() / max(steps, 1)
+            for gradient in receiver_gradients(subject, h0, batch):                 # (P, T, n, D)
+                n = gradient.shape[2]
+                senders = graph.before[column]
+                product = torch.einsum("ptsd,ptrd->sr", change[:, :, :senders], gradient)
+                scores[:senders, column:column + n] += product.double().cpu() / len(points)
+                column += n
         count += len(batch["clean"])
     return scores / count
 
@@ -193,18 +203,27 @@ def without(subject, components):
     """While open, these senders write nothing: heads `a1.3` and MLPs `m1`."""
     with contextlib.ExitStack() as hooks:
         for name in components:
-            i, _, h = name[1:].partition(".")
+            i, _, head = name[1:].partition(".")
+            block = subject.lm.blocks[int(i)]
 
-            def zero_head(_, args, h=h):
-                z = args[0].unflatten(-1, (subject.H, -1)).clone()
-                z[..., int(h), :] = 0
+            def zero_head(_, args, head=head):
+                z = args[0].unflatten(-1, (subject.heads, -1)).clone()              # (P, T, H, d)
+                z[:, :, int(head)] = 0
                 return (z.flatten(-2),)
-            hooks.enter_context(subject.out[int(i)].register_forward_pre_hook(zero_head) if h else
-                                subject.mlp[int(i)].register_forward_hook(lambda _, __, y: torch.zeros_like(y)))
+
+            def zero_output(_, args, output):
+                return torch.zeros_like(output)
+
+            if head:
+                hooks.enter_context(block.self_attn.o_proj.register_forward_pre_hook(zero_head))
+            else:
+                hooks.enter_context(block.mlp.register_forward_hook(zero_output))
         yield
 
 
-# ------------------------------------------------------------------------------------- circuits, and what they share
+# -------------------------------------------------------------------------------------------------
+# Circuits
+
 def strongest(scores, edges, k):
     """The k edges with the largest |score|, as a set of flat indices into (S, R)."""
     return set(scores.abs().masked_fill(~edges, -1).flatten().topk(k).indices.tolist())
@@ -215,63 +234,38 @@ def jaccard(a, b):
 
 
 def chance(k, n):
-    """Jaccard index of two random sets of k out of n: k^2/n in common, of 2k - k^2/n (to first order)."""
+    """Jaccard index of two random sets of k out of n, to first order: k^2/n in common."""
     return (k / n) / (2 - k / n)
 
 
-def components(scores, edges, k, graph):
-    """Per sender (S,) the sum of |score| over those of the k strongest edges that leave it or enter it. A key head that
-    serves several heads is shared out among them."""
-    kept = torch.zeros(scores.numel(), dtype=torch.bool)
-    kept[list(strongest(scores, edges, k))] = True
-    weight = scores.abs() * kept.view_as(scores)                                         # (S, R)
-    total, place = weight.sum(1), {name: j for j, name in enumerate(graph.senders)}      # (S,)
-    heads = Counter(name[-1] for name in graph.receivers if name.startswith("a0."))      # q: H, k and v: K
-    for r, name in enumerate(graph.receivers[:-1]):                                      # the logits are no component
-        block, *head = name.split(".")                                                   # m1 or a1.3.q
-        group = heads["q"] // heads[head[1]] if head else 1
-        owners = [f"{block}.{int(head[0]) * group + j}" for j in range(group)] if head else [block]
-        for owner in owners:
-            total[place[owner]] += weight[:, r].sum() / group
-    return total
+def overlaps(circuits, subjects):
+    """{kind: {comparison: Jaccard indices}} of circuits {(subject's name, set of prompts): edges}.
 
-
-def gini(x):
-    """Inequality of x (n,): 0 when all are equal, 1 - 1/n when one has all."""
-    x, n = x.double().sort().values, len(x)
-    return float(((2 * torch.arange(1, n + 1) - n - 1) * x).sum() / (n * x.sum().clamp_min(1e-30)))
-
-
-def by_depth(scores, graph, L):
-    """Share of |score| by the sender's block: (L + 1,), the embedding first."""
-    weight, share = scores.abs().sum(1), torch.zeros(L + 1, dtype=torch.float64)
-    for s, name in enumerate(graph.senders):
-        share[0 if name == "embed" else 1 + int(name[1:].split(".")[0])] += weight[s]
-    return share / share.sum().clamp_min(1e-30)
-
-
-def shared(circuits):
-    """Mean and every value of the Jaccard index over pairs of circuits [(a, b), ...]."""
-    values = [jaccard(a, b) for a, b in circuits]
-    return {"mean": statistics.mean(values), "values": values}
-
-
-def overlaps(scores, subjects, edges, k):
-    """{what: chance, or what two circuits of k edges share}, from scores {(subject, set of prompts): (S, R)}.
-    The values of "AR and KIND" come twin by twin, set by set within each."""
-    top, sets = {key: strongest(value, edges, k) for key, value in scores.items()}, sorted({s for _, s in scores})
-    two = list(itertools.combinations(sets, 2))
-    rows = {"AR, other prompts": [(top["AR", s], top["AR", t]) for s, t in two]}
-    for kind in dict.fromkeys(x.kind for x in subjects if x.kind != "AR"):
-        own = [x.name for x in subjects if x.kind == kind]
-        rows[f"AR and {kind}"] = [(top["AR", s], top[n, s]) for n in own for s in sets]
-        rows[f"{kind}, other prompts"] = [(top[n, s], top[n, t]) for n in own for s, t in two]
-        rows[f"{kind}, other seed"] = [(top[n, s], top[m, s]) for n, m in itertools.combinations(own, 2) for s in sets]
-    return {"chance": chance(k, int(edges.sum())), **{what: shared(pairs) for what, pairs in rows.items() if pairs}}
+    ar: the AR model, same prompts. prompts: itself, other prompts. seeds: another training seed,
+    same prompts. The values come subject by subject, set by set."""
+    sets = sorted({s for _, s in circuits})
+    result = {}
+    for kind in dict.fromkeys(subject.kind for subject in subjects):
+        names = [subject.name for subject in subjects if subject.kind == kind]
+        pairs = {"ar": [], "prompts": [], "seeds": []}
+        for name in names:
+            if kind != "AR":
+                pairs["ar"] += [(("AR", s), (name, s)) for s in sets]
+            pairs["prompts"] += [((name, s), (name, t)) for s, t in itertools.combinations(sets, 2)]
+        for name, other in itertools.combinations(names, 2):
+            pairs["seeds"] += [((name, s), (other, s)) for s in sets]
+        result[kind] = {}
+        for comparison, keys in pairs.items():
+            result[kind][comparison] = [jaccard(circuits[a], circuits[b]) for a, b in keys]
+    return result
 
 
 def other_tasks(scores, edges, k):
-    """What the AR model's circuits of different tasks share, from {(subject, set, task): scores}; None for one task."""
-    top = {(s, task): strongest(value, edges, k) for (name, s, task), value in scores.items() if name == "AR"}
-    pairs = [(top[a], top[b]) for a, b in itertools.combinations(top, 2) if a[0] == b[0]]
-    return shared(pairs) if pairs else None
+    """Jaccard indices of the AR model's circuits of every two tasks, same set of prompts, from
+    scores {(subject's name, set, task): (S, R)}."""
+    circuits = {}
+    for (name, s, task), value in scores.items():
+        if name == "AR":
+            circuits[s, task] = strongest(value, edges, k)
+    pairs = itertools.combinations(circuits, 2)
+    return [jaccard(circuits[a], circuits[b]) for a, b in pairs if a[0] == b[0]]

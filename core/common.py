@@ -1,134 +1,199 @@
-"""common.py: the plumbing that every stage shares, and no ideas. Nothing here knows about language or diffusion.
+"""common.py: flags, errors, processes and random numbers. Every stage imports it.
 
-    config -> CLI        parse(Config, argv)        a dataclass field is a flag, its trailing comment is the help
-    errors               UserError, @entry          one sentence on stderr and exit code 2, never a traceback
-    processes            World, GradientSum, check_replicas         gloo on CPU, NCCL on GPU
-    speed                peak_flops, matmul_rate    what MFU is a fraction of
+    cfg = parse(Config, argv, __doc__, PRESETS)      # a dataclass field is a flag
+    world = setup(cfg.device)                        # this process, of one or of many
+    generator(seed, "t", step, slot).random()        # the same number in any process
 """
 import argparse
 import dataclasses
 import difflib
 import functools
 import inspect
-import math
 import os
 import re
 import resource
-import shutil
 import signal
 import sys
 import textwrap
-import threading
-import timeit
+import time
 import typing
+import zlib
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
-from core.together import give_up, leave_group, stay_together
 
+# --------------------------------------------------------------------------------------------------
+# Errors
 
-# ----------------------------------------------------------------------------------------------------- errors
 class UserError(Exception):
-    """Something the user can mend. The message is one sentence that says what is wrong and what to do."""
+    """The user can mend this. The message is one sentence: what is wrong and what to do."""
 
 
 def why(error):
-    """What another library's error says, on one line."""
-    return " ".join(str(error).split())[:200]
+    """The message of another library's error, on one line."""
+    return " ".join(str(error).split())
 
 
 def entry(main):
-    """Decorate `main(argv)`: a UserError, or an OSError such as a full disk, becomes one sentence and exit code 2."""
+    """Decorator of every `main(argv)`: an expected error becomes one sentence and an exit code."""
     @functools.wraps(main)
     def wrapped(argv=None):
         try:
             result = main(sys.argv[1:] if argv is None else argv)
             leave_group(0)
             return result
-        except SystemExit as left:  # a run that was asked to stop
-            leave_group(left.code)
+        except SystemExit as stop:
+            leave_group(stop.code or 0)
             raise
-        except (UserError, KeyboardInterrupt, BrokenPipeError) as error:        # the last: | head has read enough
-            message, code = (str(error), 2) if isinstance(error, UserError) else ("stopped; start it again", 130)
-        except Exception as error:  # a full disk: safetensors and shutil have errors of their own for it
-            if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-                give_up()
-            from_system = getattr(error, "errno", None) or isinstance(error, shutil.Error)
-            if not from_system and type(error).__name__ != "SafetensorError":
-                raise  # a bug, so let it be seen whole
-            what, where = getattr(error, "strerror", None) or error, getattr(error, "filename", None) or "a file"
-            message, code = f"{what} ({where}); free some space or choose another path", 2
-        print(f"error: {message}" if code == 2 else message, file=sys.stderr)
-        leave_group(code)
-        raise SystemExit(code)
+        except UserError as error:
+            return fail(f"error: {error}", 2)
+        except KeyboardInterrupt:
+            return fail("stopped; the same command starts again", 130)
+        except BrokenPipeError:                 # the reader of `| head` has left
+            return fail("", 130)
+        except (OSError, SafetensorError) as error:
+            if isinstance(error, OSError) and not error.errno:
+                raise                           # a library's own error, not the system's
+            return fail(f"error: {why(error)}; free some space or choose another path", 2)
+        except ModuleNotFoundError as error:
+            return fail(f"error: {error}; install it with: pip install {error.name}", 2)
+        except RuntimeError as error:
+            if "gloo" not in str(error) and not isinstance(error, dist.DistError):
+                raise
+            return fail("error: another process of this run failed; run the command again", 1)
     return wrapped
 
 
-# --------------------------------------------------------------------------------------------- config -> CLI
+def fail(message, code):
+    print(message, file=sys.stderr)
+    leave_group(code)
+    raise SystemExit(code)
+
+
+def leave_group(code):
+    """End one process of several at once: gloo's threads can abort a normal exit of Python."""
+    if dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+# --------------------------------------------------------------------------------------------------
+# Flags
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message}; see --help")
 
 
-def parse(Config, argv, doc="", presets=None, size=None):
-    """Fill the dataclass `Config` from `argv`: field default < preset < flag. `size` says which preset `auto` stands
-    for, given the Config without one.
+def read_comments(Config):
+    """{field: (heading, comment)}, read from the source of a dataclass."""
+    comments = {}
+    heading = "options"
+    for line in inspect.getsource(Config).splitlines():
+        title = re.match(r"    # (.*)", line)
+        field = re.match(r"    (\w+):(?:.*?#\s*(.*))?", line)
+        if title:
+            heading = title[1]
+        elif field:
+            comments[field[1]] = (heading, field[2] or "")
+    return comments
 
-    Types are int, float, str, bool (--flag / --no-flag) and Literal (a choice). Raises UserError naming the nearest
-    flag for one it does not know. A Config without a --dry_run of its own, which tells more, gets one that prints it.
-    """
-    argv = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in argv]
-    argv = ["--no-" + a[5:] if a.startswith("--no_") else a for a in argv]
-    comments = dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(Config), re.M))
-    parser = Parser(description=textwrap.dedent(doc), allow_abbrev=False, argument_default=argparse.SUPPRESS,
+
+def flag_options(kind):
+    """The arguments of add_argument for a field of this type."""
+    inner = typing.get_args(kind)
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if typing.get_origin(kind) is typing.Literal:
+        return {"choices": inner}
+    if typing.get_origin(kind) is tuple:        # tuple[int, ...]
+        return {"nargs": "*", "type": inner[0]}
+    return {"type": kind}
+
+
+def make_parser(Config, doc):
+    """One flag per field, grouped under the comment headings of the dataclass."""
+    parser = Parser(description=textwrap.dedent(doc), allow_abbrev=False, add_help=False,
+                    argument_default=argparse.SUPPRESS,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    fields = dataclasses.fields(Config)
-    for f in fields:
-        help_text = f"{comments.get(f.name, '')} [{f.default}]".replace("%", "%%")
-        if f.type is bool:
-            how = dict(action=argparse.BooleanOptionalAction)
-        elif typing.get_origin(f.type) is typing.Literal:
-            how = dict(choices=typing.get_args(f.type))
-        else:
-            how = dict(type=f.type, metavar=f.type.__name__.upper())
-        parser.add_argument(f"--{f.name}", help=help_text, **how)
-    if dry := "dry_run" not in {f.name for f in fields}:
-        parser.add_argument("--dry_run", action="store_true", help="print all settings, then leave")
-    given, unknown = parser.parse_known_args(argv)
-    dry = dry and vars(given).pop("dry_run", False)
+    parser.add_argument("-h", "--help", action="store_true", help="print this text")
+    groups = {}
+    comments = read_comments(Config)
+    for field in dataclasses.fields(Config):
+        heading, comment = comments[field.name]
+        if heading not in groups:
+            groups[heading] = parser.add_argument_group(heading)
+        text = comment.replace("%", "%%") + " [%(default)s]"
+        groups[heading].add_argument(f"--{field.name}", help=text, **flag_options(field.type))
+    if "dry_run" not in comments:
+        parser.add_argument("--dry_run", action="store_true", help="print the settings and leave")
+    return parser
+
+
+def parse(Config, argv, doc="", presets=None, choose=None):
+    """Fill the dataclass `Config` from `argv`: field default < preset < flag.
+
+    A field may be int, float, str, bool (--x, --no-x), Literal (choices) or tuple[int, ...].
+    `choose` gets the Config of the flags alone and returns the name of the preset."""
+    # 1. The flags alone
+    parser = make_parser(Config, doc)
+    names = [field.name for field in dataclasses.fields(Config)]
+    namespace, unknown = parser.parse_known_args(argv)
     if unknown:
-        name = unknown[0].lstrip("-").split("=")[0]
-        near = difflib.get_close_matches(name, ["dry_run", *(f.name for f in fields)], n=1, cutoff=0.5)
-        raise UserError(f"unknown argument {unknown[0]}; " + (f"did you mean --{near[0]}?" if near else "see --help"))
-    if getattr(given, "preset", getattr(Config, "preset", None)) == "auto":
-        given.preset = size(Config(**vars(given)))
-    cfg = Config(**{**(presets or {}).get(getattr(given, "preset", None), {}), **vars(given)})
-    for f in fields:
-        value = getattr(cfg, f.name)
-        least = 0 if "(0:" in comments.get(f.name, "") else min(f.default, 1) if f.type is int else None
-        if f.type is int and value < least:  # a count makes no sense below 1, unless its help says what 0 means
-            raise UserError(f"--{f.name} must be at least {least}, not {value}")
-        if f.type is float and not math.isfinite(value):
-            raise UserError(f"--{f.name} must be a finite number, not {value}")
-    if dry:
-        print("\n".join(f"  {k} = {v}" for k, v in vars(cfg).items()))
+        near = difflib.get_close_matches(unknown[0].lstrip("-"), [*names, "dry_run"], 1, 0.5)
+        hint = f", did you mean --{near[0]}?" if near else ""
+        parser.error(f"unknown argument {unknown[0]}{hint}")
+    given = {name: tuple(value) if isinstance(value, list) else value
+             for name, value in vars(namespace).items()}
+    show_help = given.pop("help", False)
+    show_settings = "dry_run" not in names and given.pop("dry_run", False)
+
+    # 2. The preset
+    cfg = Config(**given)
+    preset = getattr(cfg, "preset", "")
+    if choose:
+        try:
+            preset = choose(cfg)
+        except UserError:
+            if not show_help:                   # help needs no model
+                raise
+    if presets:
+        cfg = Config(**{**presets.get(preset, {}), **given})
+        cfg.preset = preset
+
+    # 3. Help, check, settings
+    if show_help:
+        parser.set_defaults(**vars(cfg))
+        parser.print_help()
+        raise SystemExit(0)
+    for field in dataclasses.fields(Config):
+        if field.type is int and getattr(cfg, field.name) < min(0, field.default):
+            parser.error(f"--{field.name} must not be negative")
+    if show_settings:
+        for name, value in vars(cfg).items():
+            print(f"  {name} = {value}")
         raise SystemExit(0)
     return cfg
 
 
 def pick(table, name, flag):
-    """table[name]. Raises UserError that lists the known names: the lookup of every extension point."""
+    """table[name]: the lookup of every extension point."""
     if name not in table:
-        raise UserError(f"{flag} {name}: there is no such one; there are {', '.join(map(str, table))}")
+        raise UserError(f"{flag} {name} is unknown; known are {', '.join(map(str, table))}")
     return table[name]
 
 
-# ------------------------------------------------------------------------------------------------- processes
+# --------------------------------------------------------------------------------------------------
+# Processes
+
 @dataclasses.dataclass
 class World:
-    """Who this process is: `rank` of `size`, and the device it computes on."""
+    """This process: its rank, the number of processes, and the device it computes on."""
     rank: int
     size: int
     device: torch.device
@@ -141,7 +206,7 @@ class World:
         self.sum([0.0])
 
     def sum(self, values):
-        """Sum a list of floats over all processes (one small all-reduce)."""
+        """Sum a list of floats over all processes."""
         if self.size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -150,141 +215,109 @@ class World:
 
 
 def setup(device="auto"):
-    """Join the process group that torchrun describes in the environment (if any) and pick the device by LOCAL_RANK."""
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """Join the processes that torchrun started, if any, and pick this process's device."""
+    rank = int(os.environ.get("RANK", 0))
+    size = int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("--device cuda was asked for but torch sees no GPU; use --device cpu")
-    try:
-        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device)
-    except RuntimeError:
-        raise UserError(f"--device {device} is not a torch device; use auto, cpu or cuda") from None
+        raise UserError(f"--device {device} is not available: torch sees no GPU; use --device cpu")
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
-        threading.Thread(target=stay_together, daemon=True).start()
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=6))    # rank 0 measures alone
     return World(rank, size, device)
 
 
 def pick_dtype(cfg, device):
-    """The torch dtype of --dtype. auto is bf16 on a GPU, fp32 on a CPU (bf16 products are ~100x slower on CPUs without
-    AVX512-BF16), and is replaced in cfg: a run that moves to another device must not change its dtype unnoticed."""
+    """The torch dtype of --dtype. `auto` is replaced in cfg: another device is another run."""
     if cfg.dtype == "auto":
         cfg.dtype = "bf16" if device.type == "cuda" else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.dtype]
 
 
 def split_batch(batch_size, micro_batch, world):
-    """The global batch never depends on the process count. Returns (this rank's slots, sequences per micro-batch)."""
-    per_rank, left = divmod(batch_size, world.size)
-    micro, refusal = micro_batch or per_rank, f"--batch_size {batch_size} does not split over {world.size} processes"
-    if left:
-        raise UserError(f"{refusal}: use a multiple of {world.size}")
-    if per_rank % micro:
-        legal = [m for m in range(1, per_rank + 1) if per_rank % m == 0]
-        raise UserError(f"{refusal} in micro-batches of {micro}: use --micro_batch from {legal}")
-    return range(world.rank * per_rank, (world.rank + 1) * per_rank), micro
-
-
-class GradientSum:
-    """Sums gradients over processes: data parallelism with no wrapper, so parameter names stay clean; losses are scaled
-    for it. Gradients are views of flat buckets, which hold parameters from the last to the first and travel whole: with
-    `overlap` a full one while backward still works on the layers before it, else a single one at the end. `arm` comes
-    before the last micro-batch's backward (needed to overlap), `finish` after it."""
-
-    def __init__(self, params, world, overlap, bucket_bytes=25e6):
-        self.overlap, self.armed, self.sent, self.buckets, self.views, parts, size = overlap, False, [], [], {}, [[]], 0
-        for p in reversed(list(params)) if world.size > 1 else ():
-            if overlap and parts[-1] and size + p.nbytes > bucket_bytes:
-                parts.append([])
-                size = 0
-            parts[-1].append(p)
-            size += p.nbytes
-        for home, part in enumerate(parts) if parts[0] else ():
-            flat = part[0].new_zeros(sum(p.numel() for p in part))
-            self.buckets.append((flat, part))
-            for p, view in zip(part, flat.split([p.numel() for p in part]), strict=True):
-                self.views[p] = view.view_as(p)
-                p.register_post_accumulate_grad_hook(functools.partial(self._ready, home))
-
-    def arm(self):
-        self.armed, self.missing = self.overlap, [len(part) for _, part in self.buckets]
-
-    def _ready(self, home, p):
-        if p.grad is not self.views[p]:                                    # of the first micro-batch
-            p.grad = self.views[p].copy_(p.grad)
-        if self.armed:
-            self.missing[home] -= 1
-            while len(self.sent) < len(self.buckets) and self.missing[len(self.sent)] == 0:
-                flat, _ = self.buckets[len(self.sent)]                     # in order: the same on every rank
-                self.sent.append(dist.all_reduce(flat, async_op=True))
-
-    def finish(self):
-        for flat, part in self.buckets[len(self.sent):]:
-            for p in part:
-                if p.grad is not self.views[p]:                            # as of an expert that no token went to
-                    p.grad = self.views[p].zero_()
-            self.sent.append(dist.all_reduce(flat, async_op=True))
-        for work in self.sent:
-            work.wait()
-        self.armed, self.sent = False, []
-
-
-def check_replicas(params, world, chunk=2 ** 22):
-    """Raise unless every process holds the same tensors: a float64 checksum of each chunk, which knows sign and place.
-    By chunks, since a GPU's dot takes no more than 2^31 - 1 elements, and a float64 copy of a model is too large."""
-    if world.size > 1:
-        sums = [part.double() @ torch.linspace(1, 2, len(part), dtype=torch.float64, device=part.device)
-                for p in params for part in p.detach().flatten().split(chunk)]
-        both = torch.stack([torch.stack(sums), -torch.stack(sums)], 1)                    # (chunks, 2)
-        dist.all_reduce(both, dist.ReduceOp.MAX)
-        if both.sum(1).any():                                                             # the largest - the smallest
-            raise UserError("the processes no longer hold the same weights; run again from the last good state")
+    """(slots of this process, sequences a micro-batch). The global batch stays the same."""
+    share = batch_size // world.size
+    micro_batch = micro_batch or share
+    if batch_size % world.size or share % micro_batch:
+        raise UserError(f"--batch_size {batch_size} does not split over {world.size} processes "
+                        f"in micro-batches of {micro_batch}; change --batch_size or --micro_batch")
+    return range(world.rank * share, (world.rank + 1) * share), micro_batch
 
 
 class StopSignal:
-    """SIGTERM and SIGINT ask the loop to save and leave; `poll` makes all processes leave at the same step. A second
-    signal, or one after the loop (`done`), acts at once."""
+    """SIGTERM and Ctrl-C ask a training loop to save and leave. Repeated signals are ignored for
+    60 seconds, so that the save ends. `poll` makes all processes leave at the same step."""
+    received = 0                                # number of the signal
+
     def __init__(self, world):
-        self.world, self.asked = world, False
-        self.before = {sig: signal.signal(sig, self._ask) for sig in (signal.SIGTERM, signal.SIGINT)}
+        StopSignal.received = 0
+        self.world = world
+        self.before = {number: signal.signal(number, self.receive)
+                       for number in (signal.SIGTERM, signal.SIGINT)}
 
-    def _ask(self, *_):
-        self.asked = True
-        self.done()
-
-    def done(self):
-        for sig, handler in self.before.items():
-            signal.signal(sig, handler)
+    def receive(self, number, frame):
+        if not self.received:
+            StopSignal.received = number
+            self.deadline = time.monotonic() + 60
+        elif time.monotonic() > self.deadline:
+            raise SystemExit(128 + number)
 
     def poll(self):
-        return self.world.sum([float(self.asked)])[0] > 0
+        return self.world.sum([float(self.received)])[0] > 0
+
+    def done(self):
+        """Signals act at once again. Call it after the loop."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
-# ------------------------------------------------------------------------------------------------------ speed
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16, from the vendors' data sheets
+# --------------------------------------------------------------------------------------------------
+# Random numbers
+
+def generator(seed, purpose, *key):
+    """A numpy generator that is a function of (seed, purpose, step, slot, ...), never of the rank
+    or of the past: the same in any process, in any order.
+
+    Philox from a SeedSequence: torch's CPU generator keeps only 32 bits of its seed, so hashed keys
+    would collide. The key's length is part of it, since SeedSequence pads with zeros: (a, 0) would
+    equal (a, 0, 0)."""
+    words = [seed, zlib.crc32(purpose.encode()), len(key), *key]
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))
 
 
-@functools.cache
-def matmul_rate(n=2048):
-    """FLOP/s of torch.mm at n x n in fp32 on this CPU: the best of five, about half a second."""
-    a, b = torch.randn(n, n), torch.randn(n, n)
-    return 2 * n ** 3 / min(timeit.repeat(lambda: torch.mm(a, b), number=1, repeat=5))
+def normal(shape, device, seed, purpose, *key):
+    """Standard normal float32 tensor of `shape`, a function of the key. CPU and GPU differ."""
+    numbers = generator(seed, purpose, *key)
+    if device.type == "cpu":
+        return torch.from_numpy(numbers.standard_normal(shape, dtype=np.float32))
+    on_device = torch.Generator(device).manual_seed(int(numbers.integers(2 ** 63)))
+    return torch.randn(shape, generator=on_device, device=device)
+
+
+# --------------------------------------------------------------------------------------------------
+# Speed and memory
+
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}       # dense bf16, data sheets
 
 
 def peak_flops(device):
-    """The denominator of MFU: the data sheet on a known GPU, the measured rate on a CPU, NaN when unknown."""
-    if device.type == "cpu":
-        return matmul_rate()
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), math.nan)
+    """FLOP/s of the device by its data sheet; None if unknown."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    for gpu, peak in PEAK_FLOPS.items():
+        if gpu in name:
+            return peak
+    return None
 
 
 def memory_gib(device):
     """Peak memory so far: of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform != "darwin" else 30)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20         # Linux: KiB

@@ -1,190 +1,438 @@
-"""diffusion.py: the maths of the bridge: path, what is known, objective, sampler. Pure functions; bridge.py trains with
-them, core/hybrid_lm.py samples with them.
+"""The diffusion bridge: a small transformer that generates the hidden state h[l] from h[0].
 
-    x_t = (1-t) z + t e                               the path from the clean state z (t = 0) to noise e (t = 1)
-    loss, z_hat = token_loss(net, z, c, t, noise, skip)            one training example per sequence
-    z = sample(net, c, nfe, noise)                                 nfe calls of the network, from t = 1 down to 0
+Write z for the standardised h[l] and c for the standardised h[0].
 
-Extension points: TIMES (laws of t) and SAMPLERS, dicts of functions.
+    x_t = (1 - t) * z + t * noise       the path: t = 0 is the hidden state, t = 1 is pure noise
+    loss = |bridge(x_t, c, t) - z|^2    flow matching with x-prediction: the network predicts z
+    dx/dt = (x_t - z_hat) / t           the sampler: Euler steps from t = 1 down to t = 0
 
-Two uses of one network. Replacement: every token is known, so z is a function of c and there is nothing to sample.
-Generation: some tokens are unknown, their condition is a learned null, and z really is drawn.
+A bridge has two uses. For replacement every token is known, so z is a function of c and there is
+nothing to sample. For generation some tokens are unknown: their condition is a learned vector, and
+z really is random.
 
-Letters: B batch, T tokens, D hidden width of the backbone, z the standardised h[l], c the standardised h[0].
+A fork changes one function: `produce` and `recover` (the state that is generated), `noise_levels`
+(the distribution of t), `path`, `Block` and `cache_layers` (the network), `sample` (the sampler).
+
+Shapes: B batch, T tokens, D width of the backbone, W width of the bridge, H heads, V vocabulary,
+C channels of the condition.
 """
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from core.common import pick
-from core.draws import generator, normal
+from core.common import UserError, generator, normal, why
+from core.run import atomic, read_json, write_json
 
-VISIBLE_WEIGHT = 0.1  # of a visible token's error beside an unknown one's: the unknown ones are the task
-
-
-# ------------------------------------------------------------------------------------------------------ the path
-def start(c, noise, source, unknown=None):
-    """e, the t = 1 end of the path (B, T, D): pure noise, or noise around the other end of the replaced blocks. Where
-    the token is `unknown` (B, T) there is no other end, and e is noise: c must not leak through it."""
-    if source == "noise":
-        return noise
-    e = c + 0.5 * noise
-    return e if unknown is None else torch.where(unknown[..., None], noise, e)
+T_MEAN = 0.7          # mean of logit t: above 0 trains more near pure noise
+VISIBLE_WEIGHT = 0.1  # weight of a visible token's error when other tokens of the text are hidden
+RIDGE = 0.01          # regularisation of the head start's linear map
+FREQUENCIES = 16      # of the noise-level embedding
 
 
-def logit_normal(draws, mean):
-    """Esser et al. 2024: the middle of the path is where the network has most to learn."""
-    return torch.sigmoid(torch.tensor([mean + g.standard_normal() for g in draws], dtype=torch.float32))
+# -------------------------------------------------------------------------------------------------
+# The state that is generated
+
+def produce(h0, hl):
+    """The state (B, T, D) that the bridge learns to generate, from h[0] and h[l]: h[l] itself."""
+    return hl
 
 
-TIMES = {"logit-normal": logit_normal,  # --times -> (generators, mean of logit t) -> t (B,)
-         "uniform": lambda draws, mean: torch.tensor([g.random() for g in draws], dtype=torch.float32)}
+def recover(h0, state):
+    """The inverse of `produce`: h[l] (B, T, D)."""
+    return state
 
 
-def times(law, mean, seed, step, slots):
-    """t (B,) for the given slots, one per sequence."""
-    return pick(TIMES, law, "--times")([generator(seed, "t", step, s) for s in slots], mean)
+# -------------------------------------------------------------------------------------------------
+# The network
+
+@dataclass
+class BridgeConfig:
+    D: int                         # width of the backbone
+    W: int                         # width of the bridge
+    depth: int                     # transformer blocks of the bridge
+    H: int                         # attention heads
+    V: int = 0                     # vocabulary
+    objective: str = "diffusion"   # or "regression": the same network, called once, without noise
+    head_start: str = "none"       # or "tokens": the network corrects a linear prediction of z
+    generates: bool = False        # trained with unknown tokens; has a readout from z to tokens
+    bidirectional: bool = False    # unknown tokens attend to the whole text
+    self_condition: bool = False   # the previous estimate of z is an extra input
+    sink: str = "own"              # position 0 is standardised on its own, or "shared"
 
 
-def to_z(out, x, t, prediction):
-    """Network output -> estimate of z. t (B,) or a number; x_t = (1-t) z + t e and v = e - z.
-
-    Why x, z itself, is the default: states of width D lie near few directions, and only z does so too; noise and v fill
-    all of them, and a network of about that width must spend itself on them (v collapses here, see LOG.md)."""
-    return out if prediction == "x" else x - torch.as_tensor(t, device=x.device, dtype=x.dtype).reshape(-1, 1, 1) * out
+def normed(x):
+    return F.rms_norm(x, x.shape[-1:])
 
 
-# ------------------------------------------------------------------------------------------------- what is unknown
-def hide(mode, T, seed, step, slots, purpose="visible"):
-    """Which tokens are unknown, (B, T) bool for the given slots; None when the mode hides nothing.
-
-    full: none. prefix: all after a cut. span: all between two cuts. mix: a quarter full, half prefix, a quarter span.
-    Cuts are uniform, and position 0 is always visible."""
-    if mode == "full":
-        return None
-    unknown = torch.zeros(len(slots), T, dtype=torch.bool)
-    for row, slot in zip(unknown, slots, strict=True):
-        draw = generator(seed, purpose, step, slot)
-        kind = draw.choice(["full", "prefix", "prefix", "span"]) if mode == "mix" else mode
-        if kind == "prefix":
-            row[draw.integers(1, T):] = True
-        elif kind == "span":
-            lo, hi = sorted(draw.choice(T, 2, replace=False) + 1)            # 1 <= lo < hi <= T
-            row[lo:hi] = True
-    return unknown
+def rotate(x, positions):
+    """Rotary position embedding (Su et al. 2021) of x (B, H, T, d) at positions (B or 1, T)."""
+    half = x.shape[-1] // 2
+    frequency = 10000.0 ** (-torch.arange(half, device=x.device) / half)        # (d/2,)
+    angle = positions[:, None, :, None] * frequency                             # (B, 1, T, d/2)
+    cos = angle.cos().to(x.dtype)
+    sin = angle.sin().to(x.dtype)
+    a, b = x.split(half, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
-def open_up(unknown):
-    """The mask of a bidirectional bridge, (B, 1, T, T), true where a query may look: visible tokens see the past only
-    (they must not learn from a future that replacement would not have), unknown ones see everything."""
+class Block(nn.Module):
+    """A pre-norm transformer block. The noise level enters as in DiT: shift, scale and gate."""
+
+    def __init__(self, W, H):
+        super().__init__()
+        self.H = H
+        self.qkv = nn.Linear(W, 3 * W, bias=False)
+        self.out = nn.Linear(W, W, bias=False)
+        self.up = nn.Linear(W, 4 * W, bias=False)       # gate and value of the SwiGLU
+        self.down = nn.Linear(2 * W, W, bias=False)
+        self.mod = nn.Parameter(torch.zeros(6, W))      # added to the modulation that blocks share
+
+    def forward(self, h, modulation, positions, mask=None, cache=None, cache_layer=0):
+        """h (B, T, W) -> (B, T, W). `cache` is a transformers cache: this block's keys and values
+        are in `cache_layer`."""
+        B, T, W = h.shape
+        modulation = (modulation + self.mod)[:, :, None]                        # (B, 6, 1, W)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(1)
+
+        # Attention
+        x = normed(h) * (1 + scale1) + shift1
+        qkv = self.qkv(x).view(B, T, 3, self.H, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                    # (B, H, T, d)
+        q = rotate(normed(q), positions)
+        k = rotate(normed(k), positions)
+        if cache is not None:
+            k, v = cache.update(k, v, cache_layer)                              # (B, H, K, d)
+        causal = mask is None
+        x = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+        x = x.transpose(1, 2).reshape(B, T, W)
+        h = h + (1 + gate1) * self.out(x)
+
+        # MLP
+        x = normed(h) * (1 + scale2) + shift2
+        gate, value = self.up(x).chunk(2, dim=-1)                               # (B, T, 2W)
+        return h + (1 + gate2) * self.down(F.silu(gate) * value)
+
+
+class Bridge(nn.Module):
+    """(x_t, c, t) -> z_hat. Causal: the estimate at position i depends on tokens 0..i only.
+
+    h[l] at position i depends on tokens 0..i. A bridge that saw more would leak the answer into
+    the next-token loss of the hybrid."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.recompute = False                          # activation checkpointing
+        D = config.D
+        W = config.W
+        C = 2 * D if config.head_start == "tokens" else D
+        inputs = D + C
+        if config.self_condition:
+            inputs += D
+        if config.generates:
+            inputs += 1                                 # a flag: this token is unknown
+
+        self.enter = nn.Linear(inputs, W)
+        self.time = nn.Linear(2 * FREQUENCIES, 6 * W)   # one for all blocks
+        self.blocks = nn.ModuleList(Block(W, config.H) for _ in range(config.depth))
+        self.leave = nn.Linear(W, D)
+        nn.init.zeros_(self.time.weight)
+        nn.init.zeros_(self.time.bias)
+
+        if config.generates:
+            self.null = nn.Parameter(torch.zeros(C))    # condition of an unknown token
+            self.readout = nn.Linear(D, config.V)       # z -> the token itself
+            nn.init.zeros_(self.readout.weight)
+
+        # Units of h[l] and h[0], set by `calibrate`
+        self.register_buffer("mu_z", torch.zeros(D))
+        self.register_buffer("mu_c", torch.zeros(D))
+        self.register_buffer("sigma_z", torch.ones(D))
+        self.register_buffer("sigma_c", torch.ones(D))
+        if config.sink == "own":
+            self.register_buffer("mu_0", torch.zeros(D))
+            self.register_buffer("sigma_0", torch.ones(D))
+        if config.head_start == "tokens":
+            self.register_buffer("means", torch.zeros(config.V, D))    # mean z of every token
+            self.register_buffer("ridge", torch.zeros(D, C))
+            nn.init.zeros_(self.leave.weight)                   # at first the ridge alone speaks
+            nn.init.zeros_(self.leave.bias)
+
+    def forward(self, x, c, t, positions=None, mask=None, last=None, unknown=None,
+                cache=None, cache_layer=0):
+        """x (B, T, D), c (B, T, C), t (B,) -> z_hat (B, T, D).
+
+        unknown (B, T) marks hidden tokens, last (B, T, D) is the previous estimate of z. mask
+        (B, 1, T, K) replaces the causal mask. The first block's keys are in `cache_layer`."""
+        if positions is None:
+            positions = torch.arange(x.shape[1], device=x.device)[None]
+        inputs = [x, c]
+        if self.config.self_condition:
+            inputs.append(torch.zeros_like(x) if last is None else last)
+        if self.config.generates:
+            if unknown is None:
+                unknown = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+            flag = unknown[..., None]                                           # (B, T, 1)
+            inputs[1] = torch.where(flag, self.null, c)
+            inputs.append(flag.to(x.dtype))
+            if self.config.bidirectional and mask is None:
+                mask = open_mask(unknown)
+
+        octaves = torch.linspace(0, 5, FREQUENCIES, device=t.device)
+        angle = t[:, None] * math.pi * 2.0 ** octaves                           # (B, F)
+        waves = torch.cat([angle.cos(), angle.sin()], dim=-1)
+        modulation = self.time(waves).view(len(t), 6, -1)                       # (B, 6, W)
+
+        h = self.enter(torch.cat(inputs, dim=-1))                               # (B, T, W)
+        for i, block in enumerate(self.blocks):
+            if self.recompute and torch.is_grad_enabled():
+                h = checkpoint(block, h, modulation, positions, mask, use_reentrant=False)
+            else:
+                h = block(h, modulation, positions, mask, cache, cache_layer + i)
+        z_hat = self.leave(normed(h)).float()                                   # (B, T, D)
+        if self.config.head_start == "tokens":
+            if unknown is not None:
+                c = c.masked_fill(unknown[..., None], 0.0)
+            z_hat = z_hat + c.float() @ self.ridge.T
+        return z_hat
+
+    def cache_layers(self, calls):
+        """How many layers of a transformers cache a sample with `calls` calls fills. Each call has
+        its own: its keys and values are those of another noise level."""
+        if self.config.objective == "regression":
+            calls = 1
+        return calls * len(self.blocks)
+
+    def condition(self, h0, ids):
+        """h[0] (B, T, D) of tokens ids (B, T) -> c (B, T, C)."""
+        c = (h0.float() - self.mu_c) / self.sigma_c
+        if self.config.head_start == "tokens":
+            c = torch.cat([c, self.means[ids]], dim=-1)
+        return c
+
+    def units(self, state, positions):
+        """Mean and standard deviation of the state (B, T, D). Position 0 has its own: it is an
+        attention sink, hundreds of times larger than the others (Sun et al. 2024)."""
+        if self.config.sink == "shared":
+            return self.mu_z, self.sigma_z
+        if positions is None:
+            positions = torch.arange(state.shape[-2], device=state.device)
+        first = (positions == 0)[..., None]                                     # (B or 1, T, 1)
+        mean = torch.where(first, self.mu_0, self.mu_z)
+        sigma = torch.where(first, self.sigma_0, self.sigma_z)
+        return mean, sigma
+
+    def target(self, h0, hl, positions=None):
+        """h[0] and h[l] (B, T, D) -> z, what the network predicts."""
+        state = produce(h0, hl)
+        mean, sigma = self.units(state, positions)
+        return (state.float() - mean) / sigma
+
+    def restore(self, h0, z, positions=None):
+        """The inverse of `target`: z -> h[l] (B, T, D)."""
+        mean, sigma = self.units(z, positions)
+        return recover(h0, z * sigma + mean)
+
+
+def open_mask(unknown):
+    """Attention mask (B, 1, T, T) of a bidirectional bridge. Visible tokens look back only, as in
+    replacement; unknown tokens look everywhere."""
     T = unknown.shape[1]
     causal = torch.ones(T, T, dtype=torch.bool, device=unknown.device).tril()
     return (causal | unknown[:, :, None])[:, None]
 
 
-# ----------------------------------------------------------------------------------------------------- objective
-def regress(net, c, positions=None, mask=None, cache=None, unknown=None):
-    """The control: the same network at t = 1, where x_t would be all noise, with x = 0 instead."""
-    z, t = c.new_zeros(*c.shape[:2], net.settings["D"]), torch.ones(len(c), device=c.device)
-    return net(z, c, t, positions, mask, None, cache, 0, unknown)
+# -------------------------------------------------------------------------------------------------
+# Calibration: the units of z and c, and the head start
 
-
-def token_loss(net, z, c, t, noise, skip, last_seen=None, unknown=None):
-    """(squared error per token (B, T), in units where predicting the mean costs about 1; the estimate of z, detached).
-    `last_seen` (B,) says which sequences are shown the network's own first estimate (self-conditioning), `unknown`
-    (B, T) which tokens are hidden from it.
-
-    1 noisy state  2 a first estimate, if asked for  3 network, error against its own target
-    4 sinks scaled by their own size (one would outweigh the whole sequence otherwise: massive activations)
-    5 where there is something unknown, that is the task: visible tokens count little."""
-    kind, t3 = net.settings["prediction"], t[:, None, None]
-    if net.settings["objective"] == "regression":
-        z_hat = regress(net, c, unknown=unknown)
-        error = z_hat - z
-    else:
-        e = start(c, noise, net.settings["source"], unknown)
-        x, last = (1 - t3) * z + t3 * e, None                                             # (B, T, D)
-        if net.settings["self_condition"]:
-            with torch.no_grad():
-                last = to_z(net(x, c, t, unknown=unknown), x, t, kind) * last_seen[:, None, None]
-        out = net(x, c, t, last=last, unknown=unknown)
-        error, z_hat = out - {"x": z, "v": e - z}[kind], to_z(out, x, t, kind)
-    loss = error.square().mean(-1)                                                        # (B, T)
-    sink = torch.arange(z.shape[1], device=z.device) < skip
-    loss = torch.where(sink, loss / z.square().mean(-1).clamp_min(1), loss)
-    if unknown is not None:
-        loss = torch.where(unknown | ~unknown.any(1, keepdim=True), loss, VISIBLE_WEIGHT * loss)
-    return loss, z_hat.detach()
-
-
-# ------------------------------------------------------------------------------------------------------- sampler
-def grid_of(steps, shift):
-    """Noise levels from 1 down to 0, even in u with t = shift u / (1 + (shift - 1) u): a shift above 1 spends more
-    calls near t = 1, where what is unknown gets decided (Esser et al. 2024, section 5.3.2)."""
-    return [shift * (steps - i) / (steps + (shift - 1) * (steps - i)) for i in range(steps)] + [0.0]
-
-
-def euler(slope, x, levels):
-    """x <- x + (s - t) dx/dt from each level t to the next one s: exact for a straight path."""
-    for now, then in zip(levels, levels[1:]):
-        x = x + (then - now) * slope(x, now)
-    return x
-
-
-def ab2(slope, x, levels):
-    """Two-step Adams-Bashforth: the slope goes on along the line through the last two, so that as many calls err less.
-    First and last step are Euler's; the last one ends in the network's own estimate."""
-    last, before = None, None
-    for now, then in zip(levels, levels[1:]):
-        v = slope(x, now)
-        bend = (v - last) * (then - now) / (2 * (now - before)) if last is not None and then > 0 else 0
-        x, last, before = x + (then - now) * (v + bend), v, now
-    return x
-
-
-SAMPLERS = {"euler": euler, "ab2": ab2}  # --sampler -> (slope, x at t = 1, noise levels down to 0) -> x at 0
-
-
-def again(nfe, back):
-    """How many of `nfe` calls a refinement makes again, at least one; with nfe = 1 it starts from noise again."""
-    return max(1, round(back * nfe))
+def mean_and_std(h):
+    """Per dimension over h (N, T, D), in float64. A dead dimension keeps a small positive scale."""
+    flat = h.flatten(0, 1).double()
+    mean = flat.mean(0)
+    variance = (flat.square().mean(0) - mean.square()).clamp_min(0)
+    floor = 1e-4 * variance.mean().sqrt() + 1e-8
+    return mean, variance.sqrt().clamp_min(floor)
 
 
 @torch.no_grad()
-def sample(net, c, nfe, noise, positions=None, mask=None, cache=None, *, sampler="euler", shift=1.0, unknown=None,
-           z=None, done=0, watch=None):
-    """z (B, T, D) from c by `nfe` network calls (NFE, the number of function evaluations), starting from noise (T, D)
-    or (B, T, D). A cache has one layer for each call and block: earlier tokens' keys and values at that call. Given
-    `z`, the first `done` calls of the grid are taken as made: z is carried to the noise level where they would
-    have ended, and the rest of the path is run. `watch` is called with every estimate of z."""
-    if net.settings["objective"] == "regression":
-        return regress(net, c, positions, mask, cache, unknown)
-    kind, last, calls = net.settings["prediction"], None, done
+def calibrate(bridge, h0, hl, ids, skip):
+    """Set the buffers of `bridge` from h[0] and h[l] (N, T, D) of tokens ids (N, T).
 
-    def slope(x, t):
-        nonlocal last, calls
-        out = net(x, c, torch.full((len(x),), t, device=x.device), positions, mask, last, cache,
-                  calls * net.settings["blocks"], unknown)
-        last, calls = to_z(out, x, t, kind), calls + 1
-        if watch is not None:
-            watch(last)
-        return (x - last) / t                                                             # dx/dt = e - z
+    The first `skip` positions are attention sinks. They would set all scales, so they are left
+    out."""
+    state = produce(h0, hl)
+    bridge.mu_z[:], bridge.sigma_z[:] = mean_and_std(state[:, skip:])
+    bridge.mu_c[:], bridge.sigma_c[:] = mean_and_std(h0[:, skip:])
+    if bridge.config.sink == "own":
+        bridge.mu_0[:], bridge.sigma_0[:] = mean_and_std(state[:, :1])
+    if bridge.config.head_start == "tokens":
+        # Half of the text for the token means, the other half for the ridge: else the ridge would
+        # trust means that were counted on its own text.
+        z = bridge.target(h0, hl)[:, skip:]                                     # (N, T, D)
+        count_token_means(bridge, z[::2], ids[::2, skip:])
+        c = bridge.condition(h0, ids)[:, skip:]                                 # (N, T, C)
+        fit_ridge(bridge, z[1::2], c[1::2])
 
-    solve = pick(SAMPLERS, sampler, "--sampler")
-    x = start(c, noise.expand(*c.shape[:2], -1), net.settings["source"], unknown)          # (B, T, D)
+
+def count_token_means(bridge, z, ids):
+    """Mean z of every token, with one pseudo-count at zero, the mean of all."""
+    tokens = ids.flatten()
+    total = torch.zeros_like(bridge.means)                                      # (V, D)
+    total.index_add_(0, tokens, z.flatten(0, 1))
+    count = torch.bincount(tokens, minlength=len(total)) + 1
+    bridge.means[:] = total / count[:, None]
+
+
+def fit_ridge(bridge, z, c):
+    """The best linear map from c to z, in closed form."""
+    z = z.flatten(0, 1).double()                                                # (n, D)
+    c = c.flatten(0, 1).double()                                                # (n, C)
+    gram = c.T @ c
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+    bridge.ridge[:] = torch.linalg.solve(gram, c.T @ z).T
+
+
+# -------------------------------------------------------------------------------------------------
+# Training: noise levels, hidden tokens, loss
+
+def path(z, noise, t):
+    """The state x_t on the straight line from z (t = 0) to noise (t = 1)."""
+    return (1 - t) * z + t * noise
+
+
+def noise_levels(seed, step, slots):
+    """t (B,), logit-normal (Esser et al. 2024): the middle of the path is hardest."""
+    logits = [T_MEAN + generator(seed, "t", step, slot).standard_normal() for slot in slots]
+    return torch.sigmoid(torch.tensor(logits, dtype=torch.float32))
+
+
+def hidden_tokens(mode, ids, seed, step, slots, purpose="visible"):
+    """Which of the tokens ids (B, T) are unknown, (B, T) bool; None if all are known.
+
+    full: none. prefix: all after a random cut. span: all between two cuts. mix: a quarter full,
+    half prefix, a quarter span. Position 0 is always visible."""
+    if mode == "full":
+        return None
+    T = ids.shape[1]
+    unknown = torch.zeros(ids.shape, dtype=torch.bool)
+    for row, slot in zip(unknown, slots, strict=True):
+        random = generator(seed, purpose, step, slot)
+        kind = mode
+        if mode == "mix":
+            kind = random.choice(["full", "prefix", "prefix", "span"])
+        if kind == "prefix":
+            row[random.integers(1, T):] = True
+        elif kind == "span":
+            start, end = sorted(random.choice(T, 2, replace=False) + 1)
+            row[start:end] = True
+    return unknown.to(ids.device)
+
+
+def bridge_loss(bridge, z, c, t, noise, skip, self_conditioned=None, unknown=None):
+    """Squared error of each token (B, T) and the estimate z_hat (B, T, D), detached.
+
+    self_conditioned (B,) marks the sequences that see the network's own first estimate."""
+    # 1. Predict z
+    if bridge.config.objective == "regression":
+        z_hat = regress(bridge, c, unknown=unknown)
+    else:
+        x = path(z, noise, t[:, None, None])                                    # (B, T, D)
+        last = None
+        if bridge.config.self_condition:                                        # Chen et al. 2023
+            with torch.no_grad():
+                last = bridge(x, c, t, unknown=unknown)
+                last = last * self_conditioned[:, None, None]
+        z_hat = bridge(x, c, t, last=last, unknown=unknown)
+    loss = (z_hat - z).square().mean(-1)                                        # (B, T)
+
+    # 2. An attention sink is divided by its own size, or it would outweigh the whole sequence
+    size = z.square().mean(-1).clamp_min(1)
+    is_sink = torch.arange(z.shape[1], device=z.device) < skip
+    loss = torch.where(is_sink, loss / size, loss)
+
+    # 3. Where tokens are hidden, they are the task
+    if unknown is not None:
+        counts_fully = unknown | ~unknown.any(1, keepdim=True)
+        loss = torch.where(counts_fully, loss, VISIBLE_WEIGHT * loss)
+    return loss, z_hat.detach()
+
+
+def readout_loss(bridge, z_hat, ids):
+    """Cross-entropy (B, T) of the token readout. z_hat is detached: the bridge never feels it."""
+    logits = bridge.readout(z_hat)                                              # (B, T, V)
+    loss = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none")
+    return loss.view(ids.shape)
+
+
+# -------------------------------------------------------------------------------------------------
+# Sampling
+
+def regress(bridge, c, **context):
+    """The control: one call at t = 1 with x = 0 in place of noise."""
+    B, T, _ = c.shape
+    x = c.new_zeros(B, T, bridge.config.D)
+    t = torch.ones(B, device=c.device)
+    return bridge(x, c, t, **context)
+
+
+@torch.no_grad()
+def sample(bridge, c, calls, noise, *, z=None, done=0, watch=None, **context):
+    """z (B, T, D) by `calls` Euler steps from noise (T, D) or (B, T, D).
+
+    `context` goes to the network: positions, mask, cache, unknown. To refine a given z, the first
+    `done` calls are skipped: z is carried back up to that noise level. `watch` sees every
+    estimate."""
+    if bridge.config.objective == "regression":
+        return regress(bridge, c, **context)
+    levels = [(calls - i) / calls for i in range(calls + 1)]                    # 1, ..., 0
+    x = noise.expand(len(c), -1, -1)
     if done:
-        level = grid_of(nfe, shift)[done]
-        x = (1 - level) * z + level * x
-    return solve(slope, x, grid_of(nfe, shift)[done:])
+        x = path(z, x, levels[done])
+    z_hat = None
+    for i in range(done, calls):
+        t = levels[i]
+        cache_layer = bridge.cache_layers(i)
+        z_hat = bridge(x, c, x.new_full([len(x)], t), last=z_hat, cache_layer=cache_layer,
+                       **context)
+        if watch:
+            watch(z_hat)
+        slope = (x - z_hat) / t                                                 # dx/dt
+        x = x + (levels[i + 1] - t) * slope
+    return x
 
 
 def position_noise(seed, positions, D, device):
-    """The sampler's noise (T, D): a function of (seed, position), the same for every row, so that logits are
-    deterministic and a cached step equals recomputation."""
-    rows = [normal((D,), torch.device("cpu"), seed, "sampler", int(p)) for p in positions]
+    """Noise (T, D) of the sampler, a function of (seed, position). So logits are deterministic, and
+    a step with a cache gives what recomputing the whole text would give."""
+    cpu = torch.device("cpu")
+    rows = [normal((D,), cpu, seed, "sampler", int(position)) for position in positions]
     return torch.stack(rows).to(device)
 
 
-def readout_loss(net, z_hat, ids):
-    """Cross-entropy (B, T) of the token readout on estimates z_hat (B, T, D): its gradient never reaches the bridge."""
-    logits = net.readout(z_hat.detach())                                                  # (B, T, V)
-    return F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view(ids.shape)
+# -------------------------------------------------------------------------------------------------
+# Files
+
+def save(bridge, folder, info):
+    """bridge.safetensors and bridge.json. `info` says which layer and which backbone it is for."""
+    weights = {name: tensor.contiguous() for name, tensor in bridge.state_dict().items()}
+    with atomic(Path(folder) / "bridge.safetensors") as temporary:
+        save_file(weights, temporary)
+    write_json(Path(folder) / "bridge.json", {**info, "bridge": asdict(bridge.config)})
+
+
+def load(folder, device):
+    """(bridge in eval mode, its info). Raises UserError for a missing or damaged file."""
+    info = read_json(Path(folder) / "bridge.json", "train one with: python bridge.py")
+    try:
+        bridge = Bridge(BridgeConfig(**info["bridge"]))
+        bridge.load_state_dict(load_file(Path(folder) / "bridge.safetensors"))
+    except Exception as error:
+        raise UserError(f"the bridge in {folder} is damaged or was written by the second edition "
+                        f"({why(error)}); train it again: python bridge.py") from None
+    return bridge.to(device).eval().requires_grad_(False), info

@@ -1,332 +1,408 @@
-"""masked.py: a masked diffusion LM: how to fill masks, and how likely it finds a text. repr_align.py trains one.
+"""A masked diffusion LM: who sees whom, how masks are filled, how likely a text is.
 
-    model, tokenizer = load_converted("out/repr_align/w10", device, dtype)
-    ids = fill(model, ids, is_mask, steps=32, order="confidence")      # ORDERS has the orders
-    nats, error = likelihood(model, ids, calls=64)                     # a bound on -log p(ids), its standard error
+    student, tokenizer = load_converted("out/convert/w10", device, dtype)
+    ids = fill(student, ids, is_mask, steps=32)          # most certain tokens first
+    nats, error = likelihood(student, ids, calls=64)     # bound on -log p(ids), standard error
 
-The first token is always visible: with the next-token shift of the AR model it came from, no state predicts it. So
-likelihoods run over the other T-1. A block model (conversion.Arm) writes block after block, what is finished cached.
+The same model through transformers:
 
-Letters: B batch, T tokens, D hidden width, V vocabulary, N tokens of a block that can be masked, k of them masked.
+    import core.masked                                   # registers the architecture
+    model = AutoModelForCausalLM.from_pretrained("out/convert/w10")
+    ids = model.generate(**tokenizer(texts, padding=True, return_tensors="pt"), max_new_tokens=64)
+
+repr_align.py trains such a model. It keeps the next-token shift of the AR model: the state at token
+i predicts token i + 1. No state predicts the first token, so it is always visible, and a likelihood
+is that of the other T - 1.
+
+Shapes: B batch, T tokens, K states of a pass (T, or 2T with a clean copy), D width, V vocabulary,
+S tokens of a token block, N of them that can be masked, n masked tokens of a batch.
 """
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import (AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig,
+                          PreTrainedModel)
+from transformers.modeling_outputs import CausalLMOutput
 
 from core import backbone
-from core.common import UserError, pick
-from core.conversion import BIDIRECTIONAL, Arm, predictors, who_sees, who_sees_cached
-from core.draws import generator
-from core.measure import LOGITS
+from core.common import UserError, generator, pick
 from core.run import read_json
 
-MASK = "<|mask|>"  # of a tokenizer that has no mask token of its own
+MASK = "<|mask|>"       # for a tokenizer that has no mask token
+LOGITS = 2 ** 27        # logits that `likelihood` computes at once
 
+
+# -------------------------------------------------------------------------------------------------
+# Who sees whom
+
+@dataclass(frozen=True)
+class Arm:
+    """What a model is converted to: flags of repr_align.py."""
+    attention: str = "bidirectional"    # or block: token block after token block
+    block_size: int = 16                # tokens of a token block
+    context: str = "noisy"              # before a token block: noisy (masked) or causal (clean)
+
+    def __str__(self):
+        if self.attention == "bidirectional":
+            return "two-way"
+        return f"token blocks of {self.block_size}, {self.context} context"
+
+    def size(self, T):
+        """Tokens of a token block. A bidirectional text is one."""
+        return T if self.attention == "bidirectional" else self.block_size
+
+    def has_copy(self, known):
+        """Whether a clean copy of the text precedes the masked one in a pass. Each token block then
+        sees the clean text before it, as when it is written. `known` asks for that."""
+        return self.attention == "block" and (known or self.context == "causal")
+
+
+TWO_WAY = Arm()
+
+
+def one_copy_sees(arm, T):
+    """(T, T) bool: whether the token of a row sees that of a column. It sees its token block and
+    the text before that; with a causal context only the text up to itself, as in the AR model."""
+    place = torch.arange(T)
+    if arm.context == "noisy":
+        place = place // arm.block_size
+    return place[:, None] >= place
+
+
+def who_sees(arm, T, known):
+    """(K, K) bool: the same for a pass over token blocks, with its clean copy if there is one."""
+    clean = one_copy_sees(arm, T)
+    if not arm.has_copy(known):
+        return clean
+    block = torch.arange(T) // arm.block_size
+    before = block[:, None] > block                     # a masked token sees clean text before
+    same = block[:, None] == block                      # its token block, then the block itself
+    nothing = torch.zeros_like(clean)
+    return torch.cat([torch.cat([clean, nothing], 1), torch.cat([before, same], 1)])
+
+
+def predictors(arm, T, known):
+    """(T-1,): which of the K states predicts tokens 1, ..., T-1. It is the state before the token;
+    for the first token of a token block that is a state of the clean copy, where there is one."""
+    i = torch.arange(1, T)
+    if not arm.has_copy(known):
+        return i - 1
+    return torch.where(i % arm.block_size == 0, i - 1, T + i - 1)
+
+
+# -------------------------------------------------------------------------------------------------
+# The model
 
 class Student(nn.Module):
-    """A Backbone run as its `arm` says, whose mask token may be learned while every other embedding stays frozen:
-    `shift` is added to the mask row's embedding, and folded into it when the model is saved."""
+    """A Backbone that attends as its `arm` says. `shift` is added to the embedding of the mask: it
+    can learn while all other embeddings are frozen. `fold` writes it into the mask's row."""
 
-    def __init__(self, lm, mask_id, arm=BIDIRECTIONAL):
+    def __init__(self, lm, mask_id, arm=TWO_WAY):
         super().__init__()
-        (backbone.check_copies if arm.attention == "block" else backbone.check_wide)(lm)
-        self.lm, self.mask_id, self.arm = lm, mask_id, arm
+        backbone.check_wide(lm)
+        self.lm = lm
+        self.mask_id = mask_id
+        self.arm = arm
         self.shift = nn.Parameter(torch.zeros(lm.D, device=lm.model.device))
 
     def embed(self, ids, is_mask, positions=None):
-        return self.lm.embed(ids.masked_fill(is_mask, self.mask_id), positions, is_mask[..., None] * self.shift)
+        shift = is_mask[..., None] * self.shift
+        return self.lm.embed(ids.masked_fill(is_mask, self.mask_id), positions, shift)
 
-    def states(self, ids, is_mask, cache=None, see=None, judging=False, positions=None):
-        """Yields h[0], ..., h[L-1] and the normed h[L], each (B, K, D), one at a time: never stacked. With a `cache`
-        the tokens follow those in it, which cannot see them; `see` (T, K) then says who sees whom (None: all), and
-        `positions` (1, T) where they stand (None: one after the other)."""
-        T, past = ids.shape[1], cache.get_seq_length() if cache is not None else 0
-        if positions is None:
-            positions = torch.arange(past, past + T, device=ids.device)[None]          # (1, T)
-        if cache is None and self.arm.attention == "block":
-            see = who_sees(T, *self.arm.plan(T, judging))                              # (K, K)
-            if len(see) == 2 * T:
-                ids, is_mask = torch.cat([ids, ids], 1), torch.cat([torch.zeros_like(is_mask), is_mask], 1)
-                positions = positions.repeat(1, 2)
-        yield (h := self.embed(ids, is_mask, positions))
-        see = see if see is None else see[None, None].to(ids.device)                   # (1, 1, K, K)
+    def run(self, ids, is_mask, positions, see=None, cache=None):
+        """Yield h[0], ..., h[L-1] and the normed h[L], each (B, K, D). They are never stacked.
+        `see` (K, keys) says who sees whom; None: every token sees every other one."""
+        h = self.embed(ids, is_mask, positions)
+        yield h
+        if see is not None:
+            see = see[None, None].to(ids.device)
         side = self.lm.side(h, positions, cache=cache, causal=False, see=see)
-        for i in range(self.lm.L):
+        for i in range(self.lm.L - 1):
             h = self.lm.block(h, i, side)
-            yield h if i < self.lm.L - 1 else self.lm.norm(h)
+            yield h
+        h = self.lm.block(h, self.lm.L - 1, side)
+        yield self.lm.norm(h)
 
-    def foretell(self, ids, is_mask):
-        """Normed states (B, T-1, D) that predict tokens 1..T-1 of ids (B, T); what lies before a block is known."""
-        *_, normed = self.states(ids, is_mask, judging=True)
+    def states(self, ids, is_mask, known=False):
+        """`run` on whole texts ids (B, T) with masks where is_mask (B, T)."""
         T = ids.shape[1]
-        return normed[:, predictors(T, *self.arm.plan(T, judging=True), self.arm.shift)]
+        positions = torch.arange(T, device=ids.device)[None]
+        if self.arm.attention == "bidirectional":
+            return self.run(ids, is_mask, positions)
+        if self.arm.has_copy(known):
+            ids = torch.cat([ids, ids], 1)
+            is_mask = torch.cat([torch.zeros_like(is_mask), is_mask], 1)
+            positions = positions.repeat(1, 2)
+        return self.run(ids, is_mask, positions, who_sees(self.arm, T, known))
+
+    def predict(self, ids, is_mask):
+        """Normed states (B, T-1, D) that predict tokens 1..T-1. Token blocks see clean text."""
+        *_, normed = self.states(ids, is_mask, known=True)
+        return normed[:, predictors(self.arm, ids.shape[1], known=True)]
+
+    def extend(self, cache, ids, is_mask, see=None):
+        """Normed states (B, S, D) of the tokens that follow those in the cache. They join it."""
+        known = cache.get_seq_length()
+        positions = torch.arange(known, known + ids.shape[1], device=ids.device)[None]
+        *_, normed = self.run(ids, is_mask, positions, see, cache)
+        return normed
 
     def logits(self, normed):
-        """Normed h[L] (..., D) -> logits (..., V); the mask token itself is never predicted."""
-        out = self.lm.unnormed_head(normed).float()
-        return out.index_fill(-1, torch.tensor([self.mask_id], device=out.device), -torch.inf)
+        """Normed h[L] (..., D) -> logits (..., V). The mask itself is never predicted."""
+        logits = self.lm.unnormed_head(normed).float()
+        logits[..., self.mask_id] = -torch.inf
+        return logits
 
+    @torch.no_grad()
     def fold(self):
-        """Write the learned shift into the mask row (divided by Gemma's embedding scale, where there is one)."""
-        embedding = self.lm.model.get_input_embeddings()
-        scale = getattr(embedding, "embed_scale", 1.0)
-        with torch.no_grad():
-            embedding.weight[self.mask_id] += (self.shift / scale).to(embedding.weight.dtype)
-            self.shift.zero_()
+        table = self.lm.model.get_input_embeddings()
+        scale = getattr(table, "embed_scale", 1.0)          # Gemma scales what the table gives
+        table.weight[self.mask_id] += (self.shift / scale).to(table.weight.dtype)
+        self.shift.zero_()
 
 
+@torch.no_grad()
 def add_mask(lm, tokenizer):
-    """The id of the mask token: the tokenizer's own, else a new one. Its embedding is a spare row of the table, else
-    a new row that starts as the mean of the others (the library would draw it at random: two arms would differ)."""
+    """The id of the mask token: the tokenizer's own, or a new one. A new row of the embedding, or a
+    spare one that was never trained, starts as the mean of the others."""
     if tokenizer.mask_token_id is None:
         tokenizer.add_special_tokens({"mask_token": MASK})
-    if tokenizer.mask_token_id >= lm.V:
-        with backbone.quiet(), torch.no_grad():
-            lm.model.resize_token_embeddings(tokenizer.mask_token_id + 1, mean_resizing=False)
-            for part in (lm.model.get_input_embeddings(), lm.model.get_output_embeddings()):
-                part.weight[lm.V:] = part.weight[:lm.V].mean(0)
+    mask_id = tokenizer.mask_token_id
+    mean = lm.model.get_input_embeddings().weight.mean(0)
+    if mask_id >= lm.V:
+        with backbone.quiet():
+            lm.model.resize_token_embeddings(mask_id + 1, mean_resizing=False)
+        for table in (lm.model.get_input_embeddings(), lm.model.get_output_embeddings()):
+            table.weight[lm.V:] = 0                         # the library fills in random numbers
         lm.V = lm.config.vocab_size
-    return tokenizer.mask_token_id
+    rows = lm.model.get_input_embeddings().weight
+    norms = rows.norm(dim=1)
+    if norms[mask_id] < norms.median() / 10:                # a norm layer would blow it up
+        rows[mask_id] = mean
+    return mask_id
 
 
-def load_converted(folder, device, dtype, attention=""):
-    """(Student, tokenizer) of a folder that repr_align.py wrote; refuses an AR model, and one that does not attend by
-    `attention` where that is all the caller can use."""
-    if "mask_id" not in read_json(Path(folder) / "result.json", "convert a model with: python repr_align.py"):
+def load_converted(folder, device, dtype):
+    """(Student, tokenizer) of a folder that repr_align.py wrote."""
+    result = read_json(Path(folder) / "result.json", "convert a model with: python repr_align.py")
+    if "mask_id" not in result:
         raise UserError(f"{folder} is no converted model; make one with: python repr_align.py")
-    flags = read_json(Path(folder) / "config.json")["dihal"]["config"]
-    arm = Arm(**{name: flags[name] for name in Arm._fields if name in flags})          # an older folder: as ever
-    if attention not in ("", arm.attention):
-        raise UserError(f"{folder} was converted to {arm}, but {attention} attention is needed here; make such a model "
-                        f"with: python repr_align.py --attention {attention}")
-    tokenizer = backbone.load_tokenizer(folder)
-    return Student(backbone.load(folder, device, dtype), tokenizer.mask_token_id, arm), tokenizer
+    arm = Arm(result["attention"], result["block_size"], result["context"])
+    lm = backbone.load(folder, device, dtype)
+    return Student(lm, result["mask_id"], arm), backbone.load_tokenizer(folder)
 
 
-# ------------------------------------------------------------------------------------------------------- samplers
+# -------------------------------------------------------------------------------------------------
+# Filling masks
+
 def choose(logits, temperature, top_p, u):
-    """Tokens (...) from float64 logits (..., V), at u (...) uniform in [0, 1); argmax at temperature 0.
-
-    Inverting the distribution function draws the token; which position is revealed is decided elsewhere. One joint draw
-    over {tokens, mask} by float32 Gumbel noise is biased towards too few reveals (arXiv 2409.02908)."""
+    """Sample tokens (...) from float64 logits (..., V), with u (...) uniform in [0, 1). Temperature
+    0 takes the best one. The distribution function is inverted in float64: one joint float32 Gumbel
+    sample over {tokens, mask} would reveal too few tokens (arXiv 2409.02908)."""
     if temperature == 0:
         return logits.argmax(-1)
     p = torch.softmax(logits / temperature, -1)
     if top_p < 1:
-        high, order = p.sort(-1, descending=True)
-        high = high.masked_fill(high.cumsum(-1) - high >= top_p, 0)                    # the smallest set holding top_p
-        p = torch.zeros_like(p).scatter(-1, order, high / high.sum(-1, keepdim=True))
-    return torch.searchsorted(p.cumsum(-1), u[..., None]).clamp_max(p.shape[-1] - 1)[..., 0]
+        high, token = p.sort(-1, descending=True)
+        before = high.cumsum(-1) - high
+        high = high.masked_fill(before >= top_p, 0)         # the smallest set that holds top_p
+        high = high / high.sum(-1, keepdim=True)
+        p = torch.zeros_like(p).scatter(-1, token, high)
+    token = torch.searchsorted(p.cumsum(-1), u[..., None])[..., 0]
+    return token.clamp_max(p.shape[-1] - 1)
 
 
-# How soon a position is revealed, the highest first: (n,) from its logits (n, V), the token drawn there (n,) and u (n,)
-# uniform in [0, 1), the n positions in reading order. From the model's own law, whatever temperature the draw had.
+def random_order(logits, token, u):
+    return u
+
+
 def confidence(logits, token, u):
+    """Probability of the sampled token at temperature 1."""
     return torch.softmax(logits, -1).gather(-1, token[..., None])[..., 0]
 
 
-# To add an order: a function and an entry here. Those in TAKES_BACK also judge tokens already revealed, and mask them
-# again when they have become the least certain ("p2", arXiv 2502.03540).
-ORDERS = {
-    "random": lambda logits, token, u: u,
-    "confidence": confidence,
-    "entropy": lambda logits, token, u: -torch.special.entr(torch.softmax(logits, -1)).sum(-1),          # low is soon
-    "margin": lambda logits, token, u: -torch.softmax(logits, -1).topk(2, -1).values.diff()[..., 0],    # best - second
-    "p2": confidence}
-TAKES_BACK = {"p2"}
+def negative_entropy(logits, token, u):
+    return -torch.special.entr(torch.softmax(logits, -1)).sum(-1)
+
+
+# How soon a mask is replaced, the largest first: its logits (n, V), the token sampled for it (n,)
+# and uniform u (n,) -> (n,). To add an order: a function and an entry here.
+ORDERS = {"random": random_order, "confidence": confidence, "entropy": negative_entropy}
+
+
+def most_certain(score, is_mask, count):
+    """(B, S) bool: the `count` (B, 1) masks of each row with the largest score (n,)."""
+    scores = score.new_full(is_mask.shape, -torch.inf).masked_scatter(is_mask, score)
+    rank = scores.argsort(dim=1, descending=True, stable=True).argsort(1)
+    return is_mask & (rank < count)
 
 
 @torch.no_grad()
-def fill(model, ids, is_mask, steps, temperature=0.8, seed=0, order="confidence", top_p=1.0, block_size=0, watch=None,
-         threshold=0.0):
-    """Fill the masked positions of ids (B, T) in `steps` steps, a network call each. Position 0 must be visible.
+def fill(model, ids, is_mask, steps, temperature=0.8, seed=0, order="confidence", top_p=1.0,
+         block_size=0, watch=None):
+    """Fill the masks of ids (B, T) in `steps` network calls. The first token must be visible.
 
-    With `block_size`, positions are filled left to right in blocks of so many, `steps` shared out among them; what lies
-    before a block is cached and does not see it. A block model always does so, by the blocks of its training. With a
-    `threshold` a call reveals every token more likely than that, but at least one a row, and `steps` does not count.
-    `watch` is called with (ids, is_mask), whole, after every call."""
-    pick(ORDERS, order, "--order")
-    if not 0 <= threshold <= 1 or threshold and order in TAKES_BACK:
-        raise UserError("--threshold must lie in (0, 1], or be 0: --sample_steps calls; order p2 takes only 0")
-    if steps < 1 or not 0 < top_p <= 1 or temperature < 0:
-        raise UserError("--sample_steps must be at least 1, --top_p lie in (0, 1], --temperature not be negative")
-    if is_mask[:, 0].any():
-        raise UserError("the first token cannot be a mask: give a prompt")
-    ids, is_mask, T, of_blocks = ids.clone(), is_mask.clone(), ids.shape[1], model.arm.attention == "block"
-    if T > (most := model.lm.config.max_position_embeddings):
-        raise UserError(f"text and masks are {T} tokens, more than the model's {most}; shorten one")
-    if of_blocks and block_size not in (0, model.arm.block_size):
-        raise UserError(f"this model was converted to {model.arm}; leave --block_size {block_size} out")
-    cache, stretches, size = None, [(0, T)], model.arm.block_size if of_blocks else block_size
-    if size and is_mask.any():
-        from transformers import DynamicCache
-        if not is_mask[:, -1].any():
-            raise UserError("blocks of tokens see nothing after them: leave --suffix or --block_size out")
-        cache, first = DynamicCache(), int(is_mask.any(0).nonzero()[0])                # no windows: masks have them
-        starts = range(first - first % size, T, size) if of_blocks else range(first, T, size)
-        stretches = [(lo - (not of_blocks), min(lo + size, T)) for lo in starts]       # its first token is visible
-    masks, done = is_mask.any(0).cpu(), 0                                              # (T,)
-    for number, (lo, hi) in enumerate(stretches):
-        known = cache.get_seq_length() if cache is not None else 0
-        if lo > known and not of_blocks:
-            for _ in model.states(ids[:, known:lo], is_mask[:, known:lo], cache=cache):
-                pass                                                                   # what is filled joins the cache
-        until = steps * int(masks[:hi].sum()) // max(1, int(masks.sum()))              # its share, by its masks
-
-        def show(some, hidden, lo=lo, hi=hi):
-            if watch is not None:
-                watch(*(torch.cat([a[:, :lo], b, a[:, hi:]], 1) for a, b in ((ids, some), (is_mask, hidden))))
-        ids[:, lo:hi] = fill_stretch(model, ids[:, :hi], is_mask[:, lo:hi], max(1, until - done), temperature,
-                                     (seed, number), order, top_p, show, cache, threshold)
-        is_mask[:, lo:hi], done = False, until
+    A model of token blocks fills one after the other and gives each its share of the calls. With
+    `block_size` a two-way model does so too. Finished tokens are cached and cannot attend to later
+    ones. `watch(ids, is_mask)` is called after every call."""
+    T = ids.shape[1]
+    ids = ids.clone()
+    is_mask = is_mask.clone()
+    by_blocks = model.arm.attention == "block"
+    size = model.arm.block_size if by_blocks else block_size or T
+    to_fill = is_mask.any(0).cpu()                                              # (T,)
+    if size < T and not to_fill[-1]:
+        raise UserError("a token block sees nothing after it: leave --suffix or --block_size out")
+    cache = DynamicCache()
+    first = int(to_fill.nonzero()[0])
+    done = 0                                                                    # calls
+    for number, lo in enumerate(range(first - first % size, T, size)):
+        hi = min(lo + size, T)
+        until = steps * int(to_fill[:hi].sum()) // int(to_fill.sum())
+        calls = max(1, until - done)
+        done = until
+        # 1. Finished tokens join the cache. The state at the last one predicts the next token
+        if lo > 0:
+            known = cache.get_seq_length()
+            see = one_copy_sees(model.arm, lo)[known:] if by_blocks else None
+            before = model.extend(cache, ids[:, known:lo], is_mask[:, known:lo], see)[:, -1]
+        see = torch.ones(hi - lo, hi, dtype=torch.bool) if by_blocks else None
+        for step in range(calls):
+            hidden = is_mask[:, lo:hi]                                          # (B, S)
+            if not hidden.any():
+                break
+            # 2. Logits of the n masks, each from the state before it
+            normed = model.extend(cache, ids[:, lo:hi], hidden, see).roll(1, 1)     # (B, S, D)
+            backbone.trim(cache, lo)
+            if lo > 0:
+                normed[:, 0] = before
+            logits = model.logits(normed[hidden]).double()                      # (n, V)
+            # 3. Sample a token for every mask
+            keys = [(number, step, row) for row in range(len(ids))]
+            u = [generator(seed, "fill", *key).random((2, hi - lo)) for key in keys]
+            u = torch.from_numpy(np.stack(u, 1)).to(ids.device)                 # (2, B, S)
+            u = u[:, hidden]                                                    # (2, n)
+            token = choose(logits, temperature, top_p, u[0])
+            sampled = ids[:, lo:hi].masked_scatter(hidden, token)
+            # 4. Reveal the most certain ones, as many as it takes to be done at the last call
+            score = pick(ORDERS, order, "--order")(logits, token, u[1])
+            count = -(-hidden.sum(1, keepdim=True) // (calls - step))           # rounded up
+            revealed = most_certain(score, hidden, count)
+            ids[:, lo:hi] = torch.where(revealed, sampled, ids[:, lo:hi])
+            is_mask[:, lo:hi] = hidden & ~revealed
+            if watch:
+                watch(ids.clone(), is_mask.clone())
     return ids
 
 
-def foretell_cached(model, ids, is_mask, cache, before):
-    """Normed states (B, S, D) that predict the last tokens of ids (B, T), is_mask (B, S), and the state before those. A
-    finished block between them and the cache is read by the same call, and joins it; where there is none, the state
-    `before` is that of an earlier call (None at the start of a text, whose first token nothing predicts)."""
-    S, known = is_mask.shape[1], cache.get_seq_length() if cache is not None else 0
-    lo = ids.shape[1] - S
-    new = lo - known
-    see = who_sees_cached(known, lo, lo + S, *model.arm.plan(S)) if model.arm.attention == "block" else None
-    *_, normed = model.states(ids[:, known:], F.pad(is_mask, (new, 0)), cache=cache, see=see)
-    backbone.trim(cache, lo)
-    before, normed = normed[:, new - 1:new] if new else before, normed[:, new:]
-    if not model.arm.shift:
-        return normed, before
-    first = normed[:, :1] if before is None else before                                # a visible token needs no state
-    return torch.cat([first, normed[:, :-1]], 1), before
+# -------------------------------------------------------------------------------------------------
+# Likelihood
 
-
-def fill_stretch(model, ids, is_mask, steps, temperature, key, order, top_p, watch, cache, threshold):
-    """`fill` on the last tokens of ids (B, T), a stretch is_mask (B, S): its tokens (B, S).
-
-    Each step: 1 logits of all masked tokens  2 draw a token for each, in float64  3 reveal the most certain ones by
-    `order`, enough to be done in time, or all that are certain enough."""
-    S, before = is_mask.shape[1], None
-    known, ids = ids[:, :-S], ids[:, -S:]
-    asked, count = is_mask, is_mask.sum(1)                                             # (B, S); (B,)
-    for step in range(int(count.max()) if threshold else steps):
-        judged = asked if order in TAKES_BACK else is_mask                             # (B, S): all may be taken back
-        b, i = judged.nonzero(as_tuple=True)                                           # n positions of the batch
-        if len(b) == 0:
-            break
-        normed, before = foretell_cached(model, torch.cat([known, ids], 1), is_mask, cache, before)
-        logits = model.logits(normed[b, i]).double()                                   # (n, V)
-        u = [generator(key[0], "fill", key[1], step, row).random((2, S)) for row in range(len(ids))]
-        u = torch.from_numpy(np.stack(u, 1)).to(logits.device)[:, b, i]                # (2, n)
-        token = choose(logits, temperature, top_p, u[0])
-        standing = torch.where(is_mask[b, i], token, ids[b, i])                        # judged: what is there already
-        score = torch.full(ids.shape, -torch.inf, dtype=torch.float64, device=ids.device)
-        score[b, i] = ORDERS[order](logits, standing, u[1]).double()
-        rank = score.argsort(dim=-1, descending=True, stable=True).argsort(-1)         # (B, S): 0 is the most certain
-        if threshold:
-            keep = b[confidence(logits, token, u[1]) >= threshold].bincount(minlength=len(ids)).clamp_min(1)    # (B,)
-        elif order in TAKES_BACK:
-            keep = count - (count * (1 - (step + 1) / steps)).floor().long()
-        else:
-            keep = -(-is_mask.sum(1) // (steps - step))                                # ceil: done at the last step
-        chosen = rank < keep[:, None]
-        fresh = ids.clone()
-        fresh[b, i] = token
-        ids = torch.where(chosen & is_mask, fresh, ids)
-        is_mask = judged & ~chosen
-        watch(ids, is_mask)
-    return ids
-
-
-@torch.no_grad()
-def speculate(model, ids, new, drafts, watch=None):
-    """ids (1, T) and `new` tokens after them: the greedy text of the model's own AR mode, token for token (in fp32; in
-    bf16 rounding decides near-ties), drafted by its diffusion mode. It wants blocks of tokens after a causal context,
-    trained with --ar_weight. A call reads the newest tokens as the AR mode does, drafts among them, and `drafts` masks
-    after each that may prove the last right one, for which the text ends there: it judges drafts and makes the next,
-    whichever are right (quadratic decoding, arXiv 2507.11851). `watch` is called as by `fill`."""
-    arm, draft = model.arm, []
-    if not (arm.attention == "block" and arm.context == "causal" and arm.shift and 0 < drafts < arm.block_size
-            and len(ids) == 1):
-        raise UserError(f"{drafts} drafts need larger blocks of tokens and an AR mode, for one text at a time; this is "
-                        f"{arm}: repr_align.py --attention block --context causal --ar_weight 1")
-    from transformers import DynamicCache
-    text, end, cache = ids[0].tolist(), ids.shape[1] + new, DynamicCache()
-    if end > (most := model.lm.config.max_position_embeddings):
-        raise UserError(f"prompt and new tokens are {end}, more than the model's {most}; shorten one")
-    while len(text) < end:
-        # 1 n tokens that follow the cache, then masks after the last one that is sure and after each draft
-        known = cache.get_seq_length()
-        read, sure = [*text[known:], *draft], len(text) - known
-        n, last = len(read), torch.arange(sure - 1, len(read)).repeat_interleave(drafts)
-        last = torch.cat([torch.arange(n), last])                                      # (K,): of its text, where it is
-        is_mask = torch.arange(len(last)) >= n                                         # (K,)
-        place = last + is_mask * (1 + (torch.arange(len(last)) - n) % drafts)          # (K,)
-        see = torch.where(is_mask, is_mask[:, None] & (last == last[:, None]), place <= last[:, None])   # (K, K)
-        place = (known + place).clamp_max(most - 1)[None].to(ids.device)               # (1, K): some lie past the end
-        tokens = ids.new_tensor([[*read, *[model.mask_id] * (len(last) - n)]])         # (1, K)
-        see, is_mask = F.pad(see, (known, 0), value=True), is_mask[None].to(ids.device)
-        *_, normed = model.states(tokens, is_mask, cache, see, positions=place)
-        best = model.logits(normed[0, sure - 1:]).argmax(-1).tolist()                  # from the last sure token on
-        # 2 drafts are right up to the first that the AR mode would not have written; what it writes there is sure
-        right = next((i for i, token in enumerate(draft) if token != best[i]), len(draft))
-        text += [*draft[:right], best[right]]
-        backbone.trim(cache, known + sure + right)
-        masks = len(draft) + 1 + right * drafts
-        draft = best[masks:masks + drafts]
-        whole = ids.new_tensor([[*text, *[model.mask_id] * (end - len(text))][:end]])  # (1, T + new)
-        if watch is not None:
-            watch(whole, whole == model.mask_id)
-    return whole
-
-
-# ----------------------------------------------------------------------------------------------------- likelihood
-def strata(sizes, calls, seed, purpose, *key):
-    """Mask counts (calls, blocks), k of N for every size N: two calls in each of calls/2 equal slices of 1..N, so that
-    every count is as likely as every other one and a pair tells the spread inside its slice."""
+def mask_counts(sizes, calls, seed, *key):
+    """Numbers of masked tokens (calls, token blocks), uniform on 1..N for every N in `sizes`. Two
+    calls lie in each of calls/2 equal slices of 1..N: a pair tells the spread inside its slice."""
     pairs = calls // 2
-    u = generator(seed, purpose, *key).random((len(sizes), pairs, 2))
-    u = (np.arange(pairs)[:, None] + u) / pairs * np.array(sizes)[:, None, None]
-    return np.floor(u).astype(int).reshape(len(sizes), calls).T + 1                    # floor, not round: unbiased
+    u = generator(seed, "count", *key).random((len(sizes), pairs, 2))
+    place = (np.arange(pairs)[:, None] + u) / pairs                             # (., pairs, 2)
+    counts = np.floor(place * np.reshape(sizes, (-1, 1, 1))).astype(int) + 1
+    return counts.reshape(len(sizes), calls).T
 
 
 @torch.no_grad()
-def likelihood(model, ids, calls=64, seed=0, given=1, batch=16, key=0):
+def likelihood(model, ids, calls=64, seed=0, given=1, key=0):
     """(bound, standard error) in nats of -log p(ids[given:] | ids[:given]) for one text ids (T,).
 
-    The sum over blocks, one for a bidirectional model, of -log p(block | before it) <= E_k [ (N/k) sum of CE over k
-    masked tokens ], k uniform on 1..N, the k tokens a uniform subset: the exact mask-count form of the masked diffusion
-    ELBO (Ou et al. 2024; Nie et al. 2025, equation 6), stratified over k. A call masks k tokens of every block."""
+    Sum over token blocks of -log p(block | text before) <= E_k [N/k * CE of k masked tokens], k
+    uniform on 1..N and the k tokens a uniform subset: the exact mask-count form of the masked
+    diffusion ELBO (Ou et al. 2024; Nie et al. 2025, equation 6). `calls` is even and at least 4."""
     T = len(ids)
-    if T - given < 1 or given < 1:
-        raise UserError("a text needs a visible first token and one to judge")
-    if calls < 4 or calls % 2:
-        raise UserError("the likelihood needs an even number of calls, at least 4")
-    size = model.arm.plan(T)[0]
-    blocks = [range(max(lo, given), min(lo + size, T)) for lo in range(given - given % size, T, size)]
-    weight = torch.zeros(calls, T, dtype=torch.float64, device=ids.device)             # N/k where a call masks
-    for i, counts in enumerate(strata(list(map(len, blocks)), calls, seed, "count", key)):
-        draw = generator(seed, "subset", key, i)
-        for block, k in zip(blocks, counts, strict=True):
-            weight[i, block.start + torch.from_numpy(draw.permutation(len(block))[:k])] = len(block) / k
-    batch = max(1, min(batch, LOGITS // (T * model.lm.V)))                             # a row of 8B is 2 GB of logits
-    pairs = torch.cat([masked_ce(model, ids, some) for some in weight.split(batch)]).view(-1, 2)   # (calls / 2, 2)
-    error = (pairs[:, 0] - pairs[:, 1]).square().sum().sqrt() / 2 / len(pairs)         # a pair's mean errs by |a-b|/2
+    size = model.arm.size(T)
+    starts = range(given - given % size, T, size)
+    blocks = [range(max(lo, given), min(lo + size, T)) for lo in starts]
+    counts = mask_counts([len(block) for block in blocks], calls, seed, key)
+    weight = torch.zeros(calls, T, dtype=torch.float64, device=ids.device)     # N/k where masked
+    for call in range(calls):
+        subset = generator(seed, "subset", key, call)
+        for block, k in zip(blocks, counts[call], strict=True):
+            places = subset.permutation(len(block))[:k]
+            weight[call, block.start + torch.from_numpy(places)] = len(block) / k
+    rows = max(1, min(16, LOGITS // (T * model.lm.V)))
+    sums = [masked_ce(model, ids, part) for part in weight.split(rows)]
+    pairs = torch.cat(sums).view(-1, 2)                                         # (calls / 2, 2)
+    spread = pairs[:, 0] - pairs[:, 1]
+    error = spread.square().sum().sqrt() / 2 / len(pairs)
     return pairs.mean().item(), error.item()
 
 
-@torch.no_grad()
 def masked_ce(model, ids, weight):
-    """Sum of CE (nats, float64) over the masked tokens of each row: ids (T,), their weights or bool (n, T) -> (n,)."""
+    """Weighted sum of CE (nats, float64) over the tokens with a weight, which are masked: ids (T,)
+    and weight (n, T) -> (n,)."""
     rows = ids.expand(len(weight), -1)
-    logits = model.logits(model.foretell(rows, weight > 0))                            # (n, T-1, V)
-    ce = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none").view(len(rows), -1)
-    return torch.where(weight[:, 1:] > 0, ce.double() * weight[:, 1:], 0).sum(1).cpu()
+    logits = model.logits(model.predict(rows, weight > 0))                      # (n, T-1, V)
+    targets = rows[:, 1:]
+    ce = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    ce = ce.view_as(targets).double()
+    return (ce * weight[:, 1:]).sum(1).cpu()
 
 
 def text_likelihood(model, windows, calls, seed=0):
-    """(nats, standard error) summed over windows (N, T) of a text; each window's first token is given."""
-    found = [likelihood(model, ids, calls, seed, key=i) for i, ids in enumerate(windows)]
-    return sum(f[0] for f in found), math.sqrt(sum(f[1] ** 2 for f in found))
+    """(nats, standard error) summed over windows (., T); the first token of each is given."""
+    bounds = [likelihood(model, ids, calls, seed, key=i) for i, ids in enumerate(windows)]
+    nats, errors = zip(*bounds)
+    return sum(nats), math.hypot(*errors)
+
+
+# -------------------------------------------------------------------------------------------------
+# As a model of transformers
+
+class ConvertedConfig(PretrainedConfig):
+    """The AR model's config under another name: transformers must not take it for an AR model."""
+    model_type = backbone.TWIN
+
+
+class ConvertedForCausalLM(PreTrainedModel):
+    """A Student that transformers can load. repr_align.py saves it; to copy it, copy its folder."""
+    config_class = ConvertedConfig
+
+    def __init__(self, config, student):
+        super().__init__(config)
+        self.student = student
+        self.mask_id = student.mask_id
+
+    @classmethod
+    def from_pretrained(cls, folder, config=None, dtype=None, device="cpu", revision=None,
+                        trust_remote_code=None, adapter_kwargs=None):
+        """AutoModelForCausalLM passes the last three. Others of the library are refused."""
+        dtype = backbone.as_dtype(dtype)
+        student, _ = load_converted(folder, torch.device(device), dtype)
+        return cls(config or ConvertedConfig.from_pretrained(folder), student).eval()
+
+    def forward(self, input_ids, labels=None, **_):
+        """Logits (B, T-1, V), those at i of token i + 1. The loss is the mean CE of labels (B, T)
+        that are not -100."""
+        normed = self.student.predict(input_ids, input_ids == self.mask_id)
+        logits = self.student.logits(normed)
+        loss = None if labels is None else F.cross_entropy(logits.mT, labels[:, 1:])
+        return CausalLMOutput(loss=loss, logits=logits)
+
+    def generate(self, input_ids, attention_mask=None, max_new_tokens=64, steps=0, **sampling):
+        """Prompts (B, P), padded on the left, and new tokens after them: as many as asked for, in
+        `steps` network calls (0: one a token). sampling: temperature, seed, order, top_p."""
+        text = F.pad(input_ids, (0, max_new_tokens), value=self.mask_id)
+        padding = torch.zeros_like(input_ids) if attention_mask is None else 1 - attention_mask
+        starts = padding.sum(1)                                                 # (B,)
+        for start in starts.unique():                                           # no padding is seen
+            rows = starts == start
+            ids = text[rows, start:]
+            text[rows, start:] = fill(self.student, ids, ids == self.mask_id,
+                                      steps or max_new_tokens, **sampling)
+        return text
+
+
+AutoConfig.register(ConvertedConfig.model_type, ConvertedConfig)
+AutoModelForCausalLM.register(ConvertedConfig, ConvertedForCausalLM)

@@ -1,31 +1,48 @@
-"""report.py: what the tables, figures and films of all sections share. No number is typed here.
+"""report.py: tables, figures and the statistics behind every comparison.
 
-    text = table(["layer", "score"], [[1, "4.05"], ...])       # Markdown
-    with figure(path, columns=3) as axes: axes[0, 0].plot(...)     # a PNG, written whole or not at all
+    table(["layer", "score"], [[1, "4.05"], ...])               # Markdown
+    with figure(path, columns=2) as axes: axes[0, 0].plot(...)  # a PNG, whole or not at all
+    gap = paired(ours, theirs)                                  # mean difference and its interval
+    verdict(gap, unit="nats")                                   # "better by ...", "tie ...", ...
 """
 import contextlib
-import re
+import itertools
+import math
+import statistics
+from typing import NamedTuple
 
+import numpy as np
+
+from core.common import generator
 from core.run import atomic
-from core.stats import paired, verdict
 
-BLUE, RED, YELLOW, GREEN, GREY, BLACK = "#30638e", "#d1495b", "#edae49", "#5f9e6e", "#999999", "#222222"
+BLUE = "#30638e"        # ours
+RED = "#d1495b"
+YELLOW = "#edae49"
+GREEN = "#5f9e6e"
+GREY = "#999999"        # rivals
+BLACK = "#222222"
 
+
+# --------------------------------------------------------------------------------------------------
+# Tables and figures
 
 def table(columns, rows):
-    """Markdown table of rows (lists of cells, turned to text; None is "-")."""
-    lines = [columns, ["---"] * len(columns), *([("-" if c is None else str(c)) for c in row] for row in rows)]
+    """Markdown table. A cell becomes text, None becomes "-"."""
+    lines = [columns, ["---"] * len(columns)]
+    for row in rows:
+        lines.append(["-" if cell is None else str(cell) for cell in row])
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 @contextlib.contextmanager
-def figure(path, rows=1, columns=1, width=3.7, height=3.1, **how):
-    """Yields the axes (rows, columns) of a figure that is written to `path` at the end; sizes are those of a panel."""
+def figure(path, rows=1, columns=1, width=3.7, height=3.1):
+    """Yield the axes (rows, columns) of a figure and write it to `path`. Sizes are a panel's."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(rows, columns, squeeze=False, constrained_layout=True,
-                             figsize=(width * columns, height * rows), **how)
+    size = (width * columns, height * rows)
+    fig, axes = plt.subplots(rows, columns, squeeze=False, constrained_layout=True, figsize=size)
     yield axes
     for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
@@ -37,53 +54,112 @@ def figure(path, rows=1, columns=1, width=3.7, height=3.1, **how):
     plt.close(fig)
 
 
-def film(path, frames, width=86):
-    """A GIF, whatever its name, of a text in the making, the last frame held. Each of `frames` is a list of (word,
-    hidden): hidden ones are grey, and red is what is no longer hidden, or another word, since the frame before."""
-    from matplotlib.font_manager import findfont
-    from PIL import Image, ImageDraw, ImageFont
-    font, pages = ImageFont.truetype(findfont("monospace"), 13), []
-    for before, now in zip([frames[0], *frames], [*frames, frames[-1]]):
-        column, row, page = 0, 0, []
-        for old, (word, hidden) in zip(before, now, strict=True):
-            for i, part in enumerate(word.split("\n")):
-                if i or column + len(part) > width:
-                    column, row = 0, row + 1
-                page.append((column, row, part, GREY if hidden else BLACK if old == (word, hidden) else RED))
-                column += len(part)
-        pages.append(page)
-    w, rows = font.getlength(" "), 1 + max(row for page in pages for _, row, *_ in page)
-    images = [Image.new("RGB", (int(w * width) + 10, 16 * rows + 10), "white") for _ in pages]
-    for image, page in zip(images, pages, strict=True):
-        for column, row, part, color in page:
-            ImageDraw.Draw(image).text((5 + w * column, 5 + 16 * row), part, color, font)
-    with atomic(path) as temporary:
-        images[0].save(temporary, format="GIF", save_all=True, append_images=images[1:], loop=0,
-                       duration=[*[200] * len(frames), 2000])
-
-
-def compare_arms(control, arm, what):
-    """What an arm of CONVERT bought, from its result and that of the unaligned bidirectional one: by the bound on a
-    text's likelihood, the only number that all arms share."""
-    gap = paired(arm["bound"][:1], control["bound"][:1])
-    cost = arm["seconds"] / arm["steps"] / (control["seconds"] / control["steps"])
-    return (f"Bound on -log p, converted {what}, against all at once without alignment: "
-            f"{verdict(gap, unit='nats a token')}. A step costs {cost:.2f}x.")
-
-
-def fill_markers(text, blocks):
-    """`text` with what stands between <!-- NAME --> and <!-- /NAME --> replaced by blocks[NAME]."""
-    for name, block in blocks.items():
-        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-        before, _, rest = text.partition(start)
-        text = before + start + block + "\n" + end + rest.partition(end)[2]
+def plus_minus(values, form):
+    """Mean +- standard deviation as text; the mean alone for a single value."""
+    text = f"{statistics.mean(values):{form}}"
+    if len(values) > 1:
+        text += f" +- {statistics.stdev(values):{form.lstrip('+')}}"
     return text
 
 
-def answer(findings, sources):
-    """The first of `findings` that one of the `sources` names, its verdict in bold; the interval only where that is
-    not known."""
-    line = next((line.split("**: ", 1)[1] for run, words in sources for line in findings
-                 if line.startswith(f"**{run}**: ") and words in line), "not run")
-    line, counts = line if "not known (" in line else re.sub(r"95% \[[^]]*\][^,)]*, ", "", line), " layers (" in line
-    return re.sub(r"\b(ahead|behind|ties|not known)\b|(?<=^Layer )\d+", r"**\g<0>**", line, count=0 if counts else 1)
+# --------------------------------------------------------------------------------------------------
+# Rank correlation
+
+def ranks(values):
+    """Ranks (n,), ties averaged, centred, of length 1: a product of two is their correlation."""
+    x = np.asarray(values)
+    x = np.array([(x < v).sum() + (x <= v).sum() for v in x], float)
+    x = x - x.mean()
+    return x / max(np.linalg.norm(x), 1e-12)
+
+
+def spearman(a, b):
+    """Rank correlation of two vectors, ties averaged; 0 if either is constant."""
+    return float(ranks(a) @ ranks(b))
+
+
+def permutation_p(a, b, seed=0):
+    """How often a random order of `a` correlates with `b` at least as strongly (one-sided).
+
+    Exact up to 8 values; else by 20,000 random orders, the given order counted as one."""
+    n = len(a)
+    exact = n <= 8
+    if exact:
+        orders = np.array(list(itertools.permutations(range(n))))
+    else:
+        shuffle = generator(seed, "permutations")
+        orders = np.array([shuffle.permutation(n) for _ in range(20000)])
+    correlations = ranks(a)[orders] @ ranks(b)
+    hits = (correlations >= spearman(a, b) - 1e-9).sum()
+    return float(hits / len(orders) if exact else (1 + hits) / (1 + len(orders)))
+
+
+# --------------------------------------------------------------------------------------------------
+# Differences and verdicts
+
+# 0.975 quantiles of Student's t by degrees of freedom; the normal distribution's above 60
+T975 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26, 10: 2.23,
+        15: 2.13, 20: 2.09, 30: 2.04, 60: 2.00}
+
+
+class Gap(NamedTuple):
+    """A mean difference, half the width of its 95% interval (inf: not known), and the number of
+    pairs."""
+    mean: float
+    half: float
+    n: int
+
+
+def t975(freedom):
+    """The quantile; between entries of the table the cautious one."""
+    if freedom > 60:
+        return 1.96
+    return T975[max(entry for entry in T975 if entry <= freedom)]
+
+
+def paired(ours, theirs):
+    """Gap of ours - theirs, two lists whose entries belong together (a training seed, a text).
+
+    Student's t: exact for normal differences. Pass logarithms of ratios, and seeds or texts, never
+    the tokens of one text."""
+    gaps = [float(x - y) for x, y in zip(ours, theirs, strict=True)]
+    n = len(gaps)
+    mean = sum(gaps) / max(1, n)
+    if n < 2 or not math.isfinite(mean):
+        return Gap(mean, math.inf, n)
+    return Gap(mean, t975(n - 1) * statistics.stdev(gaps) / n ** 0.5, n)
+
+
+def unpaired(ours, theirs):
+    """Gap of two lists whose entries do not belong together (Welch's t)."""
+    gap = statistics.mean(ours) - statistics.mean(theirs)
+    n = min(len(ours), len(theirs))
+    if n < 2 or not math.isfinite(gap):
+        return Gap(gap, math.inf, n)
+    a = statistics.variance(ours) / len(ours)
+    b = statistics.variance(theirs) / len(theirs)
+    if a + b == 0:
+        return Gap(gap, 0.0, n)
+    freedom = (a + b) ** 2 / (a ** 2 / (len(ours) - 1) + b ** 2 / (len(theirs) - 1))
+    return Gap(gap, t975(freedom) * (a + b) ** 0.5, n)
+
+
+def verdict(gap, margin=0.0, unit="", what="seeds", lower_is_better=True):
+    """The wording of every comparison; it describes the first method.
+
+    tie: the whole interval is inside +-margin. better, worse: it excludes zero. Otherwise, and
+    with a single pair, the answer is not known."""
+    unit = f" {unit}" if unit else ""
+    if gap.n < 2:
+        return f"not known ({gap.mean:+.3g}{unit}, n = {gap.n})"
+    if not math.isfinite(gap.half):
+        return f"not known (a value is not finite, {gap.n} {what})"
+    low = gap.mean - gap.half
+    high = gap.mean + gap.half
+    interval = f"95% [{low:+.3g}, {high:+.3g}]{unit}, {gap.n} {what}"
+    if max(-low, high) <= margin:
+        return f"tie within {margin:g}{unit} ({interval})"
+    if low <= 0 <= high:
+        return f"not known ({interval})"
+    word = "better" if (gap.mean < 0) == lower_is_better else "worse"
+    return f"{word} by {abs(gap.mean):.3g}{unit} ({interval})"

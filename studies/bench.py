@@ -1,117 +1,83 @@
-"""bench.py: speed of a bridge's step beside its ceiling, and of writing by blocks beside one token after another.
+"""bench: how fast is this machine, and how close to that is a training step of a bridge?
 
-    python -m studies.bench                                  # a bridge's step, out/repr_align/block: a minute
-    python -m studies.bench --twin "" --device cuda          # ceilings and a bridge's step (studies/gpu.sh does more)
-    python -m studies.bench --twin out/mine/block --temperature 1
+    python -m studies.bench                         # half a minute on a CPU
+    python -m studies.bench --device cuda --repeats 20
 
-Prints one row a measurement: the value, the stock thing it is compared with, and their ratio. Writes nothing.
+Prints one row a measurement and writes nothing. FLOPs of a step: 6 a parameter and token.
 """
-import argparse
-
-if not __package__:
-    argparse.ArgumentParser().exit(2, "error: start it as: python -m studies.bench\n")
-import contextlib
-import time
+import timeit
 from dataclasses import dataclass
-from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
-import data
-from core import backbone, denoiser, diffusion, masked
 from core.common import entry, parse, setup
-from core.measure import train_flops
-from core.metrics import measure, seconds_of
-from core.run import read_json
+from core.diffusion import Bridge, BridgeConfig, bridge_loss
 
 
 @dataclass
 class Config:
-    twin: str = "out/repr_align/block"  # a twin converted with --attention block (empty: leave it out)
-    texts: int = 24             # that it writes
-    temperature: float = 0.8    # of them
-    seed: int = 0               # of all draws
-    device: str = "cpu"         # cpu, cuda, auto; ceilings and steps are of bf16 on cuda
-    repeats: int = 5            # the best of so many is reported
+    device: str = "auto"        # auto, cpu, cuda; fp32 on a CPU, bf16 on a GPU
+    repeats: int = 5            # the best one counts
+    seed: int = 0               # of the tensors
 
 
-def ceilings(cfg, device, dtype):
-    """FLOP/s of torch.mm, which is returned, bytes a second of a copy, FLOP/s of causal attention."""
-    n, T = (2048, 256) if device.type == "cpu" else (8192, 4096)
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+def seconds(repeats, function):
+    """The fastest of several calls."""
+    def call():
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    return min(timeit.repeat(call, number=1, repeat=repeats))
+
+
+def ceilings(n, T, device, dtype, repeats):
+    """Print what the machine can do. Returns its rate of matrix products, in FLOP/s."""
+    a = torch.randn(n, n, device=device, dtype=dtype)
     q = torch.randn(4, 16, T, 64, device=device, dtype=dtype)
-    rate = 2 * n ** 3 / seconds_of(cfg.repeats, lambda: torch.mm(a, b))
-    copy = 2 * a.nbytes / seconds_of(cfg.repeats, a.clone)
-    look = 2 * q.numel() * T / seconds_of(cfg.repeats, lambda: F.scaled_dot_product_attention(q, q, q, is_causal=True))
-    print(f"torch.mm at {n}^2, {dtype}: {rate / 1e9:.0f} GFLOP/s on {device}, {torch.get_num_threads()} threads; copy "
-          f"{copy / 1e9:.0f} GB/s; causal attention over {T} tokens {look / 1e9:.0f} GFLOP/s")
-    return rate
+    product = 2 * n ** 3 / seconds(repeats, lambda: a @ a)
+    copy = 2 * a.nbytes / seconds(repeats, a.clone)
+    attention = 2 * q.numel() * T / seconds(
+        repeats, lambda: F.scaled_dot_product_attention(q, q, q, is_causal=True))
+    print(f"{device}, {dtype}, {torch.get_num_threads()} threads")
+    print(f"product of {n} x {n} matrices    {product / 1e9:10.0f} GFLOP/s")
+    print(f"copy of such a matrix          {copy / 1e9:10.0f} GB/s")
+    print(f"causal attention, {T:4} tokens  {attention / 1e9:10.0f} GFLOP/s")
+    return product
 
 
-def bench_step(width, cfg, device, dtype, ceiling):
-    """Forward and backward of a bridge of 2 blocks on 2,048 tokens (16 times as many on a GPU)."""
-    net = denoiser.Bridge(width, width, 2, max(1, width // (64 if width >= 512 else 32))).to(device)
-    B = 16 if device.type == "cpu" else 256
-    z, c, noise = (torch.randn(B, 128, width, device=device) for _ in range(3))
-    cast = contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+def step(width, sequences, device, dtype, repeats):
+    """FLOP/s of forward and backward of a bridge of two blocks on sequences of 128 tokens."""
+    heads = max(1, width // (64 if width >= 512 else 32))
+    bridge = Bridge(BridgeConfig(D=width, W=width, depth=2, H=heads)).to(device)
+    z = torch.randn(sequences, 128, width, device=device)
+    t = torch.rand(sequences, device=device)
 
-    def step():
-        with cast:
-            loss = diffusion.token_loss(net, z, c, torch.rand(B, device=device), noise, 4)[0].mean()
-        loss.backward()
-    rate = 128 * B * train_flops(net, 0, 0, 128) / seconds_of(cfg.repeats, step)
-    print(f"bridge of width {width}, forward and backward: {rate / 1e9:.0f} GFLOP/s, {rate / ceiling:.0%} of torch.mm")
-
-
-def block_decoding(cfg, world):
-    """Tokens a second of 64 new tokens after 64 held-out ones, batch 1, by how many a call reveals, beside generate()
-    of the model that the twin came from, which judges all, and of its own AR mode, whose greedy text is drafted."""
-    student, _ = masked.load_converted(cfg.twin, world.device, torch.float32, "block")
-    flags = read_json(Path(cfg.twin) / "config.json")["dihal"]["config"]
-    model = backbone.resolve(flags["model"], cfg.twin)
-    lm, tokenizer = backbone.load(model, world.device, torch.float32), backbone.load_tokenizer(model)
-    shards, _ = data.shards_beside(SimpleNamespace(data=flags["data"], out=cfg.twin), tokenizer, world)
-    texts = data.Tokens(shards, "val", 63).windows(cfg.texts).to(world.device)                           # (N, 64)
-    how = dict(max_new_tokens=64, min_new_tokens=64, do_sample=True, temperature=cfg.temperature, top_k=0,
-               pad_token_id=0, attention_mask=torch.ones_like(texts[:1]))
-    calls, stock, watch = [], None, lambda *_: calls.append(1)
-
-    def fill(ids, **more):
-        ids = torch.cat([ids, ids.new_full((1, 64), student.mask_id)], 1)                                # (1, 128)
-        return masked.fill(student, ids, ids == student.mask_id, temperature=cfg.temperature, seed=cfg.seed,
-                           watch=watch, **more)
-    rows = {"stock generate()": lambda ids: lm.model.generate(ids, **how),
-            **{f"{64 // n} a call": lambda ids, n=n: fill(ids, steps=n) for n in (64, 32, 16)},
-            **{f"threshold {c}": lambda ids, c=c: fill(ids, steps=64, threshold=c) for c in (0.9, 0.7, 0.5, 0.3)}}
-    if flags.get("ar_weight") and flags["shift"]:
-        own, best = student.lm.model, {**how, "do_sample": False, "suppress_tokens": [student.mask_id]}
-        own.generation_config.eos_token_id = None                                      # it writes on
-        rows |= {"its AR mode, greedy, by generate()": lambda ids: own.generate(ids, **best),
-                 **{f"that text, {n} drafts": lambda ids, n=n: masked.speculate(student, ids, 64, n, watch)
-                    for n in range(1, min(5, student.arm.block_size))}}
-    for name, write in rows.items():
-        start, calls[:] = time.perf_counter(), []
-        written = torch.cat([write(ids) for ids in texts.split(1)])                                      # (N, 128)
-        speed, found = 64 * len(texts) / (time.perf_counter() - start), measure(lm, written, 64)
-        stock = speed if name.endswith("generate()") else stock
-        each = 64 * len(texts) / len(calls) if calls else 1
-        print(f"{student.arm}, {name}: {each:.2f} tokens a call, {speed:.0f} tokens/s ({speed / stock:.2f}x), "
-              f"gen-PPL {found['gen_ppl']:.1f} at entropy {found['entropy']:.2f}")
+    def train():
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            error, _ = bridge_loss(bridge, z, z, t, torch.randn_like(z), 4)
+        error.mean().backward()
+    size = sum(p.numel() for p in bridge.parameters())
+    return 6 * size * z.shape[0] * z.shape[1] / seconds(repeats, train)
 
 
 @entry
 def main(argv):
     cfg = parse(Config, argv, __doc__)
-    world = setup(cfg.device)
+    device = setup(cfg.device).device
     torch.manual_seed(cfg.seed)
-    how = world.device, torch.float32 if world.device.type == "cpu" else torch.bfloat16
-    ceiling = ceilings(cfg, *how)
-    for width in (128, 576, 1024) if world.device.type == "cpu" else (1024, 4096):
-        bench_step(width, cfg, *how, ceiling)
-    if cfg.twin:
-        block_decoding(cfg, world)
+    if device.type == "cpu":
+        settings = {"device": device, "dtype": torch.float32, "repeats": cfg.repeats}
+        product = ceilings(2048, 256, **settings)
+        shapes = [(128, 16), (576, 16), (1024, 16)]
+    else:
+        settings = {"device": device, "dtype": torch.bfloat16, "repeats": cfg.repeats}
+        product = ceilings(8192, 4096, **settings)
+        shapes = [(1024, 256), (4096, 256)]
+    for width, sequences in shapes:
+        rate = step(width, sequences, **settings)
+        print(f"training a bridge of width {width:4} {rate / 1e9:10.0f} GFLOP/s, "
+              f"{rate / product:.0%} of the product")
 
 
 if __name__ == "__main__":

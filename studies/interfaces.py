@@ -1,340 +1,300 @@
-"""interfaces.py: at equal budget, what should diffusion produce? A hidden state, an embedding, a latent, a simplex.
+"""INTERFACES: what should diffusion produce? A hidden state, an embedding, a latent, a simplex.
 
-    python -m studies.interfaces                     # the toy, six targets, 3 seeds: ~15 min on 2 cores
-    python -m studies.interfaces --kinds hidden,embedding --seeds 1 --steps 50 --out out/interfaces_look    # a look
+    python -m studies.interfaces                        # the toy, six targets, 3 seeds: 15 minutes
+    python -m studies.interfaces --kinds hidden causal --seeds 1 --steps 50 --out out/look
     python -m studies.interfaces --layer 4 --out out/interfaces4
 
-Every target (--help lists them) predicts the next token from the same context with the same denoiser, optimizer,
-batches and steps; its likelihood is the mean over --draws noises. `hidden` has the retained blocks for free, and so has
-`bottleneck`; `causal` shows what the same network and steps buy without. Only a gap to what a reader makes of true
-targets is diffusion's own. All learn by squared error; published simplex models by cross-entropy. Writes section.md
-and result.json to --out; each cell is kept as soon as it is finished.
+Every target predicts the next token from the same context, with the same network, optimizer, text
+and steps. The likelihood of a token is its mean probability over --samples noises. `hidden` and
+`bottleneck` get the pretrained upper blocks for free. `causal` shows what the same network and
+steps are worth without diffusion. "True targets" is the NLL of a perfect denoiser, so only the gap
+to it is due to diffusion. For `hidden` it is the intact model's NLL. All targets are learned by
+squared error; published simplex models use cross-entropy. A new target is one function and one line
+of TARGETS.
 
-Letters: B batch, T tokens, D width of the backbone, V vocabulary, d width of what is diffused.
+Writes result.json, and a file for every target and seed as soon as it is finished.
+
+Shapes: B batch, T tokens, D width of the backbone, V vocabulary, d width of the target, n states.
 """
-import argparse
-
-if not __package__:
-    argparse.ArgumentParser().exit(2, "error: start it as: python -m studies.interfaces\n")
-import itertools
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
+from itertools import product
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import bridge
 import data
-from core import backbone, masked, metrics, optim, report
-from core.common import UserError, entry, parse, pick, setup
-from core.denoiser import Bridge
-from core.diffusion import position_noise, regress, sample, times, token_loss
-from core.draws import generator, normal
+from core import backbone, optim, report
+from core.common import entry, normal, parse, pick, setup
+from core.diffusion import (Bridge, BridgeConfig, bridge_loss, noise_levels, position_noise,
+                            regress, sample)
 from core.run import Run, finished, read_json, write_json
-from core.stats import paired, plus_minus, verdict
 
 
 @dataclass
 class Config:
-    model: str = "toy"          # toy (the folder beside --out), a folder or a Hub id
+    # what and where
+    model: str = "toy"          # toy (the folder next to --out), a model folder or a Hub id
     data: str = "stdlib"        # see data.py
     out: str = "out/interfaces"  # run folder
-    kinds: str = ""             # which targets, such as hidden,causal (empty: all)
-    layer: int = 0              # of `hidden` (0: the one that geometry.py chose beside --out)
+    kinds: tuple[str, ...] = ()  # names of TARGETS (none: all)
+    layer: str = "auto"         # of hidden and bottleneck; auto: the choice of geometry.py
     seeds: int = 3              # training seeds
     seed: int = 0               # the first one
+    # training and measurement
     steps: int = 300            # optimizer steps
     batch_size: int = 8         # sequences a step
-    seq_len: int = 128          # tokens a sequence
-    blocks: int = 4             # of the denoiser, whose width is the backbone's
-    latent: int = 32            # dimensions of `latent` and `bottleneck`
-    lr: float = 0.02            # Muon
-    lr_adam: float = 2e-3       # AdamW
-    nfe: int = 4                # network calls of a draw
-    draws: int = 16             # noises over which a likelihood is averaged
-    windows: int = 128          # held-out sequences of the likelihood
-    MEASURES = ("kinds", "seeds")  # which cells; the others stay valid
+    nfe: int = 4                # network calls a sample
+    samples: int = 16           # noises over which a likelihood is averaged
+    windows: int = 128          # held-out sequences
 
 
-SKIP, MARGIN = 4, 0.01  # first positions: attention sinks, as in bridge.py; nats within which two targets are tied
-WIDTHS = (1e-3, 1e-2, 0.03, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 1e2, 1e4)
+SEQ_LEN = 128
+SKIP = 4                # first positions: attention sinks, as in bridge.py
+DEPTH = 4               # blocks of the network; its width is the backbone's
+LATENT = 32             # dimensions of `latent` and `bottleneck`
+WIDTHS = [2.0 ** i for i in range(-10, 14)]
 
 
-# ----------------------------------------------------------------------------------------------------- the targets
-class Target(NamedTuple):
-    """What a function of TARGETS makes. One without `target` is learned by cross-entropy."""
-    d: int
-    recovery: str                    # what reading costs
-    target: Callable = None          # ids (B, T + 1) -> z (B, T, d)
-    read: Callable = None            # estimate of z (B, T, d), width -> logits (B, T, V)
-    widths: tuple = ()               # of which the reader's free number is fitted, on 8 training windows
-    of_next: bool = False            # z is the next token's own: true targets are drawn from the intact model's law
+# -------------------------------------------------------------------------------------------------
+# The targets
 
-
-def hidden(lm, layer, rows, latent):
-    """h[l] of the last token; read by the retained blocks and the head (they are given, pretrained)"""
-    mean, sd = standard(state(lm, rows, layer)[:, SKIP:])
-    return Target(lm.D, retained(lm, layer), lambda ids: (state(lm, ids[:, :-1], layer) - mean) / sd,
-                  lambda z, width: lm.head(lm.through(z * sd + mean, layer, lm.L)))
-
-
-def embedding(lm, layer, rows, latent):
-    """the next token's embedding; read by Bayes' rule: a Gaussian of fitted width, unigrams as the prior"""
-    table, prior = lm.model.get_input_embeddings().weight, unigrams(lm, rows)             # (V, D), (V,)
-    mean, sd = standard(table[rows])
-    table = (table - mean) / sd
-    return Target(lm.D, "the embedding table, a fitted width, unigrams", lambda ids: table[ids[:, 1:]],
-                  lambda z, width: prior.log() - torch.cdist(z, table[None]).square() / (2 * width ** 2), WIDTHS, True)
-
-
-def latent(lm, layer, rows, latent):
-    """the last state in a few dimensions (its principal components, in closed form); read by the head"""
-    return components(latent, rows, lambda ids: lm.norm(state(lm, ids, lm.L)), lm.unnormed_head, "the head")
-
-
-def bottleneck(lm, layer, rows, latent):
-    """h[l] in as few dimensions; read like `hidden`: a latent that gets the same retained blocks"""
-    return components(latent, rows, lambda ids: state(lm, ids, layer),
-                      lambda h: lm.head(lm.through(h, layer, lm.L)), retained(lm, layer))
-
-
-def simplex(lm, layer, rows, latent):
-    """+-1 for every token of the vocabulary; (z + 1)/2 is read as its law, mixed with unigrams (fitted share)"""
-    prior = unigrams(lm, rows)
-    return Target(lm.V, "unigrams, their share fitted", lambda ids: 2.0 * F.one_hot(ids[:, 1:], lm.V) - 1,
-                  lambda z, width: ((z + 1) / 2).clamp_min(0).add(width * prior).log(), WIDTHS, True)
-
-
-def causal(lm, layer, rows, latent):
-    """no diffusion: the same network and an output matrix, trained on next-token cross-entropy"""
-    return Target(lm.D, "its own output matrix, trained")
-
-
-TARGETS = {  # name -> function of (lm, layer, training windows (N, T), dimensions of a latent)
-    "hidden": hidden, "embedding": embedding, "latent": latent, "bottleneck": bottleneck, "simplex": simplex,
-    "causal": causal}
+@dataclass
+class Target:
+    """What is diffused, and how a sample of it becomes a distribution of the next token."""
+    d: int                      # its width
+    make: Callable = None       # ids (B, T + 1) -> z (B, T, d); None: nothing is diffused
+    read: Callable = None       # (z (B, T, d), width) -> logits (B, T, V)
+    of_next: bool = False       # z is the next token's own; the reader's width is then fitted
 
 
 def state(lm, ids, layer):
-    return lm.through(lm.embed(ids), 0, layer)                                            # (B, T, D)
+    return lm.through(lm.embed(ids), 0, layer)                                  # (B, T, D)
 
 
-def standard(h):
-    """Mean and standard deviation per channel of (..., D)."""
+def moments(h):
+    """Mean and standard deviation per channel of h (..., D)."""
     flat = h.flatten(0, -2)
     return flat.mean(0), flat.std(0).clamp_min(1e-4)
 
 
 def unigrams(lm, rows):
+    """Share (V,) of every token in rows."""
     count = torch.bincount(rows.flatten(), minlength=lm.V) + 1.0
-    return (count / count.sum()).to(rows.device)                                          # (V,)
+    return count / count.sum()
 
 
-def retained(lm, layer):
-    given = sum(p.numel() for block in lm.blocks[layer:] for p in block.parameters())
-    return f"{given:,} pretrained parameters of the retained blocks, not trained, and the head"
+def hidden(lm, layer, rows):
+    """h[l] of the last token, read by the pretrained upper blocks"""
+    mean, sd = moments(state(lm, rows, layer)[:, SKIP:])
+    return Target(
+        d=lm.D,
+        make=lambda ids: (state(lm, ids[:, :-1], layer) - mean) / sd,
+        read=lambda z, width: lm.head(lm.through(z * sd + mean, layer, lm.L)))
 
 
-def components(d, rows, of, decode, reader):
-    """A Target: the first d principal components of `of` (ids -> states), which `decode` turns into logits."""
-    h = of(rows).flatten(0, 1).double()                                                   # (n, D)
+def embedding(lm, layer, rows):
+    """the next token's embedding, read by Bayes' rule: a Gaussian of fitted width, and unigrams"""
+    table = lm.model.get_input_embeddings().weight                              # (V, D)
+    mean, sd = moments(table[rows])
+    table = (table - mean) / sd
+    prior = unigrams(lm, rows).log()
+    return Target(
+        d=lm.D, of_next=True,
+        make=lambda ids: table[ids[:, 1:]],
+        read=lambda z, width: prior - torch.cdist(z, table[None]).square() / (2 * width ** 2))
+
+
+def components(rows, states, decode):
+    """The first principal components of `states` (ids -> h). `decode` turns h into logits."""
+    h = states(rows).flatten(0, 1).double()                                     # (n, D)
     mean = h.mean(0)
     _, values, basis = torch.linalg.svd(h - mean, full_matrices=False)
-    basis, scale = basis[:d].T, values[:d] / len(h) ** 0.5                                # (D, d), (d,)
-    return Target(d, f"{d} principal components, in closed form from {len(rows)} training windows, and {reader}",
-                  lambda ids: ((of(ids[:, :-1]).double() - mean) @ basis / scale).float(),
-                  lambda z, width: decode(((z.double() * scale) @ basis.T + mean).float()))
+    basis = basis[:LATENT]                                                      # (d, D)
+    scale = values[:LATENT] / len(h) ** 0.5                                     # (d,)
+    return Target(
+        d=len(basis),
+        make=lambda ids: ((states(ids[:, :-1]).double() - mean) @ basis.T / scale).float(),
+        read=lambda z, width: decode(((z.double() * scale) @ basis + mean).float()))
 
 
-# ------------------------------------------------------------------------------------------------- train, measure
-class Way:
-    """A target and what all have in common: condition, network, loss, and the law of the next token."""
+def latent(lm, layer, rows):
+    """the last state in a few dimensions, read by the head"""
+    return components(rows, lambda ids: lm.norm(state(lm, ids, lm.L)), lm.unnormed_head)
 
-    def __init__(self, kind, lm, layer, rows, latent):
-        self.lm, self.goal, self.width = lm, TARGETS[kind](lm, layer, rows, latent), 1.0
-        self.d, self.diffuses, self.c = self.goal.d, self.goal.target is not None, standard(lm.embed(rows)[:, SKIP:])
 
-    def condition(self, ids):
-        return (self.lm.embed(ids) - self.c[0]) / self.c[1]                               # (B, T, D)
+def bottleneck(lm, layer, rows):
+    """h[l] in as few dimensions, read by the pretrained upper blocks"""
+    return components(rows, lambda ids: state(lm, ids, layer),
+                      lambda h: lm.head(lm.through(h, layer, lm.L)))
 
-    def network(self, blocks):
-        net = Bridge(self.d, self.lm.D, blocks, max(1, self.lm.D // 32), "diffusion" if self.diffuses else "regression",
-                     C=self.lm.D)
-        net.output = None if self.diffuses else nn.Linear(self.d, self.lm.V, bias=False)
-        return net
 
-    def loss(self, net, ids, t, noise):
-        """ids (B, T + 1), t (B,), noise (B, T, d); the first positions are scaled by their own size, or left out."""
-        if not self.diffuses:
-            return -right(self.law(net, ids[:, :-1], 1, noise), ids).mean()
-        return token_loss(net, self.goal.target(ids), self.condition(ids[:, :-1]), t, noise, SKIP)[0].mean()
+def simplex(lm, layer, rows):
+    """+-1 for every token, read as a distribution that is mixed with unigrams (fitted share)"""
+    prior = unigrams(lm, rows)
+    return Target(
+        d=lm.V, of_next=True,
+        make=lambda ids: 2.0 * F.one_hot(ids[:, 1:], lm.V) - 1,
+        read=lambda z, width: ((z + 1) / 2).clamp_min(0).add(width * prior).log())
+
+
+def causal(lm, layer, rows):
+    """no diffusion: the same network with an output matrix, trained by cross-entropy"""
+    return Target(d=lm.D)
+
+
+TARGETS = {"hidden": hidden, "embedding": embedding, "latent": latent, "bottleneck": bottleneck,
+           "simplex": simplex, "causal": causal}
+
+
+# -------------------------------------------------------------------------------------------------
+# Train and measure one target
+
+class Predictor(Bridge):
+    """The network of a bridge, with a target as z and the text's h[0] as the condition."""
+
+    def __init__(self, lm, target, rows):
+        super().__init__(BridgeConfig(D=target.d, W=lm.D, depth=DEPTH, H=max(1, lm.D // 32)))
+        self.enter = nn.Linear(target.d + lm.D, lm.D)
+        self.mu_c, self.sigma_c = moments(lm.embed(rows)[:, SKIP:])
+        self.embed = lm.embed
+        self.target = target
+        self.width = 1.0
+        if target.make is None:
+            self.output = nn.Linear(lm.D, lm.V, bias=False)
 
     def read(self, z):
-        return self.goal.read(z, self.width).float().log_softmax(-1)                      # (B, T, V)
+        """z (B, T, d) -> log p (B, T, V) of the next token."""
+        return self.target.read(z, self.width).float().log_softmax(-1)
 
-    def law(self, net, ids, nfe, noise):
-        """log p of the next token after every prefix of ids (B, T), for one noise (T, d) or (B, T, d): (B, T, V)."""
-        if self.diffuses:
-            return self.read(sample(net, self.condition(ids), nfe, noise))
-        return net.output(regress(net, self.condition(ids))).log_softmax(-1)
+    def predict(self, ids, nfe, noise):
+        """log p (B, T, V) of the next token after every prefix of ids (B, T + 1), for one noise."""
+        c = self.condition(self.embed(ids[:, :-1]), ids)
+        if self.target.make is None:
+            return self.output(regress(self, c)).log_softmax(-1)
+        return self.read(sample(self, c, nfe, noise))
+
+    def loss(self, ids, t, noise):
+        """ids (B, T + 1), t (B,), noise (B, T, d)."""
+        if self.target.make is None:
+            return -right(self.predict(ids, 1, noise), ids).mean()
+        c = self.condition(self.embed(ids[:, :-1]), ids)
+        error, _ = bridge_loss(self, self.target.make(ids), c, t, noise, SKIP)
+        return error.mean()
 
 
-def train(way, net, rows, cfg, seed):
-    """Train in place: 1 batch, noise levels and noise by their keys  2 loss  3 clip, step. Returns seconds."""
-    optimizers = optim.build(net.named_parameters(), cfg.lr, cfg.lr_adam, 0.01)
-    start, params, slots = time.perf_counter(), list(net.parameters()), list(range(cfg.batch_size))
+def train(predictor, tokens, cfg, seed, device):
+    optimizers = optim.build(predictor.named_parameters(), lr=0.02, lr_adam=2e-3, weight_decay=0.01)
+    shape = (cfg.batch_size, SEQ_LEN, predictor.target.d)
     for step in range(cfg.steps):
-        ids = rows.batch(seed, step, slots, cfg.batch_size).to(params[0].device)          # (B, T + 1)
-        t = times("logit-normal", 0.0, seed, step, slots).to(ids.device)
-        noise = torch.stack([normal((cfg.seq_len, way.d), ids.device, seed, "noise", step, s) for s in slots])
-        way.loss(net, ids, t, noise).backward()
-        norm = nn.utils.clip_grad_norm_(params, 1.0).item()
-        optim.step_all(optimizers, optim.share_at(step, cfg.steps, 20), norm, f"step {step}")
-    return time.perf_counter() - start
-
-
-def sum_nll(each):
-    """Log-probabilities of the right tokens (draws, B, T) -> sum over B and T of -log of their mean over draws."""
-    return -(each.logsumexp(0) - math.log(len(each))).sum().item()
+        # 1. A batch, noise levels and noise: functions of (seed, step)
+        ids = tokens.batch(seed, step, range(cfg.batch_size), cfg.batch_size)   # (B, T + 1)
+        t = noise_levels(seed, step, range(cfg.batch_size))
+        noise = normal(shape, device, seed, "noise", step)
+        # 2. Loss, clip, step
+        predictor.loss(ids.to(device), t.to(device), noise).backward()
+        norm = nn.utils.clip_grad_norm_(predictor.parameters(), 1.0).item()
+        share = optim.share_at(step, cfg.steps, warmup=20)
+        optim.step_all(optimizers, share, norm, f"step {step}")
 
 
 def right(logp, ids):
-    """logp (B, T, V), ids (B, T + 1) -> that of the next tokens, without the first positions: (B, T - SKIP)."""
+    """log p (B, T - SKIP) of the true next tokens, from logp (B, T, V) and ids (B, T + 1)."""
     return logp.gather(-1, ids[:, 1:, None])[:, SKIP:, 0]
 
 
 @torch.no_grad()
-def next_token_nll(way, net, rows, cfg):
-    """Mean -log of the next token's probability, averaged over all draws, on rows (N, T + 1), nats."""
-    noises = [position_noise(s, range(rows.shape[1] - 1), way.d, rows.device)
-              for s in range(cfg.draws if way.diffuses else 1)]
-    total = sum(sum_nll(torch.stack([right(way.law(net, ids[:, :-1], cfg.nfe, noise), ids) for noise in noises]))
-                for ids in rows.split(8))
-    return total / rows[:, 1 + SKIP:].numel()
+def mean_nll(rows, predict):
+    """-log of the next token's probability in nats, averaged over rows (N, T + 1).
+
+    predict(ids) gives several log p (B, T, V): their probabilities are averaged."""
+    losses = []
+    for ids in rows.split(8):
+        logp = torch.stack([right(logp, ids) for logp in predict(ids)])         # (samples, B, T)
+        losses.append(math.log(len(logp)) - logp.logsumexp(0))
+    return torch.cat(losses).mean().item()
 
 
-def ceiling(way, rows, draws, seed):
-    """The same number for a perfect denoiser, whose samples are true targets; those of the next token itself are drawn
-    from the intact model's law, `draws` times. None where nothing is diffused."""
-    if not way.diffuses:
-        return None
-    total = 0.0
-    for number, ids in enumerate(rows.split(8)):
-        goals = [ids]
-        if way.goal.of_next:
-            p = way.lm.head(way.lm.through(way.lm.embed(ids[:, :-1]), 0, way.lm.L)).double().log_softmax(-1)
-            u = torch.from_numpy(generator(seed, "ceiling", number).random((draws, *p.shape[:2]))).to(ids.device)
-            goals = [torch.cat([ids[:, :1], masked.choose(p, 1.0, 1.0, some)], 1) for some in u]
-        total += sum_nll(torch.stack([right(way.read(way.goal.target(g)), ids) for g in goals]))
-    return total / rows[:, 1 + SKIP:].numel()
-
-
-def fit_width(way, net, rows, cfg):
-    """The width that makes training windows `rows` most likely, by as many draws as the held-out ones."""
-    c, found = way.condition(rows[:, :-1]), {}
-    zs = [sample(net, c, cfg.nfe, position_noise(s, range(c.shape[1]), way.d, rows.device)) for s in range(cfg.draws)]
-    for width in way.goal.widths:
-        way.width = width
-        found[width] = sum_nll(torch.stack([right(way.read(z), rows) for z in zs]))
-    way.width = min(found, key=found.get)
-
-
-def cell(kind, seed, lm, layer, train_rows, held_out, cfg):
-    """One target and one seed: trained and measured."""
+def run_cell(kind, seed, lm, layer, tokens, held_out, cfg):
+    """Train and measure one target with one seed."""
+    device = held_out.device
     torch.manual_seed(seed)
-    way = Way(kind, lm, layer, train_rows.windows(64, seed)[:, :-1].to(held_out.device), cfg.latent)
-    net = way.network(cfg.blocks).to(held_out.device)
-    seconds = train(way, net, train_rows, cfg, seed)
-    net.eval()
-    if way.goal.widths:
-        fit_width(way, net, train_rows.windows(8, seed + 1).to(held_out.device), cfg)
-    return {"kind": kind, "seed": seed, "seconds": seconds, "parameters": sum(p.numel() for p in net.parameters()),
-            "d": way.d, "nll": next_token_nll(way, net, held_out, cfg), "width": way.width,
-            "recovery": way.goal.recovery, "ceiling": ceiling(way, held_out, cfg.draws, seed)}
+    rows = tokens.windows(64, seed)[:, :-1].to(device)
+    target = TARGETS[kind](lm, layer, rows)
+    predictor = Predictor(lm, target, rows).to(device)
+    train(predictor, tokens, cfg, seed, device)
+    noises = [position_noise(i, range(SEQ_LEN), target.d, device) for i in range(cfg.samples)]
+
+    def predictions(ids):
+        return (predictor.predict(ids, cfg.nfe, noise) for noise in noises)
+
+    if target.of_next:                                  # the width that suits training text best
+        few = tokens.windows(8, seed + 1).to(device)
+        losses = {}
+        for width in WIDTHS:
+            predictor.width = width
+            losses[width] = mean_nll(few, predictions)
+        predictor.width = min(losses, key=losses.get)
+    cell = {"kind": kind, "seed": seed, "d": target.d,
+            "nll": mean_nll(held_out, predictions), "true_targets": None}
+    if target.make and not target.of_next:
+        cell["true_targets"] = mean_nll(held_out, lambda ids: [predictor.read(target.make(ids))])
+    return cell
 
 
-# --------------------------------------------------------------------------------------------------------- report
-def by_kind(cells):
-    """kind -> its cells, one a seed, in the order of the result."""
-    return {kind: [c for c in cells if c["kind"] == kind] for kind in dict.fromkeys(c["kind"] for c in cells)}
+# -------------------------------------------------------------------------------------------------
+# Table, main
 
-
-def verdicts(groups):
-    """The first target against each other one, and each against `causal`, the control; paired by training seed."""
-    for (one, ours), (other, theirs) in itertools.combinations(groups.items(), 2):
-        both = [(a["nll"], b["nll"]) for a, b in itertools.product(ours, theirs) if a["seed"] == b["seed"]]
-        if both and (one == next(iter(groups)) or other == "causal"):
-            yield f"next token, {one} against {other}: {verdict(paired(*zip(*both)), MARGIN, 'nats')}"
-
-
-def section(result):
-    """The section of the report: a pure function of result.json."""
-    groups, rows = by_kind(result["cells"]), []
-    for kind, group in groups.items():
-        ceilings = [c["ceiling"] for c in group]
-        rows.append([kind, group[0]["d"], f"{group[0]['parameters']:,}", plus_minus([c["nll"] for c in group], ".3f"),
-                     None if None in ceilings else plus_minus(ceilings, ".3f"),
-                     plus_minus([c["seconds"] for c in group], ".0f"), group[0]["recovery"]])
-    return "\n".join([
-        "## Interfaces at equal budget", "",
-        f"Hidden states of layer {result['layer']}; {result['steps']} steps of {result['batch_size']} x "
-        f"{result['seq_len']} tokens, NFE {result['nfe']}, {result['draws']} draws, {result['windows']} held-out "
-        f"windows, {max(map(len, groups.values()))} seeds from {result['seed']}, mean +- sd. The intact "
-        f"model: {result['intact']:.3f} nats, unigrams {result['unigram']:.3f}. Ties: within {MARGIN:g} nats.", "",
-        report.table(["what is diffused", "d", "trained parameters", "next-token NLL", "with true targets",
-                      "train (s)", "read by"], rows), "", *(f"- {line}." for line in verdicts(groups)), ""])
+def show(result):
+    """A row a target: mean +- sd over seeds, and the paired difference to the control."""
+    groups = {}
+    for cell in result["cells"]:
+        groups.setdefault(cell["kind"], []).append(cell)
+    control = [cell["nll"] for cell in groups.get("causal", [])]
+    rows = []
+    for kind, cells in groups.items():
+        nll = [cell["nll"] for cell in cells]
+        best = cells[0]["true_targets"]
+        verdict = report.verdict(report.paired(nll, control or nll), margin=0.01, unit="nats")
+        rows.append([kind, cells[0]["d"], report.plus_minus(nll, ".3f"), best and f"{best:.3f}",
+                     verdict])
+    print(report.table(["target", "d", "NLL", "true targets", "compared with causal"], rows))
 
 
 @entry
 def main(argv):
-    targets = "\n".join(f"    {name:<11} {way.__doc__}" for name, way in TARGETS.items())
-    cfg = parse(Config, argv, f"{__doc__}\nTargets:\n{targets}")
-    kinds = cfg.kinds.split(",") if cfg.kinds else list(TARGETS)
+    cfg = parse(Config, argv, __doc__)
+    kinds = cfg.kinds or list(TARGETS)
     for kind in kinds:
         pick(TARGETS, kind, "--kinds")
-    world, model = setup("cpu"), backbone.resolve(cfg.model, cfg.out)
-    layer = cfg.layer or read_json(Path(cfg.out).parent / "geometry" / "result.json",
-                                   "run python geometry.py first, or pass --layer N")["best_layer"]
+    world = setup()
+    model = backbone.resolve(cfg.model, cfg.out)
+    L = backbone.read_config(model, SEQ_LEN).num_hidden_layers
+    layer = bridge.choose_layer(bridge.Config(layer=cfg.layer, out=cfg.out), L)
     identity = {"base": backbone.identity(model), "layer_number": layer}
-    result = finished(cfg, identity, quiet=True)
-    wanted = list(itertools.product(range(cfg.seed, cfg.seed + cfg.seeds), kinds))
-    known = [(c["seed"], c["kind"]) for c in result["cells"]] if result else []
-    if result and set(wanted) <= set(known):                               # else there is a new target, or a new seed
-        print(section(result))
+    result = finished(cfg, identity)
+    if result:
+        show(result)
         return result
-    shape = backbone.read_config(model, cfg.seq_len)
-    if not 1 <= layer <= shape.num_hidden_layers or cfg.latent > shape.hidden_size:
-        raise UserError(f"--layer {layer} must lie in 1..{shape.num_hidden_layers} and --latent {cfg.latent} in "
-                        f"1..{shape.hidden_size}")
+
     lm = backbone.load(model, world.device, torch.float32)
     shards, _ = data.shards_beside(cfg, backbone.load_tokenizer(model), world)
-    train_rows = data.Tokens(shards, "train", cfg.seq_len)
-    held_out = data.Tokens(shards, "val", cfg.seq_len).windows(cfg.windows).to(world.device)            # (N, T + 1)
+    tokens = data.Tokens(shards, "train", SEQ_LEN)
+    held_out = data.Tokens(shards, "val", SEQ_LEN).windows(cfg.windows).to(world.device)
     run = Run(cfg, world, identity)
     cells = []
-    for seed, kind in dict.fromkeys([*known, *wanted]):
+    for seed, kind in product(range(cfg.seed, cfg.seed + cfg.seeds), kinds):
         file = run.out / f"{kind}_seed{seed}.json"
         if not file.exists():
-            write_json(file, cell(kind, seed, lm, layer, train_rows, held_out, cfg))
+            write_json(file, run_cell(kind, seed, lm, layer, tokens, held_out, cfg))
         cells.append(read_json(file))
-        run.say(f"{kind}, seed {seed}: next-token NLL {cells[-1]['nll']:.3f} ({cells[-1]['seconds']:.0f} s)")
-
-    count = torch.bincount(train_rows.windows(512).flatten(), minlength=lm.V).double() + 1
-    mean = {kind: sum(c["nll"] for c in group) / len(group) for kind, group in by_kind(cells).items()}
-    result = {**identity, "cells": cells, "layer": layer, "seed": cfg.seed, "windows": len(held_out),
-              "findings": list(verdicts(by_kind(cells))),
-              "intact": metrics.judge(lm, held_out, 1 + SKIP).mean().item(),
-              "unigram": -(count / count.sum()).log()[held_out[:, 1 + SKIP:].cpu()].mean().item(),
-              **{k: getattr(cfg, k) for k in ("steps", "batch_size", "seq_len", "nfe", "draws")},
-              "headline": [["next token by what is diffused, nats", ", ".join(
-                  f"{kind} {mean[kind]:.2f}" for kind in sorted(mean, key=mean.get)[:3])]]}
-    run.finish(result, section(result))
-    print(section(result))
-    return run.result
+        run.say(f"{kind}, seed {seed}: {cells[-1]['nll']:.3f} nats")
+    result = {**identity, "cells": cells}
+    show(result)
+    return run.finish(result)
 
 
 if __name__ == "__main__":

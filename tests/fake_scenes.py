@@ -1,24 +1,56 @@
-"""fake_scenes.py: the stages at the shape of an 8B model, as one of eight processes with fake H100s (fake_gpu.py).
+"""The stages at the shape of an 8B model, as one of eight processes with fake H100s (fake_gpu.py).
 
-    python tests/fake_scenes.py FOLDER [SCENE...]      # FOLDER/config.json: the shape. One line of JSON on stdout
+    python tests/fake_scenes.py FOLDER [SCENE ...]
+
+FOLDER/config.json is the shape of the backbone. Prints a line of JSON a scene: what was noted.
+The weights of the backbone, its tokenizer and the text are stand-ins; the stages run as they are.
 """
 import contextlib
+import copy
 import json
 import sys
 import tempfile
+import time
 import types
 from pathlib import Path
 from unittest import mock
 
-from fake_gpu import FakeGPU, eight_gpus
+from fake_gpu import FakeGPU, eight_gpus  # before torch
 
 import torch  # noqa: I001
 
 
-def phases(gpu, stack, module, **names):
-    """Functions of `module` that are phases of their own: name = phase."""
-    for name, phase in names.items():
-        stack.enter_context(mock.patch.object(module, name, gpu.timed(getattr(module, name), phase)))
+# -------------------------------------------------------------------------------------------------
+# Stand-ins
+
+class BlankText:
+    """In place of data.Tokens: there is text without end, all of it token 0."""
+
+    def __init__(self, folder, split, seq_len):
+        self.T = seq_len
+
+    def batch(self, seed, step, slots, batch_size):
+        return torch.zeros(len(slots), self.T + 1, dtype=torch.int64)
+
+    def windows(self, count, seed=None):
+        return torch.zeros(count, self.T + 1, dtype=torch.int64)
+
+
+def load_shape(folder, device, dtype, blocks=None):
+    """In place of core.backbone.load: made from config.json alone, on the fake device."""
+    from transformers import AutoModelForCausalLM
+    from core import backbone
+    config = backbone.read_config(folder)
+    L = config.num_hidden_layers
+    if blocks is not None:
+        backbone.shorten(config, blocks)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return backbone.Backbone(model.eval().requires_grad_(False), L)
+
+
+def load_tokenizer(folder):
+    return types.SimpleNamespace(mask_token_id=128255)
 
 
 def made_on_gpu(function):
@@ -28,168 +60,240 @@ def made_on_gpu(function):
     return made
 
 
-def train(stage, argv, rank, tokens, validates, patches):
-    """Run stage.main(argv) as process `rank` of eight, `tokens` a step each; unless it `validates` that is left out, to
-    save time. Returns what was noted (flops and waits of the last step), and what --dry_run foretells."""
+def patch_inputs(stack):
+    """Weights, tokenizer and text of every stage."""
     import data
-    from core import backbone, optim, run
-    gpu, marks, step_all = FakeGPU(), [], optim.step_all
+    from core import backbone
+    patch(stack, backbone, load=load_shape, load_tokenizer=load_tokenizer,
+          tokenizer_hash=lambda tokenizer: "")
+    patch(stack, data, Tokens=BlankText, shards_beside=lambda *_: (None, {}),
+          prefetch=lambda function, keys: map(function, keys))
 
-    def mark():
-        marks.append((len(gpu.waits), gpu.flops["train"], gpu.seconds.copy()))
 
-    def average(*args, honest=torch._foreach_lerp_):
-        """The running mean of the weights ends a step, where there is one."""
-        gpu.part_of_step(honest, "EMA")(*args)
-        if gpu.step:
-            marks.pop()
-            mark()
+def patch(stack, target, **values):
+    for name, value in values.items():
+        stack.enter_context(mock.patch.object(target, name, value))
 
-    def stepped(*args):
-        with gpu.during("optimizer"):
-            step_all(*args)
-        gpu.step += 1
-        mark()
 
-    def build(*args, honest=optim.build, **kwargs):
+# -------------------------------------------------------------------------------------------------
+# Training
+
+class Marks:
+    """Where the steps end in the notes of a FakeGPU."""
+
+    def __init__(self, gpu):
+        self.gpu = gpu
+        self.waits = []
+        self.flops = []
+        self.seconds = []
+
+    def set(self):
+        self.waits.append(len(self.gpu.waits))
+        self.flops.append(self.gpu.flops["train"])
+        self.seconds.append(copy.copy(self.gpu.seconds))
+
+    def last_step(self):
+        seconds = self.seconds[-1] - self.seconds[-2]
+        return {"waits": self.gpu.waits[self.waits[-2]:self.waits[-1]],
+                "flops": self.flops[-1] - self.flops[-2], "parts": seconds}
+
+
+def patch_steps(stack, gpu, marks, stage):
+    """Note the ends of steps. A stage makes its StopSignal just before the loop, asks it at the end
+    of every step and is done with it after the loop."""
+    from core import optim
+    honest_build = optim.build
+
+    class StopSignal(stage.StopSignal):
+        def __init__(self, world):
+            super().__init__(world)
+            gpu.phase = "train"
+            marks.set()
+
+        def poll(self):
+            leaving = super().poll()
+            gpu.step += 1
+            marks.set()
+            return leaving
+
+        def done(self):
+            super().done()
+            gpu.phase = "result"
+
+    def build(*args, **kwargs):
         """With moments, as every step but the first one finds them."""
-        optimizers = honest(*args, **kwargs)
-        params = [p for o in optimizers for group in o.param_groups for p in group["params"]]
-        with gpu.during("set-up"):
+        optimizers = honest_build(*args, **kwargs)
+        for optimizer in optimizers:
+            params = [p for group in optimizer.param_groups for p in group["params"]]
             for p in params:
                 p.grad = torch.zeros_like(p)
-            for optimizer in optimizers:
-                optimizer.step()
+            optimizer.step()
             for p in params:
                 p.grad = None
         return optimizers
 
-    def before_the_loop(world, honest=stage.StopSignal):
-        mark()
-        return honest(world)
-
-    with eight_gpus(gpu, rank) as stack, tempfile.TemporaryDirectory() as out:
-        argv = [*argv, "--random_init", "--eval_batches", "8", "--eval_every", "100", "--log_every", "100"]
-        with contextlib.redirect_stdout(sys.stderr):
-            foretold = stage.main.__wrapped__([*argv, "--dry_run", "--out", f"{out}/run"])
-            patches = {**patches, (optim, "step_all"): stepped, (stage, "StopSignal"): before_the_loop,
-                       (torch, "_foreach_lerp_"): average, (optim, "build"): build,
-                       (backbone, "load"): made_on_gpu(backbone.load),
-                       (data, "prefetch"): lambda make, keys: map(make, keys)}
-            if not validates:
-                patches[stage, "validate"] = lambda *_: [0.0, 0.0]
-            for (module, name), value in patches.items():
-                stack.enter_context(mock.patch.object(module, name, value))
-            phases(gpu, stack, run.Run, save="save")
-            phases(gpu, stack, stage, validate="validate")
-            for thing, name, part in ((stage, "targets", "prefix"), (stage, "token_loss", "network"),
-                                      (torch.Tensor, "backward", "network"), (optim.Muon, "step", "Muon"),
-                                      (torch.optim.AdamW, "step", "AdamW")):
-                if hasattr(thing, name):
-                    stack.enter_context(mock.patch.object(thing, name, gpu.part_of_step(getattr(thing, name), part)))
-            if hasattr(stage, "check_replicas"):
-                phases(gpu, stack, stage, check_replicas="save")
-            with gpu:
-                gpu.phase = "train"
-                stage.main.__wrapped__([*argv, "--out", f"{out}/run"])
-    return {"foretold": foretold, "peaks": {k: n / 1e9 for k, n in gpu.peaks.items()}, "graphs": gpu.graphs,
-            "flops": marks[-1][1] - marks[-2][1], "parts": marks[-1][2] - marks[-2][2],
-            "waits": gpu.waits[marks[-2][0]:marks[-1][0]], "tokens": tokens, "collectives": gpu.collectives}
+    patch(stack, stage, StopSignal=StopSignal)
+    patch(stack, optim, build=build, step_all=gpu.as_phase(optim.step_all, "optimizer"))
 
 
-def bridge_run(folder, rank, *flags, validates=False):
+def patch_phases(stack, gpu, table):
+    """table: (target, name of its function, phase)."""
+    for target, name, phase in table:
+        patch(stack, target, **{name: gpu.as_phase(getattr(target, name), phase)})
+
+
+def patch_parts(stack, gpu, table):
+    for target, name, part in table:
+        patch(stack, target, **{name: gpu.as_part(getattr(target, name), part)})
+
+
+def train(stage, argv, rank, prepare):
+    """Run stage.main(argv) as process `rank` of eight. `prepare(stack, gpu)` patches the rest.
+    Returns what was noted, and what --dry_run foretells."""
+    from core import run
+    gpu = FakeGPU()
+    marks = Marks(gpu)
+    with eight_gpus(gpu, rank) as stack, tempfile.TemporaryDirectory() as folder:
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        argv = [*argv, "--eval_batches", "8", "--out", f"{folder}/run"]
+        forecast = stage.main.__wrapped__([*argv, "--dry_run"])
+        patch_inputs(stack)
+        patch_steps(stack, gpu, marks, stage)
+        prepare(stack, gpu)
+        patch_phases(stack, gpu, [(run.Run, "save", "save"), (stage, "validate", "validate")])
+        with gpu:
+            stage.main.__wrapped__(argv)
+    peaks = {phase: size / 1e9 for phase, size in gpu.peaks.items()}
+    return {**marks.last_step(), "forecast": forecast, "peaks": peaks, "graphs": gpu.graphs,
+            "collectives": gpu.collectives}
+
+
+def bridge_run(folder, rank, *flags, validates=False, batch_size=128):
+    """bridge.py with the preset 8b. Without `validates` the validation is left out, to save time."""
     import bridge
-    from core import denoiser
-    argv = ["--preset", "8b", "--model", folder, "--steps", "1", "--batch_size", "128", "--calibration", "8", *flags]
-    batch = int(flags[flags.index("--batch_size") + 1]) if "--batch_size" in flags else 128
-    return train(bridge, argv, rank, batch // 8 * 1024, validates, {
-        (bridge, "build"): made_on_gpu(bridge.build), (denoiser, "save"): lambda *_: None})
+    from core import diffusion, optim
+    argv = ["--preset", "8b", "--model", folder, "--steps", "1", "--calibration", "8",
+            "--batch_size", str(batch_size), *flags]
+
+    def prepare(stack, gpu):
+        patch(stack, bridge, build=made_on_gpu(bridge.build), measure=lambda *_: {},
+              show=lambda result: result)
+        patch(stack, diffusion, save=lambda *_: None)
+        if not validates:
+            patch(stack, bridge, validate=lambda *_: 0.0)
+        patch_parts(stack, gpu, [
+            (bridge, "both_ends", "lower blocks"), (bridge, "bridge_loss", "network"),
+            (torch.Tensor, "backward", "network"), (optim.Muon, "step", "Muon"),
+            (torch.optim.AdamW, "step", "AdamW"), (bridge, "update_ema", "EMA")])
+
+    noted = train(bridge, argv, rank, prepare)
+    return {**noted, "tokens": batch_size // 8 * 1024}
 
 
 def convert_run(folder, rank, *flags, validates=False):
-    import data
+    """repr_align.py with the preset 8b."""
     import repr_align
     from core import backbone
+    argv = ["--preset", "8b", "--model", folder, "--steps", "1", "--batch_size", "8", *flags]
 
-    class Text(data.RandomTokens):
-        def __init__(self, shards, split, T, *_):
-            super().__init__(128000, T)
+    def prepare(stack, gpu):
+        patch(stack, backbone, save_model=lambda *_, **__: None)
+        if not validates:
+            patch(stack, repr_align, validate=lambda *_: [0.0, 0.0], publish=lambda *_: None,
+                  text_likelihood=lambda *_: (0.0, 0.0))
+        patch_phases(stack, gpu, [(repr_align, "publish", "save"),
+                                  (repr_align, "text_likelihood", "validate")])
 
-        def windows(self, count):
-            return super().windows(count, 0)
-    argv = ["--preset", "8b", "--model", folder, "--steps", "1", "--batch_size", "16", *flags]
-    return train(repr_align, argv, rank, 2 * 4096, validates, {
-        (backbone, "load_tokenizer"): lambda name: types.SimpleNamespace(mask_token_id=128255),
-        (data, "shards_beside"): lambda *_: (None, {}), (data, "Tokens"): Text,
-        (repr_align, "tokens_a_call"): lambda *_: 1.0,                    # by fake laws no token is ever revealed
-        (repr_align, "publish"): lambda run, *_: setattr(run, "result", None),
-        (repr_align, "summary"): lambda result: ""})
+    noted = train(repr_align, argv, rank, prepare)
+    return {**noted, "tokens": 4096}
 
 
 def shallow(folder, blocks=2):
-    """The same shape with so many blocks, beside it."""
+    """A folder next to it: the same shape with fewer blocks."""
     config = json.loads((Path(folder) / "config.json").read_text())
+    config["num_hidden_layers"] = blocks
     other = Path(f"{folder}_{blocks}")
     other.mkdir(exist_ok=True)
-    (other / "config.json").write_text(json.dumps({**config, "num_hidden_layers": blocks}))
+    (other / "config.json").write_text(json.dumps(config))
     return str(other)
 
 
+# -------------------------------------------------------------------------------------------------
+# Without training
+
 def use_run(folder):
-    """What needs no training: LOCATE, a hybrid's forward and a cached step, blocks and gaps drawn, lazy Jacobi and the
-    judge of GENERATE. Returns how many FLOPs each phase took."""
+    """LOCATE, what a bridge is worth, a hybrid's forward and a cached step, token blocks, lazy
+    Jacobi and gen-PPL. Returns the FLOPs of each phase."""
     import bridge
     import generate
     import geometry
-    from core import backbone, hybrid_lm, metrics, states
-    gpu, where = FakeGPU(), torch.device("cuda")
-    with eight_gpus(gpu, 0), gpu:
-        lm = made_on_gpu(backbone.load)(folder, where, torch.bfloat16, random_init=True)
-        ids = torch.zeros(2, 64, dtype=torch.int64, device=where)
-        with gpu.during("locate"), mock.patch.object(torch, "isfinite", lambda x: torch.tensor(True)):
-            cfg = geometry.Config(seq_len=64, skip=4, pool=64, anchors=16, k=4, thin=2, batch_size=2, resamples=4)
-            geometry.analyse(states.collect(lm, ids, cfg.skip, cfg.pool, cfg.seed, cfg.batch_size), cfg)
-        cfg = bridge.Config(preset="8b", visible="mix", bidirectional=True, self_condition=True, blocks=2)
+    import hybrid
+    gpu = FakeGPU()
+    device = torch.device("cuda")
+    with eight_gpus(gpu, 0) as stack, gpu:
+        # A number that the host asks for is 0, but these are looked at
+        patch(stack, torch, isfinite=lambda x: torch.tensor(True))
+        lm = load_shape(folder, device, torch.bfloat16)
+        ids = torch.zeros(2, 64, dtype=torch.int64, device=device)
+
+        with gpu.during("locate"):
+            cfg = geometry.Config(tokens=120, seq_len=64, batch_size=2, pool=64, anchors=16, k=4,
+                                  resamples=4)
+            geometry.analyse(geometry.collect(lm, ids, cfg), cfg)
+
+        cfg = bridge.Config(visible="mix", self_condition=True, depth=2)
         net = made_on_gpu(bridge.build)(cfg, lm.config, 1).eval()
-        config = hybrid_lm.HybridConfig(layer=1, bridge=net.settings)
-        config.vocab_size, config.hidden_size, config.max_position_embeddings = lm.V, lm.D, 8192
-        prior = torch.zeros(lm.V, device=where)
-        with gpu.during("rivals"):                             # first: a hybrid gives its blocks other numbers
-            generate.jacobi(lm, ids, 8, 3, 1.0, 0, prior, 0.5)
-            metrics.judge(lm, ids, 32)
-        model = made_on_gpu(hybrid_lm.HybridForCausalLM)(config, net, lm).eval()
+        with gpu.during("rivals"):              # first: a hybrid gives its blocks other numbers
+            prior = torch.zeros(lm.V, device=device, dtype=torch.float64)
+            settings = types.SimpleNamespace(new=8, seed=0)
+            context = generate.Context(settings, lm, prior, calls=3)
+            generate.jacobi(context, ids, 1.0, stay=0.5)
+            generate.gen_ppl(lm, ids, 32)
+
+        info = {"layer": 1, "model": folder, "seq_len": 1024, "nfe_default": 4}
+        config = hybrid.HybridConfig(info)
+        model = made_on_gpu(hybrid.HybridForCausalLM)(config, net, lm).eval()
         with gpu.during("hybrid"), torch.no_grad():
             model(ids, labels=ids)
-            cache = model(ids, use_cache=True).past_key_values              # generate() would never see its end
-            model(ids[:, :1], past_key_values=cache, attention_mask=torch.ones_like(ids[:, :1]).expand(2, 65))
+            cache = model(ids, use_cache=True).past_key_values      # generate() would never end
+            following = ids[:, :1]
+            see = torch.ones_like(following).expand(2, 65)
+            model(following, past_key_values=cache, attention_mask=see)
         with gpu.during("generate"):
-            model.generate_blocks(ids, 8, 4, 2, prior=prior, refinements=1)
-            model.generate_blocks(ids, 8, 8, 2, prior=prior, refinements=1, suffix_ids=ids)
+            generate.generate_blocks(model, ids, 8, prior=prior, block_size=4, nfe=2,
+                                     refinements=1)
     return {"used": dict(gpu.flops), "graphs": gpu.graphs}
 
 
-FEW = ["--layer", "2", "--steps", "3", "--batch_size", "64"]
-SCENES = {  # name -> function of the folder. Three steps, validation and two ranks only where the models are small
-    "bridge 6": lambda folder: bridge_run(folder, 0, "--layer", "6", "--batch_size", "256"),
-    "bridge 6, 8 a pass": lambda folder: bridge_run(folder, 0, "--layer", "6", "--micro_batch", "8"),
-    "bridge 16, mix": lambda folder: bridge_run(folder, 0, "--layer", "16", "--visible", "mix"),
+# -------------------------------------------------------------------------------------------------
+# Scenes: name -> function of the folder. Two ranks and validation where the models are small
+
+THREE_STEPS = ["--layer", "2", "--steps", "3", "--save_every", "2"]
+
+SCENES = {
+    "bridge 6": lambda folder: bridge_run(
+        folder, 0, "--layer", "6", "--micro_batch", "32", batch_size=256),
+    "bridge 6, 8 a pass": lambda folder: bridge_run(folder, 0, "--layer", "6"),
+    "bridge 16, generate": lambda folder: bridge_run(folder, 0, "--layer", "16", "--generate"),
     "bridge 2, eager": lambda folder: bridge_run(folder, 0, "--layer", "2", "--no-compile"),
     "bridge 2, recomputed": lambda folder: bridge_run(folder, 0, "--layer", "2", "--recompute"),
-    "bridge 2": lambda folder: bridge_run(folder, 0, *FEW, validates=True),
-    "bridge 2, rank 7": lambda folder: bridge_run(folder, 7, *FEW, validates=True),
+    "bridge 2": lambda folder: bridge_run(
+        folder, 0, *THREE_STEPS, validates=True, batch_size=64),
+    "bridge 2, rank 7": lambda folder: bridge_run(
+        folder, 7, *THREE_STEPS, validates=True, batch_size=64),
     "convert, sharded": lambda folder: convert_run(folder, 0, "--shard"),
     "convert 2": lambda folder: convert_run(shallow(folder), 0),
-    "convert 2, sharded": lambda folder: convert_run(shallow(folder), 0, "--shard", validates=True),
+    "convert 2, sharded": lambda folder: convert_run(
+        shallow(folder), 0, "--shard", validates=True),
+    "convert 2, sharded, rank 7": lambda folder: convert_run(
+        shallow(folder), 7, "--shard", validates=True),
     "use": lambda folder: use_run(shallow(folder, 4)),
-    "convert 2, sharded, rank 7": lambda folder: convert_run(shallow(folder), 7, "--shard", validates=True),
 }
 
 if __name__ == "__main__":
-    import time
     torch.set_num_threads(1)
-    found = {}
     for name in sys.argv[2:] or SCENES:
         start = time.process_time()
-        found[name] = SCENES[name](sys.argv[1])
-        found[name]["seconds"] = time.process_time() - start
-    print(json.dumps(found))
+        noted = SCENES[name](sys.argv[1])
+        noted["seconds"] = time.process_time() - start
+        print(json.dumps({"scene": name, **noted}), flush=True)

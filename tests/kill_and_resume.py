@@ -1,9 +1,9 @@
-"""Kill a training run at random moments until it is done, and compare it with one that was left alone.
+"""Kill a training at random moments until it is done, and compare it with one that was left alone.
 
-    python tests/kill_and_resume.py --model out/toy --kills 20          # about 4 minutes on 2 cores
+    python tests/kill_and_resume.py --model out/toy --kills 20      # about 4 minutes on 2 cores
 
-Each kill is SIGKILL or SIGTERM at a random moment, start-up and saving included. Exits 1 unless the final weights are
-equal bit for bit. (.ci/run does the same with two kills.)
+Each kill is a SIGKILL or SIGTERM at a random moment, start-up and saving included. Exits with 1
+unless the final weights are equal bit for bit. (.ci/run does the same with two kills.)
 """
 import argparse
 import random
@@ -14,40 +14,49 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def start(out, model, steps, data):
-    command = [sys.executable, "bridge.py", "--preset", "tiny", "--layer", "2", "--model", model, "--data", data,
-               "--steps", steps, "--save_every", "20", "--log_every", "100000", "--eval_every", "100000", "--out", out]
-    command = list(map(str, command))
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def start(out, args):
+    command = [sys.executable, "bridge.py", "--preset", "tiny", "--layer", "2", "--save_every", "20",
+               "--model", Path(args.model).resolve(), "--data", args.data, "--steps", args.steps,
+               "--out", out]
+    return subprocess.Popen(list(map(str, command)), cwd=ROOT, text=True,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
-def torture(out, model, steps, data, kills, seed):
-    """Run to the end through `kills` kills; returns how many of them hit a living run."""
-    chance, hits = random.Random(seed), 0
-    for _ in range(kills):
-        run = start(out, model, steps, data)
+def torture(out, args):
+    """Run to the end through all kills. Returns how many of them hit a living run."""
+    chance = random.Random(args.seed)
+    hits = 0
+    for _ in range(args.kills):
+        run = start(out, args)
         time.sleep(chance.uniform(0.5, 6.0))
         if run.poll() is None:
             run.send_signal(chance.choice([signal.SIGKILL, signal.SIGTERM]))
             hits += 1
-        assert "Traceback" not in run.communicate()[1]
-    run = start(out, model, steps, data)
-    error = run.communicate()[1]
-    assert run.returncode == 0, error
+        _, error = run.communicate()
+        assert "Traceback" not in error, error
+    finish(out, args)
     return hits
 
 
-def equal(a, b):
-    a, b = load_file(Path(a) / "bridge.safetensors"), load_file(Path(b) / "bridge.safetensors")
-    return a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
+def finish(out, args):
+    run = start(out, args)
+    _, error = run.communicate()
+    assert run.returncode == 0, error
 
 
-if __name__ == "__main__":
+def equal(first, second):
+    a = load_file(f"{first}/bridge.safetensors")
+    b = load_file(f"{second}/bridge.safetensors")
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="out/toy")
     parser.add_argument("--data", default="stdlib")
@@ -56,9 +65,13 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        quiet = start(f"{folder}/quiet", Path(args.model).resolve(), args.steps, args.data)
-        assert quiet.wait() == 0, quiet.stderr.read()
-        hits = torture(f"{folder}/killed", Path(args.model).resolve(), args.steps, args.data, args.kills, args.seed)
+        finish(f"{folder}/quiet", args)
+        hits = torture(f"{folder}/killed", args)
         same = equal(f"{folder}/quiet", f"{folder}/killed")
-    print(f"{hits} of {args.kills} kills hit a living run; final weights {'equal bit for bit' if same else 'DIFFER'}")
-    raise SystemExit(not same)
+    words = "equal bit for bit" if same else "DIFFER"
+    print(f"{hits} of {args.kills} kills hit a living run; final weights {words}")
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""Processes of one run that fail, freeze or sit on different disks: the others say so, and the same command goes on."""
+"""Several processes are one run: equal weights, and a clean end whatever happens to one of them."""
 import os
 import signal
 import socket
@@ -7,61 +7,130 @@ import sys
 import time
 
 import torch
-from conftest import ROOT, slow, tiny_model
-from safetensors.torch import load_file
+from conftest import ROOT, slow
 
-QUICKER = """
-import sys
-sys.path.insert(0, sys.argv.pop(1))
-from core import run, together
-together.stay_together.__defaults__ = 1, 20        # seconds; in earnest 5 and 40
-run.refuse_unshared.__defaults__ = 2,            # in earnest 20
-import bridge
-bridge.main(sys.argv[1:])
+# A training as the stages write it: slots of a batch, summed gradients, Muon shared, a run folder.
+TRAINING = """
+from dataclasses import dataclass
+import time
+import torch
+from core import optim
+from core.common import StopSignal, entry, normal, parse, setup, split_batch
+from core.run import Clock, Run, finished
+
+@dataclass
+class Config:
+    out: str = ""
+    steps: int = 10
+    batch_size: int = 8
+    pause: float = 0.0
+    fail_at: int = -1
+
+@entry
+def main(argv):
+    cfg = parse(Config, argv)
+    world = setup("cpu")
+    if finished(cfg, {}):
+        return print("finished", flush=True)
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"head": torch.nn.Linear(16, 2)})
+    model["blocks"] = torch.nn.ModuleList([torch.nn.Linear(16, 16) for _ in range(3)])
+    optimizers = optim.build(model.named_parameters(), 0.02, 1e-3, 0.1, world=world)
+    run = Run(cfg, world, {})
+    step = run.resume([model], optimizers)["step"]
+    slots, _ = split_batch(cfg.batch_size, 0, world)
+    stop = StopSignal(world)
+    run.say("training")
+    while step < cfg.steps:
+        if step == cfg.fail_at and not world.main:
+            raise OSError(28, "No space left on device")
+        x = torch.stack([normal((16,), world.device, 0, "batch", step, slot) for slot in slots])
+        for block in model["blocks"]:
+            x = x + block(x).tanh()
+        (model["head"](x).square().sum() / cfg.batch_size).backward()
+        optim.sum_gradients(model.parameters(), world)
+        optim.step_all(optimizers, optim.share_at(step, cfg.steps, 2))
+        step += 1
+        time.sleep(cfg.pause)
+        leaving = stop.poll()
+        run.save(step, Clock(), [model], optimizers)
+        if leaving:
+            run.leave(step)
+    stop.done()
+    torch.save(model.state_dict(), f"{cfg.out}/weights{world.rank}.pt")
+    run.finish({"steps": step})
+
+main()
 """
 
 
-def pair(folders, out, model, steps=200):
-    """Two gloo processes as torchrun would start them on two nodes, but with nobody watching over them."""
+def start(size, folder, *argv):
+    """`size` processes, as torchrun would start them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    argv = f"--preset tiny --layer 2 --random_init --model {model} --steps {steps} --save_every 20 --out {out}".split()
-    return [subprocess.Popen(
-        [sys.executable, "-c", QUICKER, str(ROOT), *argv], cwd=folder, stderr=subprocess.PIPE, text=True,
-        stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": "2",
-                                        "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
-        for rank, folder in enumerate(folders)]
+    script = folder.with_suffix(".py")
+    script.write_text(TRAINING)
+    command = [sys.executable, script, "--out", folder, *argv]
+    processes = []
+    for rank in range(size):
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        if size > 1:
+            env.update(RANK=str(rank), WORLD_SIZE=str(size))
+            env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        processes.append(subprocess.Popen(list(map(str, command)), env=env, text=True,
+                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    return processes
+
+
+def end(processes):
+    """[(exit code, stderr)]"""
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    return [(process.returncode, error) for process, error in zip(processes, errors)]
+
+
+def weights(folder, rank=0):
+    return torch.load(folder / f"weights{rank}.pt", weights_only=True)
+
+
+def equal(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_two_processes_train_what_one_trains(tmp_path):
+    assert end(start(1, tmp_path / "one")) == [(0, "")]
+    assert end(start(2, tmp_path / "two")) == [(0, ""), (0, "")]
+    one = weights(tmp_path / "one")
+    two = weights(tmp_path / "two")
+    assert equal(two, weights(tmp_path / "two", rank=1))
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+    assert not equal(one, {name: torch.zeros_like(p) for name, p in one.items()})
 
 
 @slow
-def test_a_process_that_fails_ends_the_others_and_the_rerun_is_exact(tmp_path):
-    tiny_model("llama").config.save_pretrained(tmp_path / "bare")
-    for process in pair([tmp_path] * 2, "straight", tmp_path / "bare"):
-        assert process.wait(300) == 0, process.stderr.read()
-    for end in (signal.SIGKILL, signal.SIGSTOP):                                   # dead; as if its machine were gone
-        out = tmp_path / end.name
-        first, second = pair([tmp_path] * 2, out.name, tmp_path / "bare", 200 if end is signal.SIGKILL else 10 ** 5)
-        while not (out / "state.pt").exists():
-            time.sleep(0.1)
-        second.send_signal(end)
-        message = first.communicate(timeout=60)[1]
-        second.kill()
-        assert first.returncode == 1 and "error: another process of this run failed or cannot be reached" in message
-        assert "Traceback" not in message
-        assert 0 < torch.load(out / "state.pt", weights_only=True)["step"] and not (out / "result.json").exists()
-    for process in pair([tmp_path] * 2, "SIGKILL", tmp_path / "bare"):
-        assert process.wait(300) == 0, process.stderr.read()
-    a, b = (load_file(tmp_path / name / "bridge.safetensors") for name in ("straight", "SIGKILL"))
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+def test_a_signal_to_one_process_saves_and_ends_both(tmp_path):
+    straight = start(2, tmp_path / "straight")
+    stopped = start(2, tmp_path / "stopped", "--pause", "0.2")
+    assert stopped[0].stdout.readline() == "training\n"
+    time.sleep(0.5)
+    stopped[1].send_signal(signal.SIGTERM)
+    time.sleep(0.05)
+    stopped[1].send_signal(signal.SIGTERM)                  # ignored: the save must end
+    assert end(stopped) == [(143, ""), (143, "")]
+    state = torch.load(tmp_path / "stopped" / "state.pt", weights_only=True)
+    assert 0 < state["step"] < 10
+    assert end(straight) == [(0, ""), (0, "")]
+    assert end(start(2, tmp_path / "stopped", "--pause", "0.2")) == [(0, ""), (0, "")]
+    assert equal(weights(tmp_path / "straight"), weights(tmp_path / "stopped"))
+    again = start(2, tmp_path / "straight")                 # finished: all agree and leave
+    assert end(again) == [(0, ""), (0, "")]
 
 
 @slow
-def test_an_out_that_is_not_shared_is_refused(tmp_path):
-    tiny_model("llama").config.save_pretrained(tmp_path / "bare")
-    for name in "ab":
-        (tmp_path / name).mkdir()
-    for process in pair([tmp_path / "a", tmp_path / "b"], "out", tmp_path / "bare"):
-        message = process.communicate(timeout=300)[1]
-        assert process.returncode == 2 and "process 1 does not see what process 0 writes in out" in message, message
-    assert os.listdir(tmp_path / "b") == []
+def test_a_process_that_fails_ends_the_other_with_a_sentence(tmp_path):
+    first, second = end(start(2, tmp_path / "r", "--fail_at", "3"))
+    assert second == (2, "error: [Errno 28] No space left on device; free some space or choose "
+                         "another path\n")
+    assert first[0] == 1 and first[1].startswith("error: another process of this run failed")
+    assert "Traceback" not in first[1]
+    assert torch.load(tmp_path / "r" / "state.pt", weights_only=True)["step"] == 3

@@ -1,0 +1,117 @@
+"""sample.py writes with every kind of model, shows its steps and is a function of the seed."""
+import pytest
+import torch
+from conftest import fails
+from PIL import Image
+
+import generate
+import sample
+from core import masked
+
+
+def write(capsys, runs, folder, *flags):
+    """(the text that main returns, what it prints)."""
+    capsys.readouterr()
+    text = sample.main(["--model", f"{runs}/{folder}", "--new", "12", *flags])
+    return text, capsys.readouterr().out
+
+
+@pytest.fixture
+def converted(runs):
+    """Name of the folder of a converted model with two-way attention."""
+    return sorted(runs.glob("convert/w*/result.json"))[0].parent.relative_to(runs)
+
+
+def test_greedy_text_is_that_of_generate(runs, capsys):
+    """The loop by hand, the library's generate() and the prefix of a longer text agree."""
+    text, printed = write(capsys, runs, "hybrid", "--temperature", "0")
+    model = generate.hybrid.from_bridge(runs / "hybrid")
+    tokenizer = generate.hybrid.load_tokenizer(model)
+    ids = tokenizer("def main(args):", return_tensors="pt")["input_ids"]
+    out = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    assert tokenizer.decode(out[0]) == text == printed.strip("\n")
+    longer, _ = write(capsys, runs, "bridge", "--temperature", "0", "--new", "14")
+    assert longer.startswith(text)
+
+
+def test_a_text_is_a_function_of_the_seed(runs, capsys):
+    for folder in ("hybrid", "generator"):
+        flags = ["--temperature", "3", "--refinements", "1"]
+        first, _ = write(capsys, runs, folder, *flags)
+        assert write(capsys, runs, folder, *flags)[0] == first
+        assert write(capsys, runs, folder, *flags, "--seed", "1")[0] != first
+        assert first.startswith("def main(args):")
+
+
+def test_sampling_defaults_of_the_base_do_not_count(runs):
+    """A generation_config.json may set top_k, penalties and more; only its end tokens count."""
+    model = generate.hybrid.from_bridge(runs / "bridge")
+    ids = torch.tensor([[5, 6, 7]])
+    cfg = sample.Config(new=8, temperature=1.0)
+    texts = []
+    for penalty in (1.0, 9.0):
+        model.generation_config.repetition_penalty = penalty
+        model.generation_config.top_k = 1
+        texts.append(sample.write_tokens(model, ids, cfg, lambda *_: None))
+    assert torch.equal(*texts)
+    model.generation_config.eos_token_id = [1, texts[0][0, 5].item()]
+    stopped = sample.write_tokens(model, ids, cfg, lambda *_: None)
+    assert stopped[0].tolist() == texts[0][0, :stopped.shape[1]].tolist() and stopped.shape[1] <= 6
+
+
+def test_token_blocks_one_by_one(runs):
+    """sample.py asks for one token block at a time: the same text as all in one call."""
+    model = generate.hybrid.from_bridge(runs / "generator")
+    prior = generate.token_prior(runs / "data", model.lm.V)
+    cfg = sample.Config(model=str(runs / "generator"), new=10, block_size=4, refinements=1)
+    ids = torch.tensor([[5, 6, 7]])
+    calls = []
+    out = sample.write_blocks(model, ids, cfg, lambda ids, hidden: calls.append(hidden.any()))
+    want = generate.generate_blocks(model, ids, 10, prior, block_size=4, nfe=4, refinements=1,
+                                    temperature=cfg.temperature)
+    assert torch.equal(out, want)
+    assert calls == 3 * [*(4 + 1) * [True], False]              # estimates, then a finished block
+
+
+def test_masks_are_filled_before_a_suffix(runs, capsys, converted):
+    text, printed = write(capsys, runs, converted, "--suffix", " return x", "--steps", "4",
+                          "--show")
+    lines = printed.strip("\n").split("\n")
+    assert text.endswith(" return x") and masked.MASK not in text
+    assert [line.count("_") >= 3 * left for line, left in zip(lines, (3, 2, 1, 0))] == 4 * [True]
+    assert lines[-1] == f"  4 {text!r}"
+
+
+def test_the_intact_model_writes_next_to_the_hybrid(runs, capsys):
+    text, printed = write(capsys, runs, "hybrid", "--compare", "--temperature", "0")
+    ours, theirs = printed.split("--- the intact model:\n")
+    assert ours.strip("\n") == text and theirs.startswith("def main(args):")
+
+
+def test_the_film_has_a_picture_a_step(runs, capsys, converted, tmp_path):
+    write(capsys, runs, converted, "--steps", "4", "--temperature", "5", "--gif",
+          f"{tmp_path}/film.gif")
+    with Image.open(tmp_path / "film.gif") as film:
+        assert film.format == "GIF" and film.n_frames == 4
+        film.seek(3)
+        assert film.info["duration"] == 2000
+
+
+def test_half_a_character_waits(capsys):
+    """A token may end inside a character: it is printed when the rest has come."""
+    class Bytes:
+        def decode(self, ids):
+            return bytes(ids.tolist()).decode(errors="replace")
+    screen = sample.Screen(Bytes(), show=False)
+    for count in range(1, 5):
+        ids = torch.tensor([list("aäb".encode())])[:, :count]
+        screen(ids, torch.zeros_like(ids))
+    assert capsys.readouterr().out == "aäb"
+    assert screen.steps == ["a", "a\ufffd", "aä", "aäb"]
+
+
+def test_refusals(runs, capsys, tmp_path):
+    assert "hybrid.py" in fails(capsys, sample.main, "--model", tmp_path / "nothing")
+    assert "no converted model" in fails(capsys, sample.main, "--model", runs / "toy")
+    message = fails(capsys, sample.main, "--model", runs / "hybrid", "--new", 10 ** 6)
+    assert "positions" in message
