@@ -1,23 +1,21 @@
 """DATA: text -> token shards -> batches that are a function of (seed, step, slot).
 
     python data.py                              # the Python standard library: offline, 2.7M tokens
-    python data.py --data notes/ --out out/notes                   # a text file or folder
-    python data.py --data HuggingFaceFW/fineweb-edu:sample-10BT --model Qwen/Qwen3-0.6B \\
-        --max_tokens 1000000000                                    # a Hub dataset, streamed
+    python data.py --data notes/ --out out/notes        # a text file or folder
+    python data.py --data HuggingFaceFW/fineweb-edu --model Qwen/Qwen3-0.6B --max_tokens 1000000000
 
-Every stage makes the shards it needs, in the folder `data` next to its --out. This command is only
-needed for other sizes or folders.
+The last one streams a Hub dataset. Every stage makes the shards it needs, in the folder `data` next
+to its --out. This command is only needed for other sizes or folders.
 
-Writes train.bin and val.bin (raw uint16 or uint32 token ids, an EOS after each document),
-tokenizer.json, result.json and, last, meta.json. Memory does not grow with the corpus.
+It writes train.bin and val.bin (raw token ids, 16 or 32 bits each, with an EOS after every
+document), tokenizer.json, result.json and, last, meta.json. Memory does not grow with the corpus.
 
 Shapes: B sequences, T tokens a sequence.
 """
-import functools
+import fcntl
 import hashlib
 import math
 import platform
-import re
 import sysconfig
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -31,8 +29,8 @@ from tqdm import tqdm
 
 from core import tasks
 from core.backbone import EOS, load_tokenizer, tokenizer_hash
-from core.common import UserError, entry, generator, parse, why
-from core.run import atomic, beside, read_json, write_json
+from core.common import UserError, entry, generator, parse, setup, why
+from core.run import atomic, nearby, read_json, write_json
 
 
 @dataclass
@@ -59,16 +57,19 @@ BPE_DOCUMENTS = 20_000          # enough text for a small vocabulary
 
 
 def resolve(data):
-    """--data -> the source as a small dict, to compare and to store."""
+    """--data -> the source as a small dict. meta.json stores it and later runs compare with it."""
     if data == "stdlib":
         return {"kind": "stdlib", "python": platform.python_version()}
     name, config, column = (data + "::").split(":")[:3]
     column = column or "text"
     path = Path(name)
     if path.exists():
-        size = sum(file.stat().st_size for file in text_files(path))
-        return {"kind": "text", "path": str(path.resolve()), "bytes": size, "column": column}
-    if path.suffix in ENDINGS or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        digest = hashlib.sha256()
+        for file in text_files(path):
+            digest.update(hashlib.file_digest(open(file, "rb"), "sha256").digest())
+        return {"kind": "text", "path": str(path.resolve()), "column": column,
+                "sha256": digest.hexdigest()}
+    if path.suffix in ENDINGS or name.count("/") > 1:
         raise UserError(f"--data {data}: there is no such file or folder")
     return {"kind": "hub", "id": name, "config": config or None, "column": column}
 
@@ -77,13 +78,13 @@ def text_files(path):
     """The readable files of a folder, in a fixed order. A file given by name is always taken."""
     if path.is_file():
         return [path]
-    return sorted(file for file in path.rglob("*") if file.suffix in ENDINGS)
+    return sorted(file for file in path.rglob("*") if file.suffix.lower() in ENDINGS)
 
 
 def places(source):
-    """Where the documents of a source are: files, or the name of a Hub dataset."""
+    """The places of a source's documents: files, or the name of a Hub dataset."""
     if source["kind"] == "hub":
-        return [source["id"]]
+        return [Path(source["id"])]
     if source["kind"] == "text":
         return text_files(Path(source["path"]))
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -103,12 +104,13 @@ def documents(source):
 
 
 def read(place, source):
-    """Yield the documents of one place. Code is one document a file, a table one a row."""
+    """Yield the documents of one place. A code file is one document, and so is a table's row."""
+    ending = place.suffix.lower()
     if source["kind"] == "hub":
-        yield from rows(place, source["column"], name=source["config"])
-    elif place.suffix in TABLES:
-        yield from rows(TABLES[place.suffix], source["column"], data_files=str(place))
-    elif place.suffix == ".py":
+        yield from rows(str(place), source["column"], name=source["config"])
+    elif ending in TABLES:
+        yield from rows(TABLES[ending], source["column"], data_files=str(place))
+    elif ending == ".py":
         yield place.read_text(encoding="utf-8")
     else:
         yield from pieces(place)
@@ -125,8 +127,8 @@ def rows(path, column, **kwargs):
 
 
 def pieces(file):
-    """Cut a long text at the first blank line after PIECE characters, or at a line's end after
-    twice as many."""
+    """Cut a long text at the first blank line after PIECE characters, or at the first end of a line
+    after 2 PIECE characters."""
     lines = []
     size = 0
     with open(file, encoding="utf-8") as text:
@@ -145,14 +147,13 @@ def pieces(file):
 # Documents -> shards
 
 def held_out(text, first):
-    """Every tenth document goes to val, by a hash of its text: equal documents share a side. The
-    first document always does, so that no corpus is left without."""
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-    return first or digest[0] % 10 == 0
+    """Every tenth document goes to val. A hash of its text decides, so that equal documents share a
+    side. The first document always goes to val, so that no corpus is without one."""
+    return first or hashlib.sha256(text.encode()).digest()[0] % 10 == 0
 
 
 def train_tokenizer(source, vocab):
-    """A byte-level BPE, trained on the training documents alone. Its id 0 is EOS."""
+    """A byte-level BPE, trained on the training documents only. Its id 0 is EOS."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
     bpe = Tokenizer(models.BPE())
@@ -170,19 +171,21 @@ def train_tokenizer(source, vocab):
 def tokenized(source, tokenizer):
     """Yield (text, ids) of every document. Memory holds 64 of them."""
     texts = iter(tqdm(documents(source), "documents", leave=False, disable=None))
-    group = list(islice(texts, 64))
-    while group:
-        yield from zip(group, tokenizer(group, add_special_tokens=False)["input_ids"])
-        group = list(islice(texts, 64))
+    for text in texts:
+        group = [text, *islice(texts, 63)]
+        # A special token that the text spells out is text: the only EOS is the one that we add
+        output = tokenizer(group, add_special_tokens=False, split_special_tokens=True)
+        yield from zip(group, output["input_ids"])
 
 
 def write_shards(source, tokenizer, out, max_tokens=0, share=0.0):
-    """Write out/train.bin and out/val.bin. Returns what meta.json tells about them.
+    """Write out/train.bin and out/val.bin. Returns their entries of meta.json.
 
     Generated task lines follow each training document until they are `share` of all training
     tokens. The held-out text has none."""
     assert 0 <= share < 1, "--tasks is a share"
-    dtype = "uint16" if len(tokenizer) <= 2 ** 16 else "uint32"
+    largest = max(tokenizer.get_vocab().values())   # the ids may have holes
+    dtype = "uint16" if largest < 2 ** 16 else "uint32"
     lines = tasks.lines(tokenizer)
     tokens = {"train": 0, "val": 0}
     size = {"train": 0, "val": 0}                   # bytes of text
@@ -194,25 +197,23 @@ def write_shards(source, tokenizer, out, max_tokens=0, share=0.0):
             ids = [*ids, tokenizer.eos_token_id]
             while split == "train" and task_tokens < share * (tokens["train"] + len(ids)):
                 line = [*next(lines), tokenizer.eos_token_id]
-                ids = ids + line
+                ids += line
                 task_tokens += len(line)
             file = train if split == "train" else val
             file.write(np.asarray(ids, dtype).tobytes())
             tokens[split] += len(ids)
-            size[split] += len(text.encode("utf-8", "surrogatepass"))
+            size[split] += len(text.encode())
             if 0 < max_tokens <= tokens["train"]:
                 break
         if min(tokens.values()) == 0:
             raise UserError("the corpus is empty or a single document; it needs two, one of them "
                             "to hold out")
     return {"source": source, "tokens": tokens, "bytes": size, "dtype": dtype,
-            "tokenizer": tokenizer_hash(tokenizer), "vocab_size": len(tokenizer),
-            "max_tokens": max_tokens, "tasks": share}
+            "tokenizer": tokenizer_hash(tokenizer), "max_tokens": max_tokens, "tasks": share}
 
 
 def make(source, tokenizer, out, vocab, max_tokens, share):
     """Write a folder of shards. meta.json comes last: it says that the folder is whole."""
-    out.mkdir(parents=True, exist_ok=True)
     trained = tokenizer is None
     if trained:
         tokenizer = train_tokenizer(source, vocab)
@@ -224,19 +225,21 @@ def make(source, tokenizer, out, vocab, max_tokens, share):
     write_json(out / "meta.json", meta)
 
 
-def prepare(data, tokenizer, out, world=None, vocab=2048, max_tokens=None, tasks=None):
+def prepare(data, tokenizer, out, world, vocab=2048, max_tokens=None, tasks=None):
     """Make the shards of --data at `out`, or take those that are there. Returns (folder, meta).
 
-    tokenizer None trains a BPE of `vocab` tokens; only its text has task lines. Shards that hold
-    something else are refused. max_tokens or tasks None: take the shards as they are."""
+    tokenizer None trains a BPE of `vocab` tokens; only its text has task lines. Other shards than
+    the wanted ones are refused. max_tokens or tasks None: take the shards as they are."""
     out = Path(out)
     source = resolve(data)
-    main = world is None or world.main
-    if main and not (out / "meta.json").exists():
-        print(f"tokenizing {data} into {out}", flush=True)
-        make(source, tokenizer, out, vocab, max_tokens or 0, tasks or 0.0)
-    if world is not None:
-        world.barrier()
+    if world.main and not (out / "meta.json").exists():
+        out.mkdir(parents=True, exist_ok=True)
+        with open(out / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)            # a second process waits for the first
+            if not (out / "meta.json").exists():
+                print(f"tokenizing {data} into {out}", flush=True)
+                make(source, tokenizer, out, vocab, max_tokens or 0, tasks or 0.0)
+    world.barrier()
     meta = read_json(out / "meta.json", "delete that folder and run again")
 
     wanted = {"source": source, "max_tokens": max_tokens}
@@ -253,15 +256,14 @@ def prepare(data, tokenizer, out, world=None, vocab=2048, max_tokens=None, tasks
 
 def shards_beside(cfg, tokenizer, world):
     """The shards of cfg.data in the folder `data` next to cfg.out. Returns (folder, meta)."""
-    return prepare(cfg.data, tokenizer, beside(cfg.out, "data"), world)
+    return prepare(cfg.data, tokenizer, nearby(cfg.out, "data"), world)
 
 
 # -------------------------------------------------------------------------------------------------
 # Shards -> batches
 
-@functools.lru_cache(maxsize=16)
 def walk(seed, epoch, n, T):
-    """(a, b, phase) of an epoch over n windows: see Tokens."""
+    """(a, b, phase) of an epoch over n windows: `Tokens` says how they are used."""
     gen = generator(seed, "epoch", epoch)
     a = int(gen.integers(1, n + 1))
     while math.gcd(a, n) != 1:
@@ -272,9 +274,9 @@ def walk(seed, epoch, n, T):
 class Tokens:
     """One split of a folder of shards, read through a memory map.
 
-    Windows of T+1 tokens tile the split. An epoch visits each window once, in the order of an
-    affine walk i -> (a i + b) mod n with gcd(a, n) = 1, and shifts all windows by a random phase.
-    No permutation is stored: the place of a window is a function of (seed, step, slot)."""
+    Windows of T+1 tokens tile the split. An epoch visits each of the n windows once: its i-th
+    window is (a i + b) mod n with gcd(a, n) = 1. A random phase shifts all windows of an epoch. No
+    permutation is stored: the place of a window is a function of (seed, step, slot)."""
 
     def __init__(self, folder, split, seq_len):
         meta = read_json(Path(folder) / "meta.json", "run python data.py")
@@ -295,6 +297,8 @@ class Tokens:
         starts = []
         for slot in slots:
             epoch, i = divmod(step * batch_size + slot, self.n)
+            if epoch == 20 and i == 0:
+                print("warning: the training text was read 20 times; more text would help more")
             a, b, phase = walk(seed, epoch, self.n, self.T)
             tile = (a * i + b) % self.n
             starts.append(tile * (self.T + 1) + phase)
@@ -311,28 +315,24 @@ class Tokens:
 
 
 def prefetch(function, keys):
-    """Yield function(key) for each key, computed in a thread up to three keys ahead."""
-    keys = iter(keys)
-    pool = ThreadPoolExecutor(1)
-    ahead = deque(pool.submit(function, key) for key in islice(keys, 3))
-    try:
-        while ahead:
-            value = ahead.popleft().result()        # raises the function's error here
-            ahead.extend(pool.submit(function, key) for key in islice(keys, 1))
-            yield value
-    finally:
-        pool.shutdown(cancel_futures=True)          # the loop may have left early
+    """Yield function(key) for each key. A thread computes it up to three keys ahead."""
+    ahead = deque()
+    with ThreadPoolExecutor(1) as pool:                 # left when the caller's loop ends
+        for key in keys:
+            ahead.append(pool.submit(function, key))
+            if len(ahead) > 3:
+                yield ahead.popleft().result()          # raises the function's error here
+        for value in ahead:
+            yield value.result()
 
 
 @entry
 def main(argv):
     cfg = parse(Config, argv, __doc__)
     tokenizer = None if cfg.model == "toy" else load_tokenizer(cfg.model)
-    out, meta = prepare(cfg.data, tokenizer, cfg.out, vocab=cfg.vocab, max_tokens=cfg.max_tokens,
-                        tasks=cfg.tasks)
-    tokens = meta["tokens"]
-    print(f"{out}: {tokens['train']:,} training and {tokens['val']:,} held-out tokens, "
-          f"vocabulary {meta['vocab_size']:,}")
+    out, meta = prepare(cfg.data, tokenizer, cfg.out, setup("cpu"), vocab=cfg.vocab,
+                        max_tokens=cfg.max_tokens, tasks=cfg.tasks)
+    print(f"{out}: {meta['tokens']['train']:,} training tokens, {meta['tokens']['val']:,} held out")
     return meta
 
 

@@ -14,11 +14,10 @@ A refinement lets the intact model read the tokens, adds noise to the h[l] that 
 repeats the last calls of the sampler from there.
 
 Every method continues the same held-out prefixes, at temperatures that reach the entropy of real
-text. Writes result.json, samples.jsonl and generation.png.
+text. Writes result.json, which also holds the texts, and generation.png.
 
 Shapes: N texts, P prefix, n new tokens, D width, V vocabulary, L blocks, l the bridge's layer.
 """
-import json
 import math
 import statistics
 import timeit
@@ -36,7 +35,7 @@ import data
 import hybrid
 from core import backbone, masked, report
 from core.common import UserError, entry, generator, normal, parse, pick_dtype, setup
-from core.run import Run, finished, read_json, write_text
+from core.run import Run, finished, read_json
 
 COLDEST = 0.4       # limits of the search over temperatures
 HOTTEST = 4.0
@@ -48,7 +47,7 @@ ORDER = "entropy"   # a converted model reveals tokens of low entropy first
 
 @dataclass
 class Config:
-    # what and where
+    # models, text, output
     preset: Literal["auto", "tiny", "toy", "135m"] = "auto"  # by model size
     bridges: tuple[str, ...] = ("out/generator",)  # bridges trained with --generate
     converted: tuple[str, ...] = ("out/convert/w0", "out/convert/block")  # converted models
@@ -90,7 +89,7 @@ class Sampling:
 
 
 @torch.no_grad()
-def generate_blocks(model, input_ids, max_new_tokens=64, prior=None, watch=None, **settings):
+def generate_blocks(model, input_ids, max_new_tokens, prior, watch=None, **settings):
     """Continue input_ids (N, P) with a HybridForCausalLM: ids (N, P + max_new_tokens).
 
     One token block follows another; rows do not depend on one another. `prior` is the log p (V,) of
@@ -135,8 +134,8 @@ def sample_block(model, cache, following, count, settings, prior, watch=None):
             z = bridge.target(h0, h, positions)
             done = settings.nfe - repeated_calls(settings.nfe)
         # 2. Sample the states of all tokens together
-        noise = [normal(h0.shape[1:], h0.device, settings.seed, "block", start, turn, row)
-                 for row in range(len(h0))]
+        key = (settings.seed, "block", start, turn)
+        noise = [normal(h0.shape[1:], h0.device, *key, row) for row in range(len(h0))]
         z = model.states(h0, ids, settings.nfe, torch.stack(noise), positions, mask, cache,
                          unknown=unknown, watch=watch, z=z, done=done)
         if turn == 0:
@@ -155,20 +154,17 @@ def repeated_calls(nfe):
     return max(1, round(BACK * nfe))
 
 
-def product(upper, readout, alpha=1.0, prior=None):
+def product(upper, readout, alpha, prior):
     """log p (..., V), not normalised, of a token from two predictions of it, logits (..., V).
 
     Both p(x | a) and p(x | b) contain the prior p(x). Where a and b are independent given x,
     p(x | a, b) is proportional to p(x | a) p(x | b) / p(x): alpha = 1. Both experts know the
     prompt, so they are not independent, and the readout counts for less."""
-    logits = upper.log_softmax(-1) + alpha * readout.log_softmax(-1)
-    if prior is not None:
-        logits = logits - alpha * prior
-    return logits
+    return upper.log_softmax(-1) + alpha * readout.log_softmax(-1) - alpha * prior
 
 
 def token_prior(shards, V):
-    """log p (V,) of the tokens of training text (at most 2M), each counted once more."""
+    """log p (V,) of the tokens of training text (at most 2M). Counts start at one."""
     rows = data.Tokens(shards, "train", 127).windows(2 ** 14)                   # (N, 128)
     counts = torch.bincount(rows.flatten(), minlength=V) + 1.0
     return counts.double().log().log_softmax(0)
@@ -183,42 +179,41 @@ def uniforms(shape, device, seed, purpose, *key):
 def count_calls(cfg):
     """Network calls, one after another, that hidden-state diffusion makes for cfg.new tokens.
 
-    A refinement is one pass of the intact model and the repeated calls of the bridge, which also
-    reads each finished token block before the next one."""
+    A refinement is one pass of the intact model and the repeated calls of the bridge. The bridge
+    also reads every finished token block before the next one."""
     blocks = math.ceil(cfg.new / cfg.block_size)
     refinement = 1 + repeated_calls(cfg.nfe)
     return blocks * (2 * cfg.nfe + cfg.refinements * refinement) - cfg.nfe
 
 
 # -------------------------------------------------------------------------------------------------
-# Methods: write(prompts (N, P), temperature) -> ids (N, P + new)
+# Methods: (cx, model, prompts (N, P), temperature) -> (ids (N, P + new), network calls in a row)
 
 @dataclass
 class Context:
-    """What every method gets."""
+    """The settings and numbers that all methods share."""
     cfg: Config
-    lm: backbone.Backbone       # the intact model
     prior: torch.Tensor         # log p (V,) of training text's tokens
     calls: int                  # network calls of hidden-state diffusion: only AR makes more
 
 
-def unigrams(cx, prompts, temperature):
+def unigrams(cx, lm, prompts, temperature):
     """The floor: tokens sampled from their frequencies."""
     u = generator(cx.cfg.seed, "unigram").random((len(prompts), cx.cfg.new))
     u = torch.tensor(u, device=prompts.device)
-    return torch.cat([prompts, masked.choose(cx.prior, temperature, 1.0, u)], dim=1)
+    return torch.cat([prompts, masked.choose(cx.prior, temperature, 1.0, u)], dim=1), 0
 
 
-def autoregressive(cx, prompts, temperature):
+def autoregressive(cx, lm, prompts, temperature):
     """The intact model, token by token."""
     # generate() fills what a config leaves open from the model's generation_config.json: top_p,
     # penalties, forbidden words. So we replace the model's config.
-    cx.lm.model.generation_config = GenerationConfig(
-        do_sample=True, temperature=temperature, top_k=0, pad_token_id=0,
-        max_new_tokens=cx.cfg.new, min_new_tokens=cx.cfg.new,
-        eos_token_id=cx.lm.config.eos_token_id)
+    new = cx.cfg.new
+    lm.model.generation_config = GenerationConfig(
+        do_sample=True, temperature=temperature, top_k=0, pad_token_id=0, max_new_tokens=new,
+        min_new_tokens=new, eos_token_id=lm.config.eos_token_id)
     torch.manual_seed(cx.cfg.seed)
-    return cx.lm.model.generate(prompts, attention_mask=torch.ones_like(prompts))
+    return lm.model.generate(prompts, attention_mask=torch.ones_like(prompts)), new
 
 
 @torch.no_grad()
@@ -234,14 +229,13 @@ def predict(lm, ids, start, cache):
     return lm.head(h[:, start - 1 - past:]).double()
 
 
-def jacobi(cx, prompts, temperature, stay=0.0):
-    """Jacobi decoding: each call samples all new tokens again, from the guess before it.
+def jacobi(cx, lm, prompts, temperature, stay=0.0):
+    """Jacobi decoding: every call samples all new tokens again, given the guess before it.
 
-    Plain: a position keeps its uniform number u. After i calls the first i tokens are those that
-    sampling token by token gives at these u. Lazy (stay > 0): each call has new numbers, whose
-    tokens alone would never fit one another. So a token is sampled from p(x | tokens before)
-    p(last | x), where the last token is x itself with probability `stay` and a sample of the prior
-    otherwise."""
+    Plain: a position keeps its uniform number u. After i calls the first i tokens equal those that
+    sampling token by token gives at these u. Lazy (stay > 0): every call has new numbers. The new
+    tokens would then never fit one another, so a token is sampled from p(x | tokens before) times
+    p(last | x): the last token is x itself with probability `stay`, else a sample of the prior."""
     def sample(logits, temperature, call):
         key = ("drift", call) if stay else ("jacobi",)
         u = uniforms((len(prompts), cx.cfg.new), prompts.device, cx.cfg.seed, *key)
@@ -251,54 +245,58 @@ def jacobi(cx, prompts, temperature, stay=0.0):
     tokens = sample(cx.prior, 1.0, 0)                                           # (N, new)
     for call in range(cx.calls):
         ids = torch.cat([prompts, tokens], dim=1)
-        logits = predict(cx.lm, ids, prompts.shape[1], cache)                   # (N, new, V)
+        logits = predict(lm, ids, prompts.shape[1], cache)                      # (N, new, V)
         if stay and call:                               # the first guess is not worth keeping
             last = tokens[..., None]
             odds = stay / (1 - stay) / cx.prior.exp()[last]
             logits.scatter_add_(-1, last, torch.log1p(odds))
         tokens = sample(logits, temperature, call + 1)
-    return torch.cat([prompts, tokens], dim=1)
+    return torch.cat([prompts, tokens], dim=1), cx.calls
 
 
-def untrained(cx):
-    """Rivals that need no training."""
-    yield "unigrams", 0, partial(unigrams, cx), ""
-    yield "AR", cx.cfg.new, partial(autoregressive, cx), ""
-    yield "Jacobi", cx.calls, partial(jacobi, cx), ""
-    yield "lazy Jacobi", cx.calls, partial(jacobi, cx, stay=STAY), ""
-
-
-def converted_models(cx):
-    """Masked diffusion LMs of repr_align.py."""
+def converted_model(cx, student, prompts, temperature):
+    """A masked diffusion LM of repr_align.py."""
     calls = min(cx.calls, cx.cfg.new)
-
-    def write(student, prompts, temperature):
-        masks = prompts.new_full((len(prompts), cx.cfg.new), student.mask_id)
-        ids = torch.cat([prompts, masks], dim=1)
-        hidden = ids == student.mask_id
-        return masked.fill(student, ids, hidden, calls, temperature, cx.cfg.seed, ORDER)
-    for folder in cx.cfg.converted:
-        student, _ = masked.load_converted(folder, cx.lm.model.device, cx.lm.model.dtype)
-        yield f"converted model, {student.arm}", calls, partial(write, student), folder
+    masks = prompts.new_full((len(prompts), cx.cfg.new), student.mask_id)
+    ids = torch.cat([prompts, masks], dim=1)
+    hidden = ids == student.mask_id
+    ids = masked.fill(student, ids, hidden, calls, temperature, cx.cfg.seed, ORDER)
+    return ids, calls
 
 
-def bridges(cx):
-    """Hidden-state diffusion with every bridge."""
+def hidden_state_diffusion(cx, model, prompts, temperature):
     cfg = cx.cfg
-
-    def write(model, prompts, temperature):
-        return generate_blocks(model, prompts, cfg.new, cx.prior, block_size=cfg.block_size,
-                               nfe=cfg.nfe, refinements=cfg.refinements, alpha=cfg.alpha,
-                               temperature=temperature, seed=cfg.seed)
-    for folder in cfg.bridges:
-        model = hybrid.from_bridge(folder, device=cx.lm.model.device, dtype=cx.lm.model.dtype)
-        name = f"hidden-state diffusion, layer {model.config.layer}"
-        yield name, cx.calls, partial(write, model), folder
+    ids = generate_blocks(model, prompts, cfg.new, cx.prior, block_size=cfg.block_size, nfe=cfg.nfe,
+                          refinements=cfg.refinements, alpha=cfg.alpha, temperature=temperature,
+                          seed=cfg.seed)
+    return ids, cx.calls
 
 
-# To add a method: a function of the Context, and an entry here. It yields (name in the result,
-# network calls one after another, write, folder of the trained model).
-METHODS = [untrained, converted_models, bridges]
+# To add a method: a function, and an entry here. It gets the intact model, unless `load` yields
+# others for its name.
+METHODS = {
+    "unigrams": unigrams,
+    "AR": autoregressive,
+    "Jacobi": jacobi,
+    "lazy Jacobi": partial(jacobi, stay=STAY),
+    "converted model": converted_model,
+    "hidden-state diffusion": hidden_state_diffusion,
+}
+
+
+def load(name, cfg, lm):
+    """Yield (model, its folder, end of the name in the table) for every model of a method."""
+    place = {"device": lm.model.device, "dtype": lm.model.dtype}
+    if name == "converted model":
+        for folder in cfg.converted:
+            student, _ = masked.load_converted(folder, **place)
+            yield student, folder, f", {student.arm}"
+    elif name == "hidden-state diffusion":
+        for folder in cfg.bridges:
+            model = hybrid.from_bridge(folder, **place)
+            yield model, folder, f", layer {model.config.layer}"
+    else:
+        yield lm, "", ""
 
 
 # -------------------------------------------------------------------------------------------------
@@ -312,13 +310,13 @@ def gen_ppl(lm, texts, prefix):
 
 
 def entropy(ids):
-    """Entropy in nats of a text's own token histogram; ids (T,). At most ln T."""
+    """Entropy in nats of the token histogram of one text; ids (T,). At most ln T."""
     _, counts = ids.unique(return_counts=True)
     return torch.special.entr(counts.double() / len(ids)).sum().item()
 
 
 def measure(lm, texts, prefix):
-    """The metrics of what was written after the prefix."""
+    """The metrics of the tokens after the prefix."""
     entropies = [entropy(ids) for ids in texts[:, prefix:]]
     return {"gen_ppl": gen_ppl(lm, texts, prefix), "entropy": statistics.mean(entropies)}
 
@@ -326,12 +324,13 @@ def measure(lm, texts, prefix):
 def frontier(write, lm, prompts, target):
     """Write at T = 1, and hotter or colder until the entropy `target` lies between two points.
 
-    Returns the points [{temperature, metrics}] and the last texts (N, P + new)."""
+    Returns the points [{temperature, calls, metrics}] and the last texts (N, P + new)."""
     points = []
     temperature = 1.0
     while COLDEST <= temperature <= HOTTEST:
-        texts = write(prompts, temperature)
-        point = {"temperature": temperature, **measure(lm, texts, prompts.shape[1])}
+        texts, calls = write(prompts, temperature)
+        point = {"temperature": temperature, "calls": calls,
+                 **measure(lm, texts, prompts.shape[1])}
         points.append(point)
         missing = target - point["entropy"]
         if missing * (target - points[0]["entropy"]) <= 0:
@@ -359,7 +358,7 @@ def at_entropy(points, target):
 
 def tokens_per_second(write, prompt, new):
     """Speed of one text, the faster of two runs. The copy to the CPU waits for a GPU."""
-    seconds = timeit.repeat(lambda: write(prompt, 1.0).cpu(), number=1, repeat=2)
+    seconds = timeit.repeat(lambda: write(prompt, 1.0)[0].cpu(), number=1, repeat=2)
     return new / min(seconds)
 
 
@@ -392,7 +391,7 @@ def figure(result, path):
 # -------------------------------------------------------------------------------------------------
 # Main
 
-def choose_preset(cfg):
+def choose(cfg):
     if cfg.preset != "auto":
         return cfg.preset
     return backbone.preset_of("", cfg.out, cfg.bridges[0])
@@ -415,7 +414,7 @@ def check(cfg):
 
 @entry
 def main(argv):
-    cfg = parse(Config, argv, __doc__, PRESETS, choose_preset)
+    cfg = parse(Config, argv, __doc__, PRESETS, choose)
     world = setup(cfg.device)
     dtype = pick_dtype(cfg, world.device)
     trained = check(cfg)
@@ -437,29 +436,27 @@ def main(argv):
     prompts = texts[:, :cfg.prefix]
     lm = backbone.load(first["model"], world.device, dtype)
     prior = token_prior(shards, lm.V).to(world.device)
-    cx = Context(cfg, lm, prior, count_calls(cfg))
+    cx = Context(cfg, prior, count_calls(cfg))
     run = Run(cfg, world, identity)
     real = measure(lm, texts, cfg.prefix)
 
     # 2. Write with every method
     rows = []
-    samples = ""
-    for method in METHODS:
-        for name, calls, write, folder in method(cx):
+    for name, method in METHODS.items():
+        for model, folder, detail in load(name, cfg, lm):
+            write = partial(method, cx, model)
             points, written = frontier(write, lm, prompts, real["entropy"])
             training = trained.get(folder, {})
-            row = {"method": name, "calls": calls, "folder": folder, "layer": training.get("layer"),
-                   "seed": training.get("seed"), "train_seconds": training.get("seconds"),
+            row = {"method": name + detail, "calls": points[0]["calls"], "folder": folder,
+                   "layer": training.get("layer"), "seed": training.get("seed"),
                    "frontier": points, "matched": at_entropy(points, real["entropy"]),
-                   "tokens_per_s": tokens_per_second(write, prompts[:1], cfg.new)}
+                   "tokens_per_s": tokens_per_second(write, prompts[:1], cfg.new),
+                   "texts": tokenizer.batch_decode(written)}
             rows.append(row)
-            run.say(f"{name}: gen-PPL at real entropy {row['matched']}")
-            sample = {"method": name, "texts": tokenizer.batch_decode(written)}
-            samples += json.dumps(sample) + "\n"
+            run.say(f"{row['method']}: gen-PPL at real entropy {row['matched']}")
 
     # 3. Report
     result = {**identity, "rows": rows, "real": real}
-    write_text(run.out / "samples.jsonl", samples)
     figure(result, run.out / "generation.png")
     print(table(result))
     return run.finish(result)

@@ -6,9 +6,9 @@
 
     score = z(local curvature) + z(global stiffness) - z(effective rank)
 
-z runs over the candidate layers 1..L-1. The layer with the highest score is chosen. DiHAL
+z standardises over the candidate layers 1..L-1. The layer with the highest score is chosen. DiHAL
 (arXiv 2605.14368) publishes the three quantities, their signs and the sum. The constants are ours:
-each is a flag, and the variants in result.json repeat the choice with other values. A new proxy is
+they are flags, and the variants in result.json repeat the choice with other values. A new proxy is
 one function and one line of PROXIES.
 
 Writes result.json and geometry.png.
@@ -16,7 +16,6 @@ Writes result.json and geometry.png.
 Shapes: B batch, T tokens, D hidden width, L blocks, C = L - 1 candidate layers, S sequences,
 P pool, A anchors, k neighbours, R bootstrap resamples, K proxies, V variants.
 """
-import functools
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -31,7 +30,7 @@ from core.run import Run, finished
 
 @dataclass
 class Config:
-    # what and where
+    # model, text, output
     preset: Literal["auto", "tiny", "toy", "135m", "0.6b", "8b"] = "auto"  # auto: by model size
     model: str = "toy"          # toy (the folder next to --out), a model folder or a Hub id
     data: str = "stdlib"        # see data.py; held-out text is scored
@@ -40,10 +39,10 @@ class Config:
     device: str = "auto"        # auto, cpu, cuda
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the backbone; auto: bf16 on a GPU
     # which states
-    tokens: int = 16384         # hidden states of each layer
+    tokens: int = 16384         # hidden states of a layer
     seq_len: int = 128          # tokens a sequence
     batch_size: int = 16        # sequences a forward pass
-    skip: int = 4               # first positions of a sequence, left out: attention sinks (0: none)
+    skip: int = 4               # first positions, attention sinks, are not measured (0: all are)
     pool: int = 16384           # P: random states kept for the neighbours and the bootstrap
     anchors: int = 1024         # A: members of the pool at which curvature is measured
     # constants of the score
@@ -65,7 +64,7 @@ PRESETS = {
 # -------------------------------------------------------------------------------------------------
 # The hidden states of all layers, in one forward pass
 
-@dataclass(eq=False)            # so that `measure` can be cached
+@dataclass
 class States:
     """Layers 1..L-1: the covariance of all states, and a random pool of states."""
     cov: torch.Tensor           # (C, D, D)
@@ -100,20 +99,22 @@ def collect(lm, windows, cfg):
     N = in_pool.numel()
     in_pool.view(-1)[generator(cfg.seed, "pool").choice(N, cfg.pool, replace=False)] = True
     pool = [[] for _ in range(C)]
-    shift, total = windows.new_zeros(2, C, lm.D, dtype=torch.float32)
-    second = shift.new_zeros(C, lm.D, lm.D)
-    norm, moved = torch.zeros(2, C)
+    total = windows.new_zeros(C, lm.D, dtype=torch.float32)
+    shift = torch.zeros_like(total)
+    second = total.new_zeros(C, lm.D, lm.D)
+    norm = torch.zeros(C)
+    moved = torch.zeros(C)
     for ids, kept in zip(windows.split(cfg.batch_size), in_pool.split(cfg.batch_size)):
         h0 = lm.embed(ids)                                                      # (B, T, D)
         side = lm.side(h0)
         h = h0
+        start = h0[:, cfg.skip:].flatten(0, 1)                                  # (n, D)
         for c in range(C):
             h = lm.block(h, c, side)                    # h[c] -> h[c + 1]
-            X = h[:, cfg.skip:]
-            pool[c].append(X[kept])
-            X = X.flatten(0, 1).float()                                         # (n, D)
+            pool[c].append(h[:, cfg.skip:][kept])
+            X = h[:, cfg.skip:].flatten(0, 1).float()                           # (n, D)
             norm[c] += X.norm(dim=-1).sum().cpu()
-            moved[c] += (X - h0[:, cfg.skip:].flatten(0, 1)).norm(dim=-1).sum().cpu()
+            moved[c] += (X - start).norm(dim=-1).sum().cpu()
             if len(pool[c]) == 1:
                 shift[c] = X.mean(0)
             X = X - shift[c]
@@ -135,12 +136,12 @@ def collect(lm, windows, cfg):
 # The geometry of one layer
 
 def eigenvalues(S):
-    """Covariance (..., D, D) -> its eigenvalues (..., D), largest first, never negative."""
+    """The eigenvalues (..., D) of a covariance (..., D, D), largest first, never negative."""
     return torch.linalg.eigvalsh(S).flip(-1).clamp_min(0)
 
 
 def local_spread(X, near):
-    """Largest eigenvalue (A,) of the covariance of each anchor's neighbours `near` (A, k).
+    """Largest eigenvalue (A,) of the covariance of an anchor's neighbours `near` (A, k).
 
     The k x k Gram matrix of the centred neighbours has the same nonzero eigenvalues. In fp32 the
     solver gives NaN for a matrix that is zero up to rounding, of equal neighbours."""
@@ -150,16 +151,15 @@ def local_spread(X, near):
     return eigenvalues(gram)[:, 0].nan_to_num(0)
 
 
-@functools.cache                # variants of the score share measurements
-def measure(states, c, normalize, k):
-    """Candidate c: spectrum (D,), and of each anchor's k nearest neighbours in the pool the spread
-    (A,) and the distances (A, k). An anchor is not its own neighbour."""
-    X, S = states.space(c, normalize)
+def measure(states, c, cfg):
+    """Candidate c: its spectrum, and the spread and distances of the k nearest neighbours of every
+    anchor in the pool. An anchor is no neighbour of itself."""
+    X, S = states.space(c, cfg.normalize)
     anchors = states.anchors
     distance = torch.cdist(X[anchors], X)                                       # (A, P)
     distance[np.arange(len(anchors)), anchors] = torch.inf
-    distance, near = distance.topk(k, largest=False)                            # (A, k) each
-    return eigenvalues(S), local_spread(X, near), distance
+    distance, near = distance.topk(cfg.k, largest=False)                        # (A, k) each
+    return Measured(eigenvalues(S), local_spread(X, near), distance, cfg)
 
 
 def resampled_spectra(X, sequence, counts):
@@ -182,7 +182,7 @@ def resampled_spectra(X, sequence, counts):
 class Measured(NamedTuple):
     """All that a proxy may use. The leading axes `...` are layers or resamples."""
     e: torch.Tensor             # (..., D) eigenvalues of the covariance, largest first
-    spread: torch.Tensor        # (..., A) largest eigenvalue of the covariance near each anchor
+    spread: torch.Tensor        # (..., A) largest eigenvalue of the covariance near an anchor
     distance: torch.Tensor      # (..., A, k) distances to the neighbours, nearest first
     cfg: Config
 
@@ -210,8 +210,8 @@ def effective_rank(m):
     return torch.special.entr(p).sum(-1).exp()
 
 
-# name -> (sign in the score, function of Measured with positive values). A proxy of sign 0 is shown
-# and is a variant of its own, but it is no part of the score.
+# name -> (sign in the score, function of Measured with positive values). A proxy of sign 0 has a
+# column and a variant of its own, and is not in the score.
 PROXIES = {
     "curvature": (1, curvature),
     "stiffness": (1, stiffness),
@@ -219,16 +219,16 @@ PROXIES = {
 }
 
 
-def proxies(e, spread, distance, cfg):
-    """All proxies (..., K) of a spectrum e (..., D), spreads (..., A), distances (..., A, k)."""
-    m = Measured(e, spread, distance, cfg)
-    return torch.stack([function(m) for _, function in PROXIES.values()], -1)
+def proxies(measured, dim=0):
+    """All proxies (..., C, K) of a Measured for every candidate; C becomes axis `dim`."""
+    columns = []
+    for _, function in PROXIES.values():
+        columns.append(torch.stack([function(m) for m in measured], dim))
+    return torch.stack(columns, -1).cpu()
 
 
 def z_scores(x, cfg):
-    """Proxies x (..., C, K) -> their z over the layers (..., C, K).
-
-    No z exceeds sqrt(C - 1), however far a layer stands out."""
+    """Proxies x (..., C, K) -> their z over the layers (..., C, K). No z exceeds sqrt(C - 1)."""
     if cfg.transform == "log":
         x = x.log()
     centred = x - x.mean(-2, keepdim=True)
@@ -245,74 +245,65 @@ def score(x, cfg):
 # -------------------------------------------------------------------------------------------------
 # Analysis
 
-def variants(cfg):
-    """name -> Config: the flags as given, then other constants of the score."""
-    return {
-        "default": cfg,
-        "normalize raw": replace(cfg, normalize="raw"),
-        "normalize dim": replace(cfg, normalize="dim"),
-        "transform log": replace(cfg, transform="log"),
-        f"k {cfg.k // 2}": replace(cfg, k=cfg.k // 2),
-        f"k {2 * cfg.k}": replace(cfg, k=2 * cfg.k)}
-
-
 def locate(states, cfg):
-    """Proxies (C, K) of all candidates."""
-    layers = range(len(states.pool))
-    rows = [proxies(*measure(states, c, cfg.normalize, cfg.k), cfg) for c in layers]
-    return torch.stack(rows).cpu()
+    """The measurements of all candidates: a list of Measured."""
+    return [measure(states, c, cfg) for c in range(len(states.pool))]
 
 
-def bootstrap(states, cfg):
+def bootstrap(states, measured, cfg):
     """Proxies (R, C, K) of resampled sequences (for the spectrum) and anchors (for the curvature).
 
     The pool stays fixed: neighbours sampled with replacement would be too close."""
     random = generator(cfg.seed, "resamples")
+    R = cfg.resamples
     S = int(states.sequence.max()) + 1
-    counts = random.multinomial(S, np.ones(S) / S, cfg.resamples)               # (R, S)
-    again = random.integers(0, cfg.anchors, (cfg.resamples, cfg.anchors))       # (R, A)
+    counts = random.multinomial(S, np.ones(S) / S, R)                           # (R, S)
+    again = random.integers(0, cfg.anchors, (R, cfg.anchors))                   # (R, A)
     rows = []
-    for c in range(len(states.pool)):
+    for c, m in enumerate(measured):
         X, _ = states.space(c, cfg.normalize)
         spectra = resampled_spectra(X, states.sequence, counts)                 # (R, D)
-        _, spread, distance = measure(states, c, cfg.normalize, cfg.k)
-        rows.append(proxies(spectra, spread[again], distance[again], cfg))
-    return torch.stack(rows, 1).cpu()
+        rows.append(Measured(spectra, m.spread[again], m.distance[again], cfg))
+    return proxies(rows, dim=1)
 
 
-def choices(table, point, key):
-    """The layer that each entry name -> values (C,) of `table` chooses. point (C,): the score."""
-    return [{"name": name, "best_layer": int(values.argmax()) + 1, key: values.tolist(),
-             "spearman_with_score": report.spearman(values, point)}
-            for name, values in table.items()]
+def choices(table, point):
+    """The layer that every entry name -> scores (C,) of `table` chooses. point (C,): the score."""
+    return [{"name": name, "best_layer": int(scores.argmax()) + 1, "scores": scores.tolist(),
+             "spearman_with_score": report.spearman(scores, point)}
+            for name, scores in table.items()]
 
 
 def analyse(states, cfg):
     """States -> the numbers of result.json."""
     C = len(states.pool)
 
-    # 1. The score of every variant, each proxy alone, and rivals that need no geometry
-    scores = {name: score(locate(states, other), other) for name, other in variants(cfg).items()}
-    point = scores["default"]                                                   # (C,)
-    x = locate(states, cfg)                                                     # (C, K)
-    for (name, (sign, _)), z in zip(PROXIES.items(), z_scores(x, cfg).T):
-        scores[f"{name} only"] = (sign or 1) * z
+    # 1. The score, also with other constants, single proxies, and rivals that need no geometry
+    measured = locate(states, cfg)
+    x = proxies(measured)                                                       # (C, K)
+    point = score(x, cfg)                                                       # (C,)
+    scores = {"default": point, "transform log": score(x, replace(cfg, transform="log"))}
+    changes = [("normalize", "raw"), ("normalize", "dim"), ("k", cfg.k // 2), ("k", 2 * cfg.k)]
+    for name, value in changes:
+        other = replace(cfg, **{name: value})
+        scores[f"{name} {value}"] = score(proxies(locate(states, other)), other)
+    z = z_scores(x, cfg)                                                        # (C, K)
+    for i, (name, (sign, _)) in enumerate(PROXIES.items()):
+        scores[f"{name} only"] = (sign or 1) * z[:, i]
     trivial = {"-layer": -torch.arange(1.0, C + 1), "-log mean norm": -states.norm.log(),
                "-|h[l]-h[0]|": -states.moved}
 
     # 2. The choice, and a row a layer
-    again = score(bootstrap(states, cfg), cfg)                                  # (R, C)
+    again = score(bootstrap(states, measured, cfg), cfg)                        # (R, C)
     offset = again - again.mean(0)                      # resampled spectra are a little too narrow
     low, high = point + offset.quantile(torch.tensor([0.025, 0.975]), dim=0)
     chosen = torch.bincount(again.argmax(1), minlength=C) / cfg.resamples
-    names = [*PROXIES, "score", "score_low", "score_high", "chosen"]
-    columns = torch.stack([*x.T, point, low, high, chosen], 1)
-    rows = [{"layer": layer, **dict(zip(names, values))}
-            for layer, values in enumerate(columns.tolist(), 1)]
+    names = ["layer", *PROXIES, "score", "score_low", "score_high", "chosen"]
+    columns = torch.stack([*x.T, point, low, high, chosen], 1).tolist()
+    rows = [dict(zip(names, [layer, *values])) for layer, values in enumerate(columns, 1)]
     return {"layers": rows, "best_layer": int(point.argmax()) + 1,
             "margin": float(-point.topk(2).values.diff()),
-            "variants": choices(scores, point, "scores"),
-            "trivial": choices(trivial, point, "values")}
+            "variants": choices(scores, point), "trivial": choices(trivial, point)}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -322,13 +313,12 @@ def plot(result, path):
     """The proxies and the score over depth. A red line marks the chosen layer."""
     rows = result["layers"]
     layers = [row["layer"] for row in rows]
-    panels = {**PROXIES, "score": (1, score)}
-    with report.figure(path, columns=len(panels), width=2.75, height=2.8) as axes:
-        for ax, (name, (sign, _)) in zip(axes[0], panels.items()):
+    panels = [*PROXIES, "score"]
+    with report.figure(path, columns=len(panels), width=2.75, height=2.8) as (axes,):
+        for ax, name in zip(axes, panels):
             ax.axvline(result["best_layer"], color=report.RED)
             ax.plot(layers, [row[name] for row in rows], "o-", color=report.BLUE)
-            ax.set(title=name, xlabel="layer", xticks=layers[::1 + len(layers) // 16],
-                   ylabel="lower is better" if sign < 0 else "higher is better")
+            ax.set(title=name, xlabel="layer")
         low = [row["score_low"] for row in rows]
         high = [row["score_high"] for row in rows]
         ax.fill_between(layers, low, high, alpha=0.2)
@@ -361,21 +351,21 @@ def main(argv):
         return result
 
     # 1. Held-out text, in whole sequences
+    assert cfg.skip < cfg.seq_len, "--skip must be below --seq_len"
     lm = backbone.load(model, world.device, dtype)
+    assert lm.L >= 3, "a choice needs two candidate layers: a model of three blocks"
     shards, _ = data.shards_beside(cfg, backbone.load_tokenizer(model), world)
     per_window = cfg.seq_len - cfg.skip
     count = 1 + cfg.tokens // per_window
-    windows = data.Tokens(shards, "val", cfg.seq_len).windows(count, cfg.seed)
-    windows = windows[:, :-1].to(world.device)                                  # (S, T)
+    windows = data.Tokens(shards, "val", cfg.seq_len).windows(count, cfg.seed)[:, :-1]
     run = Run(cfg, world, identity)
     tokens = len(windows) * per_window
     cfg.pool = min(cfg.pool, tokens)                    # a small text has few states
     cfg.anchors = min(cfg.anchors, cfg.pool)
 
     # 2. One forward pass for all layers, then layer by layer
-    states = collect(lm, windows, cfg)
-    result = analyse(states, cfg)
-    result |= {**identity, "tokens": tokens, "sequences": len(windows)}
+    states = collect(lm, windows.to(world.device), cfg)                         # (S, T)
+    result = {**identity, **analyse(states, cfg), "tokens": tokens}
     plot(result, run.out / "geometry.png")
     show(result)
     return run.finish(result)

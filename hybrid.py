@@ -17,7 +17,6 @@ Shapes: B batch, T new tokens, K all tokens (cached ones first), D width of the 
 V vocabulary, L blocks of the backbone, l the replaced layer.
 """
 import copy
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,7 +54,6 @@ PRESETS = {
     "tiny": dict(seq_len=32, eval_batches=4),
     "135m": dict(eval_batches=128),
 }
-PROMPT = "def main(args):"      # of the sample in result.json
 
 
 # -------------------------------------------------------------------------------------------------
@@ -93,7 +91,6 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
 
     The backbone `lm` is no submodule: its weights stay in their folder and are not saved again."""
     config_class = HybridConfig
-    main_input_name = "input_ids"
 
     def __init__(self, config, net, lm):
         super().__init__(config)
@@ -125,15 +122,9 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         self.lm._apply(fn)
         return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device))
 
-    def get_input_embeddings(self):
-        return self.lm.model.get_input_embeddings()
-
     def noise_at(self, positions):
         """Noise (..., D) at positions (...): rows of a table that grows with the text."""
         count = int(positions.max()) + 1
-        if count > 2 * self.config.info["seq_len"]:
-            warnings.warn("this text is over twice as long as the bridge's training texts",
-                          stacklevel=2)
         if count > len(self.noise):
             self.noise = diffusion.position_noise(0, range(2 * count), self.lm.D, positions.device)
         return self.noise[positions]
@@ -155,7 +146,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         z = self.states(h0, input_ids, self.config.nfe, self.noise_at(positions), positions,
                         mask, cache)
         if self.config.layer == 0:
-            return h0, side                             # known tokens need no bridge
+            return h0, side             # h[0] is exact: z was sampled for the bridge's cache alone
         return self.net.restore(h0, z, positions).to(h0.dtype), side
 
     def upper(self, h, positions, cache):
@@ -209,17 +200,16 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         diffusion.save(self.net, folder, info)
 
     @classmethod
-    def from_pretrained(cls, folder, *, config=None, base_model="", dtype=None, torch_dtype=None,
-                        device="cpu", **library):
+    def from_pretrained(cls, folder, *, config=None, base_model="", dtype=None, device="cpu",
+                        **library):
         """Load a saved hybrid. `base_model` says where the base is now, if it moved."""
         config = config or HybridConfig.from_pretrained(folder)
         config.base_model = base_model or config.base_model
-        name = str(dtype or torch_dtype).removeprefix("torch.")
+        name = str(dtype).removeprefix("torch.")
         dtype = getattr(torch, name, torch.float32)     # "auto" and None stand for fp32
         library.setdefault("attn_implementation", config._attn_implementation)
-        for name in ("attn_implementation", "device_map", "quantization_config"):
-            if library.get(name):
-                raise NotImplementedError(f"a hybrid has no {name}; it takes device and dtype")
+        for name in ("attn_implementation", "device_map", "quantization_config", "torch_dtype"):
+            assert not library.get(name), f"a hybrid has no {name}; it takes device and dtype"
         net, _ = diffusion.load(folder, device)
         return assemble(net, config, device, dtype)
 
@@ -229,7 +219,7 @@ AutoModelForCausalLM.register(HybridConfig, HybridForCausalLM)
 
 
 def number_cache_layer(block, place):
-    """Tell the modules of a transformer block which layer of a cache is theirs."""
+    """Tell the modules of a transformer block the number of their cache layer."""
     numbered = False
     for module in block.modules():
         for name in ("layer_idx", "layer_id"):          # the library has two words for it
@@ -240,13 +230,13 @@ def number_cache_layer(block, place):
 
 
 def count_tokens(cache, h):
-    """Count the tokens of h (B, T, D) in layer 0 of the cache: a key of one channel for each."""
+    """Count the tokens of h (B, T, D) in layer 0 of the cache: every token is a key of width 1."""
     key = h[:, None, :, :1]
     cache.update(key, key, 0)
 
 
 def bridge_mask(ids, past, attention_mask):
-    """Which keys each new token sees in the bridge, (1 or B, 1, T, K) bool. None: all before it."""
+    """The keys that a new token sees in the bridge, (1 or B, 1, T, K) bool. None: all before it."""
     T = ids.shape[1]
     padded = attention_mask is not None and not bool(attention_mask.all())
     if not padded and past == 0:
@@ -294,19 +284,10 @@ def choose(cfg):
     return size if cfg.preset == "auto" else cfg.preset
 
 
-def greedy(model, tokenizer, prompt):
-    """The most likely 32 tokens after a prompt, by the library's generate()."""
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)  # (1, T)
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=32,
-                         do_sample=False, pad_token_id=0)
-    return tokenizer.decode(out[0, ids.shape[1]:])
-
-
 def show(result):
     print(f"layer {result['layer']}, {result['nfe_default']} calls: FVU {result['fvu']:.4f}, "
           f"KL {result['kl']:.4f}, CE gap {result['ce_gap']:+.4f} nats, "
           f"equal top-1 tokens {result['agree']:.1%}")
-    print(f"greedy: {result['prompt']}{result['sample']}")
 
 
 @entry
@@ -326,7 +307,7 @@ def main(argv):
     # 1. Join, save, load again
     model = from_bridge(cfg.bridge, cfg.model, device=world.device, dtype=dtype)
     tokenizer = load_tokenizer(model)
-    backbone.read_config(model.config.base_model, cfg.seq_len)      # are there so many positions?
+    backbone.read_config(model.config.base_model, cfg.seq_len)      # has it enough positions?
     shards, _ = data.shards_beside(cfg, tokenizer, world)
     rows = data.Tokens(shards, "val", cfg.seq_len).windows(cfg.eval_batches).to(world.device)
     run = Run(cfg, world, identity)
@@ -337,12 +318,9 @@ def main(argv):
     config = model.config
     intact = backbone.load(config.base_model, world.device, dtype)
     measured = measure(intact, model.net, config.layer, rows, config.nfe, cfg)
-    result = run.finish({
-        **identity, **measured, "layer": config.layer, "nfe_default": config.nfe,
-        "eval_sequences": len(rows), "seq_len": cfg.seq_len, "prompt": PROMPT,
-        "sample": greedy(model, tokenizer, PROMPT)})
+    result = {**identity, **measured, "layer": config.layer, "nfe_default": config.nfe}
     show(result)
-    return result
+    return run.finish(result)
 
 
 if __name__ == "__main__":

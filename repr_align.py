@@ -1,4 +1,4 @@
-"""CONVERT: turn an AR model into a masked diffusion LM whose states stay near the AR model's own.
+"""CONVERT: turn an AR model into a masked diffusion LM with states near those of the AR model.
 
     python repr_align.py                            # w = 10 on the toy, a minute on two cores
     python repr_align.py --align_weight 0           # the control: same batches, same masks
@@ -10,12 +10,14 @@ the same weights, is frozen and causal, and sees the text without masks. Over th
 
     loss = CE + path * p_correct * CE + w * (1 - cosine of student's and teacher's states)
 
-This is REPR-ALIGN (arXiv 2605.06885). Its published code divides the path term by r, the share of
-masked tokens; this one does not.
+This is REPR-ALIGN (arXiv 2605.06885). The path term adds weight to tokens that a sampler would
+reveal early, those of high probability. The published code divides it by r, the share of masked
+tokens; this code does not. CE has no weight 1/r either, so the loss is no bound on -log p:
+core/masked.py computes one.
 
-With --attention block a token sees its token block and the text before it. That text is masked too
-(--context noisy), or each pass holds a clean copy of it, at twice the cost, that attends as the AR
-model does (--context causal). Who sees whom is in core/masked.py.
+With --attention block a token sees its token block and the text before it. With --context noisy
+that text is masked, too. With --context causal each pass holds a clean copy of it, at twice the
+cost, with the attention of the AR model. Who sees whom is in core/masked.py.
 
 Writes a Hugging Face folder (core/masked.py loads it, sample.py writes with it), convert.png,
 log.jsonl and result.json.
@@ -26,12 +28,14 @@ N held-out sequences, r share of masked tokens, w weight of the alignment.
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from itertools import repeat
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import data
 from core import backbone, optim, report
@@ -43,7 +47,7 @@ from core.run import TRACKERS, Clock, Run, finished, plan
 
 @dataclass
 class Config:
-    # what and where
+    # model, data, folder
     preset: Literal["auto", "tiny", "toy", "tasks", "135m", "0.6b", "8b"] = "auto"  # by model size
     model: str = "toy"          # toy (the folder next to --out), a model folder or a Hub id
     data: str = "stdlib"        # see data.py
@@ -52,7 +56,7 @@ class Config:
     device: str = "auto"        # auto, cpu, cuda
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU
     dry_run: bool = False       # print size, memory and time of this training, then leave
-    # what is learned
+    # loss
     attention: Literal["bidirectional", "block"] = "bidirectional"  # block: by token blocks
     block_size: int = 16        # tokens of a token block
     context: Literal["noisy", "causal"] = "noisy"  # text before a token block: masked, or a copy
@@ -60,13 +64,12 @@ class Config:
     align_weight: float = 10.0  # w (0: no alignment, no teacher)
     align_until: int = 0        # step from which w is 0 (0: none)
     path: float = 1.0           # weight of the path term
-    freeze: Literal["embed", "none"] = "embed"  # frozen: embeddings and head, or nothing
     # optimisation
     steps: int = 120            # optimizer steps
     batch_size: int = 8         # sequences a step, over all processes
     micro_batch: int = 0        # sequences a forward pass of one process (0: its whole share)
     seq_len: int = 128          # tokens a sequence
-    train_tokens: int = 0       # train on the first tokens of the corpus alone (0: on all)
+    train_tokens: int = 0       # train on this many first tokens of the corpus (0: all)
     lr: float = 0.01            # Muon, for the matrices inside the blocks (0: AdamW there too)
     lr_adam: float = 1e-3       # AdamW, for everything else
     warmup: int = 20            # steps
@@ -96,13 +99,13 @@ BOUND_CALLS = 4                 # network calls a sequence for the bound on -log
 # Masks and loss
 
 def sample_masks(T, block_size, seed, step, slots, purpose="mask", r=None):
-    """(B, T) bool: which tokens are masked. Every token block of a sequence has its own share r,
-    uniform on (0, 1) unless given, and each of its tokens is masked with probability r. The first
-    token is given: no state predicts it."""
+    """(B, T) bool: which tokens are masked. Every token block of a sequence gets a share r, uniform
+    on (0, 1) unless given, and masks each of its tokens with probability r. The first token stays
+    visible, because no state predicts it. Shares are clipped to [1/500, 1 - 1/500]."""
+    blocks = math.ceil(T / block_size)
     rows = []
     for slot in slots:
         gen = generator(seed, purpose, step, slot)
-        blocks = math.ceil(T / block_size)
         share = gen.random(blocks) if r is None else np.full(blocks, r)
         share = share.clip(1 / 500, 1 - 1 / 500).repeat(block_size)[:T]
         rows.append(gen.random(T) < share)
@@ -111,77 +114,66 @@ def sample_masks(T, block_size, seed, step, slots, purpose="mask", r=None):
     return is_mask
 
 
+@torch.no_grad()
 def clean_states(teacher, ids):
     """The teacher's h[0], ..., h[L-1] and normed h[L] on clean text, causal, one after another."""
     for layer, h, _, _ in teacher.at(ids, range(teacher.L + 1)):
         yield h if layer < teacher.L else teacher.norm(h)
 
 
-def distance(student, teacher):
-    """States (n, D) of both models -> (n,)."""
-    return 1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1)
-
-
-class Losses(NamedTuple):
-    """Sums over positions: the parts of a batch add up to the batch."""
-    denoising: torch.Tensor     # () CE and path term
-    alignment: torch.Tensor     # () distance, mean over the layers; 0 without a teacher
-    ar: torch.Tensor            # () next-token CE of the clean copy; 0 unless asked for
-    ce: torch.Tensor            # () CE alone, in nats
-
-
 def conversion_loss(student, teacher, ids, is_mask, path, with_ar=False):
-    """Losses on ids (B, T) with masks where is_mask (B, T; on the CPU). teacher None: no alignment.
+    """(loss, alignment, ar, ce) of ids (B, T) with masks where is_mask (B, T; on the CPU).
 
-    A masked token counts at the state that predicts it. The teacher's is that of the token before;
-    every layer has the same weight, embeddings and normed last state included."""
+    All are sums over tokens, so the parts of a batch add up to the batch. loss: CE and path term.
+    alignment: distance, mean over the layers; 0 without a teacher. ar: next-token CE of the clean
+    copy. ce: CE alone, in nats. For a masked token i + 1 we compare the student's state that
+    predicts it (`predictors`) with the teacher's state at token i. Every layer has the same weight,
+    embeddings and normed last state included."""
     T = ids.shape[1]
     zero = torch.zeros((), device=ids.device)
-    at = predictors(student.arm, T, known=False).to(ids.device)                 # (T-1,)
-    # 1. The n masked tokens: row b, token i + 1. Found on the CPU, so that no GPU is waited for
+    at = predictors(student.arm, T, as_written=False).to(ids.device)                 # (T-1,)
+    # 1. The n masked tokens: row b, token i + 1. Located on the CPU, so that no GPU is waited for
     b, i = is_mask[:, 1:].nonzero().to(ids.device).unbind(1)
     # 2. Alignment: student and teacher layer by layer, never stacked
     alignment = zero
-    clean = clean_states(teacher, ids) if teacher else None
-    for h in student.states(ids, is_mask.to(ids.device)):
+    targets = clean_states(teacher, ids) if teacher else repeat(None)
+    for h, target in zip(student.states(ids, is_mask.to(ids.device)), targets):
         if teacher:
-            with torch.no_grad():
-                target = next(clean)                                            # (B, T, D)
-            errors = distance(h[b, at[i]], target[b, i])                        # (n,)
-            alignment = alignment + errors.sum() / (student.lm.L + 1)
+            state = h[b, at[i]].float()                                         # (n, D)
+            cosine = F.cosine_similarity(state, target[b, i].float(), dim=-1)
+            alignment = alignment + (1 - cosine).sum() / (student.lm.L + 1)
+    normed = h                                          # the last state that was yielded
     # 3. Cross-entropy of the masked tokens
-    logits = student.logits(h[b, at[i]])                                        # (n, V)
+    logits = student.logits(normed[b, at[i]])                                   # (n, V)
     ce = F.cross_entropy(logits, ids[b, i + 1], reduction="none")               # (n,)
     # 4. Path term: CE again, weighted by the student's probability of the right token
     p_correct = torch.exp(-ce).detach()
-    denoising = ce + path * p_correct * ce
-    # 5. The AR model's own task, on the clean copy
+    loss = ce + path * p_correct * ce
+    # 5. The AR model's task, the next token, on the clean copy
     ar = zero
     if with_ar:
-        logits = student.logits(h[:, :T - 1]).flatten(0, 1)
+        logits = student.logits(normed[:, :T - 1]).flatten(0, 1)
         ar = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum")
-    return Losses(denoising.sum(), alignment, ar, ce.detach().sum())
+    return loss.sum(), alignment, ar, ce.detach().sum()
 
 
 @torch.no_grad()
 def validate(student, teacher, rows, world, seed):
-    """[masked CE in nats, distance or None] on held-out rows (N, T), and with a clean copy its
-    next-token CE: what is left of the AR model. The shares r lie on an even grid."""
+    """[masked CE in nats, distance or None, AR loss or None] on held-out rows (N, T). The shares r
+    lie on an even grid. The AR loss is the next-token CE on the clean copy."""
     N, T = rows.shape
-    has_copy = student.arm.has_copy(known=False)
+    has_copy = student.arm.has_copy(as_written=False)
     totals = torch.zeros(4, dtype=torch.float64)
-    for start in range(0, N, world.size):       # as many passes on every rank: FSDP gathers in each
+    for start in range(0, N, world.size):       # FSDP gathers weights in the passes of all ranks
         i = min(start + world.rank, N - 1)
         is_mask = sample_masks(T, T, seed, 0, [i], "validate", r=(i + 0.5) / N)
-        loss = conversion_loss(student, teacher, rows[i:i + 1], is_mask, 0.0, has_copy)
-        sums = [loss.ce, loss.alignment, loss.ar, is_mask.sum()]
+        _, *sums = conversion_loss(student, teacher, rows[i:i + 1], is_mask, 0.0, has_copy)
         if start + world.rank < N:
-            totals += torch.tensor([value.item() for value in sums])
-    ce, alignment, ar, count = world.sum(totals.tolist())
-    scores = [ce / count, alignment / count if teacher else None]
-    if has_copy:
-        scores.append(ar / rows[:, 1:].numel())
-    return scores
+            totals += torch.tensor([value.item() for value in [*sums, is_mask.sum()]])
+    alignment, ar, ce, count = world.sum(totals.tolist())
+    return [ce / count,
+            alignment / count if teacher else None,
+            ar / rows[:, 1:].numel() if has_copy else None]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -191,15 +183,12 @@ def shard(lm, world, dtype):
     """Spread the weights of the blocks over the processes. Everything else stays whole."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    settings = {"mesh": init_device_mesh(world.device.type, (world.size,))}
-    if dtype != torch.float32:
-        settings["mp_policy"] = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32)
+    settings = {"mesh": init_device_mesh(world.device.type, (world.size,)),
+                "mp_policy": MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32)}
     for block in lm.blocks:
         fully_shard(block, **settings)
         block.set_gradient_divide_factor(1.0)           # a sum: losses are divided by the batch
         block.set_force_sum_reduction_for_comms(True)
-    for block, following in zip(lm.blocks, lm.blocks[1:]):
-        block.set_modules_to_forward_prefetch([following])
     # One root without weights, so that the blocks share streams and fetch each other ahead in the
     # backward pass. We call the blocks and never the root, so it is started by hand.
     whole = {p for p in lm.stack.parameters() if not is_sharded(p)}
@@ -212,8 +201,8 @@ def is_sharded(tensor):
 
 
 class WholeState:
-    """A sharded module and its optimizers as whole tensors on the CPU of rank 0, so that another
-    number of processes can resume."""
+    """A sharded module and its optimizers, saved as whole tensors on the CPU of rank 0. Another
+    number of processes can resume from them."""
 
     def __init__(self, module, optimizers=()):
         from torch.distributed.checkpoint.state_dict import StateDictOptions
@@ -237,13 +226,13 @@ class WholeState:
 
 def clip(params, limit):
     """Scale the gradients down to a joint norm of `limit`. Returns the norm before."""
+    params = [p for p in params if p.grad is not None]          # an expert may get no token
     shards = [p for p in params if is_sharded(p)]
-    if not shards:
-        return nn.utils.clip_grad_norm_(params, limit).item()
     whole = [p for p in params if not is_sharded(p)]
-    norm_of_shards = nn.utils.get_total_norm([p.grad for p in shards]).full_tensor()
-    norm_of_whole = nn.utils.get_total_norm([p.grad for p in whole])
-    norm = torch.hypot(norm_of_shards, norm_of_whole)
+    norm = nn.utils.get_total_norm([p.grad for p in whole])
+    if shards:
+        norm_of_shards = nn.utils.get_total_norm([p.grad for p in shards])
+        norm = torch.hypot(norm_of_shards.full_tensor(), norm)
     for group in (shards, whole):
         nn.utils.clip_grads_with_norm_(group, limit, norm)
     return norm.item()
@@ -272,9 +261,8 @@ def load_models(cfg, model, tokenizer, world, dtype):
     mask_id = add_mask(lm, tokenizer)
     student = Student(lm, mask_id, Arm(cfg.attention, cfg.block_size, cfg.context))
     student.requires_grad_(True)
-    if cfg.freeze == "embed":                           # student.shift learns all the same
-        lm.model.get_input_embeddings().requires_grad_(False)
-        lm.model.get_output_embeddings().requires_grad_(False)
+    lm.model.get_input_embeddings().requires_grad_(False)   # student.shift learns instead
+    lm.model.get_output_embeddings().requires_grad_(False)
     if cfg.shard:
         shard(lm, world, dtype)
         if teacher:
@@ -283,8 +271,8 @@ def load_models(cfg, model, tokenizer, world, dtype):
 
 
 def build_optimizers(cfg, student, world):
-    """(trained parameters, optimizers). Shards and whole tensors need optimizers of their own, and
-    Muon cannot step on shards."""
+    """(trained parameters, optimizers). One optimizer cannot step on both shards and whole tensors,
+    and Muon cannot step on shards."""
     named = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
     optimizers = []
     for sharded in (True, False):
@@ -296,7 +284,7 @@ def build_optimizers(cfg, student, world):
 
 
 def flops_per_token(cfg, lm):
-    """Two-way attention counts twice, a clean copy twice; the head meets about half the tokens."""
+    """Two-way attention counts twice, a clean copy twice. The head runs on half of the tokens."""
     size = sum(p.numel() for p in lm.blocks.parameters())
     copies = 2 if cfg.context == "causal" else 1
     taught = cfg.align_weight > 0
@@ -306,22 +294,20 @@ def flops_per_token(cfg, lm):
 
 
 def forecast(cfg, world, config, dtype, micro_batch):
-    """--dry_run: what this training takes. --shard is planned for eight processes."""
-    from transformers import AutoModelForCausalLM
+    """--dry_run: the cost of this training. --shard is planned for eight processes."""
     with torch.device("meta"):
         lm = backbone.Backbone(AutoModelForCausalLM.from_config(config))
-    ways = 8 if cfg.shard else 1
     inside = sum(p.numel() for p in lm.blocks.parameters())
     outside = sum(p.numel() for p in lm.parameters()) - inside
-    held = inside / ways + outside
+    shares = inside / 8 if cfg.shard else inside        # of the blocks, in one process
     tokens = micro_batch * cfg.seq_len
     states = tokens * (2 if cfg.context == "causal" else 1)
     moments = 8 if cfg.shard or cfg.lr == 0 else 4      # bytes: AdamW keeps two numbers, Muon one
     memory = {
-        "weights": 4 * held,
-        "gradients": 4 * inside / ways,
-        "optimizer": moments * inside / ways,
-        "teacher": dtype.itemsize * held * (cfg.align_weight > 0),
+        "weights": 4 * (shares + outside),
+        "gradients": 4 * shares,
+        "optimizer": moments * shares,
+        "teacher": dtype.itemsize * (shares + outside) * (cfg.align_weight > 0),
         "activations": dtype.itemsize * states * lm.L * 32 * lm.D,      # roughly
         "logits": 13 * tokens * lm.V}                                   # if all tokens are masked
     total = cfg.steps * cfg.batch_size * cfg.seq_len
@@ -337,25 +323,27 @@ def publish(cfg, run, student, tokenizer, curve):
     if run.world.main:
         backbone.save_model(student.lm.model, tokenizer, run.out, converted=True, **weights)
         with report.figure(run.out / "convert.png") as axes:
-            steps = [row[0] for row in curve]
-            axes[0, 0].plot(steps, [row[1] for row in curve], "o-", color=report.BLUE)
+            steps, ce, *_ = zip(*curve)
+            axes[0, 0].plot(steps, ce, "o-", color=report.BLUE)
             axes[0, 0].set(title=f"CONVERT, w = {cfg.align_weight:g} (lower is better)",
                            xlabel="step", ylabel="nats a masked token")
 
 
-def show(result):
+def show(result, world):
+    """Print the result of a run and return it."""
     curve = result["curve"]
-    print(f"w = {result['align_weight']:g}: masked CE {curve[0][1]:.3f} -> {curve[-1][1]:.3f} nats "
-          f"in {result['seconds']:.0f} s; -log p at most {result['bound'][0]:.3f} nats a token")
+    if world.main:
+        print(f"w = {result['align_weight']:g}: masked CE {curve[0][1]:.3f} -> {curve[-1][1]:.3f} "
+              f"nats; -log p at most {result['bound'][0]:.3f} nats a token")
+    return result
 
 
 @entry
 def main(argv):
     cfg = parse(Config, argv, __doc__, PRESETS, choose_preset)
     cfg.out = out_folder(cfg)
-    needs_copy = cfg.ar_weight > 0
-    has_copy = cfg.context == "causal"
-    if (needs_copy and not has_copy) or (has_copy and cfg.attention != "block"):
+    needs_copy = cfg.ar_weight > 0 or cfg.context == "causal"
+    if needs_copy and (cfg.attention, cfg.context) != ("block", "causal"):
         raise UserError("--ar_weight needs --context causal, and that needs --attention block")
     world = setup(cfg.device)
     slots, micro_batch = split_batch(cfg.batch_size, cfg.micro_batch, world)
@@ -372,9 +360,7 @@ def main(argv):
     identity = {"base": backbone.identity(model)}
     result = finished(cfg, identity)
     if result:
-        print(f"{cfg.out} is finished")
-        show(result)
-        return result
+        return show(result, world)
 
     # Data, models
     tokenizer = backbone.load_tokenizer(model)
@@ -385,7 +371,6 @@ def main(argv):
     held_out = data.Tokens(shards, "val", cfg.seq_len).windows(cfg.eval_batches)
     held_out = held_out[:, :-1].to(world.device)                                # (N, T)
     student, teacher = load_models(cfg, model, tokenizer, world, dtype)
-    block_size = student.arm.size(cfg.seq_len)
 
     # Optimizers, resume
     run = Run(cfg, world, identity)
@@ -401,10 +386,8 @@ def main(argv):
     parts = [part.tolist() for part in torch.tensor(slots).split(micro_batch)]
     tokens = cfg.batch_size * cfg.seq_len
     flops = flops_per_token(cfg, student.lm)
-    size = sum(p.numel() for p in params)
     stop = StopSignal(world)
     clock = Clock(state["seconds"])
-    run.say(f"converting {model} to {student.arm}, w = {cfg.align_weight:g}: {size:,} parameters")
 
     # The loop
     for step in range(state["step"], cfg.steps):
@@ -413,7 +396,8 @@ def main(argv):
                 curve.append([step, *validate(student, teacher, held_out, world, cfg.seed)])
                 run.log(step, cfg.steps, val_loss=curve[-1][1])
         # 1. Masks of the whole batch: the loss is a mean over its masked tokens
-        is_mask = sample_masks(cfg.seq_len, block_size, cfg.seed, step, range(cfg.batch_size))
+        size = student.arm.size(cfg.seq_len)
+        is_mask = sample_masks(cfg.seq_len, size, cfg.seed, step, range(cfg.batch_size))
         count = max(1, is_mask.sum().item())
         w = cfg.align_weight if step < (cfg.align_until or cfg.steps) else 0.0
         # 2. Gradient, one micro-batch after another
@@ -421,12 +405,13 @@ def main(argv):
         for part in parts:
             ids = train.batch(cfg.seed, step, part, cfg.batch_size)[:, :-1].to(world.device)
             with autocast:
-                loss = conversion_loss(student, teacher if w else None, ids, is_mask[part],
-                                       cfg.path, cfg.ar_weight > 0)
-            total = loss.denoising / count + w * loss.alignment / count
-            total = total + cfg.ar_weight * loss.ar / (cfg.batch_size * (cfg.seq_len - 1))
+                loss, alignment, ar, ce = conversion_loss(
+                    student, teacher if w else None, ids, is_mask[part], cfg.path,
+                    with_ar=cfg.ar_weight > 0)
+            total = loss / count + w * alignment / count
+            total = total + cfg.ar_weight * ar / (cfg.batch_size * (cfg.seq_len - 1))
             total.backward()
-            sums += torch.stack([loss.ce, loss.alignment.detach()]) / count
+            sums += torch.stack([ce, alignment.detach()]) / count
         optim.sum_gradients(whole, world)               # FSDP sums those of shards
         # 3. Clip and step
         norm = clip(params, 1.0)
@@ -450,13 +435,10 @@ def main(argv):
     curve.append([cfg.steps, *validate(student, teacher, held_out, world, cfg.seed)])
     bound = text_likelihood(student, held_out, BOUND_CALLS, cfg.seed)
     publish(cfg, run, student, tokenizer, curve)
-    result = run.finish({
+    return show(run.finish({
         **dataclasses.asdict(cfg), **identity, "curve": curve, "val_loss": curve[-1][1],
         "bound": [nats / held_out[:, 1:].numel() for nats in bound], "seconds": seconds,
-        "tokens": cfg.steps * tokens, "parameters": size, "mask_id": student.mask_id})
-    if world.main:
-        show(result)
-    return result
+        "parameters": sum(p.numel() for p in params), "mask_id": student.mask_id}), world)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Write text with a trained model: token by token, or by diffusion.
 
     python sample.py                                            # out/hybrid, streamed
-    python sample.py --prompt "import os" --compare             # then the intact model's text
+    python sample.py --prompt "import os" --temperature 0       # always the most likely token
     python sample.py --model out/generator --show               # every denoising step
     python sample.py --model out/convert/block --gif film.gif   # a film of the unmasking
     python sample.py --model out/convert/w0 --prompt "def f(" --suffix "return x"
@@ -23,9 +23,9 @@ from typing import Literal
 
 import torch
 
-from core import backbone, masked
+from core import masked
 from core.common import UserError, entry, generator, parse, pick_dtype, setup
-from core.run import atomic, beside, read_json
+from core.run import atomic, nearby, read_json
 from generate import generate_blocks, hybrid, token_prior
 
 
@@ -41,24 +41,23 @@ class Config:
     seed: int = 0               # every random number is a function of it
     # diffusion
     steps: int = 0              # network calls (0: 4 a token block, or 32 for all masks)
-    block_size: int = 0         # tokens sampled together (0: 32, or as the model was converted)
+    block_size: int = 0         # tokens that a bridge samples together (0: 32)
     refinements: int = 14       # of each token block
-    # what is shown
+    # output
     show: bool = False          # print every step
     gif: str = ""               # write a film of the steps to this file
-    compare: bool = False       # hybrids: print the intact model's text, too
     # machine
     device: str = "auto"        # auto, cpu, cuda
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU
 
 
 # -------------------------------------------------------------------------------------------------
-# Three ways to write. Each takes ids (1, T), calls watch(ids, hidden) after every step and returns
+# Three ways to write. They take ids (1, T), call watch(ids, hidden) after every step and return
 # the whole text. A nonzero `hidden` marks tokens that may still change.
 
 @torch.no_grad()
 def write_tokens(model, ids, cfg, watch):
-    """One token after another, until an end token: a hybrid, or any Hugging Face causal LM."""
+    """One token after another, until an end token."""
     ends = model.generation_config.eos_token_id
     if not isinstance(ends, list):
         ends = [ends]
@@ -79,7 +78,7 @@ def write_tokens(model, ids, cfg, watch):
 
 def write_blocks(model, ids, cfg, watch):
     """One token block after another. A step shows the tokens that the bridge's states stand for."""
-    prior = token_prior(beside(cfg.model, "data"), model.lm.V).to(ids.device)
+    prior = token_prior(nearby(cfg.model, "data"), model.lm.V).to(ids.device)
     end = ids.shape[1] + cfg.new
     while ids.shape[1] < end:
         def show_guess(z, given=ids):                                           # z (1, n, D)
@@ -95,8 +94,12 @@ def write_blocks(model, ids, cfg, watch):
 
 
 def write_masks(model, ids, cfg, watch):
-    return masked.fill(model, ids, ids == model.mask_id, cfg.steps or 32, cfg.temperature, cfg.seed,
-                       "confidence", cfg.top_p, cfg.block_size, watch)
+    """All masks, the most certain ones first."""
+    steps = masked.fill_steps(model, ids, ids == model.mask_id, cfg.steps or 32, cfg.temperature,
+                              cfg.seed, "confidence", cfg.top_p)
+    for ids, hidden in steps:
+        watch(ids, hidden)
+    return ids
 
 
 # -------------------------------------------------------------------------------------------------
@@ -171,11 +174,6 @@ def main(argv):
     print()
     if cfg.gif:
         film(cfg.gif, screen.steps)
-    if cfg.compare and write is not write_masks:
-        print("--- the intact model:")
-        intact = backbone.load(model.config.base_model, world.device, dtype)
-        write_tokens(intact.model, ids, cfg, Screen(tokenizer, cfg.show))
-        print()
     return text
 
 

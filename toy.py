@@ -1,14 +1,14 @@
 """BACKBONE: train a small causal LM that stands in for a pretrained one, offline and in minutes.
 
     python toy.py                                   # 8 blocks of width 128, ~3 min on 2 cores
-    python toy.py --preset tiny --out out/tiny/toy  # seconds, to try things
-    python toy.py --preset tasks --out out/tasks/toy        # smaller; its text holds core/tasks.py
+    python toy.py --preset tiny --out out/tiny/toy  # seconds, for a first try
+    python toy.py --preset tasks --out out/tasks/toy    # smaller, learns core/tasks.py
     torchrun --nproc_per_node 2 toy.py              # the same weights up to rounding
 
 The default reaches about 1.7 bits per byte on held-out standard library source.
 
-Writes a Hugging Face folder (config.json, model.safetensors, tokenizer), log.jsonl and result.json.
-Every other stage takes it, or any other causal LM, by --model.
+It writes a Hugging Face folder (config.json, model.safetensors, tokenizer), log.jsonl and
+result.json. Every other stage takes this folder, or any other causal LM, by --model.
 
 Shapes: B batch, T tokens, V vocabulary.
 """
@@ -28,16 +28,16 @@ from core.run import TRACKERS, Clock, Run, finished
 
 @dataclass
 class Config:
-    # what and where
+    # model, text, folder
     preset: Literal["auto", "tiny", "toy", "tasks"] = "auto"    # auto: toy
     data: str = "stdlib"        # see data.py
     out: str = "out/toy"        # run folder
-    seed: int = 0               # every random number is a function of it
+    seed: int = 0               # every random number is a function of the seed
     device: str = "auto"        # auto, cpu, cuda
     # network and text
     layers: int = 8             # blocks
     width: int = 128            # hidden width
-    heads: int = 4              # query heads; half as many key and value heads
+    heads: int = 4              # query heads; there is a key and value head for every two
     vocab: int = 2048           # tokens of the byte-level BPE
     tasks: float = 0.0          # share of generated task lines in the training text
     # optimisation
@@ -48,8 +48,8 @@ class Config:
     lr_adam: float = 8e-3       # AdamW, for everything else
     warmup: int = 50            # steps
     log_every: int = 50         # steps between log lines
-    save_every: int = 500       # steps between validations and checkpoints
-    track: Literal[tuple(TRACKERS)] = ""    # also send the log to a tracker
+    save_every: int = 500       # steps between checkpoints
+    track: Literal[tuple(TRACKERS)] = ""    # tracker that also gets the log
 
 
 PRESETS = {
@@ -82,10 +82,8 @@ def next_token_loss(lm, ids):
 @torch.no_grad()
 def validate(lm, rows):
     """Mean loss over held-out rows (N, T+1)."""
-    total = 0.0
-    for ids in rows.split(32):
-        total += next_token_loss(lm, ids).item() * len(ids)
-    return total / len(rows)
+    losses = [next_token_loss(lm, ids).item() * len(ids) for ids in rows.split(32)]
+    return sum(losses) / len(rows)
 
 
 def summary(result):
@@ -111,7 +109,6 @@ def main(argv):
     held_out = data.Tokens(shards, "val", cfg.seq_len).windows(512).to(world.device)
     lm = backbone.Backbone(model)
     params = list(model.parameters())
-    tokens = cfg.batch_size * cfg.seq_len               # a step
     size = sum(p.numel() for p in params)
     flops = backbone.training_flops(size, 0, cfg.layers, model.config, cfg.seq_len)
     run = Run(cfg, world, {})
@@ -133,16 +130,14 @@ def main(argv):
         norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
         share = optim.share_at(step, cfg.steps, cfg.warmup, COOLDOWN)
         optim.step_all(optimizers, share, norm, f"step {step}")
-        # 3. Log, validate, save, leave if asked to
+        # 3. Log, save, leave if a signal asked for it
         done = step + 1
         if done % cfg.log_every == 0 or done == cfg.steps:
             loss = world.sum([loss.item()])[0]
-            run.progress(done, cfg.steps, clock, tokens, flops, loss=loss, gnorm=norm)
-        if done % cfg.save_every == 0 and done < cfg.steps:
-            with clock.paused():
-                run.log(done, cfg.steps, val_loss=validate(lm, held_out[::4]))
+            run.progress(done, cfg.steps, clock, cfg.batch_size * cfg.seq_len, flops,
+                         loss=loss, gnorm=norm)
         leaving = stop.poll()
-        if leaving or done % cfg.save_every == 0 or done == cfg.steps:
+        if leaving or done % cfg.save_every == 0:
             run.save(done, clock, [model], optimizers)
         if leaving:
             run.leave(done)
@@ -158,7 +153,7 @@ def main(argv):
     result = run.finish({
         "val_loss": val_loss, "bits_per_byte": bits,
         "parameters": size, "steps": cfg.steps, "seconds": seconds,
-        "tokens": cfg.steps * tokens, "base": backbone.identity(run.out)})
+        "base": backbone.identity(run.out)})
     run.say(f"{run.out}: {summary(result)}")
     return result
 

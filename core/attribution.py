@@ -1,7 +1,7 @@
-"""attribution.py: what each edge of a network contributes to a task, by hooks on an ordinary model.
+"""attribution.py: what every edge of a network contributes to a task, by hooks on a model.
 
     subject = Subject(lm)                                   # or Subject(lm, student): masked model
-    scores = attribute(subject, batches, steps=5)           # (S, R), one score an edge
+    scores = attribute(subject, batch, steps=5)             # (S, R), one score an edge
     with without(subject, ["a1.3"]): ...                    # a component writes nothing
     circuit = strongest(scores, edges, k=30)                # the edges with the largest |score|
     jaccard(circuit, other), chance(30, edges.sum())        # overlap, and that of random circuits
@@ -9,21 +9,20 @@
 Edge attribution patching (EAP, Syed et al. 2023) with integrated gradients (EAP-IG, Hanna et al.
 2024). Senders are the embedding, every head `a1.3` and every MLP `m1` (block 1, head 3, from 0).
 Receivers are every head's input by q, k and v (`a1.3.q`; with grouped heads one k and v a group),
-every MLP's input, and the logits. The edge u -> v is what of v's input u wrote.
+every MLP's input, and the logits. The edge u -> v is the part of v's input that u wrote.
 
     score(u -> v) = (u's output on the corrupted prompt - on the clean one)
                     . gradient of the metric at v's input, a mean over points of a line
 
 The line leads from the corrupted embedding (0) to the clean one (1). Our points are the midpoints
-(k + 1/2) / m, k = 0..m-1. The published code has k / m, counted from the corrupted end; midpoints
+(k + 1/2) / m, k = 0..m-1. The published code has k / m, counted from the corrupted end. Midpoints
 integrate with a smaller error. The metric is the logit of the right answer less the wrong one's.
 
 Letters: P pairs, T tokens, D hidden width, H heads, d channels a head, S senders, R receivers,
 k edges in a circuit, n edges in all.
 """
 import contextlib
-import itertools
-from typing import NamedTuple
+from itertools import combinations
 
 import torch
 
@@ -35,21 +34,14 @@ LAYOUT = ("llama", "qwen2", "qwen3", "mistral", "gemma", "olmo", "smollm3", "sta
 
 
 # -------------------------------------------------------------------------------------------------
-# The graph
-
-class Graph(NamedTuple):
-    senders: list       # S names
-    receivers: list     # R names
-    before: list        # (R,) how many senders, from the first on, feed a receiver
-
-    def edges(self):
-        """(S, R) bool: which edges exist."""
-        return torch.arange(len(self.senders))[:, None] < torch.tensor(self.before)
-
+# The model and its graph
 
 class Subject:
     """A model under study. `student` is set for a masked model: its attention is two-way, and its
-    prompt holds a mask. Subjects of one `kind` differ in their training seed."""
+    prompt holds a mask. Subjects of one `kind` differ in their training seed.
+
+    senders, receivers: names (S), (R). before (R): a receiver reads the senders up to this number.
+    edges: (S, R) bool, which edges exist."""
 
     def __init__(self, lm, student=None, name="AR", kind="AR"):
         if lm.config.model_type not in LAYOUT:
@@ -59,22 +51,22 @@ class Subject:
         self.student = student
         self.name = name
         self.kind = kind
-        self.heads = lm.config.num_attention_heads
-        self.key_heads = lm.config.num_key_value_heads
-
-    def graph(self):
-        senders = ["embed"]
-        receivers = []
-        before = []
-        for i in range(self.lm.L):
-            for part, heads in (("q", self.heads), ("k", self.key_heads), ("v", self.key_heads)):
-                receivers += [f"a{i}.{head}.{part}" for head in range(heads)]
-                before += [len(senders)] * heads
-            senders += [f"a{i}.{head}" for head in range(self.heads)]
-            receivers.append(f"m{i}")
-            before.append(len(senders))
-            senders.append(f"m{i}")
-        return Graph(senders, [*receivers, "logits"], [*before, len(senders)])
+        key_heads = lm.config.num_key_value_heads
+        self.heads = {"q": lm.config.num_attention_heads, "k": key_heads, "v": key_heads}
+        self.senders = ["embed"]
+        self.receivers = []
+        self.before = []
+        for i in range(lm.L):
+            for part, heads in self.heads.items():
+                self.receivers += [f"a{i}.{head}.{part}" for head in range(heads)]
+                self.before += [len(self.senders)] * heads
+            self.senders += [f"a{i}.{head}" for head in range(self.heads["q"])]
+            self.receivers.append(f"m{i}")
+            self.before.append(len(self.senders))
+            self.senders.append(f"m{i}")
+        self.receivers.append("logits")
+        self.before.append(len(self.senders))
+        self.edges = torch.arange(len(self.senders))[:, None] < torch.tensor(self.before)
 
     def logits(self, h, last):
         """h[0] (P, T, D) -> logits (P, V) of the answer, from the states at the tokens `last`."""
@@ -86,30 +78,36 @@ class Subject:
         return self.student.logits(h)
 
 
+# What `record` keeps of a block: a name, and the module whose output it is, or input for INPUTS
+RECORDED = {
+    "x": "input_layernorm",
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "z": "self_attn.o_proj",
+    "r": "post_attention_layernorm",
+    "y": "mlp",
+    "m": "mlp"}
+INPUTS = "xzryf"
+
+
 @contextlib.contextmanager
 def record(subject):
     """While open, a forward pass fills the yielded dict {(name, block): tensor}.
 
-    x, r: residual stream before attention and MLP. q, k, v: projections. z: heads, side by side.
+    x, r: residual stream before attention and MLP. q, k, v: projections. z: all heads, joined.
     y, m: normed input and output of the MLP. ("f", L): the stream before the final norm."""
     seen = {}
     with contextlib.ExitStack() as hooks:
-        def note(key, register):
-            def hook(_, args, output=None):
-                seen[key] = args[0] if output is None else output
-            hooks.enter_context(register(hook))
+        def keep(name, i, module):
+            def hook(_, args, output):
+                seen[name, i] = args[0] if name in INPUTS else output
+            hooks.enter_context(module.register_forward_hook(hook))
 
         for i, block in enumerate(subject.lm.blocks):
-            attention = block.self_attn
-            note(("x", i), block.input_layernorm.register_forward_pre_hook)
-            note(("q", i), attention.q_proj.register_forward_hook)
-            note(("k", i), attention.k_proj.register_forward_hook)
-            note(("v", i), attention.v_proj.register_forward_hook)
-            note(("z", i), attention.o_proj.register_forward_pre_hook)
-            note(("r", i), block.post_attention_layernorm.register_forward_pre_hook)
-            note(("y", i), block.mlp.register_forward_pre_hook)
-            note(("m", i), block.mlp.register_forward_hook)
-        note(("f", subject.lm.L), subject.lm.norm.register_forward_pre_hook)
+            for name, path in RECORDED.items():
+                keep(name, i, block.get_submodule(path))
+        keep("f", subject.lm.L, subject.lm.norm)
         yield seen
 
 
@@ -118,8 +116,8 @@ def record(subject):
 
 def metric(logits, batch):
     """Logit of the right answer less that of the wrong one, (P,)."""
-    right = logits.gather(1, batch["answer"][:, None])
-    return (right - logits.gather(1, batch["wrong"][:, None]))[:, 0]
+    rows = torch.arange(len(logits), device=logits.device)
+    return logits[rows, batch["answer"]] - logits[rows, batch["wrong"]]
 
 
 def split_heads(x, weight, heads):
@@ -128,12 +126,16 @@ def split_heads(x, weight, heads):
     return torch.einsum("pthd,hde->pthe", x.unflatten(-1, (heads, -1)), weight)
 
 
-def written(subject, h0, seen):
-    """What each sender wrote into the stream: (P, T, S, D)."""
+@torch.no_grad()
+def written(subject, ids, last):
+    """What every sender writes into the stream on prompts ids (P, T): (P, T, S, D)."""
+    h0 = subject.lm.embed(ids)
+    with record(subject) as seen:
+        subject.logits(h0, last)
     parts = [h0[:, :, None]]
     for i, block in enumerate(subject.lm.blocks):
         weight = block.self_attn.o_proj.weight.T                                    # (H * d, D)
-        parts.append(split_heads(seen["z", i], weight, subject.heads))
+        parts.append(split_heads(seen["z", i], weight, subject.heads["q"]))
         parts.append(seen["m", i][:, :, None])
     return torch.cat(parts, 2)
 
@@ -146,78 +148,66 @@ def through_norm(norm, x, gradient):
 
 def receiver_gradients(subject, h0, batch):
     """Yield the metric's gradients at the receivers' inputs in the residual stream, (P, T, n, D)
-    for n receivers at a time, in the order of the graph."""
+    for n receivers at a time, in their order."""
     with record(subject) as seen:
         total = metric(subject.logits(h0, batch["last"]), batch).sum()
     keys = [key for key in seen if key[0] in "qkvyf"]
     values = torch.autograd.grad(total, [seen[key] for key in keys])
-    gradients = dict(zip(keys, values, strict=True))
+    gradients = dict(zip(keys, values))
     for i, block in enumerate(subject.lm.blocks):
-        attention = block.self_attn
-        inputs = torch.cat([
-            split_heads(gradients["q", i], attention.q_proj.weight, subject.heads),
-            split_heads(gradients["k", i], attention.k_proj.weight, subject.key_heads),
-            split_heads(gradients["v", i], attention.v_proj.weight, subject.key_heads)], 2)
-        yield through_norm(block.input_layernorm, seen["x", i], inputs)
+        inputs = []
+        for part, heads in subject.heads.items():
+            weight = block.get_submodule(RECORDED[part]).weight                     # (H * d, D)
+            inputs.append(split_heads(gradients[part, i], weight, heads))
+        yield through_norm(block.input_layernorm, seen["x", i], torch.cat(inputs, 2))
         inputs = gradients["y", i][:, :, None]
         yield through_norm(block.post_attention_layernorm, seen["r", i], inputs)
     yield gradients["f", subject.lm.L][:, :, None]
 
 
-def attribute(subject, batches, steps):
+def attribute(subject, batch, steps, micro_batch=16):
     """Scores (S, R), mean over pairs: the change of the metric, to first order, when the edge alone
     carries what it carries on the corrupted prompt. steps = 0 is EAP: the gradient at the clean
-    prompt. Memory holds one batch of pairs."""
-    graph = subject.graph()
-    scores = torch.zeros(len(graph.senders), len(graph.receivers), dtype=torch.float64)
+    prompt. Memory holds `micro_batch` pairs."""
+    scores = torch.zeros(subject.edges.shape, dtype=torch.float64)
     points = [(k + 0.5) / steps for k in range(steps)] or [1.0]
-    count = 0
-    for batch in batches:
+    count = len(batch["clean"])
+    for i in range(0, count, micro_batch):
+        part = {name: x[i:i + micro_batch] for name, x in batch.items()}
         # 1. What every sender writes, corrupted less clean
-        outputs = []
-        with torch.no_grad():
-            for ids in (batch["corrupted"], batch["clean"]):
-                h0 = subject.lm.embed(ids)
-                with record(subject) as seen:
-                    subject.logits(h0, batch["last"])
-                outputs.append(written(subject, h0, seen))                          # (P, T, S, D)
-            change = outputs[0] - outputs[1]
-            corrupted = outputs[0][:, :, 0]
-            clean = outputs[1][:, :, 0]
+        corrupted = written(subject, part["corrupted"], part["last"])               # (P, T, S, D)
+        clean = written(subject, part["clean"], part["last"])
+        change = corrupted - clean
         # 2. Times the gradient at every receiver, at each point of the line
+        start = corrupted[:, :, 0]                                                  # (P, T, D)
+        line = clean[:, :, 0] - start
         for point in points:
-            h0 = (corrupted + point * (clean - corrupted)).requires_grad_()
+            h0 = (start + point * line).requires_grad_()
             column = 0
-            for gradient in receiver_gradients(subject, h0, batch):                 # (P, T, n, D)
-                n = gradient.shape[2]
-                senders = graph.before[column]
+            for gradient in receiver_gradients(subject, h0, part):                  # (P, T, n, D)
+                end = column + gradient.shape[2]
+                senders = subject.before[column]
                 product = torch.einsum("ptsd,ptrd->sr", change[:, :, :senders], gradient)
-                scores[:senders, column:column + n] += product.double().cpu() / len(points)
-                column += n
-        count += len(batch["clean"])
+                scores[:senders, column:end] += product.double().cpu() / len(points)
+                column = end
     return scores / count
 
 
 @contextlib.contextmanager
 def without(subject, components):
     """While open, these senders write nothing: heads `a1.3` and MLPs `m1`."""
-    with contextlib.ExitStack() as hooks:
+    with contextlib.ExitStack() as stack:
         for name in components:
             i, _, head = name[1:].partition(".")
             block = subject.lm.blocks[int(i)]
-
-            def zero_head(_, args, head=head):
-                z = args[0].unflatten(-1, (subject.heads, -1)).clone()              # (P, T, H, d)
-                z[:, :, int(head)] = 0
-                return (z.flatten(-2),)
-
-            def zero_output(_, args, output):
-                return torch.zeros_like(output)
-
             if head:
-                hooks.enter_context(block.self_attn.o_proj.register_forward_pre_hook(zero_head))
+                weight = block.self_attn.o_proj.weight.unflatten(1, (subject.heads["q"], -1))
+                part = weight[:, int(head)]             # (D, d), a view
+                stack.callback(part.copy_, part.clone())
+                part.zero_()
             else:
-                hooks.enter_context(block.mlp.register_forward_hook(zero_output))
+                hook = block.mlp.register_forward_hook(lambda *args: torch.zeros_like(args[-1]))
+                stack.enter_context(hook)
         yield
 
 
@@ -226,7 +216,8 @@ def without(subject, components):
 
 def strongest(scores, edges, k):
     """The k edges with the largest |score|, as a set of flat indices into (S, R)."""
-    return set(scores.abs().masked_fill(~edges, -1).flatten().topk(k).indices.tolist())
+    size = scores.abs().masked_fill(~edges, -1)
+    return set(size.flatten().topk(k).indices.tolist())
 
 
 def jaccard(a, b):
@@ -235,37 +226,27 @@ def jaccard(a, b):
 
 def chance(k, n):
     """Jaccard index of two random sets of k out of n, to first order: k^2/n in common."""
-    return (k / n) / (2 - k / n)
+    return k / (2 * n - k)
 
 
-def overlaps(circuits, subjects):
-    """{kind: {comparison: Jaccard indices}} of circuits {(subject's name, set of prompts): edges}.
+def overlaps(circuits, kinds):
+    """{kind: {comparison: Jaccard indices}} of circuits {(model, set of prompts): edges}.
 
-    ar: the AR model, same prompts. prompts: itself, other prompts. seeds: another training seed,
-    same prompts. The values come subject by subject, set by set."""
-    sets = sorted({s for _, s in circuits})
-    result = {}
-    for kind in dict.fromkeys(subject.kind for subject in subjects):
-        names = [subject.name for subject in subjects if subject.kind == kind]
-        pairs = {"ar": [], "prompts": [], "seeds": []}
-        for name in names:
-            if kind != "AR":
-                pairs["ar"] += [(("AR", s), (name, s)) for s in sets]
-            pairs["prompts"] += [((name, s), (name, t)) for s, t in itertools.combinations(sets, 2)]
-        for name, other in itertools.combinations(names, 2):
-            pairs["seeds"] += [((name, s), (other, s)) for s in sets]
-        result[kind] = {}
-        for comparison, keys in pairs.items():
-            result[kind][comparison] = [jaccard(circuits[a], circuits[b]) for a, b in keys]
+    kinds: {model: kind}, the AR model first. Comparisons are "ar": with the AR model, same prompts;
+    "prompts": with itself, other prompts; "seeds": with another training seed, same prompts."""
+    result = {kind: {"ar": [], "prompts": [], "seeds": []} for kind in kinds.values()}
+    for (a, s), (b, t) in combinations(circuits, 2):
+        index = jaccard(circuits[a, s], circuits[b, t])
+        if a == b:
+            result[kinds[b]]["prompts"].append(index)
+        elif s == t and kinds[a] == "AR":
+            result[kinds[b]]["ar"].append(index)
+        elif s == t and kinds[a] == kinds[b]:
+            result[kinds[b]]["seeds"].append(index)
     return result
 
 
-def other_tasks(scores, edges, k):
-    """Jaccard indices of the AR model's circuits of every two tasks, same set of prompts, from
-    scores {(subject's name, set, task): (S, R)}."""
-    circuits = {}
-    for (name, s, task), value in scores.items():
-        if name == "AR":
-            circuits[s, task] = strongest(value, edges, k)
-    pairs = itertools.combinations(circuits, 2)
-    return [jaccard(circuits[a], circuits[b]) for a, b in pairs if a[0] == b[0]]
+def other_tasks(circuits):
+    """Jaccard indices of every two tasks, set by set, of circuits {(task, set): edges}."""
+    return [jaccard(circuits[a], circuits[b])
+            for a, b in combinations(circuits, 2) if a[1] == b[1]]

@@ -6,11 +6,11 @@
     logits = lm.head(lm.through(hl, l, lm.L))        # bit for bit the model's own logits
 
 h[l] is the residual stream after block l, l = 1..L, before the final norm. (The library's
-hidden_states[-1] is after the norm.) h[0] is what the first block gets.
+hidden_states[-1] is after the norm.) h[0] is the input of the first block.
 
 The trick. Nothing here knows an architecture. A block needs more than h: a mask, rotary tables,
-ALiBi, a cache. Every family prepares them in another way, in the forward of the model. So we run
-this forward once with stand-ins in place of the blocks, which write down what they are handed:
+ALiBi, a cache. Every family prepares them in its own way, in the forward of the model. So we run
+this forward once with stand-ins in place of the blocks. A stand-in writes down its arguments:
 
     the model's forward     ids -> embed ->  block 1  ->  block 2  -> ... ->  block L  -> norm
     with stand-ins          ids -> embed -> stand-in  -> stand-in  -> ... -> stand-in  -> norm
@@ -21,11 +21,11 @@ this forward once with stand-ins in place of the blocks, which write down what t
                                  "past_key_values": cache, "position_ids": positions, ...}
 
 The real block i then runs on any h: blocks[i](h, *args, **kwargs). Sides do not depend on h, so
-they serve every pass over the same positions. `check` compares the result with the model at every
-load, bit for bit. What fails is refused by name instead of computed wrongly.
+they serve every pass over the same positions. At every load `check` compares the result with the
+model, bit for bit. A model that fails is refused by name.
 
-Code and pickles from the Hub are never run: a stranger wrote them. All weights are safetensors,
-and all architectures are the library's own.
+Code and pickles from the Hub are never run, because a stranger wrote them. All weights are
+safetensors, and all architectures are the library's.
 
 Letters: B batch, T tokens, K keys, D hidden width, L blocks, V vocabulary.
 """
@@ -35,16 +35,17 @@ import inspect
 import json
 import math
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from core.common import UserError, why
-from core.run import beside, read_json
+from core.run import nearby, read_json
 
 EOS = "<|endoftext|>"   # end-of-text token of a tokenizer that we train
-TWIN = "nanodihal_twin"  # model_type of a converted model: it must not be run as an AR model
+TWIN = "nanodihal_twin"  # model_type of a converted model, so that nobody runs it as an AR model
 SIZES = {"toy": 3e7, "135m": 4e8, "0.6b": 3e9, "8b": math.inf}  # preset -> parameters, at most
 
 
@@ -54,7 +55,7 @@ SIZES = {"toy": 3e7, "135m": 4e8, "0.6b": 3e9, "8b": math.inf}  # preset -> para
 def find_blocks(model):
     """(path of the module that runs the blocks, name of its list of blocks).
 
-    It is the module that takes `inputs_embeds` and holds a list of num_hidden_layers modules."""
+    This module takes `inputs_embeds` and holds a list of num_hidden_layers modules."""
     L = getattr(model.config, "num_hidden_layers", None)
     for path, module in model.named_modules():
         if "inputs_embeds" not in inspect.signature(module.forward).parameters:
@@ -85,34 +86,29 @@ class Backbone(nn.Module):
         self.D = self.config.hidden_size
         self.V = self.config.vocab_size
         self.known_side = {}                            # the last plain `side`
-        if model.device.type != "meta":                 # there only sizes are wanted
+        if model.device.type != "meta":                 # a meta model has sizes only
             require(self, self.look, "its parts could not be told from one run")
 
     def look(self):
-        """Learn from one run what the parts are: the final norm, which is the last part called;
-        whether blocks return tuples; whether embedding and head are one module each."""
-        parts = dict(self.stack.named_children())
-        order = []
+        """Learn from one run: the final norm, which is the last part called; whether a block
+        returns a tuple; the class of the output; whether the embedding is one module."""
         calls = []
-        hooks = [self.blocks[0].register_forward_hook(lambda *call: calls.append(call))]
-        for name, part in parts.items():
-            hooks.append(part.register_forward_hook(lambda *_, name=name: order.append(name)))
+        hooks = []
+        for part in [self.blocks[0], *self.stack.children()]:
+            hooks.append(part.register_forward_hook(lambda *call: calls.append(call)))
         ids = probe_ids(self)
         output = self.stack(input_ids=ids, use_cache=False)
         for hook in hooks:
             hook.remove()
-        _, (h, *_), block_output = calls[0]
-        self.norm = parts[order[-1]]
+        _, (h, *_), block_output = next(call for call in calls if call[0] is self.blocks[0])
+        self.norm = calls[-1][0]
         self.tuples = isinstance(block_output, tuple)
         self.output_class = type(output)
         self.plain_embedding = torch.equal(self.model.get_input_embeddings()(ids), h)
-        self.plain_head = False
-        logits = self.unnormed_head(h)
-        self.plain_head = torch.equal(self.model.get_output_embeddings()(h), logits)
         return True
 
     def handed(self, **inputs):
-        """(h[0], [(args, kwargs)]): what the model's own forward hands every block. The trick."""
+        """The trick: (h[0], [(args, kwargs) of every block]), from the model's own forward."""
         entered = []
         side = []
 
@@ -141,18 +137,18 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def side(self, h, positions=None, attention_mask=None, cache=None, causal=True, see=None):
-        """[(args, kwargs)]: what every block needs next to h (B, T, D), of which only the shape
+        """[(args, kwargs)]: the arguments of every block next to h (B, T, D). Only the shape of h
         counts.
 
         attention_mask (B, K) is 1 on tokens and 0 on padding; (B, 1, T, K) is added to the scores.
-        see (1 or B, 1, T, K) bool says which keys a token sees; sliding windows still hold.
-        causal=False shows everything to everyone, without windows. Both work through an additive
-        mask: the library's own flags for this fail silently in some families."""
+        see (1 or B, 1, T, K) bool says which keys a token sees. Sliding windows still hold.
+        With causal=False every token sees every key, without windows. `see` and `causal` set an
+        additive mask, because the library's flags for this fail silently in some families."""
         T = h.shape[1]
         past = 0 if cache is None else cache.get_seq_length()
         if causal and positions is attention_mask is cache is see is None:  # every training step
             key = (h.shape, h.dtype, h.device)
-            if key not in self.known_side:              # kept: finding out makes a GPU wait
+            if key not in self.known_side:              # kept, because `handed` makes a GPU wait
                 self.known_side = {key: self.handed(inputs_embeds=h)[1]}
             return self.known_side[key]
         if positions is None:
@@ -168,7 +164,7 @@ class Backbone(nn.Module):
         return side
 
     def restore_windows(self, side, mask, positions, past):
-        """Sliding windows: the library hands an additive mask to all blocks as it is."""
+        """Put the sliding windows back, which an additive mask replaces in every block."""
         keys = torch.cat([torch.arange(past, device=mask.device), positions[0]])    # (K,)
         far = (positions[..., None] - keys).abs() >= self.config.sliding_window     # (1, T, K)
         narrow = mask.masked_fill(far[:, None], torch.finfo(mask.dtype).min)
@@ -181,10 +177,10 @@ class Backbone(nn.Module):
         """h[i] -> h[i+1]."""
         args, kwargs = side[i]
         h = self.blocks[i](h, *args, **kwargs)
-        return h[0] if isinstance(h, tuple) else h
+        return h[0] if self.tuples else h
 
     def through(self, h, lo, hi, side=None):
-        """h[lo] -> h[hi] (B, T, D): blocks lo+1..hi. Passes over the same tokens share a `side`."""
+        """h[lo] -> h[hi] (B, T, D): blocks lo+1..hi. Passes over the same tokens share a side."""
         side = side or self.side(h)
         for i in range(lo, hi):
             h = self.block(h, i, side)
@@ -195,10 +191,8 @@ class Backbone(nn.Module):
         h0 = self.embed(ids)
         side = self.side(h0)
         h = h0
-        reached = 0
-        for layer in sorted(layers):
-            h = self.through(h, reached, layer, side)
-            reached = layer
+        for lower, layer in pairwise([0, *sorted(layers)]):
+            h = self.through(h, lower, layer, side)
             yield layer, h, h0, side
 
     def head(self, h):
@@ -206,15 +200,13 @@ class Backbone(nn.Module):
         return self.unnormed_head(self.norm(h))
 
     def unnormed_head(self, normed):
-        """What follows the final norm: LM head, scales, soft caps. (..., D) -> (..., V)."""
-        if self.plain_head:
-            return self.model.get_output_embeddings()(normed)
+        """After the final norm: LM head, scales, soft caps. (..., D) -> (..., V)."""
         output = self.output_class(last_hidden_state=normed.reshape(1, -1, self.D))
         self.stack.forward = lambda *_, **__: output
         try:
             logits = self.model(inputs_embeds=normed).logits
         finally:
-            del self.stack.forward                      # the class's own is visible again
+            del self.stack.forward                      # uncovers the forward of the class
         return logits.unflatten(1, normed.shape[:-1])[0]
 
 
@@ -235,21 +227,20 @@ def states(lm, ids, positions=None, **kwargs):
 
 def require(lm, test, reason, action="be cut at a layer"):
     """Raise UserError with the reason unless test() is true. A test that raises is not true."""
-    detail = ""
     try:
         with torch.no_grad():
             passed = test()
     except Exception as error:
         passed = False
-        detail = f" ({type(error).__name__}: {why(error)})"
+        reason = f"{reason} ({type(error).__name__}: {why(error)})"
     if not passed:
-        raise cannot(lm.config, reason + detail, action)
+        raise cannot(lm.config, reason, action)
 
 
 def near(a, b):
-    """Equal up to rounding: experts group tokens differently, a GPU adds in another order."""
+    """Equal up to rounding: experts group tokens in another way, a GPU adds in another order."""
     tolerance = max(1e-4, 16 * torch.finfo(a.dtype).eps)
-    return (a - b).abs().max() < tolerance * b.abs().max().clamp_min(1)
+    return (a - b).abs().max() < tolerance * max(1, b.abs().max())
 
 
 def check(lm):
@@ -277,15 +268,15 @@ def check(lm):
         return near(logits(ids, 12, 16, cache), logits(ids)[:, 12:])
 
     require(lm, same, "its blocks, run one by one, do not give its own logits")
-    require(lm, causal, "a later token changes what it says of earlier ones")
-    require(lm, cached, "its cache does not give what the whole text gives")
+    require(lm, causal, "a later token changes the logits of earlier ones")
+    require(lm, cached, "its cache does not give the logits of the whole text")
 
 
 def check_wide(lm):
-    """With causal=False a text must have the same states forwards and backwards, positions too.
+    """With causal=False, a text and its reversal, positions included, must have the same states.
 
-    So the mask alone must decide who sees whom, and a token's position where it stands, not its
-    place in the pass: two copies of a text in one pass are then possible as well."""
+    Then the mask alone decides which keys a token sees, and positions alone decide the order. So
+    one pass can also hold two copies of a text."""
     ids = probe_ids(lm)
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
 
@@ -312,7 +303,7 @@ def resolve(model, out):
     """`toy` is the folder `toy` next to --out. A local folder is returned as an absolute path."""
     folder = Path(model)
     if model == "toy":
-        folder = beside(out, "toy").resolve()
+        folder = nearby(out, "toy").resolve()
         if not (folder / "result.json").exists():
             raise UserError(f"there is no finished model in {folder}; "
                             f"make it with: python toy.py --out {folder}")
@@ -325,11 +316,11 @@ def resolve(model, out):
 
 
 def identity(name):
-    """16 hex digits of a model's weights, in milliseconds for any size: size and 64 evenly spaced
-    pieces of 16 KiB of each safetensors file. A Hub id has its commit instead."""
+    """16 hex digits of a model's weights, in milliseconds for any size. They are a hash over each
+    safetensors file: its size and 64 evenly spaced pieces of 16 KiB. A Hub id has its commit."""
     if not Path(name).exists():
         from transformers.utils import cached_file
-        read_config(name)                               # says so where there is no such model
+        read_config(name)                               # refuses a name that cannot be opened
         return Path(cached_file(name, "config.json")).parent.name[:16]
     digest = hashlib.sha256(b"false")                   # kept: saved bridges name their base by it
     for path in sorted(Path(name).glob("*.safetensors")):
@@ -364,8 +355,8 @@ def read_config(name, seq_len=0):
 
 
 def preset_of(model, out, bridge=""):
-    """What `--preset auto` stands for: the first of SIZES that the model fits in, or the base of a
-    `bridge`. A model that cannot be opened counts as a toy: the stage itself says what is wrong."""
+    """The preset behind `--preset auto`: the first of SIZES that the model fits in. With a `bridge`
+    the model is its base. A model that cannot be opened counts as a toy: the stage refuses it."""
     try:
         if bridge:
             model = read_json(Path(bridge) / "bridge.json")["model"]
@@ -398,7 +389,7 @@ def load(name, device, dtype, blocks=None):
         missing = [*report["missing_keys"], *report["mismatched_keys"]]
         if missing:
             raise ValueError(f"{len(missing)} tensors are missing, one is {missing[0]}")
-    except Exception as error:      # the library and safetensors have many ways to say no
+    except Exception as error:      # the library and safetensors raise many types
         raise UserError(f"the weights in {name} could not be read ({type(error).__name__}: "
                         f"{why(error)}); download or make the folder again") from None
     lm = Backbone(model.to(device).eval().requires_grad_(False), L)
@@ -407,7 +398,7 @@ def load(name, device, dtype, blocks=None):
 
 
 def shorten(config, blocks):
-    """Make it the config of the first blocks. Lists with an entry a layer become shorter too."""
+    """Cut a config to the first blocks. Lists with an entry a layer become shorter too."""
     for name, value in vars(config).items():
         per_layer = isinstance(value, list) and len(value) == config.num_hidden_layers
         if per_layer and "layer" in name:               # layer_types, no_rope_layers, ...
@@ -430,7 +421,7 @@ def quiet():
 
 
 def as_dtype(dtype):
-    """What from_pretrained may be given (a dtype, its name, "auto", None) -> dtype, else fp32."""
+    """The `dtype` of from_pretrained (a dtype, its name, "auto" or None) -> a dtype, else fp32."""
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype, None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
@@ -447,6 +438,8 @@ def load_tokenizer(folder):
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if not tokenizer("a", add_special_tokens=False)["input_ids"]:
             raise ValueError("it knows no words")       # the library makes one of a bare config
+        if tokenizer.eos_token_id is None:
+            raise ValueError("it has no end-of-text token")
     except Exception as error:
         raise UserError(f"no tokenizer could be loaded from {folder} ({why(error)})") from None
     return tokenizer
@@ -460,8 +453,8 @@ def tokenizer_hash(tokenizer):
 
 
 def save_model(model, tokenizer, out, converted=False, **kwargs):
-    """Save as a Hugging Face folder. All files are written to a folder of their own, then renamed
-    into place. The run's settings stay in config.json, under "dihal"."""
+    """Save as a Hugging Face folder. All files are written to another folder, then renamed into
+    place. The settings of the run stay in config.json, under "dihal"."""
     new = Path(out) / ".saving"
     with quiet():
         model.save_pretrained(new, **kwargs)
@@ -481,15 +474,15 @@ def save_model(model, tokenizer, out, converted=False, **kwargs):
 # Cost
 
 def head_size(config):
-    """Channels of one head, which need not be D over the number of heads."""
+    """Channels of one head. They need not be D over the number of heads."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def training_flops(trained, frozen, layers, config, T):
-    """FLOPs a token of training, the one count of the project.
+    """FLOPs a token of training. The whole project counts them here.
 
-    A trained parameter costs 6 (forward 2, backward 4), a frozen one that is run costs 2. Causal
-    attention costs 6 per channel and key, with T / 2 keys a token and two products, in each of the
-    `layers` that are trained. A frozen layer counts as 1/3, two-way attention as 2."""
+    A trained parameter costs 6 (forward 2, backward 4), a frozen one 2. Attention costs 12 per
+    channel and visible key in each of the `layers` that are trained (two products), and a causal
+    token sees T / 2 keys. A frozen layer counts as 1/3, a layer with two-way attention as 2."""
     channels = config.num_attention_heads * head_size(config)
     return 6 * trained + 2 * frozen + 6 * layers * channels * T

@@ -15,7 +15,6 @@ import resource
 import signal
 import sys
 import textwrap
-import time
 import typing
 import zlib
 from datetime import timedelta
@@ -53,10 +52,10 @@ def entry(main):
             return fail(f"error: {error}", 2)
         except KeyboardInterrupt:
             return fail("stopped; the same command starts again", 130)
-        except BrokenPipeError:                 # the reader of `| head` has left
+        except BrokenPipeError:                 # `| head` has read enough
             return fail("", 130)
         except (OSError, SafetensorError) as error:
-            if isinstance(error, OSError) and not error.errno:
+            if not getattr(error, "errno", 1):
                 raise                           # a library's own error, not the system's
             return fail(f"error: {why(error)}; free some space or choose another path", 2)
         except ModuleNotFoundError as error:
@@ -142,27 +141,23 @@ def parse(Config, argv, doc="", presets=None, choose=None):
     `choose` gets the Config of the flags alone and returns the name of the preset."""
     # 1. The flags alone
     parser = make_parser(Config, doc)
-    names = [field.name for field in dataclasses.fields(Config)]
+    names = list(vars(Config()))
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].lstrip("-"), [*names, "dry_run"], 1, 0.5)
         hint = f", did you mean --{near[0]}?" if near else ""
         parser.error(f"unknown argument {unknown[0]}{hint}")
-    given = {name: tuple(value) if isinstance(value, list) else value
-             for name, value in vars(namespace).items()}
+    given = vars(namespace)
+    for name, value in given.items():
+        if isinstance(value, list):
+            given[name] = tuple(value)
     show_help = given.pop("help", False)
-    show_settings = "dry_run" not in names and given.pop("dry_run", False)
+    leave = "dry_run" not in names and given.pop("dry_run", False)
 
     # 2. The preset
     cfg = Config(**given)
-    preset = getattr(cfg, "preset", "")
-    if choose:
-        try:
-            preset = choose(cfg)
-        except UserError:
-            if not show_help:                   # help needs no model
-                raise
     if presets:
+        preset = choose(cfg) if choose else cfg.preset
         cfg = Config(**{**presets.get(preset, {}), **given})
         cfg.preset = preset
 
@@ -171,14 +166,18 @@ def parse(Config, argv, doc="", presets=None, choose=None):
         parser.set_defaults(**vars(cfg))
         parser.print_help()
         raise SystemExit(0)
-    for field in dataclasses.fields(Config):
-        if field.type is int and getattr(cfg, field.name) < min(0, field.default):
-            parser.error(f"--{field.name} must not be negative")
-    if show_settings:
-        for name, value in vars(cfg).items():
-            print(f"  {name} = {value}")
+    for name, value in vars(cfg).items():
+        if type(value) is int and value < min(0, getattr(Config, name)):
+            parser.error(f"--{name} must not be negative")
+    if leave:
+        show_settings(cfg)
         raise SystemExit(0)
     return cfg
+
+
+def show_settings(cfg):
+    for name, value in vars(cfg).items():
+        print(f"  {name} = {value}")
 
 
 def pick(table, name, flag):
@@ -252,34 +251,47 @@ def split_batch(batch_size, micro_batch, world):
 
 
 class StopSignal:
-    """SIGTERM and Ctrl-C ask a training loop to save and leave. Repeated signals are ignored for
-    60 seconds, so that the save ends. `poll` makes all processes leave at the same step."""
+    """SIGTERM and Ctrl-C ask a training loop to save and leave. Further signals are ignored: the
+    save must end. `poll` makes all processes leave at the same step."""
     received = 0                                # number of the signal
 
     def __init__(self, world):
         StopSignal.received = 0
         self.world = world
-        self.before = {number: signal.signal(number, self.receive)
-                       for number in (signal.SIGTERM, signal.SIGINT)}
+        signal.signal(signal.SIGTERM, self.receive)
+        signal.signal(signal.SIGINT, self.receive)
 
     def receive(self, number, frame):
-        if not self.received:
-            StopSignal.received = number
-            self.deadline = time.monotonic() + 60
-        elif time.monotonic() > self.deadline:
-            raise SystemExit(128 + number)
+        StopSignal.received = self.received or number
 
     def poll(self):
         return self.world.sum([float(self.received)])[0] > 0
 
     def done(self):
         """Signals act at once again. Call it after the loop."""
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # --------------------------------------------------------------------------------------------------
 # Random numbers
+#
+# All purposes, their keys after the seed, and where they are used:
+#   epoch (epoch), windows ()                       data.py: order and choice of text windows
+#   t, noise, self, visible (step, slot)            bridge.py: noise level, noise, coin of the self-
+#                                                   conditioning, hidden tokens; slot = place of a
+#                                                   sequence in the global batch
+#   validate (0, row) or (row)                      the same for held-out rows; masks of CONVERT
+#   sampler (position), always with seed 0          a hybrid's noise: its logits are deterministic
+#   block, decode (start, turn, row)                generate.py: noise and tokens of a token block
+#   unigram (), jacobi (row), drift (call, row)     generate.py: tokens of the rivals
+#   mask (step, slot)                               repr_align.py: which tokens are masked
+#   fill (token block, step, row)                   core/masked.py: tokens and random order
+#   count (text), subset (text, call)               core/masked.py: masks of the bound
+#   pool, anchors, resamples ()                     geometry.py
+#   task NAME, task lines, controls ()              core/tasks.py, circuits.py: prompts, components
+#   sample (token), permutations ()                 sample.py; core/report.py
+# Untrained weights and the library's generate() are the exceptions: torch.manual_seed(seed).
 
 def generator(seed, purpose, *key):
     """A numpy generator that is a function of (seed, purpose, step, slot, ...), never of the rank

@@ -11,6 +11,7 @@ from collections import defaultdict
 
 import torch
 import torch.distributed as dist
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from core.common import UserError
 
@@ -138,15 +139,14 @@ def sum_gradients(params, world):
     the global batch before, so that the sum is the mean."""
     if world.size == 1:
         return
-    params = list(params)
+    gradients = []
     for p in params:
         if p.grad is None:                                  # an expert that got no token
             p.grad = torch.zeros_like(p)
-    gradients = [p.grad for p in params]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
+        gradients.append(p.grad)
+    flat = parameters_to_vector(gradients)
     dist.all_reduce(flat)
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
-        gradient.copy_(part.view_as(gradient))
+    vector_to_parameters(flat, gradients)
 
 
 def step_all(optimizers, share, norm=0.0, where=""):

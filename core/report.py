@@ -28,11 +28,17 @@ BLACK = "#222222"
 # Tables and figures
 
 def table(columns, rows):
-    """Markdown table. A cell becomes text, None becomes "-"."""
+    """Markdown table. None becomes "-", a float gets four digits."""
     lines = [columns, ["---"] * len(columns)]
     for row in rows:
-        lines.append(["-" if cell is None else str(cell) for cell in row])
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+        lines.append([cell_text(cell) for cell in row])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def cell_text(cell):
+    if cell is None:
+        return "-"
+    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
 
 
 @contextlib.contextmanager
@@ -82,16 +88,14 @@ def permutation_p(a, b, seed=0):
     """How often a random order of `a` correlates with `b` at least as strongly (one-sided).
 
     Exact up to 8 values; else by 20,000 random orders, the given order counted as one."""
-    n = len(a)
-    exact = n <= 8
-    if exact:
-        orders = np.array(list(itertools.permutations(range(n))))
+    places = range(len(a))
+    if len(a) <= 8:
+        orders = list(itertools.permutations(places))
     else:
         shuffle = generator(seed, "permutations")
-        orders = np.array([shuffle.permutation(n) for _ in range(20000)])
-    correlations = ranks(a)[orders] @ ranks(b)
-    hits = (correlations >= spearman(a, b) - 1e-9).sum()
-    return float(hits / len(orders) if exact else (1 + hits) / (1 + len(orders)))
+        orders = [places, *(shuffle.permutation(len(a)) for _ in range(20000))]
+    correlations = ranks(a)[np.array(orders)] @ ranks(b)
+    return float(np.mean(correlations >= spearman(a, b) - 1e-9))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ import dataclasses
 import fcntl
 import json
 import os
-import platform
 import sys
 import time
 import uuid
@@ -22,14 +21,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from core.common import PEAK_FLOPS, StopSignal, UserError, memory_gib, peak_flops, why
+from core.common import PEAK_FLOPS, StopSignal, UserError, memory_gib, peak_flops, show_settings
 
 EDITION = 3
 
 # Flags that never make another run. Paths are free: their weights are part of `identity`.
 FREE = {"device", "compile", "eval_every", "log_every", "save_every", "micro_batch", "recompute",
-        "bucket_mb", "dry_run", "out", "track", "model", "runs", "bridge", "bridges",
-        "converted", "base", "preset"}
+        "dry_run", "out", "track", "model", "runs", "bridge", "bridges", "converted", "preset"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -67,7 +65,7 @@ def read_json(path, remedy="delete it and run again"):
         raise UserError(f"{path} is {fault}; {remedy}") from None
 
 
-def beside(out, name):
+def nearby(out, name):
     """The folder `name` next to `out`, or next to its parent: out/convert/w10 belongs to out."""
     near = Path(out).parent / name
     far = Path(out).parent.parent / name
@@ -77,7 +75,7 @@ def beside(out, name):
 def provenance(world):
     """What a reader needs to repeat a number."""
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    return {"command": command, "python": platform.python_version(), "torch": torch.__version__,
+    return {"command": command, "torch": torch.__version__,
             "transformers": version("transformers"), "device": str(world.device),
             "threads": torch.get_num_threads(), "processes": world.size}
 
@@ -122,16 +120,12 @@ def differences(cfg, identity):
     record = recorded(cfg.out)
     if record is None:
         return None
-    there = compared({**defaults(cfg), **record["config"]}, record["identity"])
-    here = compared({**record["defaults"], **dataclasses.asdict(cfg)}, identity)
+    there = {**defaults(cfg), **record["config"], **record["identity"]}
+    here = {**record["defaults"], **dataclasses.asdict(cfg), **identity}
+    here, there = json.loads(json.dumps([here, there]))         # a tuple becomes a list
+    free = FREE - {*identity, *record["identity"]}
     return [f"{name} = {there.get(name)} there, {here.get(name)} here"
-            for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
-
-
-def compared(config, identity):
-    """Whatever makes another run, as JSON gives it back."""
-    flags = {name: value for name, value in config.items() if name not in FREE}
-    return json.loads(json.dumps({**flags, **identity}))
+            for name in sorted({*there, *here} - free) if there.get(name) != here.get(name)]
 
 
 def defaults(cfg):
@@ -149,6 +143,10 @@ def finished(cfg, identity):
         dist.broadcast_object_list(results, 0)
         result = results[0]
     return result
+
+
+def numbers_of(values):
+    return {name: value for name, value in values.items() if isinstance(value, float)}
 
 
 class Run:
@@ -193,15 +191,12 @@ class Run:
         """One line for people, one JSON line for programs."""
         if not self.world.main:
             return
-        numbers = {}
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                numbers[name] = value
+        numbers = numbers_of(values)
         shown = [f"{name} {value:.5g}" for name, value in numbers.items()]
         print(" | ".join([f"step {step:05d}/{steps:05d}", *shown]), flush=True)
         with open(self.out / "log.jsonl", "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        self.track(step, numbers)
+        self.track(numbers, step)
 
     def progress(self, step, steps, clock, tokens, flops, **values):
         """`log` with the speed of `tokens` a step at `flops` a token. mfu: share of the peak."""
@@ -219,24 +214,18 @@ class Run:
         state = {**more, "step": step, "seconds": clock.seconds(),
                  "modules": [module.state_dict() for module in modules],
                  "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-        if not self.world.main:
-            return
-        with atomic(self.out / "state.pt") as temporary:
-            try:
-                torch.save(state, temporary)
-            except RuntimeError as error:                   # torch's word for a full disk
-                raise UserError(f"{self.out}/state.pt could not be written ({why(error)}); free "
-                                "some space and run again: the last state is kept") from None
+        if self.world.main:
+            with atomic(self.out / "state.pt") as temporary, open(temporary, "wb") as file:
+                torch.save(state, file)         # by its name, torch hides that the disk is full
 
     def resume(self, modules, optimizers):
         """Load state.pt, if there is one. Returns the state: step, seconds and what `save` got."""
         if not (self.out / "state.pt").exists():
             return {"step": 0, "seconds": 0.0}
         state = torch.load(self.out / "state.pt", map_location="cpu", weights_only=True, mmap=True)
-        for module, saved in zip(modules, state["modules"], strict=True):
-            module.load_state_dict(saved)
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        parts = [*modules, *optimizers]
+        for part, saved in zip(parts, state["modules"] + state["optimizers"], strict=True):
+            part.load_state_dict(saved)
         self.say(f"resuming at step {state['step']}")
         return state
 
@@ -251,8 +240,7 @@ class Run:
         """Write result.json, remove state.pt. Returns the result with its provenance."""
         result = {**result, **provenance(self.world)}
         if self.world.main:
-            numbers = {name: value for name, value in result.items() if isinstance(value, float)}
-            self.track(result.get("steps", 0), numbers)
+            self.track(numbers_of(result), result.get("steps", 0))
             write_json(self.out / "result.json", result)
             (self.out / "state.pt").unlink(missing_ok=True)
         self.unlock()
@@ -266,10 +254,10 @@ class Run:
 
 
 # --------------------------------------------------------------------------------------------------
-# Tracking: a tracker is a function of the config that returns (log(step, numbers), close())
+# Tracking: a tracker is a function of the config that returns (log(numbers, step), close())
 
 def no_tracker(cfg):
-    return lambda step, numbers: None, lambda: None
+    return lambda numbers, step: None, lambda: None
 
 
 def wandb_tracker(cfg):
@@ -279,14 +267,14 @@ def wandb_tracker(cfg):
         write_text(file, uuid.uuid4().hex)
     session = wandb.init(project="nanodihal", name=str(cfg.out), id=file.read_text(),
                          resume="allow", config=dataclasses.asdict(cfg))
-    return lambda step, numbers: session.log(numbers, step=step), session.finish
+    return session.log, session.finish
 
 
 def tensorboard_tracker(cfg):
     from torch.utils.tensorboard import SummaryWriter
     writer = SummaryWriter(Path(cfg.out) / "tensorboard")
 
-    def log(step, numbers):
+    def log(numbers, step):
         for name, value in numbers.items():
             writer.add_scalar(name, value, step)
     return log, writer.close
@@ -298,21 +286,16 @@ TRACKERS = {"": no_tracker, "wandb": wandb_tracker, "tensorboard": tensorboard_t
 # --------------------------------------------------------------------------------------------------
 # --dry_run of a training script
 
-IN_STATE = {"weights", "EMA", "optimizer"}      # parts of the memory that state.pt holds
-
-
 def plan(cfg, world, parameters, flops_per_token, tokens, memory):
     """Print the settings and the cost of a training: `tokens` in all, memory = {part: bytes}."""
     gigabytes = {part: size / 1e9 for part, size in memory.items()}
     total = sum(gigabytes.values())
-    disk = sum(size for part, size in gigabytes.items() if part in IN_STATE)
     speed = 0.4 * PEAK_FLOPS["H100"] * world.size / flops_per_token
     if world.main:
-        for name, value in vars(cfg).items():
-            print(f"  {name} = {value}")
+        show_settings(cfg)
         parts = ", ".join(f"{part} {size:.2f}" for part, size in gigabytes.items())
         print(f"{parameters:,} parameters are trained on {tokens:,} tokens")
-        print(f"memory of one process: {total:.1f} GB ({parts}); state on disk {disk:.1f} GB")
+        print(f"memory of one process: {total:.1f} GB ({parts})")
         print(f"{flops_per_token:.3e} FLOPs a token: {tokens / speed / 3600:.2f} hours on "
               f"{world.size} H100 at 40% MFU")
     return {"gigabytes": total, "flops_per_token": flops_per_token}

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The studies behind docs/findings.md, after run_all.sh: every training with three seeds, the bridge
-# at every layer, and what a converted model keeps. Loops over ordinary commands: they resume, and a
-# finished one only prints its result. About two hours on two idle cores.
+# The studies behind docs/findings.md, to run after run_all.sh. They train everything with three
+# seeds, train a bridge at every layer, and ask which tasks a converted model still solves. All are
+# ordinary commands: they resume, and a finished one only prints its result. About two hours on two
+# idle cores.
 #
 #   bash studies/all.sh
 #   DATA=notes/ OUT=out/notes bash studies/all.sh           # as given to run_all.sh
@@ -34,7 +35,7 @@ python -m studies.compare "$OUT"/seeds/{w0,w10,block,causal,ar}_?
 python generate.py --data "$DATA" --bridges "$OUT"/seeds/generator_l?_? \
     --converted "$OUT"/seeds/{w0,block}_? --texts 32 --out "$OUT/generate_seeds"
 
-echo "=== COMPARE: what conversions of a model that knows tasks still solve (10 min)"
+echo "=== COMPARE: which tasks do conversions of a trained model still solve? (10 min)"
 tasks=(python repr_align.py --preset tasks --model "$OUT/tasks/toy" --data "$DATA")
 "${tasks[@]}" --align_weight 10 --out "$OUT/tasks/w10"
 "${tasks[@]}" --align_weight 0 --attention block --out "$OUT/tasks/block"

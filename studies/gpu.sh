@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# The first ten minutes on a GPU: its ceilings, the tiny pipeline, then a dozen steps of the 8b
-# preset on the shape of Llama-3.1-8B with 8 blocks and random weights. Nothing is downloaded.
+# The first ten minutes on a GPU: the tiny pipeline, then a dozen steps of the 8b preset on the
+# shape of Llama-3.1-8B with 8 blocks and random weights. Nothing is downloaded.
 #
 #   bash studies/gpu.sh
-#   WIDTH=256 PRESET=tiny OUT=out/rehearsal bash studies/gpu.sh     # a small shape: on a CPU, too
+#   WIDTH=256 PRESET=tiny OUT=out/rehearsal bash studies/gpu.sh     # a small shape, for a CPU
 #
-# Writes $OUT/gpu.json: exit code, seconds and log of every step. A step that fails stops no other.
-# tokens_per_s counts from the first training step, which compiles: compare two rows of a log.
+# It writes $OUT/gpu.json: exit code, seconds and log of every step. A step that fails does not stop
+# the others. In a log, mfu is the share of the GPU's peak. tokens_per_s includes the first training
+# step, which compiles: compare two rows of a log.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-out/gpu}
@@ -28,7 +29,6 @@ run() {     # run NAME COMMAND...: the folder of a training is $OUT/NAME
     echo "$name: exit $code after $took s: $(tail -n 1 "$OUT/$name.txt")"
 }
 
-run ceilings python -m studies.bench
 run pipeline env PRESET=tiny OUT="$OUT" bash run_all.sh
 run shape python - "$OUT" "$WIDTH" <<'END'
 import sys

@@ -5,7 +5,7 @@
     python -m studies.interfaces --layer 4 --out out/interfaces4
 
 Every target predicts the next token from the same context, with the same network, optimizer, text
-and steps. The likelihood of a token is its mean probability over --samples noises. `hidden` and
+and steps. The likelihood of a token is its mean probability over 16 noises. `hidden` and
 `bottleneck` get the pretrained upper blocks for free. `causal` shows what the same network and
 steps are worth without diffusion. "True targets" is the NLL of a perfect denoiser, so only the gap
 to it is due to diffusion. For `hidden` it is the intact model's NLL. All targets are learned by
@@ -17,6 +17,7 @@ Writes result.json, and a file for every target and seed as soon as it is finish
 Shapes: B batch, T tokens, D width of the backbone, V vocabulary, d width of the target, n states.
 """
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -36,23 +37,21 @@ from core.run import Run, finished, read_json, write_json
 
 @dataclass
 class Config:
-    # what and where
+    # model, text, output
     model: str = "toy"          # toy (the folder next to --out), a model folder or a Hub id
     data: str = "stdlib"        # see data.py
     out: str = "out/interfaces"  # run folder
     kinds: tuple[str, ...] = ()  # names of TARGETS (none: all)
     layer: str = "auto"         # of hidden and bottleneck; auto: the choice of geometry.py
-    seeds: int = 3              # training seeds
-    seed: int = 0               # the first one
-    # training and measurement
+    seeds: int = 3              # training seeds: 0, 1, ...
     steps: int = 300            # optimizer steps
-    batch_size: int = 8         # sequences a step
     nfe: int = 4                # network calls a sample
-    samples: int = 16           # noises over which a likelihood is averaged
-    windows: int = 128          # held-out sequences
 
 
-SEQ_LEN = 128
+SEQ_LEN = 128           # tokens of a sequence
+BATCH_SIZE = 8          # sequences a step
+WINDOWS = 128           # held-out sequences
+SAMPLES = 16            # noises over which a likelihood is averaged
 SKIP = 4                # first positions: attention sinks, as in bridge.py
 DEPTH = 4               # blocks of the network; its width is the backbone's
 LATENT = 32             # dimensions of `latent` and `bottleneck`
@@ -64,7 +63,7 @@ WIDTHS = [2.0 ** i for i in range(-10, 14)]
 
 @dataclass
 class Target:
-    """What is diffused, and how a sample of it becomes a distribution of the next token."""
+    """A vector to diffuse, and the function that turns it into a distribution of the next token."""
     d: int                      # its width
     make: Callable = None       # ids (B, T + 1) -> z (B, T, d); None: nothing is diffused
     read: Callable = None       # (z (B, T, d), width) -> logits (B, T, V)
@@ -76,8 +75,8 @@ def state(lm, ids, layer):
 
 
 def moments(h):
-    """Mean and standard deviation per channel of h (..., D)."""
-    flat = h.flatten(0, -2)
+    """Mean and standard deviation per channel of h (B, T, D)."""
+    flat = h.flatten(0, 1)
     return flat.mean(0), flat.std(0).clamp_min(1e-4)
 
 
@@ -127,7 +126,7 @@ def latent(lm, layer, rows):
 
 
 def bottleneck(lm, layer, rows):
-    """h[l] in as few dimensions, read by the pretrained upper blocks"""
+    """h[l] in a few dimensions, read by the pretrained upper blocks"""
     return components(rows, lambda ids: state(lm, ids, layer),
                       lambda h: lm.head(lm.through(h, layer, lm.L)))
 
@@ -188,11 +187,12 @@ class Predictor(Bridge):
 
 def train(predictor, tokens, cfg, seed, device):
     optimizers = optim.build(predictor.named_parameters(), lr=0.02, lr_adam=2e-3, weight_decay=0.01)
-    shape = (cfg.batch_size, SEQ_LEN, predictor.target.d)
+    slots = range(BATCH_SIZE)
+    shape = (BATCH_SIZE, SEQ_LEN, predictor.target.d)
     for step in range(cfg.steps):
         # 1. A batch, noise levels and noise: functions of (seed, step)
-        ids = tokens.batch(seed, step, range(cfg.batch_size), cfg.batch_size)   # (B, T + 1)
-        t = noise_levels(seed, step, range(cfg.batch_size))
+        ids = tokens.batch(seed, step, slots, BATCH_SIZE)                       # (B, T + 1)
+        t = noise_levels(seed, step, slots)
         noise = normal(shape, device, seed, "noise", step)
         # 2. Loss, clip, step
         predictor.loss(ids.to(device), t.to(device), noise).backward()
@@ -226,18 +226,18 @@ def run_cell(kind, seed, lm, layer, tokens, held_out, cfg):
     target = TARGETS[kind](lm, layer, rows)
     predictor = Predictor(lm, target, rows).to(device)
     train(predictor, tokens, cfg, seed, device)
-    noises = [position_noise(i, range(SEQ_LEN), target.d, device) for i in range(cfg.samples)]
+    noises = [position_noise(i, range(SEQ_LEN), target.d, device) for i in range(SAMPLES)]
 
     def predictions(ids):
         return (predictor.predict(ids, cfg.nfe, noise) for noise in noises)
 
     if target.of_next:                                  # the width that suits training text best
         few = tokens.windows(8, seed + 1).to(device)
-        losses = {}
-        for width in WIDTHS:
+
+        def loss(width):
             predictor.width = width
-            losses[width] = mean_nll(few, predictions)
-        predictor.width = min(losses, key=losses.get)
+            return mean_nll(few, predictions)
+        predictor.width = min(WIDTHS, key=loss)
     cell = {"kind": kind, "seed": seed, "d": target.d,
             "nll": mean_nll(held_out, predictions), "true_targets": None}
     if target.make and not target.of_next:
@@ -250,17 +250,16 @@ def run_cell(kind, seed, lm, layer, tokens, held_out, cfg):
 
 def show(result):
     """A row a target: mean +- sd over seeds, and the paired difference to the control."""
-    groups = {}
+    nlls = defaultdict(list)                            # {kind: numbers, one a seed}
     for cell in result["cells"]:
-        groups.setdefault(cell["kind"], []).append(cell)
-    control = [cell["nll"] for cell in groups.get("causal", [])]
+        nlls[cell["kind"]].append(cell["nll"])
     rows = []
-    for kind, cells in groups.items():
-        nll = [cell["nll"] for cell in cells]
-        best = cells[0]["true_targets"]
-        verdict = report.verdict(report.paired(nll, control or nll), margin=0.01, unit="nats")
-        rows.append([kind, cells[0]["d"], report.plus_minus(nll, ".3f"), best and f"{best:.3f}",
-                     verdict])
+    for cell in result["cells"][:len(nlls)]:            # those of the first seed
+        nll = nlls[cell["kind"]]
+        best = cell["true_targets"]
+        gap = report.paired(nll, nlls.get("causal", nll))
+        rows.append([cell["kind"], cell["d"], report.plus_minus(nll, ".3f"),
+                     best and f"{best:.3f}", report.verdict(gap, margin=0.01, unit="nats")])
     print(report.table(["target", "d", "NLL", "true targets", "compared with causal"], rows))
 
 
@@ -283,10 +282,10 @@ def main(argv):
     lm = backbone.load(model, world.device, torch.float32)
     shards, _ = data.shards_beside(cfg, backbone.load_tokenizer(model), world)
     tokens = data.Tokens(shards, "train", SEQ_LEN)
-    held_out = data.Tokens(shards, "val", SEQ_LEN).windows(cfg.windows).to(world.device)
+    held_out = data.Tokens(shards, "val", SEQ_LEN).windows(WINDOWS).to(world.device)
     run = Run(cfg, world, identity)
     cells = []
-    for seed, kind in product(range(cfg.seed, cfg.seed + cfg.seeds), kinds):
+    for seed, kind in product(range(cfg.seeds), kinds):
         file = run.out / f"{kind}_seed{seed}.json"
         if not file.exists():
             write_json(file, run_cell(kind, seed, lm, layer, tokens, held_out, cfg))

@@ -109,7 +109,7 @@ class FakeGPU(TorchDispatchMode):
         self.waits = []
         self.collectives = []
         self.step = 0
-        self.graphs = []            # the step at which each graph was compiled
+        self.graphs = []            # when each graph was compiled
 
     def __enter__(self):
         torch._C._set_only_lift_cpu_tensors(True)   # torch.tensor(..., device="cuda") starts there
@@ -381,7 +381,6 @@ def cuda_patches(gpu):
 def torch_patches():
     """What would look at numbers, or take a CPU's way."""
     move = torch.nn.Module.to
-    to_list = torch.Tensor.tolist
 
     def to(module, *args, **kwargs):
         if any(map(on_gpu, module.parameters())):
@@ -390,10 +389,10 @@ def torch_patches():
 
     return {
         torch: dict(equal=lambda a, b: a.shape == b.shape, Stream=Stream, Event=Stream,
-                    save=lambda state, file: Path(file).touch()),
+                    save=constant(None)),
         F: dict(scaled_dot_product_attention=attention(F.scaled_dot_product_attention)),
         torch.nn.Module: dict(to=to),
-        torch.Tensor: dict(tolist=lambda x: to_list(x.cpu()))}     # one wait, whatever its size
+        fake_tensor.FakeTensor: dict(tolist=lambda x: x.cpu().tolist())}    # a single wait
 
 
 def compile_patches(gpu):
@@ -401,7 +400,7 @@ def compile_patches(gpu):
     from torch._dynamo.backends import debugging
 
     def backend(graph, inputs):                 # one object: all blocks share what is compiled
-        gpu.graphs.append(gpu.step)
+        gpu.graphs.append({"step": gpu.step, "phase": gpu.phase})
         return torch._dynamo.lookup_backend("aot_eager_decomp_partition")(graph, inputs)
 
     def compile_block(module, **options):

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import types
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -37,7 +38,7 @@ class BlankText:
 
 
 def load_shape(folder, device, dtype, blocks=None):
-    """In place of core.backbone.load: made from config.json alone, on the fake device."""
+    """In place of core.backbone.load: made of config.json alone, on the fake device."""
     from transformers import AutoModelForCausalLM
     from core import backbone
     config = backbone.read_config(folder)
@@ -124,12 +125,11 @@ def patch_steps(stack, gpu, marks, stage):
         """With moments, as every step but the first one finds them."""
         optimizers = honest_build(*args, **kwargs)
         for optimizer in optimizers:
-            params = [p for group in optimizer.param_groups for p in group["params"]]
-            for p in params:
-                p.grad = torch.zeros_like(p)
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    p.grad = torch.zeros_like(p)
             optimizer.step()
-            for p in params:
-                p.grad = None
+            optimizer.zero_grad()
         return optimizers
 
     patch(stack, stage, StopSignal=StopSignal)
@@ -169,7 +169,7 @@ def train(stage, argv, rank, prepare):
 
 
 def bridge_run(folder, rank, *flags, validates=False, batch_size=128):
-    """bridge.py with the preset 8b. Without `validates` the validation is left out, to save time."""
+    """bridge.py with the preset 8b. Without `validates` there is no validation, to save time."""
     import bridge
     from core import diffusion, optim
     argv = ["--preset", "8b", "--model", folder, "--steps", "1", "--calibration", "8",
@@ -190,14 +190,17 @@ def bridge_run(folder, rank, *flags, validates=False, batch_size=128):
     return {**noted, "tokens": batch_size // 8 * 1024}
 
 
-def convert_run(folder, rank, *flags, validates=False):
-    """repr_align.py with the preset 8b."""
+def convert_run(folder, rank, *flags, masked=1.0, validates=False):
+    """repr_align.py with the preset 8b. `masked` is the share of masked tokens."""
     import repr_align
     from core import backbone
-    argv = ["--preset", "8b", "--model", folder, "--steps", "1", "--batch_size", "8", *flags]
+    argv = ["--preset", "8b", "--model", folder, "--steps", "1", "--batch_size", "16", *flags]
 
     def prepare(stack, gpu):
         patch(stack, backbone, save_model=lambda *_, **__: None)
+        honest = repr_align.text_likelihood
+        patch(stack, repr_align, sample_masks=partial(repr_align.sample_masks, r=masked),
+              text_likelihood=lambda student, rows, *rest: honest(student, rows[:2], *rest))
         if not validates:
             patch(stack, repr_align, validate=lambda *_: [0.0, 0.0], publish=lambda *_: None,
                   text_likelihood=lambda *_: (0.0, 0.0))
@@ -205,10 +208,10 @@ def convert_run(folder, rank, *flags, validates=False):
                                   (repr_align, "text_likelihood", "validate")])
 
     noted = train(repr_align, argv, rank, prepare)
-    return {**noted, "tokens": 4096}
+    return {**noted, "tokens": 2 * 4096}
 
 
-def shallow(folder, blocks=2):
+def shallow(folder, blocks):
     """A folder next to it: the same shape with fewer blocks."""
     config = json.loads((Path(folder) / "config.json").read_text())
     config["num_hidden_layers"] = blocks
@@ -222,8 +225,8 @@ def shallow(folder, blocks=2):
 # Without training
 
 def use_run(folder):
-    """LOCATE, what a bridge is worth, a hybrid's forward and a cached step, token blocks, lazy
-    Jacobi and gen-PPL. Returns the FLOPs of each phase."""
+    """LOCATE, what a bridge is worth, rivals, a hybrid's forward and a cached step, token blocks.
+    Returns the FLOPs of each phase."""
     import bridge
     import generate
     import geometry
@@ -231,28 +234,30 @@ def use_run(folder):
     gpu = FakeGPU()
     device = torch.device("cuda")
     with eight_gpus(gpu, 0) as stack, gpu:
-        # A number that the host asks for is 0, but these are looked at
+        # A number that the host asks for is 0, but these must not be
         patch(stack, torch, isfinite=lambda x: torch.tensor(True))
+        patch(stack, bridge, mean=lambda column: 1.0)
         lm = load_shape(folder, device, torch.bfloat16)
         ids = torch.zeros(2, 64, dtype=torch.int64, device=device)
 
         with gpu.during("locate"):
-            cfg = geometry.Config(tokens=120, seq_len=64, batch_size=2, pool=64, anchors=16, k=4,
-                                  resamples=4)
+            cfg = geometry.Config(pool=64, anchors=16, k=4, resamples=4)
             geometry.analyse(geometry.collect(lm, ids, cfg), cfg)
 
         cfg = bridge.Config(visible="mix", self_condition=True, depth=2)
         net = made_on_gpu(bridge.build)(cfg, lm.config, 1).eval()
+        with gpu.during("measure"):
+            bridge.measure(lm, net, 1, ids, 2, cfg)
+
+        cfg = generate.Config(new=8, block_size=4, nfe=2, refinements=1)
+        prior = torch.zeros(lm.V, device=device, dtype=torch.float64)
+        cx = generate.Context(cfg, prior, calls=3)
         with gpu.during("rivals"):              # first: a hybrid gives its blocks other numbers
-            prior = torch.zeros(lm.V, device=device, dtype=torch.float64)
-            settings = types.SimpleNamespace(new=8, seed=0)
-            context = generate.Context(settings, lm, prior, calls=3)
-            generate.jacobi(context, ids, 1.0, stay=0.5)
+            generate.METHODS["lazy Jacobi"](cx, lm, ids, 1.0)
             generate.gen_ppl(lm, ids, 32)
 
         info = {"layer": 1, "model": folder, "seq_len": 1024, "nfe_default": 4}
-        config = hybrid.HybridConfig(info)
-        model = made_on_gpu(hybrid.HybridForCausalLM)(config, net, lm).eval()
+        model = made_on_gpu(hybrid.HybridForCausalLM)(hybrid.HybridConfig(info), net, lm).eval()
         with gpu.during("hybrid"), torch.no_grad():
             model(ids, labels=ids)
             cache = model(ids, use_cache=True).past_key_values      # generate() would never end
@@ -260,8 +265,7 @@ def use_run(folder):
             see = torch.ones_like(following).expand(2, 65)
             model(following, past_key_values=cache, attention_mask=see)
         with gpu.during("generate"):
-            generate.generate_blocks(model, ids, 8, prior=prior, block_size=4, nfe=2,
-                                     refinements=1)
+            generate.METHODS["hidden-state diffusion"](cx, model, ids, 1.0)
     return {"used": dict(gpu.flops), "graphs": gpu.graphs}
 
 
@@ -273,21 +277,18 @@ THREE_STEPS = ["--layer", "2", "--steps", "3", "--save_every", "2"]
 SCENES = {
     "bridge 6": lambda folder: bridge_run(
         folder, 0, "--layer", "6", "--micro_batch", "32", batch_size=256),
-    "bridge 6, 8 a pass": lambda folder: bridge_run(folder, 0, "--layer", "6"),
-    "bridge 16, generate": lambda folder: bridge_run(folder, 0, "--layer", "16", "--generate"),
+    "bridge 3, generate": lambda folder: bridge_run(folder, 0, "--layer", "3", "--generate"),
     "bridge 2, eager": lambda folder: bridge_run(folder, 0, "--layer", "2", "--no-compile"),
     "bridge 2, recomputed": lambda folder: bridge_run(folder, 0, "--layer", "2", "--recompute"),
-    "bridge 2": lambda folder: bridge_run(
-        folder, 0, *THREE_STEPS, validates=True, batch_size=64),
-    "bridge 2, rank 7": lambda folder: bridge_run(
-        folder, 7, *THREE_STEPS, validates=True, batch_size=64),
-    "convert, sharded": lambda folder: convert_run(folder, 0, "--shard"),
-    "convert 2": lambda folder: convert_run(shallow(folder), 0),
+    "bridge 2": lambda folder: bridge_run(folder, 0, *THREE_STEPS, validates=True),
+    "bridge 2, rank 7": lambda folder: bridge_run(folder, 7, *THREE_STEPS, validates=True),
+    "convert 4, sharded": lambda folder: convert_run(shallow(folder, 4), 0, "--shard"),
+    "convert 2": lambda folder: convert_run(shallow(folder, 2), 0, masked=0.5),
     "convert 2, sharded": lambda folder: convert_run(
-        shallow(folder), 0, "--shard", validates=True),
+        shallow(folder, 2), 0, "--shard", validates=True),
     "convert 2, sharded, rank 7": lambda folder: convert_run(
-        shallow(folder), 7, "--shard", validates=True),
-    "use": lambda folder: use_run(shallow(folder, 4)),
+        shallow(folder, 2), 7, "--shard", validates=True),
+    "use": lambda folder: use_run(shallow(folder, 3)),
 }
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 WEIGHTS = ["toy/model", "bridge/bridge", "regression/bridge", "generator/bridge", "convert/w0/model",
            "convert/w10/model", "convert/block/model", "convert/causal/model", "tasks/toy/model",
-           "tasks/w0/model"]
+           "tasks/w0/model", "edges"]
 # What the third edition moved against d080e9e, and why: start of the name -> (tolerance, reason).
 ROUNDING = "means in float64, difference of log-softmax: rounding"
 MOVED = {

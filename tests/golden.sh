@@ -73,4 +73,8 @@ if [ ! -f "$WORK/done" ]; then
 fi
 rm -rf "$new"
 run_new > "$WORK/new.log" 2>&1
+for side in "$WORK/tree $old" ". $new"; do      # edges of one circuit
+    read -r tree runs <<< "$side"
+    python tests/edges.py "$tree" "$runs/tasks/toy" "$runs/edges.safetensors"
+done
 python tests/golden.py "$old" "$new"

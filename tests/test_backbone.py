@@ -5,18 +5,32 @@ import shutil
 
 import pytest
 import torch
-from conftest import FAMILIES, fails, tiny_model
+from conftest import CAUSAL_ONLY, CONVERTIBLE, FAMILIES, MOST, fails, slow, tiny_model
 
+import data
 import geometry
 from core import backbone
 from core.common import UserError
 
 CPU = torch.device("cpu")
 IDS = torch.randint(3, 64, (2, 28), generator=torch.Generator().manual_seed(0))
-CANNOT_CONVERT = {"bloom", "gpt_neo", "mpt"}    # causal whatever the mask; ALiBi by a key's place
+# One family for each way to prepare a block: rotary tables, two kinds of windows, scales, positions
+# that are learned, ALiBi, blocks that return tuples, experts.
+MECHANISMS = ["llama", "qwen3", "gemma3", "granite", "gpt2", "opt", "gpt_neo", "bloom", "mpt", "falcon",
+              "mixtral", "gpt_oss"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny Llama with its tokenizer, as a model folder."""
+    out = tmp_path_factory.mktemp("model")
+    tiny_model("llama", vocab_size=512).save_pretrained(out)
+    data.train_tokenizer(data.resolve(__file__), 300).save_pretrained(out)
+    return out
+
+
+@pytest.mark.parametrize("family", [
+    *MECHANISMS, *[pytest.param(name, marks=slow) for name in FAMILIES if name not in MECHANISMS]])
 @torch.no_grad()
 def test_lower_and_upper_blocks_equal_the_model(family):
     model = tiny_model(family)
@@ -24,29 +38,26 @@ def test_lower_and_upper_blocks_equal_the_model(family):
     lm = backbone.Backbone(model)
     backbone.check(lm)
     assert torch.equal(torch.get_rng_state(), state)            # training stays reproducible
-    want = model(IDS).logits
-    for window in {"sliding_window", "window_size"} & set(FAMILIES[family][1]):
-        wide = tiny_model(family, **{window: 64})
-        assert not torch.equal(wide(IDS).logits, want)          # or this test shows nothing
+    output = model(IDS, output_hidden_states=True)
+    want = output.logits
     h0 = lm.embed(IDS)
     for layer in range(lm.L + 1):
         hl = lm.through(h0, 0, layer)
+        normed = lm.norm(hl) if layer == lm.L else hl           # the library norms the last one
+        assert torch.equal(normed, output.hidden_states[layer]), f"h[{layer}]"
         assert torch.equal(lm.head(lm.through(hl, layer, lm.L)), want), f"cut at {layer}"
 
 
+@slow
 @pytest.mark.parametrize("family", FAMILIES)
-@torch.no_grad()
-def test_which_hidden_state_it_is(family):
-    """h[l] is the library's hidden_states[l], but for the last: there theirs is after the final norm."""
-    lm = backbone.Backbone(tiny_model(family))
-    states = lm.model(IDS, output_hidden_states=True).hidden_states
-    h = lm.embed(IDS)
-    for layer in range(lm.L + 1):
-        assert torch.equal(lm.norm(h) if layer == lm.L else h, states[layer]), f"h[{layer}]"
-        h = lm.through(h, layer, min(layer + 1, lm.L))
+def test_windows_matter(family):
+    """The text is longer than a window, so the test above shows that windows are kept."""
+    for window in {"sliding_window", "window_size"} & set(FAMILIES[family][1]):
+        wide = tiny_model(family, **{window: 64})
+        assert not torch.equal(wide(IDS).logits, tiny_model(family)(IDS).logits)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MOST)
 @torch.no_grad()
 def test_left_padding_changes_nothing(family):
     lm = backbone.Backbone(tiny_model(family))
@@ -60,7 +71,7 @@ def test_left_padding_changes_nothing(family):
     assert torch.allclose(padded, plain, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*MOST, *CAUSAL_ONLY[:1]])
 @torch.no_grad()
 def test_two_way_attention_lets_the_future_change_the_past(family):
     """As a causal model, a future token changes no past logit. With causal=False it changes all,
@@ -73,7 +84,7 @@ def test_two_way_attention_lets_the_future_change_the_past(family):
     def logits(ids, causal):
         return lm.head(backbone.states(lm, ids, causal=causal))
     assert torch.equal(logits(IDS, True)[:, :-1], logits(other, True)[:, :-1])
-    if family in CANNOT_CONVERT:
+    if family in CAUSAL_ONLY:
         with pytest.raises(UserError, match=f"{family}' cannot be converted"):
             backbone.check_wide(lm)
         return
@@ -85,7 +96,7 @@ def test_two_way_attention_lets_the_future_change_the_past(family):
     assert (changed > 1e-5).all()
 
 
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) - CANNOT_CONVERT))
+@pytest.mark.parametrize("family", CONVERTIBLE)
 @torch.no_grad()
 def test_two_copies_of_a_text_in_one_pass(family):
     """A token of the second copy sees itself and what is before it in the first: both copies have
@@ -119,7 +130,9 @@ def test_what_cannot_be_cut_is_refused_with_the_reason():
         assert not model.training
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "smollm3", "gpt_neo", "gpt_oss", "mpt"])
+@pytest.mark.parametrize("family", [
+    "smollm3", *[pytest.param(name, marks=slow) for name in (
+        "llama", "gemma3", "gpt2", "gpt_neo", "gpt_oss", "mpt")]])
 @torch.no_grad()
 def test_loading_a_prefix(tmp_path, family):
     model = tiny_model(family)
@@ -130,8 +143,8 @@ def test_loading_a_prefix(tmp_path, family):
     assert torch.equal(part.through(part.embed(IDS), 0, 2), whole.through(whole.embed(IDS), 0, 2))
 
 
-def test_refusals(tmp_path, capsys, text):
-    common = ["--preset", "tiny", "--data", text, "--out", tmp_path / "g"]
+def test_refusals(tmp_path, capsys):
+    common = ["--preset", "tiny", "--out", tmp_path / "g"]
     nowhere = fails(capsys, geometry.main, *common, "--model", tmp_path / "nowhere/at/all")
     assert "no model could be opened" in nowhere
     (tmp_path / "empty").mkdir()
@@ -165,17 +178,17 @@ def test_refusals(tmp_path, capsys, text):
     assert not (tmp_path / "g").exists()
 
 
-def test_damaged_weights_are_refused(runs, tmp_path, capsys, text):
+def test_damaged_weights_are_refused(folder, tmp_path, capsys):
     broken = tmp_path / "broken"
-    shutil.copytree(runs / "toy", broken)
+    shutil.copytree(folder, broken)
     whole = (broken / "model.safetensors").read_bytes()
-    command = [geometry.main, "--preset", "tiny", "--data", text, "--out", tmp_path / "g", "--model", broken]
+    command = [geometry.main, "--preset", "tiny", "--out", tmp_path / "g", "--model", broken]
     for size in (0, 5, len(whole) // 2, len(whole) - 1):
         (broken / "model.safetensors").write_bytes(whole[:size])
         assert "could not be read" in fails(capsys, *command)
         assert not (tmp_path / "g").exists()
     from safetensors.torch import load_file, save_file
-    weights = load_file(runs / "toy" / "model.safetensors")
+    weights = load_file(folder / "model.safetensors")
     save_file({k: v for k, v in weights.items() if "layers.1.mlp" not in k}, broken / "model.safetensors",
               metadata={"format": "pt"})
     assert "3 tensors are missing" in fails(capsys, *command)
@@ -216,12 +229,12 @@ def test_presets_go_by_the_size_of_the_model(tmp_path):
     assert backbone.preset_of("no/such/model", "out") == "toy"
 
 
-def test_a_converted_model_is_no_ar_model_to_the_library(tmp_path, runs):
+def test_a_converted_model_is_no_ar_model_to_the_library(tmp_path, folder):
     """Its model_type is its own, its weights and config are read back here."""
     from transformers import AutoConfig
-    lm = backbone.load(runs / "toy", CPU, torch.float32)
+    lm = backbone.load(folder, CPU, torch.float32)
     (tmp_path / "config.json").write_text('{"dihal": {"edition": 3}}')
-    tokenizer = backbone.load_tokenizer(runs / "toy")
+    tokenizer = backbone.load_tokenizer(folder)
     backbone.save_model(lm.model, tokenizer, tmp_path, converted=True)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["model_type"] == backbone.TWIN and saved["dihal"] == {"edition": 3}
@@ -253,13 +266,3 @@ def test_flops_of_training():
     trained = backbone.training_flops(matrices, 0, 4, model.config, T)
     assert trained + attention == pytest.approx(counted)
     assert backbone.training_flops(0, matrices, 4 / 3, model.config, T) == pytest.approx(trained / 3)
-
-
-def test_the_toy_is_an_ordinary_model_folder(runs):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    model = AutoModelForCausalLM.from_pretrained(runs / "toy")
-    tokenizer = AutoTokenizer.from_pretrained(runs / "toy")
-    code = "import os\n\ndef f(x):\n\treturn x + 1  # é\n"
-    assert tokenizer.decode(tokenizer(code)["input_ids"]) == code
-    assert model.config.vocab_size >= len(tokenizer)
-    assert model.config.model_type == "qwen3"

@@ -51,14 +51,13 @@ def test_the_future_never_changes_the_past():
     assert leak(net(), mask=torch.ones(1, 1, T, T, dtype=torch.bool)) > 1e-4    # the test can fail
 
 
-@pytest.mark.parametrize("calls", [1, 2, 5])
 @torch.no_grad()
-def test_sampling_is_causal_too(calls):
+def test_sampling_is_causal_too():
     model, (noise, c, _) = net(), states()
     other = c.clone()
     other[:, 7] += 1.0
-    a = diffusion.sample(model, c, calls, noise)
-    b = diffusion.sample(model, other, calls, noise)
+    a = diffusion.sample(model, c, 3, noise)
+    b = diffusion.sample(model, other, 3, noise)
     assert torch.equal(a[:, :7], b[:, :7]) and not torch.equal(a[:, 7:], b[:, 7:])
 
 
@@ -193,21 +192,20 @@ HIDDEN = [0, 3, 3]
 
 
 def test_random_choices_are_keyed_by_slot():
-    t = diffusion.noise_levels(0, 5, range(4000))
+    t = diffusion.noise_levels(0, 5, range(2000))
     logits = torch.logit(t.double())
-    assert logits.mean().item() == pytest.approx(0.7, abs=0.05)
-    assert logits.std().item() == pytest.approx(1.0, abs=0.05)
+    assert logits.mean().item() == pytest.approx(0.7, abs=0.07)
+    assert logits.std().item() == pytest.approx(1.0, abs=0.07)
     assert torch.equal(t[7:9], diffusion.noise_levels(0, 5, [7, 8]))
     ids = torch.zeros(400, 20)
     assert diffusion.hidden_tokens("full", ids, 0, 0, range(400)) is None
-    for mode in ("prefix", "span", "mix"):
-        unknown = diffusion.hidden_tokens(mode, ids, 0, 2, range(400))
-        assert not unknown[:, 0].any() and unknown.any()
-        assert torch.equal(unknown[7:9], diffusion.hidden_tokens(mode, ids[:2], 0, 2, [7, 8]))
-        cuts = (unknown[:, 1:] != unknown[:, :-1]).sum(1)
-        assert cuts.max() <= 2
-        full = (~unknown.any(1)).float().mean().item()
-        assert full == (pytest.approx(0.25, abs=0.07) if mode == "mix" else 0)
+    unknown = diffusion.hidden_tokens("mix", ids, 0, 2, range(400))
+    assert torch.equal(unknown[7:9], diffusion.hidden_tokens("mix", ids[:2], 0, 2, [7, 8]))
+    assert not unknown[:, 0].any()
+    cuts = (unknown[:, 1:] != unknown[:, :-1]).sum(1)
+    assert cuts.max() == 2
+    assert (cuts == 0).float().mean().item() == pytest.approx(0.25, abs=0.07)
+    assert (cuts == 1).float().mean().item() == pytest.approx(0.5, abs=0.09)   # and a span at the end
     table = diffusion.position_noise(0, range(6), D, "cpu")
     assert torch.equal(table[3:5], diffusion.position_noise(0, [3, 4], D, "cpu"))
 
@@ -297,7 +295,7 @@ def test_measure_against_a_direct_computation():
     assert result["agree"] == pytest.approx((p.argmax(-1) == q.argmax(-1)).float().mean().item())
     error, energy = ((x[:, 4:] ** 2).sum() for x in (z_hat - z, z))
     assert result["fvu"] == pytest.approx((error / energy).item(), rel=1e-5)
-    assert sum(result["kl_rows"]) / 10 == pytest.approx(result["kl"]) and len(result["ce_gap_rows"]) == 10
+    assert sum(result["kl_rows"]) / 10 == pytest.approx(result["kl"])
 
 
 class Fixed(torch.nn.Module):
@@ -346,50 +344,42 @@ class Work:
         pass
 
 
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_gradients_are_summed(monkeypatch, device):
-    """NCCL: the first bucket is sent before 60% of the gradients exist. gloo: all after backward.
-    Each gradient is sent exactly once, and one that was not made counts as zero."""
-    model, sent, made = net(W=64, depth=6), [], []
+def test_gradients_are_summed(monkeypatch):
+    """Only the last micro-batch sends. The first gradient is sent before 60% of them exist."""
+    model, sent, made = net(depth=6), [], []
     params = list(model.parameters())
 
-    def all_reduce(flat, async_op):
-        sent.append((len(made) / len(params), flat.numel()))
-        flat.mul_(2)                                            # as if another process had the same
+    def all_reduce(gradient, async_op):
+        sent.append((len(made) / len(params), gradient.numel()))
+        gradient.mul_(2)                                        # as if another process had the same
         return Work()
     monkeypatch.setattr(bridge.dist, "all_reduce", all_reduce)
     x, c, t = states()
-    unused = torch.nn.Parameter(torch.ones(7))
-    world = common.World(0, 2, torch.device(device))
-    gradients = bridge.GradientSum([unused, *params], world, bucket_bytes=100_000)
     alone = torch.autograd.grad(model(x, c, t).square().mean(), params)
     for p in params:
         p.register_post_accumulate_grad_hook(made.append)
-    for _ in range(2):                                          # the second step finds full buckets
+    gradients = bridge.GradientSum(params, common.World(0, 2, torch.device("cpu")))
+    for _ in range(2):                                          # two steps of two micro-batches
         sent.clear()
-        for part in range(2):                                   # only the last micro-batch sends
-            if part == 1:
-                gradients.start()
-                made.clear()
+        for part in range(2):
+            gradients.sending = part == 1
+            made.clear()
             model(x, c, t).square().mean().backward()
             assert part == 1 or not sent
-        gradients.finish()
-        assert sum(n for _, n in sent) == sum(p.numel() for p in (*params, unused))
-        assert not unused.grad.any()
+        gradients.wait()
+        assert sum(n for _, n in sent) == sum(p.numel() for p in params) and sent[0][0] < 0.6
         assert all(torch.allclose(p.grad, 4 * a) for p, a in zip(params, alone, strict=True))
         model.zero_grad()
-        unused.grad = torch.ones(7)                             # no optimizer may see this again
-    assert len(sent) > 5
-    assert sent[0][0] < 0.6 if device == "cuda" else sent[0][0] == 1
 
 
-def test_one_process_sums_nothing():
+def test_one_process_sums_nothing(monkeypatch):
+    monkeypatch.setattr(bridge.dist, "all_reduce", lambda *_, **__: 1 / 0)
     model, (x, c, t) = net(), states()
-    gradients = bridge.GradientSum(list(model.parameters()), common.World(0, 1, torch.device("cpu")))
-    gradients.start()
+    gradients = bridge.GradientSum(model.parameters(), common.World(0, 1, torch.device("cpu")))
+    gradients.sending = True
     model(x, c, t).square().mean().backward()
-    gradients.finish()
-    assert not gradients.buckets and all(p.grad is not None for p in model.parameters())
+    gradients.wait()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_recomputing_activations_changes_no_gradient():

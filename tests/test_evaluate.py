@@ -1,21 +1,21 @@
 """evaluate.py: sentences from numbers whose answer is known, and what it measures itself."""
 import json
-import math
-import shutil
 
 import pytest
 import torch
-from conftest import fails, tiny_model
+from conftest import fails, slow
 
 import evaluate
 from core import masked
-from core.run import read_json, write_json
+from core.run import write_json
 
 CFG = evaluate.Config(margin=0.02)
 
 
-def said(find, **results):
-    return list(find(results, CFG))
+def said(section, **results):
+    sentences, rows, _ = section(results, CFG)
+    assert rows
+    return sentences
 
 
 # --------------------------------------------------------------------------------------------------
@@ -31,7 +31,7 @@ def test_locate():
     variants = [{"best_layer": 2}, {"best_layer": 1}, {"best_layer": 2}]
     result = {"best_layer": 2, "layers": layers, "variants": variants,
               "trivial": [{"name": "-layer", "spearman_with_score": -1.0}]}
-    first, second = said(evaluate.find_locate, geometry=result)
+    first, second = said(evaluate.locate, geometry=result)
     assert "chooses layer 2 of 2 candidates, and does so in 75%" in first
     assert "2 of 3 variants" in second and "depth alone is -1.00" in second
 
@@ -43,10 +43,10 @@ def test_locate():
 ])
 def test_replace(control, words):
     ours = bridge([0.1, 0.11, 0.09, 0.1])
-    first, second = said(evaluate.find_replace, bridge=ours, regression=bridge(control))
+    first, second = said(evaluate.replace, bridge=ours, regression=bridge(control))
     assert "blocks 1..2 (4 calls) changes the next-token loss by +0.1234 nats" in first
     assert words in second and "one training of each" in second
-    assert len(said(evaluate.find_replace, bridge=ours)) == 1
+    assert len(said(evaluate.replace, bridge=ours)) == 1
 
 
 def method(name, calls, *levels, layer=None):
@@ -59,17 +59,17 @@ def test_generate_takes_the_best_rival_at_no_more_calls():
     rivals = method("AR", 64, 12.0) + method("Jacobi", 32, 80.0) + method("lazy", 30, 60.0, 61.0)
     never = method("converted", 32, None)
     result = {"rows": ours + deep + rivals + never, "real": {"gen_ppl": 33.6}}
-    first, second = said(evaluate.find_generate, generate=result)
+    first, second = said(evaluate.generate, generate=result)
     assert "hidden-state diffusion, layer 1 (32 calls) has gen-PPL 41.0; real text has 33.6" in first
     assert "Against lazy, the best rival" in second and "better by 0.389 nats" in second
     result["rows"] = rivals + method("ours", 32, None, layer=1)
-    assert "does not reach the entropy" in said(evaluate.find_generate, generate=result)[0]
+    assert "does not reach the entropy" in said(evaluate.generate, generate=result)[0]
 
 
 def test_convert_and_one_training_is_never_enough():
     results = {f"convert/{arm}": {"bound": [bound, 0.01], "steps": 120}
                for arm, bound in (("w0", 5.0), ("w10", 4.9), ("block", 5.2))}
-    first, second, third = said(evaluate.find_convert, **results)
+    first, second, third = said(evaluate.convert, **results)
     assert "After 120 steps" in first and "at most 5.000" in first
     assert "Alignment of hidden states: at most 4.900; against w0 not known (-0.1 nats" in second
     assert "token blocks: at most 5.200" in third
@@ -78,8 +78,9 @@ def test_convert_and_one_training_is_never_enough():
 def test_compare():
     overlap = {"AR": {"ar": [], "prompts": [0.8, 0.9]}, "untrained": {"ar": [0.75]},
                "converted, w = 0": {"ar": [0.5, 0.6]}}
-    tasks = {"brackets": {"pairs": 8, "overlap": overlap}, "missing": {"pairs": 0, "overlap": {}}}
-    first, second = said(evaluate.find_compare, circuits={"tasks": tasks})
+    tasks = {"brackets": {"pairs": 8, "overlap": overlap, "solved": {"AR": 1.0}},
+             "missing": {"pairs": 0, "overlap": {}, "solved": {"AR": 0.0}}}
+    first, second = said(evaluate.compare, circuits={"tasks": tasks})
     assert "both solve 1 of 2 tasks (brackets)" in first
     assert "converted, w = 0 has overlap (Jaccard) 0.55" in second
     assert "before training it has 0.75, and the AR model on other prompts 0.85" in second
@@ -88,28 +89,21 @@ def test_compare():
 # --------------------------------------------------------------------------------------------------
 # Measurement
 
-def test_bits_per_byte_of_a_known_model():
-    model = tiny_model("llama")
-    rows = torch.randint(3, 64, (5, 12))
-    logits = model(rows).logits[:, :-1].flatten(0, 1)
-    nats = torch.nn.functional.cross_entropy(logits, rows[:, 1:].flatten(), reduction="sum")
-    bits, error = evaluate.bits_per_byte(model, rows, 100, CFG)
-    assert bits == pytest.approx(nats.item() / math.log(2) / 100, rel=1e-5) and error == 0
+class Letters:
+    """A tokenizer whose token n is the letter n."""
+    def batch_decode(self, rows, skip_special_tokens):
+        return ["".join(map(chr, row)) for row in rows.tolist()]
 
 
-def test_the_bound_of_one_token_is_exact(runs):
-    student, _ = masked.load_converted(runs / "convert" / "w0", torch.device("cpu"), torch.float32)
-    rows = torch.randint(3, 64, (2, 2))
-    weight = torch.tensor([[0.0, 1.0]])
-    nats = sum(masked.masked_ce(student, ids, weight).item() for ids in rows)
-    bits, error = evaluate.bits_per_byte(student, rows, 8, CFG)
-    assert bits == pytest.approx(nats / math.log(2) / 8, rel=1e-5)
-    assert error == pytest.approx(0, abs=1e-9)
+def test_bytes_are_those_of_the_windows_less_the_given_token():
+    rows = torch.tensor([list(map(ord, window)) for window in ("abcd", "éaéa", "aéaa")])
+    assert evaluate.count_bytes(Letters(), rows) == 3 + 4 + 4
 
 
 # --------------------------------------------------------------------------------------------------
 # The report
 
+@slow
 def test_a_report(runs, tmp_path, monkeypatch, capsys):
     argv = ["--preset", "tiny", "--runs", str(runs), "--out", str(tmp_path / "e")]
     result = evaluate.main(argv)
@@ -120,7 +114,9 @@ def test_a_report(runs, tmp_path, monkeypatch, capsys):
     assert names[:4] == ["LOCATE", "REPLACE", "GENERATE", "CONVERT"] and names[-1] == "COST"
     for name in ("figure.png", "geometry_geometry.png", "generate_generation.png"):
         assert (tmp_path / "e" / name).exists() and f"({name})" in text
-    assert set(result["own"]["measured"]["ms"]) >= {"intact", "hybrid, NFE 1", "converted, w0"}
+    measured = {row["model"]: row for row in result["own"]["measured"]}
+    assert set(measured) >= {"intact", "hybrid, NFE 1", "converted, w0"}
+    assert all(row["ms"] > 0 and 0 < row["bits"] < 16 for row in measured.values())
     saved = json.loads((tmp_path / "e" / "result.json").read_text())
     assert saved == json.loads(json.dumps(result))
 
@@ -128,29 +124,48 @@ def test_a_report(runs, tmp_path, monkeypatch, capsys):
     assert evaluate.main(argv)["own"] == saved["own"]
 
 
-def test_stages_that_did_not_run_are_left_out(runs, tmp_path):
-    shutil.copytree(runs / "geometry", tmp_path / "r" / "geometry")
-    evaluate.main(["--runs", str(tmp_path / "r"), "--out", str(tmp_path / "e")])
-    text = (tmp_path / "e" / "report.md").read_text()
-    assert "## LOCATE" in text and "## REPLACE" not in text
+def finish(folder, result, edition=3):
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", {"dihal": {"edition": edition}})
+    write_json(folder / "result.json", result)
 
 
-def test_runs_of_two_models_are_refused(runs, tmp_path, capsys):
-    for name in ("geometry", "bridge"):
-        shutil.copytree(runs / name, tmp_path / "r" / name)
-    file = tmp_path / "r" / "geometry" / "result.json"
-    write_json(file, {**read_json(file), "base": "another"})
-    argv = ["--runs", tmp_path / "r", "--out", tmp_path / "e"]
-    assert "of one base model" in fails(capsys, evaluate.main, *argv)
-    assert "of one base model" in fails(capsys, evaluate.main, "--runs", tmp_path / "none")
-    file = tmp_path / "r" / "geometry" / "config.json"
-    write_json(file, {"dihal": {"config": {}}})
+def test_stages_that_did_not_run_are_left_out(tmp_path):
+    row = {"score_low": 1.0, "score_high": 2.0, "curvature": 1.0, "stiffness": 1.0,
+           "effective_rank": 12.3456, "chosen": 1.0}
+    layers = [{"layer": 1, "score": 4.0, **row}, {"layer": 2, "score": 3.0, **row}]
+    finish(tmp_path / "geometry", {
+        "base": "b", "best_layer": 1, "layers": layers, "variants": [{"best_layer": 1}],
+        "trivial": [{"name": "-layer", "spearman_with_score": 1.0}]})
+    (tmp_path / "geometry" / "geometry.png").write_bytes(b"figure")
+    out = tmp_path / "evaluate"
+    result = evaluate.main(["--preset", "tiny", "--runs", str(tmp_path), "--out", str(out)])
+    text = (out / "report.md").read_text()
+    assert result["findings"][0].startswith("LOCATE. The geometry score chooses layer 1 of 2")
+    assert text.index(result["findings"][1]) < text.index("## LOCATE") < text.index("| 12.35 |")
+    assert "## REPLACE" not in text and "(geometry_geometry.png)" in text
+    assert (out / "geometry_geometry.png").exists() and (out / "figure.png").exists()
+
+
+def test_runs_of_two_models_are_refused(tmp_path, capsys):
+    argv = ["--runs", tmp_path, "--out", tmp_path / "evaluate"]
+    assert "of 0 base models" in fails(capsys, evaluate.main, *argv)
+    finish(tmp_path / "geometry", {"base": "a"})
+    finish(tmp_path / "bridge", {"base": "b"})
+    assert "of 2 base models instead of one" in fails(capsys, evaluate.main, *argv)
+    finish(tmp_path / "bridge", {"base": "a"}, edition=2)
     assert "second edition" in fails(capsys, evaluate.main, *argv)
+
+
+def test_the_preset():
+    assert evaluate.choose(evaluate.Config(preset="135m")) == "135m"
+    assert evaluate.choose(evaluate.Config(runs="none")) == "toy"
 
 
 # --------------------------------------------------------------------------------------------------
 # lm-evaluation-harness
 
+@slow
 def test_the_harness(runs, tmp_path):
     pytest.importorskip("lm_eval", reason='an optional package: pip install "lm-eval[hf]"')
     from core import backbone
@@ -172,6 +187,6 @@ metric_list: [{{metric: acc}}]
     student, _ = masked.load_converted(runs / "convert" / "w0", torch.device("cpu"), torch.float32)
     lm = backbone.load(runs / "toy", torch.device("cpu"), torch.float32)
     cfg = evaluate.Config(harness=(str(tmp_path / "bracket.yaml"),), calls=4)
-    rows = evaluate.harness({"intact": lm.model, "converted": student}, tokenizer, cfg)
+    rows = evaluate.run_harness({"intact": lm.model}, {"converted": student}, tokenizer, cfg)
     assert {row["model"] for row in rows} == {"intact", "converted"}
     assert all(0 <= row["value"] <= 1 for row in rows if row["metric"].startswith("acc,"))

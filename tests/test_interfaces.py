@@ -90,13 +90,15 @@ def test_samples_are_a_mean_of_probabilities(small):
 
 
 def test_the_study_runs(runs, tmp_path, capsys, text, monkeypatch):
-    monkeypatch.setattr(interfaces, "SEQ_LEN", 32)
-    monkeypatch.setattr(interfaces, "DEPTH", 1)
+    small = {"SEQ_LEN": 32, "DEPTH": 1, "SAMPLES": 2, "WINDOWS": 2, "BATCH_SIZE": 2,
+             "WIDTHS": [0.5, 1.0]}
+    kinds = ["hidden", "simplex", "causal"]
+    for name, value in small.items():
+        monkeypatch.setattr(interfaces, name, value)
     argv = ["--model", f"{runs}/toy", "--data", str(text), "--layer", "2", "--seeds", "1",
-            "--steps", "3", "--nfe", "1", "--samples", "2", "--windows", "2", "--batch_size", "2",
-            "--out", f"{tmp_path}/i"]
+            "--steps", "3", "--nfe", "1", "--kinds", *kinds, "--out", f"{tmp_path}/i"]
     result = interfaces.main(argv)
-    assert [cell["kind"] for cell in result["cells"]] == list(interfaces.TARGETS)
+    assert [cell["kind"] for cell in result["cells"]] == kinds
     assert all(cell["nll"] > 0 for cell in result["cells"])
     ceilings = {cell["kind"]: cell["true_targets"] for cell in result["cells"]}
     assert ceilings["hidden"] > 0 and ceilings["causal"] is None and ceilings["simplex"] is None

@@ -46,7 +46,7 @@ def test_masks_are_keyed_by_slot_and_spare_the_first_token():
 def test_the_loss_by_hand():
     """CE of token i+1 from the state at i, where token i+1 is masked, and nothing else; then the path term."""
     s = student()
-    loss = conversion_loss(s, None, IDS, HIDE, path=1.0)
+    loss, alignment, _, total_ce = conversion_loss(s, None, IDS, HIDE, path=1.0)
     h = s.lm.embed(IDS.masked_fill(HIDE, 63))
     logits = s.lm.head(s.lm.through(h, 0, s.lm.L, s.lm.side(h, causal=False)))
     logits[..., 63] = -torch.inf
@@ -55,9 +55,9 @@ def test_the_loss_by_hand():
         ce = F.cross_entropy(logits[b, i], IDS[b, i + 1]).item()
         want += ce
         want_path += math.exp(-ce) * ce
-    assert loss.ce.item() == pytest.approx(want, rel=1e-4)
-    assert loss.denoising.item() == pytest.approx(want + want_path, rel=1e-4)
-    assert loss.alignment.item() == 0                                            # without a teacher
+    assert total_ce.item() == pytest.approx(want, rel=1e-4)
+    assert loss.item() == pytest.approx(want + want_path, rel=1e-4)
+    assert alignment.item() == 0                                                 # without a teacher
 
 
 class Echo(torch.nn.Module):
@@ -79,8 +79,8 @@ class Echo(torch.nn.Module):
 @pytest.mark.parametrize("sign, penalty", [(1.0, 0.0), (-1.0, 2.0)])
 def test_alignment_is_zero_for_the_teacher_and_two_for_its_negative(sign, penalty):
     teacher = backbone.Backbone(tiny_model("qwen3"))
-    loss = conversion_loss(Echo(teacher, sign), teacher, IDS, HIDE, 1.0)
-    assert loss.alignment.item() / HIDE.sum().item() == pytest.approx(penalty, abs=1e-4)
+    _, alignment, _, _ = conversion_loss(Echo(teacher, sign), teacher, IDS, HIDE, 1.0)
+    assert alignment.item() / HIDE.sum().item() == pytest.approx(penalty, abs=1e-4)
 
 
 @pytest.mark.parametrize("arm", [Arm(), Arm("block", 4, "noisy"), Arm("block", 4, "causal")], ids=str)
@@ -88,8 +88,8 @@ def test_micro_batches_add_up(arm):
     s, teacher = student(arm=arm), backbone.Backbone(tiny_model("qwen3", 1))
     whole = conversion_loss(s, teacher, IDS, HIDE, 1.0, arm.context == "causal")
     parts = [conversion_loss(s, teacher, IDS[i:i + 1], HIDE[i:i + 1], 1.0, arm.context == "causal") for i in range(3)]
-    for name, value in whole._asdict().items():
-        assert sum(getattr(part, name).item() for part in parts) == pytest.approx(value.item(), rel=1e-5), name
+    for value, shares in zip(whole, zip(*parts, strict=True), strict=True):
+        assert sum(share.item() for share in shares) == pytest.approx(value.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("family", FEW)
@@ -102,12 +102,12 @@ def test_token_blocks_of_one_after_a_causal_copy_are_the_ar_model(family):
     logits[..., 63] = -torch.inf
     want = F.cross_entropy(logits.flatten(0, 1), IDS[:, 1:].flatten(), reduction="sum").item()
     s.arm = Arm("block", 1, "causal")
-    loss = conversion_loss(s, s.lm, IDS, everything, 0.0, with_ar=True)
-    assert loss.ce.item() == pytest.approx(want, rel=1e-5) == loss.ar.item()
-    assert loss.alignment.item() == pytest.approx(0, abs=1e-3)
+    _, alignment, ar, ce = conversion_loss(s, s.lm, IDS, everything, 0.0, with_ar=True)
+    assert ce.item() == pytest.approx(want, rel=1e-5) == ar.item()
+    assert alignment.item() == pytest.approx(0, abs=1e-3)
     s.arm = Arm("block", 4, "causal")                                            # the clean copy is the AR model still
-    loss = conversion_loss(s, s.lm, IDS, everything, 0.0, with_ar=True)
-    assert loss.ar.item() == pytest.approx(want, rel=1e-5) and loss.ce.item() != pytest.approx(want, rel=1e-4)
+    _, _, ar, ce = conversion_loss(s, s.lm, IDS, everything, 0.0, with_ar=True)
+    assert ar.item() == pytest.approx(want, rel=1e-5) and ce.item() != pytest.approx(want, rel=1e-4)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ def test_arms_start_alike_and_alignment_pulls(arms):
     assert w0["curve"][0][1] == pytest.approx(w10["curve"][0][1], abs=1e-6)      # same weights, batches and masks
     assert [row[0] for row in w0["curve"]] == [row[0] for row in w10["curve"]] == [0, 10, 20]
     assert w10["curve"][-1][2] < w10["curve"][0][2] and w0["curve"][0][2] is None
-    assert [len(row) for row in causal["curve"]] == [4, 4, 4]                    # what is left of the AR model too
+    assert all(row[3] > 0 for row in causal["curve"]) and w0["curve"][0][3] is None      # the AR mode
     assert causal["attention"] == "block" and causal["block_size"] == 8 and causal["context"] == "causal"
 
 
@@ -184,35 +184,31 @@ def test_transformers_alone_does_not_take_it_for_an_ar_model(arms):
 
 
 def test_through_transformers(arms):
-    """Batches, padding, a loss, and what it does not take."""
-    for name in ("causal", "w0"):
-        folder = arms[name][1]
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-        s, _ = load_converted(folder, CPU, torch.float32)
-        tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.eos_token
-        texts = ["import os", "def f(x):\n    return x", "import os"]
-        batch = tokenizer(texts, padding=True, return_tensors="pt")
-        out = model.generate(**batch, max_new_tokens=9, steps=4, seed=1)
-        P = batch["input_ids"].shape[1]
-        assert torch.equal(out[:, :P], batch["input_ids"]) and out.shape == (3, P + 9) and (out != s.mask_id).all()
-        prompt = tokenizer(texts[1], return_tensors="pt")["input_ids"]
-        ids = F.pad(prompt, (0, 9), value=s.mask_id)
-        assert torch.equal(out[1:2], fill(s, ids, ids == s.mask_id, 4, seed=1))  # padding is never seen
-        logits = s.logits(s.predict(ids, ids == s.mask_id))
-        labels = torch.where(ids == s.mask_id, 7, -100)
-        with pytest.raises(TypeError, match="device_map"):
-            AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")
-        said = model(input_ids=ids, labels=labels)
-        assert torch.allclose(said.logits, logits)
-        assert said.loss.item() == pytest.approx(-logits[0, -9:].log_softmax(-1)[:, 7].mean().item(), rel=1e-4)
+    """Load, forward and generate, and what it does not take."""
+    folder = arms["causal"][1]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    s, _ = load_converted(folder, CPU, torch.float32)
+    batch = tokenizer(["import os", "import os"], return_tensors="pt")
+    prompts = batch["input_ids"]
+    out = model.generate(**batch, max_new_tokens=9, steps=4, seed=1)
+    ids = F.pad(prompts, (0, 9), value=s.mask_id)
+    assert torch.equal(out, fill(s, ids, ids == s.mask_id, 4, seed=1)) and torch.equal(out[:, :-9], prompts)
+    logits = s.logits(s.predict(ids, ids == s.mask_id))
+    assert torch.allclose(model(input_ids=ids).logits, logits)
+    with pytest.raises(AssertionError, match="one length"):
+        model.generate(prompts, torch.zeros_like(prompts))
+    with pytest.raises(TypeError, match="device_map"):
+        AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")
+    with pytest.raises(NotImplementedError, match="copy the folder"):
+        model.save_pretrained(folder.parent / "copy")
 
 
-@pytest.mark.parametrize("family", FEW)
+@pytest.mark.parametrize("family", ["gpt2", *(pytest.param(f, marks=slow) for f in FEW if f != "gpt2")])
 def test_families_convert(family, base, convert, tmp_path):
     """Steps of a whole conversion, saved and loaded again; the loaded model still sees the future."""
     tiny_model(family, vocab_size=512, bos_token_id=0, eos_token_id=0).save_pretrained(tmp_path / "base")
     backbone.load_tokenizer(base).save_pretrained(tmp_path / "base")
-    result, folder = convert(family, f"--steps 3 --freeze none --model {tmp_path}/base")
+    result, folder = convert(family, f"--steps 3 --model {tmp_path}/base")
     assert 0 < result["val_loss"] < 100
     s, _ = load_converted(folder, CPU, torch.float32)
     visible = torch.zeros_like(HIDE)
@@ -221,46 +217,38 @@ def test_families_convert(family, base, convert, tmp_path):
     assert ((a - b).abs().amax(-1) > 1e-6).all()
 
 
-def test_alignment_ends(convert, monkeypatch):
+def test_alignment_ends_and_text_is_limited(convert, monkeypatch):
     taught = []
-
-    def spied(student, teacher, *more):
-        if torch.is_grad_enabled():                                              # validation always has the teacher
-            taught.append(teacher is not None)
-        return conversion_loss(student, teacher, *more)
-    monkeypatch.setattr(repr_align, "conversion_loss", spied)
-    convert("until", "--steps 4 --align_until 2 --micro_batch 2")
-    assert taught == [True] * 4 + [False] * 4
-
-
-def test_fewer_training_tokens(convert, monkeypatch):
     starts = []
     cut = data.Tokens.cut
+
+    def spied(student, teacher, *more, **flags):
+        if torch.is_grad_enabled():                                              # validation always has the teacher
+            taught.append(teacher is not None)
+        return conversion_loss(student, teacher, *more, **flags)
+    monkeypatch.setattr(repr_align, "conversion_loss", spied)
     monkeypatch.setattr(data.Tokens, "cut", lambda self, places: starts.extend(places) or cut(self, places))
-    convert("few", "--align_weight 0 --steps 8 --train_tokens 200 --eval_batches 1")
+    convert("until", "--steps 4 --align_until 2 --micro_batch 2 --train_tokens 200 --eval_batches 1")
+    assert taught == [True] * 4 + [False] * 4
     assert max(starts) + 33 <= 200 + 33 and len(set(starts)) > 4
 
 
 def test_killed_and_resumed_equals_uninterrupted(arms, convert, monkeypatch):
+    """Stopped after seven steps; then the measurement fails after the last step, which is saved before."""
+    def failing(*args):
+        raise RuntimeError("the measurement failed")
     polls = iter([False] * 6 + [True])
     with monkeypatch.context() as patch:
         patch.setattr(common.StopSignal, "poll", lambda self: next(polls))
         with pytest.raises(SystemExit):
             convert("killed")
-    result, folder = convert("killed")
-    assert result["curve"] == arms["w10"][0]["curve"] and same(folder, arms["w10"][1])
-
-
-def test_the_last_step_is_saved_before_it_is_measured(arms, convert, monkeypatch):
-    def failing(*args):
-        raise RuntimeError("the measurement failed")
     with monkeypatch.context() as patch:
         patch.setattr(repr_align, "text_likelihood", failing)
         with pytest.raises(RuntimeError):
-            convert("late")
-    folder = arms["causal"][1].parent / "late"
+            convert("killed")
+    folder = arms["w10"][1].parent.parent / "arms" / "killed"
     assert torch.load(folder / "state.pt", weights_only=True)["step"] == 20 and not (folder / "result.json").exists()
-    result, _ = convert("late")
+    result, _ = convert("killed")
     assert result["curve"] == arms["w10"][0]["curve"] and same(folder, arms["w10"][1])
     assert not (folder / "state.pt").exists()
 
@@ -271,7 +259,7 @@ def test_a_finished_run_prints_its_result(arms, text, capsys, monkeypatch):
     result = repr_align.main(f"--preset tiny --data {text} --out {folder}".split())
     assert result["curve"] == arms["w10"][0]["curve"]
     said = capsys.readouterr().out
-    assert "is finished" in said and "w = 10: masked CE" in said and (folder / "convert.png").stat().st_size > 5_000
+    assert "w = 10: masked CE" in said and (folder / "convert.png").stat().st_size > 5_000
 
 
 def test_default_folders():
@@ -296,13 +284,6 @@ def test_dry_run_at_8b_shape(tmp_path, capsys):
     size = repr_align.main(f"--preset 8b --shard --dry_run --dtype bf16 --model {tmp_path}/8b".split())
     assert "hours" in capsys.readouterr().out and 20 < size["gigabytes"] < 80
     assert size["flops_per_token"] == pytest.approx(6 * 8.03e9 * 4 / 3, rel=0.15)
-
-
-def torchrun(base, text, out, flags):
-    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "repr_align.py",
-            *f"--preset tiny --model {base} --data {text} --out {out} {flags}".split()]
-    return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 STOPPED = """
@@ -338,7 +319,7 @@ def test_two_processes_and_shards_equal_one(base, text, convert, tmp_path):
         a, b = weights(folder), weights(folder.parent / name)
         assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], atol=2e-5) for k in a)
         result = json.loads((folder.parent / name / "result.json").read_text())
-        assert result["curve"][-1][1:] == pytest.approx(one["curve"][-1][1:], rel=1e-5)
+        assert result["curve"][-1][1:3] == pytest.approx(one["curve"][-1][1:3], rel=1e-5)
         for key in ("ce", "gnorm", "alignment"):         # Adam would hide a gradient that is off by a factor
             assert last_line(name)[key] == pytest.approx(last_line("one")[key], rel=1e-3)
 

@@ -8,20 +8,33 @@ from core.common import UserError
 from core.tasks import Pieces
 
 
+LOWER = tasks.NAMES.lower()
+
+
+def make_pieces(folder, names=LOWER):
+    """Pieces of a tokenizer that knows these names and the signs of the tasks."""
+    words = " ".join(names.split())
+    line = f"When went to the store, gave a drink to and {words} ( [ {{ }} ] ) : = + "
+    line += " ".join("0123456789")
+    file = folder / "words.txt"
+    file.write_text(f"{line}\n\n" * 300)
+    return Pieces(data.train_tokenizer(data.resolve(str(file)), 700))
+
+
 @pytest.fixture(scope="module")
-def pieces(text):
-    return Pieces(data.train_tokenizer(data.resolve(str(text)), 1024))
+def pieces(tmp_path_factory):
+    return make_pieces(tmp_path_factory.mktemp("words"))
 
 
 def solve(name, pieces, left, right):
     """The token between `left` and `right`, worked out by hand."""
-    digits = tasks.signs(pieces, "0123456789")
-    signs = tasks.signs(pieces, "([{)]}")
+    digits = pieces.digits
+    signs = pieces.brackets
     if name == "induction":
         assert left.count(left[-1]) == 2
         return left[left.index(left[-1]) + 1]
     if name == "missing":
-        cut = left.index(tasks.signs(pieces, ":")[0])
+        cut = left.index(pieces.colon[0])
         [answer] = set(left[:cut]) - set(left[cut + 1:])
         return answer
     if name == "countdown":
@@ -45,31 +58,31 @@ def solve(name, pieces, left, right):
 @pytest.mark.parametrize("name", tasks.TRAINED)
 def test_prompts_have_the_answer_they_claim_and_differ_in_one_token(name, pieces):
     group, _ = tasks.TRAINED[name]
-    for clean, corrupted in tasks.examples(name, pieces, 20, seed=3):
-        assert clean.answer != corrupted.answer
-        assert (len(clean.left), len(clean.right)) == (len(corrupted.left), len(corrupted.right))
-        both = zip(clean.left + clean.right, corrupted.left + corrupted.right, strict=True)
-        assert sum(a != b for a, b in both) == 1
-        assert bool(clean.right) == (group == "middle")
+    for line in tasks.examples(name, pieces, 20, seed=3):
+        both = zip(line.tokens, line.corrupted, strict=True)
+        changed = [i for i, (a, b) in enumerate(both) if a != b]
+        assert len(changed) == 2 and line.place in changed
+        assert (line.place == len(line.tokens) - 1) == (group != "middle")
         if group == "middle":                           # what decides is to the right
-            assert clean.left == corrupted.left
-        for prompt in (clean, corrupted):
-            assert solve(name, pieces, prompt.left, prompt.right) == prompt.answer
+            assert changed[0] == line.place
+        for tokens in (line.tokens, line.corrupted):
+            left = tokens[:line.place]
+            right = tokens[line.place + 1:]
+            assert solve(name, pieces, left, right) == tokens[line.place]
 
 
 @pytest.mark.parametrize("name", tasks.TRAINED)
 def test_prompts_are_many_and_a_function_of_the_seed(name, pieces):
-    pairs = tasks.examples(name, pieces, 2000, seed=0)
-    assert len({(*clean.left, -1, *clean.right) for clean, _ in pairs}) >= 500
-    assert pairs[:5] == tasks.examples(name, pieces, 5, seed=0)
-    assert pairs[:5] != tasks.examples(name, pieces, 5, seed=1)
-    lengths = {len(clean.left + clean.right) for clean, _ in pairs}
-    assert len(lengths) == 1                            # so they fit in one tensor
+    lines = tasks.examples(name, pieces, 1000, seed=0)
+    assert len({(line.place, *line.tokens) for line in lines}) >= 400
+    assert lines[:5] == tasks.examples(name, pieces, 5, seed=0)
+    assert lines[:5] != tasks.examples(name, pieces, 5, seed=1)
+    assert len({len(line.tokens) for line in lines}) == 1           # so they fit in one tensor
 
 
 def test_training_lines_take_turns_and_hold_middle_tasks_in_both_orders(pieces):
     stream = tasks.lines(pieces.tokenizer)
-    [equals] = tasks.signs(pieces, "=")
+    [equals] = pieces.equals
     lengths = {name: set() for name in tasks.TRAINED}
     orders = set()
     for _ in range(40):
@@ -91,24 +104,18 @@ def test_training_lines_take_turns_and_hold_middle_tasks_in_both_orders(pieces):
     assert all(len(sizes) > 1 for name, sizes in lengths.items() if name != "countdown")
 
 
-def test_names_asks_for_the_one_who_has_not_come_back(pieces, tmp_path):
-    sentence = "When went to the store, gave a drink to and"
-    (tmp_path / "x.txt").write_text(f"{sentence} {' '.join(tasks.NAMES.split())}\n\n" * 2000)
-    tokenizer = data.train_tokenizer(data.resolve(str(tmp_path / "x.txt")), 600)
-    english = Pieces.__new__(Pieces)                    # a text without 16 other words
-    english.tokenizer = tokenizer
-    pairs = tasks.examples("names", english, 600, seed=0)
-    assert len({tuple(clean.left) for clean, _ in pairs}) >= 300
-    for clean, corrupted in pairs[:20]:
-        [(there, here)] = [(a, b) for a, b in zip(clean.left, corrupted.left) if a != b]
-        assert (there, here) == (corrupted.answer, clean.answer) and not clean.right
-        assert clean.left.count(clean.answer) == 1 and clean.left.count(corrupted.answer) == 2
-        a = tokenizer.decode(clean.answer)
-        b = tokenizer.decode(corrupted.answer)
-        said = f"When{a} and{b} went to the store,{b} gave a drink to"
-        assert tokenizer.decode(clean.left) == said
-    with pytest.raises(UserError, match="16 English names"):        # of one token: here are none
-        tasks.examples("names", pieces, 1, seed=0)
+def test_names_asks_for_the_one_who_has_not_come_back(tmp_path):
+    english = make_pieces(tmp_path, tasks.NAMES + LOWER)
+    tokenizer = english.tokenizer
+    lines = tasks.examples("names", english, 600, seed=0)
+    assert len({tuple(line.tokens) for line in lines}) >= 300
+    for line in lines[:20]:
+        assert line.place == len(line.tokens) - 1
+        a = tokenizer.decode(line.tokens[-1])
+        b = tokenizer.decode(line.corrupted[-1])
+        start = f"When{a} and{b} went to the store,"
+        assert tokenizer.decode(line.tokens) == f"{start}{b} gave a drink to{a}"
+        assert tokenizer.decode(line.corrupted) == f"{start}{a} gave a drink to{b}"
 
 
 def test_a_tokenizer_without_words_cannot_pose_the_tasks():

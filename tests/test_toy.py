@@ -1,7 +1,10 @@
 """The toy: an ordinary model folder, the same weights on any number of processes, killed or not."""
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,15 @@ from safetensors.torch import load_file
 
 import data
 import toy
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A little real text, in place of the session's."""
+    folder = tmp_path_factory.mktemp("text")
+    for file in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-b]*.py")):
+        shutil.copy(file, folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +53,10 @@ def test_it_is_an_ordinary_model_folder(folder, text, capsys):
     tokenizer = AutoTokenizer.from_pretrained(folder / "toy")
     assert len(tokenizer) == model.config.vocab_size == 512
     rows = data.Tokens(folder / "data", "val", 32).windows(512)
-    losses = [model(ids[None], labels=ids[None]).loss.item() for ids in rows]
-    assert sum(losses) / len(losses) == pytest.approx(result["val_loss"], rel=1e-5)
+    loss = model(rows, labels=rows).loss.item()
+    assert loss == pytest.approx(result["val_loss"], rel=1e-5)
+    code = "import os\n\ndef f(x):\n\treturn x + 1  # é\n"
+    assert tokenizer.decode(tokenizer(code)["input_ids"]) == code
     assert result["parameters"] == sum(p.numel() for p in model.parameters())
     assert not (folder / "toy" / "state.pt").exists()
 
