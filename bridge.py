@@ -410,6 +410,7 @@ def main(argv):
     stop.done()
 
     # The result: rank 0 alone loads the whole backbone
+    seconds = clock.seconds()
     val_loss = validate(lm, ema, layer, held_out[:64], cfg, world)
     if not world.main:
         return world.barrier()
@@ -421,7 +422,7 @@ def main(argv):
     measured = {str(calls): measure(lm, ema, layer, held_out, calls, cfg) for calls in nfes}
     return show(run.finish({
         **info, "val_loss": val_loss, "parameters": count(bridge), "steps": cfg.steps,
-        "seconds": clock.seconds(), "nfe": measured}))
+        "seconds": seconds, "nfe": measured}))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,12 @@
     python circuits.py --seed 1 --out out/again         # other prompts
     python circuits.py --tasks opening --k 100 --out out/opening
 
+The default models are a toy that learned the tasks, and its conversion. run_all.sh makes them with
+
+    python data.py --tasks 0.8 --max_tokens 1200000 --out out/tasks/data
+    python toy.py --preset tasks --tasks 0.8 --out out/tasks/toy
+    python repr_align.py --preset tasks --model out/tasks/toy --align_weight 0 --out out/tasks/w0
+
 Two circuits are compared by the Jaccard index of their k strongest edges (core/attribution.py), on
 prompts of core/tasks.py that all compared models solve. The index needs a scale:
 

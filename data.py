@@ -78,7 +78,8 @@ def text_files(path):
     """The readable files of a folder, in a fixed order. A file given by name is always taken."""
     if path.is_file():
         return [path]
-    return sorted(file for file in path.rglob("*") if file.suffix.lower() in ENDINGS)
+    return sorted(file for file in path.rglob("*")
+                  if file.suffix.lower() in ENDINGS and file.is_file())
 
 
 def places(source):

@@ -71,7 +71,7 @@ def read_runs(runs):
     bases = {result["base"] for folder, result in results.items() if folder != "circuits"}
     if len(bases) != 1:
         raise UserError(f"{runs} holds finished runs of {len(bases)} base models instead of one; "
-                        "start with: bash run_all.sh")
+                        "delete the stale folders, if any, then: bash run_all.sh")
     return results
 
 
@@ -89,12 +89,12 @@ def locate(results, cfg):
     best = result["best_layer"]
     layers = result["layers"]
     choices = [variant["best_layer"] for variant in result["variants"]]
-    depth = result["trivial"][0]["spearman_with_score"]
+    depth = -result["trivial"][0]["spearman_with_score"]       # that of minus the layer
     findings = [
         f"The geometry score chooses layer {best} of {len(layers)} candidates, and does so in "
         f"{layers[best - 1]['chosen']:.0%} of the bootstrap resamples.",
         f"{choices.count(best)} of {len(choices)} variants of its constants choose that layer. The "
-        f"score's rank correlation with depth alone is {depth:.2f}."]
+        f"score's rank correlation with depth is {depth:+.2f}."]
     return findings, layers, "layer score score_low score_high curvature stiffness effective_rank"
 
 
@@ -121,10 +121,11 @@ def replace(results, cfg):
 def generate(results, cfg):
     rows = results["generate"]["rows"]
     real = results["generate"]["real"]["gen_ppl"]
-    columns = "method seed calls matched tokens_per_s"
+    columns = "method seed calls gen_ppl_at_real_entropy tokens_per_s"
     ours = {}                                           # {(method, calls): log gen-PPL by seed}
     theirs = {}
     for row in rows:
+        row["gen_ppl_at_real_entropy"] = row["matched"]
         if row["matched"] is not None:                  # it reaches the entropy of real text
             methods = theirs if row["layer"] is None else ours
             logs = methods.setdefault((row["method"], row["calls"]), [])
@@ -144,22 +145,38 @@ def generate(results, cfg):
     return findings, rows, columns
 
 
+def describe(arm):
+    """The flags by which an arm of CONVERT differs from plain conversion, in words."""
+    words = []
+    if arm["attention"] == "block":
+        words.append(f"token blocks of {arm['block_size']} in {arm['context']} context")
+    if arm["align_weight"] > 0:
+        words.append(f"alignment of hidden states (w = {arm['align_weight']:g})")
+    if arm["ar_weight"] > 0:
+        words.append(f"the next-token loss (weight {arm['ar_weight']:g})")
+    return " and ".join(words)
+
+
 def convert(results, cfg):
-    rows = {}
-    for name, result in converted(results).items():
+    rows = []
+    for name, result in results["convert"].items():
         bound, error = result["bound"]
-        rows[name] = {**result, "arm": name, "bound": bound, "error": error}
-    rival = rows["w0"]
-    findings = [f"After {rival['steps']} steps without alignment, -log p of held-out text is at "
-                f"most {rival['bound']:.3f} nats a token."]
-    names = {"w10": "Alignment of hidden states", "block": "Conversion by token blocks"}
-    for arm, name in names.items():
-        if arm in rows:
-            bound = rows[arm]["bound"]
-            words = verdict(paired([bound], [rival["bound"]]), cfg.margin, "nats")
-            findings.append(f"{name}: at most {bound:.3f}; against w0 {words}.")
-    columns = "arm attention align_weight steps bound error seconds"
-    return findings, list(rows.values()), columns
+        rows.append({**result, "arm": name, "bound": bound, "error": error})
+    rows.sort(key=describe)                             # plain conversion comes first
+    findings = []
+    for arm in rows:
+        words = describe(arm)
+        sentence = (f"After {arm['steps']} steps with {words or 'no alignment'}, -log p of "
+                    f"held-out text is at most {arm['bound']:.3f} nats a token ({arm['arm']})")
+        rivals = [rival for rival in rows
+                  if not describe(rival) and rival["steps"] == arm["steps"]]
+        if words and rivals:
+            gap = arm["bound"] - rivals[0]["bound"]
+            sentence += f": {gap:+.3f} against plain conversion ({rivals[0]['arm']})"
+        findings.append(f"{sentence}.")
+    if len(rows) > 1:
+        findings.append("Each was trained once, so which of them is better is not known.")
+    return findings, rows, "arm attention context ar_weight align_weight steps bound error"
 
 
 def compare(results, cfg):
@@ -171,24 +188,25 @@ def compare(results, cfg):
     for name in analysed:
         overlap = dict(tasks[name]["overlap"])
         untrained = mean(overlap.pop("untrained")["ar"])
-        prompts = mean(overlap.pop("AR")["prompts"])
+        prompts = overlap.pop("AR")["prompts"]
+        floor = f"{mean(prompts):.2f}" if prompts else "not measured (one set)"
         for kind, values in overlap.items():
             findings.append(
                 f"On {name} the circuit of {kind} has overlap (Jaccard) {mean(values['ar']):.2f} "
                 f"with that of the AR model; before training it has {untrained:.2f}, and the AR "
-                f"model on other prompts {prompts:.2f}.")
+                f"model on other prompts {floor}.")
     return findings, [{"task": name, **task["solved"]} for name, task in tasks.items()], ""
 
 
 def cost(results, cfg):
     rows = results["measured"]
     intact = rows[0]["ms"]
-    bits = [f"{row['model']} {row['bits']:.3f}" for row in rows]
-    ratios = [f"{row['model']} {row['ms'] / intact:.2f}" for row in rows[1:]]
+    bits = [f"{row['model']}: {row['bits']:.3f}" for row in rows]
+    ratios = [f"{row['model']}: {row['ms'] / intact:.2f}" for row in rows[1:]]
     findings = [
-        "Bits per byte of held-out text (an upper bound for converted models): "
-        f"{', '.join(bits)}.",
-        f"Time a token, as a multiple of the intact model's {intact:.1f} ms: {', '.join(ratios)}."]
+        "Bits per byte of held-out text (an upper bound for converted models). "
+        f"{'; '.join(bits)}.",
+        f"Time a token in units of the intact model's {intact:.1f} ms. {'; '.join(ratios)}."]
     return findings, rows, ""
 
 
@@ -201,7 +219,7 @@ SECTIONS = {
     "LOCATE": (locate, ["geometry"]),
     "REPLACE": (replace, ["bridge", "regression"]),
     "GENERATE": (generate, ["generate"]),
-    "CONVERT": (convert, ["convert/w0", "convert/w10", "convert/block"]),
+    "CONVERT": (convert, ["convert"]),
     "COMPARE": (compare, ["circuits"]),
     "COST": (cost, ["measured"]),
     "HARNESS": (harness, ["harness"])}
@@ -220,10 +238,10 @@ def copy_figures(runs, folders, out):
     """Copy the stages' figures into `out`. Returns the Markdown that shows them."""
     links = []
     for folder in folders:
-        for file in sorted((runs / folder).glob("*.png")):
-            name = f"{folder.replace('/', '_')}_{file.name}"
+        for file in sorted((runs / folder).rglob("*.png")):
+            name = "_".join(file.relative_to(runs).parts)
             shutil.copy(file, out / name)
-            links.append(f"![{folder}]({name})")
+            links.append(f"![{name}]({name})")
     return "\n".join(links)
 
 
@@ -237,6 +255,7 @@ def overview(rows, path):
             for row in rows.get(section, []):
                 ax.plot(row[value], str(row[label]), "o")
             ax.set(title=section, xlabel=value, ylabel=label)
+            ax.locator_params("x", nbins=4)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -356,11 +375,12 @@ def main(argv):
     asked = f"{[backbone.identity(runs / folder) for folder in results]} {cfg}"
     file = out / "result.json"
     own = {}
-    if file.exists() and read_json(file)["asked"] == asked:
+    if file.exists() and read_json(file).get("asked") == asked:
         own = read_json(file)["own"]
     elif "bridge" in results:
         own = measure(cfg, runs, results, world, dtype)
     results |= own
+    results["convert"] = converted(results)
 
     # 2. The report: findings first, then a section a stage
     findings = []
@@ -374,7 +394,7 @@ def main(argv):
     overview(rows, out / "figure.png")
     bullets = "\n".join(f"- {finding}" for finding in findings)
     text = "\n\n".join(["# Where should diffusion enter a language model?", bullets,
-                        "![LOCATE, REPLACE, CONVERT](figure.png)", *texts])
+                        "![LOCATE, REPLACE, CONVERT](figure.png)", *filter(None, texts)])
     write_text(out / "report.md", text + "\n")
     result = {"findings": findings, "own": own, "asked": asked, **provenance(world)}
     write_json(file, result)

@@ -35,7 +35,7 @@ import data
 import hybrid
 from core import backbone, masked, report
 from core.common import UserError, entry, generator, normal, parse, pick_dtype, setup
-from core.run import Run, finished, read_json
+from core.run import Run, finished, read_json, recorded
 
 COLDEST = 0.4       # limits of the search over temperatures
 HOTTEST = 4.0
@@ -392,6 +392,8 @@ def figure(result, path):
 # Main
 
 def choose(cfg):
+    if not cfg.bridges:
+        raise UserError("--bridges is empty; train one with: python bridge.py --generate")
     if cfg.preset != "auto":
         return cfg.preset
     return backbone.preset_of("", cfg.out, cfg.bridges[0])
@@ -402,12 +404,14 @@ def check(cfg):
     remedy = "train it (bridge.py --generate, repr_align.py), or leave it out"
     results = {folder: read_json(Path(folder) / "result.json", remedy)
                for folder in cfg.bridges + cfg.converted}
-    if len({result["base"] for result in results.values()}) > 1:
+    for folder in results:
+        recorded(folder)                                # refuses a folder of the second edition
+    if len({result.get("base") for result in results.values()}) > 1:
         raise UserError("these --bridges and --converted models were made from several backbones; "
                         "compare those of one")
     for folder in cfg.bridges:
-        if results[folder]["visible"] == "full":
-            raise UserError(f"the bridge in {folder} was trained with all tokens known, so it "
+        if results[folder].get("visible", "full") == "full":
+            raise UserError(f"{folder} holds no bridge that was trained with hidden tokens, so it "
                             "cannot write; train one with: python bridge.py --generate")
     return results
 
@@ -453,7 +457,8 @@ def main(argv):
                    "tokens_per_s": tokens_per_second(write, prompts[:1], cfg.new),
                    "texts": tokenizer.batch_decode(written)}
             rows.append(row)
-            run.say(f"{row['method']}: gen-PPL at real entropy {row['matched']}")
+            shown = "not reached" if row["matched"] is None else f"{row['matched']:.1f}"
+            run.say(f"{row['method']}: gen-PPL at real entropy {shown}")
 
     # 3. Report
     result = {**identity, "rows": rows, "real": real}

@@ -344,6 +344,7 @@ def main(argv):
     torch.set_float32_matmul_precision("highest")       # TF32 would blur distances of neighbours
     dtype = pick_dtype(cfg, world.device)
     model = backbone.resolve(cfg.model, cfg.out)
+    backbone.read_config(model, cfg.seq_len)            # refuses what is longer than the model
     identity = {"base": backbone.identity(model)}
     result = finished(cfg, identity)
     if result:

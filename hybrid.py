@@ -8,7 +8,7 @@
     model = AutoModelForCausalLM.from_pretrained("out/hybrid")          # generate() works as usual
 
 The bridge (core/diffusion.py) takes the place of blocks 1..l. The model is saved, loaded again and
-then measured, with the same numbers as bridge.py.
+then measured as bridge.py measures.
 
 Writes config.json, bridge.safetensors, bridge.json, the tokenizer and result.json. The upper blocks
 and the head are not copied: they stay in the folder of the base model.
@@ -47,7 +47,7 @@ class Config:
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the upper blocks; auto: bf16 on a GPU
     seq_len: int = 128          # tokens a sequence
     eval_batches: int = 512     # held-out sequences
-    skip = 4                    # first positions, attention sinks, are not measured
+    skip = 4                    # no flag: the first positions, attention sinks, are not measured
 
 
 PRESETS = {
@@ -205,8 +205,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         """Load a saved hybrid. `base_model` says where the base is now, if it moved."""
         config = config or HybridConfig.from_pretrained(folder)
         config.base_model = base_model or config.base_model
-        name = str(dtype).removeprefix("torch.")
-        dtype = getattr(torch, name, torch.float32)     # "auto" and None stand for fp32
+        dtype = backbone.as_dtype(dtype)                # "auto" and None stand for fp32
         library.setdefault("attn_implementation", config._attn_implementation)
         for name in ("attn_implementation", "device_map", "quantization_config", "torch_dtype"):
             assert not library.get(name), f"a hybrid has no {name}; it takes device and dtype"
@@ -280,8 +279,9 @@ def load_tokenizer(model):
 
 def choose(cfg):
     """The name of the preset."""
-    size = backbone.preset_of("", cfg.out, cfg.bridge)
-    return size if cfg.preset == "auto" else cfg.preset
+    if cfg.preset != "auto":
+        return cfg.preset
+    return backbone.preset_of(cfg.model, cfg.out, "" if cfg.model else cfg.bridge)
 
 
 def show(result):

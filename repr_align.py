@@ -367,7 +367,8 @@ def main(argv):
     shards, _ = data.shards_beside(cfg, tokenizer, world)
     train = data.Tokens(shards, "train", cfg.seq_len)
     if cfg.train_tokens:
-        train.n = max(1, (cfg.train_tokens - cfg.seq_len) // (cfg.seq_len + 1))
+        count = (cfg.train_tokens - cfg.seq_len) // (cfg.seq_len + 1)
+        train.n = min(train.n, max(1, count))
     held_out = data.Tokens(shards, "val", cfg.seq_len).windows(cfg.eval_batches)
     held_out = held_out[:, :-1].to(world.device)                                # (N, T)
     student, teacher = load_models(cfg, model, tokenizer, world, dtype)

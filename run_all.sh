@@ -62,4 +62,4 @@ fi
 stage "EVALUATE: the report"
 python evaluate.py --preset "$PRESET" --runs "$OUT" --out "$OUT/evaluate"
 
-printf '\nDone. Open %s: ten findings, then a section for every stage.\n' "$OUT/evaluate/report.md"
+printf '\nDone. Open %s: the findings, then a section for every stage.\n' "$OUT/evaluate/report.md"

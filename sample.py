@@ -25,7 +25,7 @@ import torch
 
 from core import masked
 from core.common import UserError, entry, generator, parse, pick_dtype, setup
-from core.run import atomic, nearby, read_json
+from core.run import atomic, nearby, read_json, recorded
 from generate import generate_blocks, hybrid, token_prior
 
 
@@ -40,7 +40,7 @@ class Config:
     top_p: float = 1.0          # sample from the most likely tokens that hold this probability
     seed: int = 0               # every random number is a function of it
     # diffusion
-    steps: int = 0              # network calls (0: 4 a token block, or 32 for all masks)
+    steps: int = 0              # network calls a token, token block or text (0: its own, 4, 32)
     block_size: int = 0         # tokens that a bridge samples together (0: 32)
     refinements: int = 14       # of each token block
     # output
@@ -58,6 +58,7 @@ class Config:
 @torch.no_grad()
 def write_tokens(model, ids, cfg, watch):
     """One token after another, until an end token."""
+    model.set_nfe(cfg.steps or model.config.nfe)
     ends = model.generation_config.eos_token_id
     if not isinstance(ends, list):
         ends = [ends]
@@ -150,6 +151,7 @@ def load(folder, device, dtype):
         write = write_blocks if model.net.config.generates else write_tokens
         return model, hybrid.load_tokenizer(model), write
     read_json(folder / "result.json", "run hybrid.py, bridge.py --generate or repr_align.py")
+    recorded(folder)                                    # refuses a folder of the second edition
     return *masked.load_converted(folder, device, dtype), write_masks
 
 
@@ -162,16 +164,18 @@ def main(argv):
 
     prompt = tokenizer(cfg.prompt)["input_ids"] or [tokenizer.eos_token_id]
     suffix = tokenizer(cfg.suffix, add_special_tokens=False)["input_ids"]
-    length = len(prompt) + cfg.new + len(suffix)
-    if length > model.lm.config.max_position_embeddings:
-        raise UserError(f"prompt, --new and --suffix are {length} tokens: more than the model has "
-                        "positions; shorten one")
+    room = model.lm.config.max_position_embeddings - len(prompt) - len(suffix)
+    if not 1 <= cfg.new <= room:
+        raise UserError(f"--new {cfg.new} must lie in 1..{room}: prompt, --new and --suffix share "
+                        "the positions of the model")
     if write is write_masks:
         prompt += [model.mask_id] * cfg.new + suffix
+    elif suffix:
+        raise UserError(f"{cfg.model} is no converted model, so it cannot see a --suffix")
     ids = torch.tensor([prompt], device=world.device)                           # (1, T)
     screen = Screen(tokenizer, cfg.show)
     text = tokenizer.decode(write(model, ids, cfg, screen)[0])
-    print()
+    print("" if cfg.show else text[len(screen.printed):])   # half a character at the end
     if cfg.gif:
         film(cfg.gif, screen.steps)
     return text

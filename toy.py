@@ -137,7 +137,7 @@ def main(argv):
             run.progress(done, cfg.steps, clock, cfg.batch_size * cfg.seq_len, flops,
                          loss=loss, gnorm=norm)
         leaving = stop.poll()
-        if leaving or done % cfg.save_every == 0:
+        if leaving or done % cfg.save_every == 0 or done == cfg.steps:
             run.save(done, clock, [model], optimizers)
         if leaving:
             run.leave(done)

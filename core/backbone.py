@@ -207,7 +207,7 @@ class Backbone(nn.Module):
             logits = self.model(inputs_embeds=normed).logits
         finally:
             del self.stack.forward                      # uncovers the forward of the class
-        return logits.unflatten(1, normed.shape[:-1])[0]
+        return logits.reshape(*normed.shape[:-1], logits.shape[-1])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -290,10 +290,11 @@ def check_wide(lm):
 
 
 def trim(cache, length):
-    """Drop all but the first `length` tokens of a transformers cache."""
+    """Drop all but the first `length` tokens of a transformers cache. Layers without keys stay."""
     for layer in cache.layers:
-        layer.keys = layer.keys[..., :length, :]
-        layer.values = layer.values[..., :length, :]
+        if getattr(layer, "keys", None) is not None:
+            layer.keys = layer.keys[..., :length, :]
+            layer.values = layer.values[..., :length, :]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -305,8 +306,7 @@ def resolve(model, out):
     if model == "toy":
         folder = nearby(out, "toy").resolve()
         if not (folder / "result.json").exists():
-            raise UserError(f"there is no finished model in {folder}; "
-                            f"make it with: python toy.py --out {folder}")
+            raise UserError(f"there is no toy model near {out}; make it with: python toy.py")
     elif not folder.exists():
         return model                                    # a Hub id
     result = folder / "result.json"

@@ -217,6 +217,7 @@ def setup(device="auto"):
     """Join the processes that torchrun started, if any, and pick this process's device."""
     rank = int(os.environ.get("RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
+    pick(dict.fromkeys(["auto", "cpu", "cuda"]), device.split(":")[0], "--device")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():

@@ -256,6 +256,7 @@ def fill(model, ids, is_mask, steps, temperature=0.8, seed=0, order="confidence"
 @torch.no_grad()
 def fill_steps(model, ids, is_mask, steps, temperature, seed, order, top_p):
     """Yield (ids, is_mask) after every network call of `fill`."""
+    assert not is_mask[:, 0].any(), "the first token must be visible: no state predicts it"
     T = ids.shape[1]
     ids = ids.clone()
     is_mask = is_mask.clone()
@@ -326,6 +327,7 @@ def likelihood(model, ids, calls=64, seed=0, given=1, key=0):
     Sum over token blocks of -log p(block | text before) <= E_k [N/k * CE of k masked tokens], k
     uniform on 1..N and the k tokens a uniform subset: the exact mask-count form of the masked
     diffusion ELBO (Ou et al. 2024; Nie et al. 2025, equation 6). `calls` is even and at least 4."""
+    assert calls >= 4 and calls % 2 == 0, "calls must be an even number, at least 4"
     T = len(ids)
     size = model.arm.size(T)
     starts = range(given - given % size, T, size)
@@ -350,7 +352,8 @@ def masked_ce(model, ids, weight):
     logits = model.logits(model.predict(rows, weight > 0))                      # (n, T-1, V)
     log_p = logits.log_softmax(-1)
     ce = -log_p.gather(-1, rows[:, 1:, None])[..., 0]                           # (n, T-1)
-    return (ce.double() * weight[:, 1:]).sum(1).cpu()
+    weight = weight[:, 1:]
+    return (ce.double() * weight).masked_fill(weight == 0, 0).sum(1).cpu()  # CE can be infinite
 
 
 def text_likelihood(model, windows, calls, seed=0):
@@ -388,8 +391,10 @@ class ConvertedForCausalLM(PreTrainedModel):
     def save_pretrained(self, *_, **__):
         raise NotImplementedError("copy the folder that repr_align.py wrote")
 
-    def forward(self, input_ids, **_):
-        """Logits (B, T-1, V). Those at i predict token i + 1."""
+    def forward(self, input_ids, attention_mask=None):
+        """Logits (B, T-1, V) of whole texts. Those at i predict token i + 1. Padding is refused,
+        and so are labels: the loss of a masked model is no next-token loss."""
+        assert attention_mask is None or attention_mask.all(), "texts must have one length"
         normed = self.student.predict(input_ids, input_ids == self.student.mask_id)
         return CausalLMOutput(logits=self.student.logits(normed))
 
@@ -399,6 +404,8 @@ class ConvertedForCausalLM(PreTrainedModel):
         assert attention_mask is None or attention_mask.all(), "prompts must have one length"
         mask_id = self.student.mask_id
         ids = F.pad(input_ids, (0, max_new_tokens), value=mask_id)
+        positions = self.student.lm.config.max_position_embeddings
+        assert ids.shape[1] <= positions, f"the model has only {positions} positions"
         steps = steps or max_new_tokens
         return fill(self.student, ids, ids == mask_id, steps, **sampling)
 

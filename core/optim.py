@@ -153,8 +153,8 @@ def step_all(optimizers, share, norm=0.0, where=""):
     """One step at this share of the peak rates, then zero the gradients. `norm` is the gradient's:
     where it is not finite, every process stops before anything is changed."""
     if not math.isfinite(norm):
-        raise UserError(f"the loss or its gradient is not finite at {where}; lower --lr and "
-                        "--lr_adam and run again (the last state is kept)")
+        raise UserError(f"the loss or its gradient is not finite at {where}; start anew with lower "
+                        "--lr and --lr_adam in another --out")
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group.setdefault("peak_lr", group["lr"]) * share

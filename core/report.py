@@ -38,7 +38,9 @@ def table(columns, rows):
 def cell_text(cell):
     if cell is None:
         return "-"
-    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+    if isinstance(cell, float):
+        return f"{cell:.4g}" if abs(cell) < 10_000 else f"{cell:.0f}"
+    return str(cell)
 
 
 @contextlib.contextmanager

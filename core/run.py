@@ -222,7 +222,11 @@ class Run:
         """Load state.pt, if there is one. Returns the state: step, seconds and what `save` got."""
         if not (self.out / "state.pt").exists():
             return {"step": 0, "seconds": 0.0}
-        state = torch.load(self.out / "state.pt", map_location="cpu", weights_only=True, mmap=True)
+        file = self.out / "state.pt"
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except Exception:               # torch, pickle and zip have an error each for it
+            raise UserError(f"{file} is damaged; delete it to start this run again") from None
         parts = [*modules, *optimizers]
         for part, saved in zip(parts, state["modules"] + state["optimizers"], strict=True):
             part.load_state_dict(saved)

@@ -10,10 +10,11 @@ Folders whose flags differ in --seed alone are one variant. Each variant is comp
 one, over the seeds that both have: a paired difference and its 95% interval.
 """
 from dataclasses import dataclass
+from pathlib import Path
 
-from core.common import UserError, entry, parse
+from core.common import UserError, entry, parse, pick
 from core.report import paired, plus_minus, table, verdict
-from core.run import FREE, read_json
+from core.run import FREE, read_json, recorded
 
 
 @dataclass
@@ -32,7 +33,7 @@ HIGHER_IS_BETTER = {"agree", "solved", "accuracy", "tokens_per_s"}
 def read_run(folder):
     """{settings, seed, result} of a finished run."""
     result = read_json(f"{folder}/result.json", "finish that run first")
-    record = read_json(f"{folder}/config.json")["dihal"]
+    record = recorded(folder)
     identity = dict(record["identity"])
     base = identity.pop("base", "")                     # one seed of two base models: two pairs
     settings = {**record["config"], **identity}
@@ -94,10 +95,10 @@ def main(argv):
         argv = ["--runs", *argv]
     cfg = parse(Config, argv, __doc__)
     variants = group([read_run(folder) for folder in cfg.runs])
-    rival = variants[0]
+    variant_of = {}                                     # a folder, without the shell's last slash
     for variant in variants:
-        if cfg.against in [run["folder"] for run in variant]:
-            rival = variant
+        variant_of |= dict.fromkeys([Path(run["folder"]) for run in variant], variant)
+    rival = pick(variant_of, Path(cfg.against or cfg.runs[0]), "--against")
     keys = cfg.keys
     for mark, stage_keys in STAGE_KEYS.items():
         if not keys and mark in rival[0]["result"]:

@@ -2,34 +2,38 @@
 
     python -m studies.sweep                             # the toy: 42 bridges, 25 minutes on 2 cores
     python -m studies.sweep --layers 1 4 7 --seeds 1 --steps 100 --out out/look
-    python -m studies.sweep --model out/smollm2 --layers 1 5 12 20 --seeds 2 --out out/smollm2/sweep
+    python -m studies.sweep --model HuggingFaceTB/SmolLM2-135M --seeds 1 --out out/smollm2/sweep
 
 At every layer the same network sees the same text for the same number of steps. A bridge is an
 ordinary run of bridge.py in --out/lLAYER_OBJECTIVE_sSEED, so an interrupted sweep resumes. The
 predictors are the score, its variants, single proxies, and rivals without geometry: depth, norm and
 distance from h[0]. A predictor is good if it orders the layers as -KL and -FVU of the trained
-bridges do.
+bridges do. The floor of every layer is a table of mean states, one a token.
 
 Writes result.json and sweep.png.
 
-Shapes: C swept layers.
+Shapes: C swept layers, N sequences, T tokens.
 """
 from dataclasses import dataclass
 from itertools import product
+from typing import Literal
 
 import numpy as np
+import torch
 
 import bridge
+import data
 import geometry
 from core import backbone, report
 from core.common import UserError, entry, parse, setup
+from core.diffusion import Bridge, BridgeConfig
 from core.run import Run, finished
 
 
 @dataclass
 class Config:
     # model, text, output
-    preset: str = "auto"        # of geometry.py and bridge.py
+    preset: Literal["auto", "tiny", "toy", "135m", "0.6b", "8b"] = "auto"  # of the runs inside
     model: str = "toy"          # toy (the folder next to --out), a model folder or a Hub id
     data: str = "stdlib"        # see data.py
     out: str = "out/sweep"      # run folder; the bridges' folders are inside
@@ -42,7 +46,10 @@ class Config:
 
 BATCH_SIZE = 8                      # sequences a step of a bridge
 OBJECTIVES = ("diffusion", "regression")
+TABLE = "token means"               # the floor
 ERRORS = ("kl", "fvu")              # of a bridge; low is good
+SEQ_LEN = 128                       # tokens a sequence of the table's text
+TABLE_TEXT = 1024                   # sequences from which token means are counted
 
 
 # -------------------------------------------------------------------------------------------------
@@ -65,6 +72,22 @@ def train(cfg, model, layer, objective):
         for name in ERRORS:
             errors[name].append(measured[name])
     return errors
+
+
+def token_means(lm, layer, ids, held_out):
+    """The errors of a table that knows the mean state of every token, counted on half of ids
+    (N, T).
+
+    It is a bridge without blocks whose linear map copies the token's mean."""
+    table = Bridge(BridgeConfig(D=lm.D, W=32, depth=0, H=1, V=lm.V, objective="regression",
+                                head_start="tokens"))
+    table.to(ids.device).requires_grad_(False)
+    cfg = bridge.Config()
+    bridge.set_units(lm, table, layer, ids, cfg.skip)
+    table.ridge.zero_()
+    table.ridge[:, lm.D:].fill_diagonal_(1.0)
+    measured = bridge.measure(lm, table, layer, held_out, 1, cfg)
+    return {name: [measured[name]] for name in ERRORS}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -99,7 +122,7 @@ def correlation(values, depth, errors):
 # Table, figure, main
 
 def show(result):
-    kinds = list(product(ERRORS, OBJECTIVES))
+    kinds = list(product(ERRORS, [*OBJECTIVES, TABLE]))
     columns = [f"{error}, {objective}" for error, objective in kinds]
     cells = []
     for row in result["layers"]:
@@ -119,9 +142,10 @@ def plot(result, path):
     rows = result["layers"]
     layers = [row["layer"] for row in rows]
     with report.figure(path, width=5) as ((ax,),):
-        for objective, color in zip(OBJECTIVES, (report.BLUE, report.GREY)):
-            kl = [row[objective]["kl"] for row in rows]                         # (C, seeds)
-            ax.plot(layers, np.mean(kl, 1), "o-", color=color, label=objective)
+        colors = {"diffusion": report.BLUE, "regression": report.GREY, TABLE: report.YELLOW}
+        for kind, color in colors.items():
+            kl = [row[kind]["kl"] for row in rows]                              # (C, seeds)
+            ax.plot(layers, np.mean(kl, 1), "o-", color=color, label=kind)
             ax.fill_between(layers, np.min(kl, 1), np.max(kl, 1), color=color, alpha=0.2)
         ax.axvline(result["best_layer"], color=report.RED, label="chosen by the score")
         ax.set(xlabel="layer", ylabel="KL in nats (lower is better)", yscale="log", xticks=layers)
@@ -132,7 +156,7 @@ def main(argv):
     cfg = parse(Config, argv, __doc__)
     world = setup()
     model = backbone.resolve(cfg.model, cfg.out)
-    identity = {"base": backbone.identity(model)}
+    identity = {"base": backbone.identity(model), "preset": cfg.preset}
     result = finished(cfg, identity)
     if result:
         show(result)
@@ -144,11 +168,15 @@ def main(argv):
     run = Run(cfg, world, identity)
 
     # 1. The predictors, and the errors at every layer
+    lm = backbone.load(model, world.device, torch.float32)
+    shards, _ = data.shards_beside(cfg, backbone.load_tokenizer(model), world)
+    ids = data.Tokens(shards, "train", SEQ_LEN).windows(TABLE_TEXT)[:, :-1].to(world.device)
+    held_out = data.Tokens(shards, "val", SEQ_LEN).windows(512).to(world.device)
     located = geometry.main(flags(cfg, model, f"{cfg.out}/geometry"))
     values = predictors(located, layers)
     rows = []
     for layer, score in zip(layers, values["default"]):
-        row = {"layer": layer, "score": score}
+        row = {"layer": layer, "score": score, TABLE: token_means(lm, layer, ids, held_out)}
         for objective in OBJECTIVES:
             row[objective] = train(cfg, model, layer, objective)
         rows.append(row)

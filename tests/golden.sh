@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-REV=${REV:-d080e9e}
+REV=$(git rev-parse --short=7 "${REV:-d080e9e}")      # HEAD moves; a kept old side does not
 WORK=${WORK:-$PWD/out/golden/$REV}
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 mkdir -p "$WORK"

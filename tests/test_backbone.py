@@ -114,6 +114,20 @@ def test_two_copies_of_a_text_in_one_pass(family):
     assert torch.allclose(both[:, T:], plain, atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_the_head_of_one_state_and_the_cache_of_one_layer():
+    from transformers import DynamicCache
+    lm = backbone.Backbone(tiny_model("llama"))
+    normed = lm.norm(backbone.states(lm, IDS))                                  # (B, T, D)
+    one = lm.unnormed_head(normed[0, 3])
+    assert torch.allclose(one, lm.unnormed_head(normed)[0, 3], atol=1e-5)       # (V,)
+    assert lm.unnormed_head(normed[:0]).shape == (0, 28, lm.V)
+    cache = DynamicCache()
+    cache.update(normed[:, None], normed[:, None], 1)
+    backbone.trim(cache, 5)                             # layer 0 has no keys
+    assert cache.layers[1].keys.shape == cache.layers[1].values.shape == (2, 1, 5, lm.D)
+
+
 def test_what_cannot_be_cut_is_refused_with_the_reason():
     import transformers
     size = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2)

@@ -38,7 +38,8 @@ def test_variants_over_seeds(tmp_path):
 
 
 def test_another_rival_and_the_keys_of_the_stage(tmp_path):
-    text = compare.main([*arms(tmp_path), "--against", str(tmp_path / "w10_1"), "--margin", "9"])
+    runs = [f"{folder}/" for folder in arms(tmp_path)]          # as a shell completes them
+    text = compare.main([*runs, "--against", str(tmp_path / "w10_1"), "--margin", "9"])
     found = rows(text)
     assert found["align_weight 10"][3] == "-" and found["align_weight 0"][3].startswith("tie")
     assert found["variant"][2::2] == ["bound"]
@@ -66,5 +67,8 @@ def test_seeds_of_two_base_models_are_pairs_of_their_own(tmp_path):
 def test_refusals(tmp_path, capsys):
     runs = arms(tmp_path)
     assert "holds no number agree" in fails(capsys, compare.main, *runs, "--keys", "agree")
+    assert "--against elsewhere is unknown" in fails(capsys, compare.main, *runs, "--against", "elsewhere")
+    write_json(tmp_path / "w0_0" / "config.json", {"dihal": {"config": {}}})
+    assert "by the second edition" in fails(capsys, compare.main, *runs)
     (tmp_path / "empty").mkdir()
     assert "finish that run first" in fails(capsys, compare.main, tmp_path / "empty")

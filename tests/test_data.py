@@ -98,6 +98,7 @@ def test_kinds_of_text(tmp_path):
     (folder / "d.TXT").write_text(("line\n" * 20 + "\n") * 400)  # long text is, at blank lines
     (folder / "e.csv").write_text("id,text\n1,three\n2,four\n")
     (folder / "skip.bin").write_bytes(b"\0\1")
+    (folder / "folder.md").mkdir()                              # no file
     (folder / "z.py").write_text("")                            # an empty file is no document
     texts = list(data.documents(data.resolve(str(folder))))
     assert texts[1:3] == ["one", "two"] and len(texts[3]) == 18000

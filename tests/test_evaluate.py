@@ -33,7 +33,7 @@ def test_locate():
               "trivial": [{"name": "-layer", "spearman_with_score": -1.0}]}
     first, second = said(evaluate.locate, geometry=result)
     assert "chooses layer 2 of 2 candidates, and does so in 75%" in first
-    assert "2 of 3 variants" in second and "depth alone is -1.00" in second
+    assert "2 of 3 variants" in second and "correlation with depth is +1.00" in second
 
 
 @pytest.mark.parametrize("control, words", [
@@ -67,12 +67,23 @@ def test_generate_takes_the_best_rival_at_no_more_calls():
 
 
 def test_convert_and_one_training_is_never_enough():
-    results = {f"convert/{arm}": {"bound": [bound, 0.01], "steps": 120}
-               for arm, bound in (("w0", 5.0), ("w10", 4.9), ("block", 5.2))}
-    first, second, third = said(evaluate.convert, **results)
-    assert "After 120 steps" in first and "at most 5.000" in first
-    assert "Alignment of hidden states: at most 4.900; against w0 not known (-0.1 nats" in second
-    assert "token blocks: at most 5.200" in third
+    """Flags say what an arm is. Its folder is only a name, here one that lies."""
+    plain = {"bound": [5.0, 0.01], "steps": 120, "attention": "bidirectional", "align_weight": 0.0,
+             "block_size": 16, "context": "noisy", "ar_weight": 0.0}
+    aligned = {**plain, "bound": [4.9, 0.01], "align_weight": 10.0}
+    causal = {"bound": [5.2, 0.01], "attention": "block", "context": "causal", "ar_weight": 1.0}
+    arms = {"block": aligned, "w10": plain, "w0": {**plain, **causal}}
+    first, second, third, last = said(evaluate.convert, convert=arms)
+    assert first.startswith("After 120 steps with no alignment, -log p")
+    assert first.endswith("at most 5.000 nats a token (w10).")
+    assert "with alignment of hidden states (w = 10)" in second
+    assert second.endswith("4.900 nats a token (block): -0.100 against plain conversion (w10).")
+    assert "token blocks of 16 in causal context and the next-token loss (weight 1)" in third
+    assert third.endswith("(w0): +0.200 against plain conversion (w10).")
+    assert "is not known" in last
+    longer = {**aligned, "steps": 800}          # trained for other steps: no comparison
+    assert "against" not in said(evaluate.convert, convert={"a": plain, "b": longer})[1]
+    assert len(said(evaluate.convert, convert={"b": longer})) == 1
 
 
 def test_compare():
@@ -84,6 +95,14 @@ def test_compare():
     assert "both solve 1 of 2 tasks (brackets)" in first
     assert "converted, w = 0 has overlap (Jaccard) 0.55" in second
     assert "before training it has 0.75, and the AR model on other prompts 0.85" in second
+    overlap["AR"]["prompts"] = []               # circuits.py --resamples 1
+    assert "on other prompts not measured" in said(evaluate.compare, circuits={"tasks": tasks})[1]
+
+
+def test_names_with_commas_stay_readable():
+    rows = [{"model": "intact", "ms": 2.0, "bits": 1.5}, {"model": "hybrid, NFE 4", "ms": 3.0, "bits": 1.6}]
+    bits, time = said(evaluate.cost, measured=rows)
+    assert bits.endswith("intact: 1.500; hybrid, NFE 4: 1.600.") and time.endswith("hybrid, NFE 4: 1.50.")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -112,7 +131,9 @@ def test_a_report(runs, tmp_path, monkeypatch, capsys):
     assert before.count("\n- ") == len(result["findings"]) >= 9
     names = [section.split("\n")[0] for section in sections]
     assert names[:4] == ["LOCATE", "REPLACE", "GENERATE", "CONVERT"] and names[-1] == "COST"
-    for name in ("figure.png", "geometry_geometry.png", "generate_generation.png"):
+    assert "\n\n\n" not in text
+    for name in ("figure.png", "geometry_geometry.png", "generate_generation.png",
+                 "convert_w0_convert.png", "convert_w10_convert.png"):
         assert (tmp_path / "e" / name).exists() and f"({name})" in text
     measured = {row["model"]: row for row in result["own"]["measured"]}
     assert set(measured) >= {"intact", "hybrid, NFE 1", "converted, w0"}
@@ -139,6 +160,8 @@ def test_stages_that_did_not_run_are_left_out(tmp_path):
         "trivial": [{"name": "-layer", "spearman_with_score": 1.0}]})
     (tmp_path / "geometry" / "geometry.png").write_bytes(b"figure")
     out = tmp_path / "evaluate"
+    out.mkdir()
+    write_json(out / "result.json", {"findings": []})   # of the second edition
     result = evaluate.main(["--preset", "tiny", "--runs", str(tmp_path), "--out", str(out)])
     text = (out / "report.md").read_text()
     assert result["findings"][0].startswith("LOCATE. The geometry score chooses layer 1 of 2")

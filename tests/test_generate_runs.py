@@ -60,7 +60,15 @@ def test_a_method_is_a_function_and_an_entry(argv, tmp_path, monkeypatch):
 def test_refusals(runs, argv, text, tmp_path, capsys):
     argv = [*argv, str(tmp_path / "x")]
     message = fails(capsys, generate.main, *argv, "--bridges", f"{runs}/bridge")
-    assert "trained with all tokens known" in message and "bridge.py --generate" in message
+    assert "trained with hidden tokens" in message and "bridge.py --generate" in message
+    for folder in ("toy", "convert/w0", "hybrid"):              # no bridge, or none that generates
+        message = fails(capsys, generate.main, *argv, "--bridges", f"{runs}/{folder}")
+        assert "hidden tokens" in message or "several backbones" in message
+    assert "--bridges is empty" in fails(capsys, generate.main, *argv, "--bridges")
+    old = shutil.copytree(runs / "convert" / "w0", tmp_path / "old")
+    (old / "config.json").write_text(json.dumps({"dihal": {"config": {}}}))
+    message = fails(capsys, generate.main, *argv, "--converted", str(old))
+    assert "second edition" in message
     other = shutil.copytree(runs / "generator", tmp_path / "other")
     result = json.loads((other / "result.json").read_text())
     (other / "result.json").write_text(json.dumps({**result, "base": "another"}))

@@ -286,6 +286,8 @@ def test_a_small_text_shrinks_the_pool(runs, tmp_path, text):
 def test_what_cannot_be_scored(runs, tmp_path, capsys):
     assert "toy.py" in fails(capsys, geometry.main, "--out", tmp_path / "g")
     argv = ["--preset", "tiny", "--model", f"{runs}/toy", "--out", f"{tmp_path}/g"]
+    longer = fails(capsys, geometry.main, *argv, "--seq_len", "2000")
+    assert "longer than the 1024 positions" in longer
     with pytest.raises(AssertionError, match="skip"):
         geometry.main([*argv, "--skip", "32"])
     two = tiny_model("qwen3", num_hidden_layers=2, layer_types=["full_attention"] * 2)

@@ -386,6 +386,8 @@ def test_refusals(runs, tmp_path, capsys):
     (named / "tokenizer.json").write_text(json.dumps(spec))
     message = fails(capsys, hybrid.main, "--bridge", runs / "bridge", "--model", named, *out)
     assert "is not the one this bridge was trained with" in message
+    cfg = hybrid.Config(model=str(named), bridge=f"{tmp_path}/none")
+    assert hybrid.choose(cfg) == "toy"                          # by --model where it is given
     short = shutil.copytree(runs / "bridge", tmp_path / "short")
     whole = (short / "bridge.safetensors").read_bytes()
     (short / "bridge.safetensors").write_bytes(whole[:len(whole) // 2])

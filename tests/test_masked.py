@@ -249,6 +249,8 @@ def test_token_blocks_are_filled_from_left_to_right(arm):
     ragged = torch.arange(16) >= torch.tensor([[6], [3], [9]])                   # prompts of unequal lengths
     out = fill(s, IDS, ragged, 8)
     assert torch.equal(out[~ragged], IDS[~ragged]) and (out != 63).all()
+    with pytest.raises(AssertionError, match="first token must be visible"):
+        fill(s, IDS, torch.ones_like(hide), 6)
     with pytest.raises(UserError, match="sees nothing after it"):
         fill(s, IDS, hide & (torch.arange(16) < 9), 6)
 
@@ -304,6 +306,18 @@ def test_one_block_is_two_way_and_blocks_of_one_are_autoregressive():
         log_p = torch.log_softmax(logits[0, :-1], -1).gather(-1, IDS[0, 1:, None])
         want = -log_p[given - 1:].sum().item()
         assert masked.likelihood(s, IDS[0], 4, given=given) == (pytest.approx(want, rel=1e-5), 0.0)
+
+
+def test_a_bound_needs_pairs_of_calls_and_visible_masks_do_not_count():
+    s, ids = student(), IDS[0].clone()
+    weight = torch.zeros(1, 16).double()
+    weight[0, 9] = 1
+    assert masked.masked_ce(s, ids, weight) > 0
+    ids[3] = s.mask_id                                                           # its CE is infinite
+    assert masked.masked_ce(s, ids, weight).isfinite()
+    for calls in (2, 5):
+        with pytest.raises(AssertionError, match="even number, at least 4"):
+            masked.likelihood(s, ids, calls)
 
 
 def test_mask_counts_are_uniform():

@@ -118,6 +118,7 @@ def equal(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
+@slow
 def test_two_processes_train_what_one_trains(tmp_path):
     script = tmp_path / "forked.py"
     script.write_text(TRAINING + FORKED)

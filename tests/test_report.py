@@ -12,6 +12,7 @@ from core.report import Gap
 
 def test_table():
     assert report.table(["a", "b"], [[1, None]]) == "| a | b |\n| --- | --- |\n| 1 | - |"
+    assert report.table(["a", "b"], [[0.123456, 17932.4]]).endswith("| 0.1235 | 17932 |")
 
 
 def test_a_figure_is_written_whole_or_not_at_all(tmp_path):

@@ -197,6 +197,12 @@ def test_through_transformers(arms):
     assert torch.allclose(model(input_ids=ids).logits, logits)
     with pytest.raises(AssertionError, match="one length"):
         model.generate(prompts, torch.zeros_like(prompts))
+    with pytest.raises(AssertionError, match="one length"):                      # padding is not ignored
+        model(prompts, attention_mask=torch.zeros_like(prompts))
+    with pytest.raises(TypeError, match="labels"):
+        model(prompts, labels=prompts)
+    with pytest.raises(AssertionError, match="1024 positions"):
+        model.generate(prompts, max_new_tokens=1024)
     with pytest.raises(TypeError, match="device_map"):
         AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")
     with pytest.raises(NotImplementedError, match="copy the folder"):
@@ -231,6 +237,7 @@ def test_alignment_ends_and_text_is_limited(convert, monkeypatch):
     convert("until", "--steps 4 --align_until 2 --micro_batch 2 --train_tokens 200 --eval_batches 1")
     assert taught == [True] * 4 + [False] * 4
     assert max(starts) + 33 <= 200 + 33 and len(set(starts)) > 4
+    convert("more", "--steps 1 --train_tokens 999999999 --eval_batches 1")       # more than there are
 
 
 def test_killed_and_resumed_equals_uninterrupted(arms, convert, monkeypatch):

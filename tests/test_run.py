@@ -100,6 +100,8 @@ def test_lookups_and_devices():
     assert common.pick({"a": 1}, "a", "--x") == 1
     with pytest.raises(UserError, match="--x b is unknown; known are a"):
         common.pick({"a": 1}, "b", "--x")
+    with pytest.raises(UserError, match="--device gpu is unknown"):
+        common.setup("gpu")
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="torch sees no GPU"):
             common.setup("cuda")
@@ -268,6 +270,18 @@ def test_the_state_keeps_what_save_was_given(tmp_path):
     make(cfg)
     started = run.Run(cfg, WORLD, {"base": "b"})
     assert started.resume([torch.nn.Linear(1, 1)], [])["curve"] == [1.0]
+    started.unlock()
+
+
+def test_a_damaged_state_is_a_sentence(tmp_path):
+    cfg = Config(out=str(tmp_path))
+    make(cfg)
+    whole = (tmp_path / "state.pt").read_bytes()
+    started = run.Run(cfg, WORLD, {"base": "b"})
+    for damaged in (b"", b"text", whole[:len(whole) // 2]):
+        (tmp_path / "state.pt").write_bytes(damaged)
+        with pytest.raises(UserError, match="state.pt is damaged; delete it"):
+            started.resume([torch.nn.Linear(1, 1)], [])
     started.unlock()
 
 

@@ -1,4 +1,7 @@
 """sample.py writes with every kind of model, shows its steps and is a function of the seed."""
+import json
+import shutil
+
 import pytest
 import torch
 from conftest import fails
@@ -7,6 +10,8 @@ from PIL import Image
 import generate
 import sample
 from core import masked
+
+set_nfe = generate.hybrid.HybridForCausalLM.set_nfe
 
 
 def write(capsys, runs, folder, *flags):
@@ -91,6 +96,27 @@ def test_the_film_has_a_picture_a_step(runs, capsys, converted, tmp_path):
         assert film.info["duration"] == 2000
 
 
+def test_steps_are_the_calls_of_a_hybrid(runs, monkeypatch):
+    calls = []
+    monkeypatch.setattr(generate.hybrid.HybridForCausalLM, "set_nfe",
+                        lambda self, nfe: calls.append(nfe) or set_nfe(self, nfe))
+    for steps in ("2", "0"):
+        sample.main(["--model", f"{runs}/hybrid", "--new", "1", "--steps", steps])
+    assert calls == [4, 2, 4, 4]                                # when loaded, when used
+
+
+def test_half_a_character_at_the_end_is_printed(runs, capsys, monkeypatch):
+    """Of every kind of text, also one that comes all at once."""
+    def write(model, ids, cfg, watch):
+        ids = torch.cat([ids, ids.new_tensor([tokenizer.convert_tokens_to_ids(["Ã"])])], 1)
+        watch(ids, torch.zeros_like(ids))
+        return ids
+    model, tokenizer, _ = sample.load(runs / "hybrid", "cpu", torch.float32)
+    monkeypatch.setattr(sample, "load", lambda *_: (model, tokenizer, write))
+    text = sample.main(["--model", "x", "--prompt", "a"])
+    assert text == "a\ufffd" and capsys.readouterr().out == text + "\n"
+
+
 def test_half_a_character_waits(capsys):
     """A token may end inside a character: it is printed when the rest has come."""
     class Bytes:
@@ -104,8 +130,17 @@ def test_half_a_character_waits(capsys):
     assert screen.steps == ["a", "a\ufffd", "aä", "aäb"]
 
 
-def test_refusals(runs, capsys, tmp_path):
+def test_refusals(runs, capsys, converted, tmp_path):
     assert "hybrid.py" in fails(capsys, sample.main, "--model", tmp_path / "nothing")
     assert "no converted model" in fails(capsys, sample.main, "--model", runs / "toy")
-    message = fails(capsys, sample.main, "--model", runs / "hybrid", "--new", 10 ** 6)
-    assert "positions" in message
+    for folder, new in (("hybrid", 10 ** 6), (converted, 0), ("generator", 0)):
+        message = fails(capsys, sample.main, "--model", runs / folder, "--new", new)
+        assert "positions" in message and "--new" in message
+    for folder in ("hybrid", "generator"):
+        message = fails(capsys, sample.main, "--model", runs / folder, "--suffix", "x")
+        assert "--suffix" in message
+    for folder in ("hybrid", converted):
+        old = shutil.copytree(runs / folder, tmp_path / folder)
+        (old / "config.json").write_text(json.dumps({"dihal": {"config": {}}}))
+        (old / "bridge.json").unlink(missing_ok=True)           # the second edition had none
+        assert "second edition" in fails(capsys, sample.main, "--model", old)

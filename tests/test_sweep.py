@@ -38,6 +38,7 @@ def test_the_study_runs_and_resumes(runs, tmp_path, text, capsys):
     assert [row["layer"] for row in result["layers"]] == [1, 3]
     for row in result["layers"]:
         assert len(row["diffusion"]["kl"]) == len(row["regression"]["fvu"]) == 1
+        assert row[sweep.TABLE]["kl"][0] > 0 and 0 < row[sweep.TABLE]["fvu"][0] < 1.5
     one = json.loads((tmp_path / "sweep" / "l3_regression_s0" / "result.json").read_text())
     assert result["layers"][1]["regression"]["kl"][0] == one["nfe"]["1"]["kl"]
     depth = [row for row in result["correlations"] if row["predictor"] == "-layer"]
@@ -48,5 +49,7 @@ def test_the_study_runs_and_resumes(runs, tmp_path, text, capsys):
     again = sweep.main(argv)
     assert again["correlations"] == result["correlations"]
     assert "step 0" not in capsys.readouterr().out
+    another = fails(capsys, sweep.main, "--preset", "toy", *argv[2:])
+    assert "preset = tiny there, toy here" in another
     other = ["--model", runs / "toy", "--out", tmp_path / "other"]
     assert "1 to 3" in fails(capsys, sweep.main, *other, "--layers", "1", "4")
