@@ -120,6 +120,7 @@ def read(place, source):
 def rows(path, column, **kwargs):
     """Yield one column of a dataset, streamed: a Hub id, or data_files in a known format."""
     import datasets
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)       # our sentence says it
     dataset = datasets.load_dataset(path, split="train", streaming=True, **kwargs)
     for row in dataset:
         if column not in row:
