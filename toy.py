@@ -55,7 +55,7 @@ class Config:
 PRESETS = {
     "tiny": dict(layers=4, width=32, heads=2, vocab=512, steps=20, batch_size=4, seq_len=32,
                  warmup=5, log_every=10, save_every=10),
-    "tasks": dict(layers=4, width=64, heads=2, tasks=0.8, batch_size=16, seq_len=64),
+    "tasks": dict(layers=4, width=64, heads=2, tasks=0.8, steps=2000, batch_size=16, seq_len=64),
 }
 COOLDOWN = 0.6                  # share of the run in which the rate descends to zero
 WEIGHT_DECAY = 0.1

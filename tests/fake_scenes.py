@@ -199,7 +199,7 @@ def convert_run(folder, rank, *flags, masked=1.0, validates=False):
     def prepare(stack, gpu):
         patch(stack, backbone, save_model=lambda *_, **__: None)
         honest = repr_align.text_likelihood
-        patch(stack, repr_align, sample_masks=partial(repr_align.sample_masks, r=masked),
+        patch(stack, repr_align, sample_masks=partial(repr_align.sample_masks, between=(masked, masked)),
               text_likelihood=lambda student, rows, *rest: honest(student, rows[:2], *rest))
         if not validates:
             patch(stack, repr_align, validate=lambda *_: [0.0, 0.0], publish=lambda *_: None,

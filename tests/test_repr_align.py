@@ -37,7 +37,7 @@ def test_masks_are_keyed_by_slot_and_spare_the_first_token():
     share = whole[:, 1:].float().mean(1)                                         # about U(0, 1)
     assert share.mean().item() == pytest.approx(0.5, abs=0.05)
     assert share.std().item() == pytest.approx(12 ** -0.5, abs=0.04)
-    fixed = sample_masks(64, 64, 0, 0, range(200), "validate", r=0.25)[:, 1:].float().mean().item()
+    fixed = sample_masks(64, 64, 0, 0, range(200), "validate", between=(0.25, 0.25))[:, 1:].float().mean().item()
     assert fixed == pytest.approx(0.25, abs=0.02)
     by_block = sample_masks(64, 16, 0, 0, range(300)).view(300, 4, 16).float().mean(-1)
     assert abs(torch.corrcoef(by_block[:, 1:].T)[0, 1]) < 0.2 and by_block.std().item() > 0.25
