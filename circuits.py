@@ -35,8 +35,8 @@ import torch
 from safetensors.torch import save_file
 
 from core import backbone, masked, report
-from core.attribution import (
-    Subject, attribute, chance, other_tasks, overlaps, strongest, without)
+from core.attribution import (Subject, attribute, chance, depth_of, other_tasks, overlaps, profile,
+                              strongest, without)
 from core.common import UserError, entry, generator, parse, pick, setup
 from core.run import Run, atomic, finished, read_json
 from core.tasks import TASKS, TRAINED, Pieces, examples
@@ -46,6 +46,8 @@ LEAST = 0.5     # a model that solves fewer prompts of a task is not compared on
 ZEROED = 3      # components that write nothing
 SAMPLES = 5     # random sets of components
 FEWEST = 4      # pairs that all models must solve in a set
+PARTS = ("early", "middle", "late")     # of the network: core/attribution.py
+WINDOW = 24     # tokens of other lines on each side of a prompt
 
 
 @dataclass
@@ -76,43 +78,60 @@ PRESETS = {
 # -------------------------------------------------------------------------------------------------
 # Prompts
 
-def prompt(subject, tokens, place, eos):
-    """A line without its answer at `place`, as the subject reads it. An AR model reads the right
-    side first. A masked model finds a mask where the answer was."""
+def arrange(subject, tokens, place, before, after):
+    """A line without its answer at `place`, as the subject reads it after the tokens `before`. Who
+    reads forwards gets the right side first. A masked model finds a mask where the answer was; a
+    two-way one also sees the tokens `after`."""
     left = tokens[:place]
     right = tokens[place + 1:]
     if subject.student is None:
-        return [eos, *right, *left]
-    return [eos, *left, subject.student.mask_id, *right]
+        return [*before, *right, *left]
+    if subject.by_blocks:
+        return [*before, *right, *left, subject.student.mask_id]
+    return [*before, *left, subject.student.mask_id, *right, *after]
 
 
-def make_batch(lines, subject, eos):
+def make_batch(lines, subject, sides):
     """clean, corrupted (P, T): prompts. answer, wrong (P,): their answers. last (P,): the token
-    whose state predicts the answer: the last one, or the one before the mask."""
-    batch = {
-        "clean": [prompt(subject, x.tokens, x.place, eos) for x in lines],
-        "corrupted": [prompt(subject, x.corrupted, x.place, eos) for x in lines],
-        "answer": [x.tokens[x.place] for x in lines],
-        "wrong": [x.corrupted[x.place] for x in lines],
-        "last": [-1 if subject.student is None else x.place for x in lines]}
+    whose state predicts the answer: the last one, or the one before the mask.
+
+    sides: for every line the tokens before and after it."""
+    batch = {"clean": [], "corrupted": [], "answer": [], "wrong": [], "last": []}
+    for line, (before, after) in zip(lines, sides):
+        if subject.student is None:
+            last = -1
+        elif subject.by_blocks:
+            last = -2
+        else:
+            last = len(before) + line.place - 1
+        batch["clean"].append(arrange(subject, line.tokens, line.place, before, after))
+        batch["corrupted"].append(arrange(subject, line.corrupted, line.place, before, after))
+        batch["answer"].append(line.tokens[line.place])
+        batch["wrong"].append(line.corrupted[line.place])
+        batch["last"].append(last)
     return {name: torch.tensor(x, device=subject.lm.model.device) for name, x in batch.items()}
 
 
-def first_choice(subject, ids, last):
-    """The most likely answers (P,) to prompts (P, T)."""
-    student = subject.student
-    if student is None:
-        return subject.logits(subject.lm.embed(ids), last).argmax(-1)
-    normed = student.predict(ids, ids == student.mask_id)                           # (P, T-1, D)
-    return student.logits(normed[torch.arange(len(ids), device=ids.device), last]).argmax(-1)
+def surroundings(pieces, count, seed, start, eos):
+    """(before, after) for `count` prompts: WINDOW tokens of other lines on each side, an EOS between
+    lines. A window begins with the token `start`."""
+    names = list(TRAINED)
+    sides = []
+    for i in range(count):
+        text = []
+        for name in names[i % len(names):] + names:
+            line = examples(name, pieces, 1, 10_000 + 1000 * seed + i)[0]
+            text += [*line.tokens, eos]
+        sides.append(([start, *text[:WINDOW - 2], eos], [eos, *text[WINDOW:2 * WINDOW - 1]]))
+    return sides
 
 
 @torch.no_grad()
 def solved(subject, batch):
     """(P,) bool: both answers, clean and corrupted, are the model's first choice."""
-    clean = first_choice(subject, batch["clean"], batch["last"])
-    corrupted = first_choice(subject, batch["corrupted"], batch["last"])
-    return (clean == batch["answer"]) & (corrupted == batch["wrong"])
+    clean = subject.logits(subject.lm.embed(batch["clean"]), batch["last"])             # (P, V)
+    corrupted = subject.logits(subject.lm.embed(batch["corrupted"]), batch["last"])
+    return (clean.argmax(-1) == batch["answer"]) & (corrupted.argmax(-1) == batch["wrong"])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -120,21 +139,28 @@ def solved(subject, batch):
 
 def study(task, subjects, pieces, cfg):
     """(result of a task, {(subject, set of pairs): scores (S, R)}). The AR model comes first."""
-    # 1. Who solves which pairs
-    sets = [examples(task, pieces, 4 * cfg.pairs, 1000 * cfg.seed + s)
-            for s in range(cfg.resamples)]
+    # 1. Who solves which pairs, alone and inside a window of other lines
+    eos = pieces.tokenizer.eos_token_id
+    start = backbone.bos_id(pieces.tokenizer)
+    start = eos if start is None else start
+    count = 4 * cfg.pairs
+    sets = [examples(task, pieces, count, 1000 * cfg.seed + s) for s in range(cfg.resamples)]
+    windows = surroundings(pieces, count, cfg.seed, start, eos)
     batches = {}
     right = {}
     rates = {}
+    in_window = {}
     for x in subjects:
-        batches[x.name] = [make_batch(lines, x, pieces.tokenizer.eos_token_id) for lines in sets]
+        batches[x.name] = [make_batch(lines, x, [([start], [])] * count) for lines in sets]
         right[x.name] = torch.stack([solved(x, batch) for batch in batches[x.name]])
         rates[x.name] = right[x.name].double().mean().item()                        # of (sets, P)
-    result = {"group": TASKS[task][0], "pairs": 0, "solved": rates, "overlap": {}, "zeroing": {}}
+        batch = make_batch(sets[0], x, windows)
+        in_window[x.name] = solved(x, batch).double().mean().item()
+    result = {"group": TASKS[task][0], "pairs": 0, "solved": rates, "solved_in_window": in_window,
+              "overlap": {}, "zeroing": {}, "profile": {}}
 
-    # 2. The pairs that all able models solve; attribution is for two-way and causal attention
-    able = [x for x in subjects if x.name != UNTRAINED and rates[x.name] >= LEAST
-            and (x.student is None or x.student.arm.attention == "bidirectional")]
+    # 2. The pairs that all able models solve
+    able = [x for x in subjects if x.name != UNTRAINED and rates[x.name] >= LEAST]
     ar = subjects[0]
     shared = torch.stack([right[x.name] for x in [ar, *able]]).all(0)               # (sets, P)
     fewest = int(shared.sum(1).min())
@@ -151,7 +177,9 @@ def study(task, subjects, pieces, cfg):
             batch = {name: values[rows] for name, values in batch.items()}
             scores[x.name, s] = attribute(x, batch, cfg.ig_steps, cfg.micro_batch)
             if s == 0 and x in able:
-                result["zeroing"][x.name] = zeroing(x, batch, scores["AR", 0], cfg)
+                result["zeroing"][x.name] = zeroing(x, batch, scores["AR", 0], scores[x.name, 0],
+                                                    cfg)
+        result["profile"][x.name] = profile(scores[x.name, 0], x, cfg.k)
 
     # 4. Overlap of the circuits
     circuits = {key: strongest(value, ar.edges, cfg.k) for key, value in scores.items()}
@@ -159,13 +187,14 @@ def study(task, subjects, pieces, cfg):
     return result, scores
 
 
-def zeroing(subject, batch, scores, cfg):
-    """Share of the pairs, all solved before, that are solved without the strongest components of
-    the AR model's circuit, and without random ones."""
+def zeroing(subject, batch, ar_scores, scores, cfg):
+    """Share of the pairs, all solved before, that are solved while some components write nothing:
+    the strongest of the AR model's circuit, random ones, and the strongest of the subject itself
+    among its early, middle and late components."""
     weight = torch.zeros(len(subject.senders), dtype=scores.dtype)
-    for edge in strongest(scores, subject.edges, cfg.k):
+    for edge in strongest(ar_scores, subject.edges, cfg.k):
         sender, receiver = divmod(edge, len(subject.receivers))
-        weight[sender] += scores[sender, receiver].abs()
+        weight[sender] += ar_scores[sender, receiver].abs()
     names = subject.senders[1:]                         # the embedding stays
     top = [names[i] for i in weight[1:].topk(ZEROED).indices.tolist()]
     others = [name for name in names if name not in top]
@@ -176,7 +205,13 @@ def zeroing(subject, batch, scores, cfg):
             return solved(subject, batch).double().mean().item()
 
     controls = [left(gen.choice(others, ZEROED, replace=False)) for _ in range(SAMPLES)]
-    return {"components": top, "strongest": [left(top)], "random": controls}
+    result = {"components": top, "strongest": [left(top)], "random": controls}
+    written = dict(zip(subject.senders, (scores.abs() * subject.edges).sum(1).tolist()))
+    for part in PARTS:
+        inside = [name for name in names if depth_of(name, subject.lm.L) == part]
+        inside.sort(key=written.get, reverse=True)
+        result[part] = [left(inside[:ZEROED])]
+    return result
 
 
 # -------------------------------------------------------------------------------------------------
@@ -190,15 +225,17 @@ def show(result):
             name = subject["name"]
             overlap = numbers["overlap"].get(subject["kind"], {})
             cells = {**overlap, **numbers["zeroing"].get(name, {})}
-            row = [task, name, f"{numbers['solved'][name]:.0%}"]
-            for column in ("ar", "prompts", "seeds", "strongest", "random"):
+            row = [task, name]
+            row += [f"{numbers[key][name]:.0%}" for key in ("solved", "solved_in_window")]
+            for column in ("ar", "prompts", "seeds", "strongest", "random", *PARTS):
                 values = cells.get(column)
                 row.append(report.plus_minus(values, ".2f") if values else None)
             rows.append(row)
-    columns = ["task", "model", "solved", "overlap with AR", "other prompts", "other seed",
-               f"solved without {ZEROED} strongest", f"without {ZEROED} random"]
+    columns = ["task", "model", "solved", "in a window", "overlap with AR", "other prompts",
+               "other seed", "without strongest", "random", *PARTS]
     print(report.table(columns, rows))
-    print(f"overlap by chance: {result['chance']:.3f}")
+    print(f"overlap by chance: {result['chance']:.3f}; the last columns: solved without the {ZEROED} "
+          "strongest components of the AR circuit, random ones, the strongest ones of each part")
 
 
 def plot(result, path):
@@ -238,8 +275,7 @@ def read_converted(cfg, model, base):
 
 
 def load_subjects(model, infos, device):
-    """The AR model, then the untrained model, then the converted ones. Those with attention by
-    token blocks are only asked which pairs they solve."""
+    """The AR model, then the untrained model, then the converted ones."""
     subjects = [Subject(backbone.load(model, device, torch.float32))]
     lm = backbone.load(model, device, torch.float32)
     mask_id = masked.add_mask(lm, backbone.load_tokenizer(model))

@@ -27,6 +27,7 @@ from itertools import combinations
 import torch
 
 from core.common import UserError
+from core.masked import one_copy_sees
 
 # Families of the Llama layout, whose heads and MLPs add to the residual stream as they are: no norm
 # or factor after them, attention before the MLP.
@@ -37,8 +38,8 @@ LAYOUT = ("llama", "qwen2", "qwen3", "mistral", "gemma", "olmo", "smollm3", "sta
 # The model and its graph
 
 class Subject:
-    """A model under study. `student` is set for a masked model: its attention is two-way, and its
-    prompt holds a mask. Subjects of one `kind` differ in their training seed.
+    """A model under study. `student` is set for a masked model, whose prompt holds a mask. Subjects
+    of one `kind` differ in their training seed.
 
     senders, receivers: names (S), (R). before (R): a receiver reads the senders up to this number.
     edges: (S, R) bool, which edges exist."""
@@ -49,6 +50,7 @@ class Subject:
                             f"are ({', '.join(LAYOUT)}); this one is a {lm.config.model_type}")
         self.lm = lm
         self.student = student
+        self.by_blocks = student is not None and student.arm.attention == "block"
         self.name = name
         self.kind = kind
         key_heads = lm.config.num_key_value_heads
@@ -68,9 +70,19 @@ class Subject:
         self.before.append(len(self.senders))
         self.edges = torch.arange(len(self.senders))[:, None] < torch.tensor(self.before)
 
+    def see(self, T):
+        """(1, 1, T, T) bool for a model that writes by token blocks: who sees whom while it writes
+        the last one. None for the others."""
+        if not self.by_blocks:
+            return None
+        size = self.student.arm.block_size
+        see = one_copy_sees(self.student.arm, T)
+        see[(T - 1) // size * size:] = True
+        return see[None, None].to(self.lm.model.device)
+
     def logits(self, h, last):
         """h[0] (P, T, D) -> logits (P, V) of the answer, from the states at the tokens `last`."""
-        side = self.lm.side(h, causal=self.student is None)
+        side = self.lm.side(h, causal=self.student is None, see=self.see(h.shape[1]))
         h = self.lm.norm(self.lm.through(h, 0, self.lm.L, side))
         h = h[torch.arange(len(h), device=h.device), last]                          # (P, D)
         if self.student is None:
@@ -227,6 +239,29 @@ def jaccard(a, b):
 def chance(k, n):
     """Jaccard index of two random sets of k out of n, to first order: k^2/n in common."""
     return k / (2 * n - k)
+
+
+def depth_of(name, L):
+    """Part of the network that a sender or receiver belongs to: the first quarter of the blocks,
+    at least one block, is early; the last one is late."""
+    if name in ("embed", "logits"):
+        return name
+    block = int(name[1:].partition(".")[0])
+    quarter = max(1, L // 4)
+    if block < quarter:
+        return "early"
+    return "late" if block >= L - quarter else "middle"
+
+
+def profile(scores, subject, k):
+    """Where the attribution enters the network: the share of all |score| at early, middle and late
+    receivers, and the share of the k strongest edges (`concentration`)."""
+    size = scores.abs() * subject.edges                                             # (S, R)
+    total = size.sum()
+    shares = {"early": 0.0, "middle": 0.0, "late": 0.0, "logits": 0.0}
+    for name, share in zip(subject.receivers, (size.sum(0) / total).tolist()):
+        shares[depth_of(name, subject.lm.L)] += share
+    return {**shares, "concentration": (size.flatten().topk(k).values.sum() / total).item()}
 
 
 def overlaps(circuits, kinds):

@@ -35,13 +35,25 @@ python -m studies.compare "$OUT"/seeds/{w0,w10,block,causal,ar}_?
 python generate.py --data "$DATA" --bridges "$OUT"/seeds/generator_l?_? \
     --converted "$OUT"/seeds/{w0,block}_? --texts 32 --out "$OUT/generate_seeds"
 
-echo "=== COMPARE: which tasks do conversions of a trained model still solve? (10 min)"
-tasks=(python repr_align.py --preset tasks --model "$OUT/tasks/toy" --data "$DATA")
-"${tasks[@]}" --align_weight 10 --out "$OUT/tasks/w10"
-"${tasks[@]}" --align_weight 0 --attention block --out "$OUT/tasks/block"
-"${tasks[@]}" "${causal[@]}" --ar_weight 1 --out "$OUT/tasks/ar"
-python circuits.py --model "$OUT/tasks/toy" --converted "$OUT"/tasks/{w0,w10,block,ar} \
-    --out "$OUT/circuits_arms"
+echo "=== COMPARE: what does conversion do to circuits? Five twin seeds, three AR models (80 min)"
+shift=$OUT/shift
+tasks=(--preset tasks --data "$DATA")
+twin=(python repr_align.py "${tasks[@]}" --steps 4000)
+python data.py --data "$DATA" --tasks 0.8 --max_tokens 1200000 --out "$shift/data"
+for a in 0 1 2; do              # three AR models
+    python toy.py "${tasks[@]}" --tasks 0.8 --seed $a --out "$shift/toy_$a"
+    seeds=$([ $a = 0 ] && echo 0 1 2 3 4 || echo 0 1)
+    for seed in $seeds; do for w in 0 10; do
+        "${twin[@]}" --model "$shift/toy_$a" --align_weight $w --seed $seed \
+            --out "$shift/ar${a}_w${w}_$seed"
+    done; done
+    python circuits.py --model "$shift/toy_$a" --converted "$shift"/ar${a}_w*_? \
+        --out "$shift/circuits_$a"
+done
+"${twin[@]}" --model "$shift/toy_0" --align_weight 0 --mask_max 1 --out "$shift/wide_0"
+python circuits.py --model "$shift/toy_0" --converted "$shift/wide_0" --out "$shift/circuits_wide"
+python -m studies.shift "$shift"/circuits_? --out "$shift/verdict"
+python -m studies.induction --model "$shift/toy_0" --converted "$shift"/ar0_w0_?
 
 echo "=== LOCATE: does the score foretell the best layer? (25 min)"
 python -m studies.sweep --model "$OUT/toy" --data "$DATA" --out "$OUT/sweep"

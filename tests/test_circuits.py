@@ -59,6 +59,9 @@ def size_of(pieces, mask=1):
                 initializer_range=0.1, num_hidden_layers=2)
 
 
+ALONE = [([0], [])]     # before and after a lone prompt
+
+
 def pair_of_models(pieces):
     """An AR model and a masked one of other weights, for a vocabulary with a mask."""
     size = size_of(pieces)
@@ -75,14 +78,14 @@ def test_each_model_reads_a_prompt_in_its_way(pieces):
     ending = tasks.Line([21, 22, 23, 24, 5], [21, 22, 23, 25, 7], 4)
     for line, turned, whole in ((middle, [0, 13, 14, 11, 12], [0, 11, 12, M, 13, 14]),
                                 (ending, [0, 21, 22, 23, 24], [0, 21, 22, 23, 24, M])):
-        batch = circuits.make_batch([line], ar, 0)
+        batch = circuits.make_batch([line], ar, ALONE)
         assert batch["clean"].tolist() == [turned]
         assert batch["answer"].tolist() == [5] and batch["wrong"].tolist() == [7]
         with torch.no_grad():
             want = ar.lm.head(ar.lm.through(ar.lm.embed(batch["clean"]), 0, ar.lm.L))[:, -1]
             assert torch.allclose(answers(ar, batch), want, atol=1e-5)
 
-        batch = circuits.make_batch([line], converted, 0)
+        batch = circuits.make_batch([line], converted, ALONE)
         assert batch["clean"].tolist() == [whole]
         ids = torch.tensor([whole])
         with torch.no_grad():
@@ -101,27 +104,45 @@ def all_solved(subject, batch):
 CONFIG = circuits.Config(pairs=4, resamples=1, ig_steps=1, k=20)
 
 
-def test_models_with_token_blocks_are_asked_what_they_solve_but_not_analysed(pieces, monkeypatch):
-    """One token block as long as the text is two-way attention."""
+def test_a_model_with_token_blocks_writes_the_answer_last(pieces):
+    """Its answers are those of Student.predict; the tokens of other token blocks come before."""
+    _, converted = pair_of_models(pieces)
+    lines = tasks.examples("infill", pieces, 4, seed=0)
+    for size, context in ((4, "causal"), (3, "noisy"), (32, "causal")):
+        student = masked.Student(converted.lm, converted.student.mask_id,
+                                 masked.Arm("block", size, context))
+        subject = Subject(converted.lm, student, "blocks", "blocks")
+        batch = circuits.make_batch(lines, subject, ALONE * 4)
+        ids = batch["clean"]
+        line = lines[0]
+        assert ids[0].tolist() == [0, *line.tokens[line.place + 1:], *line.tokens[:line.place],
+                                   student.mask_id]
+        with torch.no_grad():
+            normed = student.predict(ids, ids == student.mask_id)[:, -1]
+            assert torch.allclose(answers(subject, batch), student.logits(normed), atol=1e-4)
+
+
+def test_a_window_puts_other_lines_around_a_prompt(pieces):
     ar, converted = pair_of_models(pieces)
-    lines = tasks.examples("infill", pieces, 8, seed=0)
-    batch = circuits.make_batch(lines, converted, 0)
-    arm = masked.Arm("block", 32)
-    student = masked.Student(converted.lm, converted.student.mask_id, arm)
-    blocks = Subject(converted.lm, student, "blocks", "blocks")
-    with torch.no_grad():
-        want = answers(converted, batch).argmax(-1)
-        for subject in (converted, blocks):
-            choice = circuits.first_choice(subject, batch["clean"], batch["last"])
-            assert torch.equal(choice, want)
-    monkeypatch.setattr(circuits, "solved", all_solved)
-    result, _ = circuits.study("infill", [ar, converted, blocks], pieces, CONFIG)
-    assert result["solved"]["blocks"] == 1 and set(result["overlap"]) == {"AR", "masked"}
+    sides = circuits.surroundings(pieces, 3, 0, start=0, eos=0)
+    assert sides[0] != sides[1]
+    lines = tasks.examples("infill", pieces, 3, seed=0)
+    W = circuits.WINDOW
+    for subject in (ar, converted):
+        batch = circuits.make_batch(lines, subject, sides)
+        alone = circuits.make_batch(lines, subject, [([0], [])] * 3)
+        length = alone["clean"].shape[1] - 1
+        assert torch.equal(batch["clean"][:, W:W + length], alone["clean"][:, 1:])
+        assert (batch["clean"][:, 0] == 0).all() and (batch["clean"][:, W - 1] == 0).all()
+        state = batch["last"] % batch["clean"].shape[1]
+        assert torch.equal(state - (W - 1), alone["last"] % (length + 1))
+    assert batch["clean"].shape[1] == 2 * W + length    # two-way: lines after it, too
 
 
 def test_a_masked_model_is_attributed_as_it_is_patched(pieces):
     _, subject = pair_of_models(pieces)
-    batch = circuits.make_batch(tasks.examples("brackets", pieces, 6, seed=0), subject, 0)
+    lines = tasks.examples("brackets", pieces, 6, seed=0)
+    batch = circuits.make_batch(lines, subject, ALONE * 6)
     fine = attribute(subject, batch, 10)
     want = difference(subject, batch)
     assert fine[0].sum().item() == pytest.approx(want, rel=0.05, abs=1e-3)
@@ -164,10 +185,14 @@ def test_zeroed_components_carry_the_circuit_and_controls_exist():
     scores = torch.zeros(subject.edges.shape).double()
     for name in ("m0", "m1", "a0.0"):
         scores[subject.senders.index(name), -1] = 5.0
-    zeroed = circuits.zeroing(subject, batch_of(), scores, circuits.Config(k=3))
+    zeroed = circuits.zeroing(subject, batch_of(), scores, scores, circuits.Config(k=3))
     assert set(zeroed["components"]) == {"m0", "m1", "a0.0"}
     assert len(zeroed["random"]) == circuits.SAMPLES
     assert all(0 <= x <= 1 for x in zeroed["strongest"] + zeroed["random"])
+    profile = attribution.profile(scores, subject, k=3)
+    assert profile["logits"] == 1 and profile["concentration"] == 1 and profile["early"] == 0
+    assert [attribution.depth_of(x, 8) for x in ("a1.0.q", "m2", "m5", "a6.1", "embed")] == \
+        ["early", "middle", "middle", "late", "embed"]
 
 
 @pytest.fixture(scope="module")

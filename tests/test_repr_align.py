@@ -37,8 +37,12 @@ def test_masks_are_keyed_by_slot_and_spare_the_first_token():
     share = whole[:, 1:].float().mean(1)                                         # about U(0, 1)
     assert share.mean().item() == pytest.approx(0.5, abs=0.05)
     assert share.std().item() == pytest.approx(12 ** -0.5, abs=0.04)
-    fixed = sample_masks(64, 64, 0, 0, range(200), "validate", between=(0.25, 0.25))[:, 1:].float().mean().item()
-    assert fixed == pytest.approx(0.25, abs=0.02)
+    fixed = sample_masks(64, 64, 0, 0, range(200), "validate", between=(0.25, 0.25))
+    assert fixed[:, 1:].float().mean().item() == pytest.approx(0.25, abs=0.02)
+    share = sample_masks(512, 512, 0, 0, range(400), between=(0.2, 0.4))[:, 1:].float().mean(1)
+    assert share.mean().item() == pytest.approx(0.3, abs=0.01)                   # clipped: U(0.2, 0.4)
+    assert share.std().item() == pytest.approx(0.2 / 12 ** 0.5, abs=0.01)
+    assert 0.13 < share.min() and share.max() < 0.47
     by_block = sample_masks(64, 16, 0, 0, range(300)).view(300, 4, 16).float().mean(-1)
     assert abs(torch.corrcoef(by_block[:, 1:].T)[0, 1]) < 0.2 and by_block.std().item() > 0.25
 
@@ -278,6 +282,7 @@ def test_default_folders():
 def test_refusals(capsys, base, text, tmp_path):
     argv = f"--preset tiny --model {base} --data {text} --out {tmp_path}/a/b".split()
     for word, flags in (("needs --context causal", "--ar_weight 1"), ("needs --attention block", "--context causal"),
+                        ("mask_min < mask_max", "--mask_max 0"), ("mask_min < mask_max", "--mask_min -0.1"),
                         ("start it with torchrun", "--shard"), ("invalid choice", "--attention causal"),
                         ("unknown argument --no_shift", "--no_shift")):
         assert word in fails(capsys, repr_align.main, *argv, *flags.split()), flags
