@@ -64,10 +64,10 @@ class Config:
     seq_len: int = 128          # tokens a sequence
     lr: float = 0.02            # Muon, for the matrices inside the blocks (0: AdamW there too)
     lr_adam: float = 2e-3       # AdamW, for everything else
-    warmup: int = 20            # steps
+    warmup: int = 20            # steps (0: none)
     cooldown: float = 0.0       # share of the run in which the rate falls to zero
     ema: float = 0.995          # decay of the running mean of the weights
-    skip: int = 4               # first positions: attention sinks, scaled and reported separately
+    skip: int = 4               # first positions: sinks, scaled and reported separately (0: none)
     calibration: int = 64       # sequences that set the units and the head start
     # measurement
     nfes: tuple[int, ...] = (1, 2, 4)  # network calls to measure; the last is the hybrid's default
@@ -325,6 +325,7 @@ def main(argv):
     if not cfg.out:
         name = "generator" if cfg.generate else cfg.objective.replace("diffusion", "bridge")
         cfg.out = f"out/{name}" if cfg.layer == "auto" else f"out/{name}_l{cfg.layer}"
+    assert cfg.skip < cfg.seq_len, "--skip must be below --seq_len"
     nfes = [1] if cfg.objective == "regression" else cfg.nfes
     if min(nfes, default=0) < 1:
         raise UserError("--nfes must be numbers from 1 on")
@@ -337,7 +338,8 @@ def main(argv):
     layer = choose_layer(cfg, shape.num_hidden_layers)
     if cfg.dry_run:
         return forecast(cfg, world, shape, layer, dtype)
-    identity = {"layer_number": layer, "base": backbone.identity(model)}
+    identity = {"layer_number": layer, "base": backbone.identity(model),
+                "data": data.identity(cfg.data)}
     result = finished(cfg, identity)
     if result:
         return show(result)
@@ -346,11 +348,14 @@ def main(argv):
     tokenizer = backbone.load_tokenizer(model)
     shards, _ = data.shards_beside(cfg, tokenizer, world)
     train = data.Tokens(shards, "train", cfg.seq_len)
+    if world.main:
+        train.warn(cfg.steps, cfg.batch_size)
     held_out = data.Tokens(shards, "val", cfg.seq_len).windows(cfg.eval_batches).to(world.device)
     lm = backbone.load(model, world.device, dtype, blocks=layer)
     bridge = build(cfg, shape, layer).to(world.device)
     bridge.recompute = cfg.recompute
     ids = train.windows(cfg.calibration, cfg.seed)[:, :-1].to(world.device)
+    assert len(ids) > 1, "--calibration must be at least 2: the head start halves the sequences"
     set_units(lm, bridge, layer, ids, cfg.skip)
     ema = copy.deepcopy(bridge).requires_grad_(False)
     if cfg.compile:

@@ -113,8 +113,8 @@ def make_batch(lines, subject, sides):
 
 
 def surroundings(pieces, count, seed, start, eos):
-    """(before, after) for `count` prompts: WINDOW tokens of other lines on each side, an EOS between
-    lines. A window begins with the token `start`."""
+    """(before, after) for `count` prompts: WINDOW tokens of other lines on each side, with an EOS
+    between lines. A window begins with the token `start`."""
     names = list(TRAINED)
     sides = []
     for i in range(count):
@@ -234,8 +234,8 @@ def show(result):
     columns = ["task", "model", "solved", "in a window", "overlap with AR", "other prompts",
                "other seed", "without strongest", "random", *PARTS]
     print(report.table(columns, rows))
-    print(f"overlap by chance: {result['chance']:.3f}; the last columns: solved without the {ZEROED} "
-          "strongest components of the AR circuit, random ones, the strongest ones of each part")
+    print(f"overlap by chance: {result['chance']:.3f}. Last columns: solved without {ZEROED} "
+          "components, the strongest of the AR circuit, random ones, the strongest of each part")
 
 
 def plot(result, path):

@@ -9,6 +9,8 @@ to its --out. This command is only needed for other sizes or folders.
 
 It writes train.bin and val.bin (raw token ids, 16 or 32 bits each, with an EOS after every
 document), tokenizer.json, result.json and, last, meta.json. Memory does not grow with the corpus.
+The files hold no BOS. Where the tokenizer adds one, every window that is cut from them begins with
+it, because such a model has never seen text without it.
 
 Shapes: B sequences, T tokens a sequence.
 """
@@ -17,7 +19,7 @@ import hashlib
 import math
 import platform
 import sysconfig
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -25,10 +27,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from core import tasks
-from core.backbone import EOS, load_tokenizer, tokenizer_hash
+from core.backbone import EOS, bos_id, load_tokenizer, tokenizer_hash
 from core.common import UserError, entry, generator, parse, setup, why
 from core.run import atomic, nearby, read_json, write_json
 
@@ -41,6 +44,7 @@ class Config:
     vocab: int = 2048           # size of the toy's vocabulary
     tasks: float = 0.0          # share of generated task lines in the toy's training text
     max_tokens: int = 0         # stop after this many training tokens (0: the whole corpus)
+    bos: bool = True            # begin every window with BOS where the tokenizer adds it
     seed: int = 0               # every stage takes one; the shards do not depend on it
 
 
@@ -74,6 +78,14 @@ def resolve(data):
     return {"kind": "hub", "id": name, "config": config or None, "column": column}
 
 
+def identity(data):
+    """What makes --data another text: its content and column, or its name. A path never does."""
+    source = resolve(data)
+    if "sha256" in source:
+        return f"{source['sha256'][:16]}:{source['column']}"
+    return data
+
+
 def text_files(path):
     """The readable files of a folder, in a fixed order. A file given by name is always taken."""
     if path.is_file():
@@ -93,15 +105,34 @@ def places(source):
             if not SKIPPED.intersection(file.relative_to(root).parts)]
 
 
-def documents(source):
-    """Yield the texts of a source in a fixed order. Memory holds one document at a time."""
+def documents(source, seen=None):
+    """Yield the texts of a source in a fixed order. Memory holds one document at a time. Empty
+    texts are skipped. The Counter `seen` counts them, and the places by kind."""
+    seen = Counter() if seen is None else seen
     for place in places(source):
+        ending = place.suffix.lower() or place.name
+        seen["Hub dataset" if source["kind"] == "hub" else ending] += 1
         try:
-            yield from filter(None, read(place, source))        # without empty texts
+            for text in read(place, source):
+                if text:
+                    yield text
+                else:
+                    seen["empty"] += 1
         except Exception as error:      # codecs and datasets raise many types: one line is enough
             reason = f"{type(error).__name__}: {why(error)}"
             raise UserError(f"{place} could not be read as text ({reason}); --data takes stdlib, "
                             "a text file or folder, or ID:CONFIG:COLUMN of the Hub") from None
+
+
+def summary(source, seen):
+    """One line about what `documents` read and skipped."""
+    skipped = f"{seen.pop('empty', 0)} empty documents"
+    if source["kind"] == "text":
+        files = Path(source["path"]).rglob("*")
+        others = sum(file.suffix.lower() not in ENDINGS and file.is_file() for file in files)
+        skipped += f" and {others} other files"
+    kinds = ", ".join(f"{count} {kind}" for kind, count in seen.most_common())
+    return f"read {kinds or 'nothing'}; skipped {skipped}"
 
 
 def read(place, source):
@@ -109,10 +140,12 @@ def read(place, source):
     ending = place.suffix.lower()
     if source["kind"] == "hub":
         yield from rows(str(place), source["column"], name=source["config"])
+    elif place.stat().st_size == 0:
+        yield ""                                        # loaders of tables refuse an empty file
     elif ending in TABLES:
         yield from rows(TABLES[ending], source["column"], data_files=str(place))
     elif ending == ".py":
-        yield place.read_text(encoding="utf-8")
+        yield place.read_text(encoding="utf-8-sig")     # drops a byte order mark
     else:
         yield from pieces(place)
 
@@ -125,7 +158,10 @@ def rows(path, column, **kwargs):
     for row in dataset:
         if column not in row:
             raise ValueError(f"there is no column {column!r}, only {', '.join(row)}")
-        yield row[column]
+        text = row[column]
+        if not isinstance(text, str | None):
+            raise TypeError(f"column {column!r} holds a value of type {type(text).__name__}")
+        yield text
 
 
 def pieces(file):
@@ -133,7 +169,7 @@ def pieces(file):
     after 2 PIECE characters."""
     lines = []
     size = 0
-    with open(file, encoding="utf-8") as text:
+    with open(file, encoding="utf-8-sig") as text:
         for line in text:
             lines.append(line)
             if size > PIECE and not line.strip(" \t\n") or size > 2 * PIECE:
@@ -142,7 +178,8 @@ def pieces(file):
                 size = 0
             else:
                 size += len(line)
-    yield "".join(lines)
+    if lines:
+        yield "".join(lines)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -170,9 +207,9 @@ def train_tokenizer(source, vocab):
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS)
 
 
-def tokenized(source, tokenizer):
+def tokenized(source, tokenizer, seen):
     """Yield (text, ids) of every document. Memory holds 64 of them."""
-    texts = iter(tqdm(documents(source), "documents", leave=False, disable=None))
+    texts = iter(tqdm(documents(source, seen), "documents", leave=False, disable=None))
     for text in texts:
         group = [text, *islice(texts, 63)]
         # A special token that the text spells out is text: the only EOS is the one that we add
@@ -192,9 +229,10 @@ def write_shards(source, tokenizer, out, max_tokens=0, share=0.0):
     tokens = {"train": 0, "val": 0}
     size = {"train": 0, "val": 0}                   # bytes of text
     task_tokens = 0
+    seen = Counter()
     with (atomic(out / "train.bin") as train_path, atomic(out / "val.bin") as val_path,
           open(train_path, "wb") as train, open(val_path, "wb") as val):
-        for text, ids in tokenized(source, tokenizer):
+        for text, ids in tokenized(source, tokenizer, seen):
             split = "val" if held_out(text, first=tokens["val"] == 0) else "train"
             ids = [*ids, tokenizer.eos_token_id]
             while split == "train" and task_tokens < share * (tokens["train"] + len(ids)):
@@ -207,6 +245,7 @@ def write_shards(source, tokenizer, out, max_tokens=0, share=0.0):
             size[split] += len(text.encode())
             if 0 < max_tokens <= tokens["train"]:
                 break
+        print(summary(source, seen))
         if min(tokens.values()) == 0:
             raise UserError("the corpus is empty or a single document; it needs two, one of them "
                             "to hold out")
@@ -214,45 +253,60 @@ def write_shards(source, tokenizer, out, max_tokens=0, share=0.0):
             "tokenizer": tokenizer_hash(tokenizer), "max_tokens": max_tokens, "tasks": share}
 
 
-def make(source, tokenizer, out, vocab, max_tokens, share):
+def toy_tokenizer(source, vocab, out):
+    """The BPE of a text. The one of out/data serves out/tasks/data too, if text and size agree."""
+    first = out.parent.parent / "data"
+    if (first / "meta.json").exists():
+        meta = read_json(first / "meta.json")
+        if meta.get("source") == source and meta.get("vocab") == vocab:
+            return load_tokenizer(first)
+    return train_tokenizer(source, vocab)
+
+
+def make(source, tokenizer, out, vocab, max_tokens, share, bos):
     """Write a folder of shards. meta.json comes last: it says that the folder is whole."""
     trained = tokenizer is None
     if trained:
-        tokenizer = train_tokenizer(source, vocab)
+        tokenizer = toy_tokenizer(source, vocab, out)
     meta = write_shards(source, tokenizer, out, max_tokens, share if trained else 0.0)
     meta["vocab"] = vocab if trained else None
+    meta["bos"] = bos
     with atomic(out / "tokenizer.json") as temporary:
         tokenizer.backend_tokenizer.save(str(temporary))
     write_json(out / "result.json", meta)
     write_json(out / "meta.json", meta)
 
 
-def prepare(data, tokenizer, out, world, vocab=2048, max_tokens=None, tasks=None):
+def prepare(data, tokenizer, out, world, vocab=2048, max_tokens=None, tasks=None, bos=None):
     """Make the shards of --data at `out`, or take those that are there. Returns (folder, meta).
 
     tokenizer None trains a BPE of `vocab` tokens; only its text has task lines. Other shards than
-    the wanted ones are refused. max_tokens or tasks None: take the shards as they are."""
+    the wanted ones are refused. max_tokens, tasks or bos None: take the shards as they are."""
     out = Path(out)
     source = resolve(data)
+    bos_token = None if tokenizer is None or bos is False else bos_id(tokenizer)
     if world.main and not (out / "meta.json").exists():
         out.mkdir(parents=True, exist_ok=True)
         with open(out / ".lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)            # a second process waits for the first
             if not (out / "meta.json").exists():
                 print(f"tokenizing {data} into {out}", flush=True)
-                make(source, tokenizer, out, vocab, max_tokens or 0, tasks or 0.0)
+                make(source, tokenizer, out, vocab, max_tokens or 0, tasks or 0.0, bos_token)
     world.barrier()
     meta = read_json(out / "meta.json", "delete that folder and run again")
 
-    wanted = {"source": source, "max_tokens": max_tokens}
+    moved = {"path": source.get("path")}                # a folder that moved holds the same text
+    there = {**meta, "source": meta["source"] | moved, "bos": meta.get("bos") is not None}
+    wanted = {"source": source | moved, "max_tokens": max_tokens,
+              "bos": bos and bos_token is not None}
     if tokenizer is None:
         wanted.update(vocab=vocab, tasks=tasks)
     else:
         wanted.update(tokenizer=tokenizer_hash(tokenizer))
     for key, value in wanted.items():
-        if value is not None and meta[key] != value:
-            raise UserError(f"{out} holds shards with {key} {meta[key]}, but {value} is asked for; "
-                            "choose another --out or delete the folder")
+        if value is not None and there[key] != value:
+            raise UserError(f"{out} holds shards with {key} {there[key]}, but {value} is asked "
+                            "for; choose another --out or delete the folder")
     return out, meta
 
 
@@ -276,34 +330,38 @@ def walk(seed, epoch, n, T):
 class Tokens:
     """One split of a folder of shards, read through a memory map.
 
-    Windows of T+1 tokens tile the split. An epoch visits each of the n windows once: its i-th
-    window is (a i + b) mod n with gcd(a, n) = 1. A random phase shifts all windows of an epoch. No
-    permutation is stored: the place of a window is a function of (seed, step, slot)."""
+    Windows of T+1 tokens tile the split. With BOS a window is BOS and T tokens of text, and tiles
+    are T tokens wide. An epoch visits each of the n windows once: its i-th window is (a i + b) mod
+    n with gcd(a, n) = 1. A random phase shifts all windows of an epoch. No permutation is stored:
+    the place of a window is a function of (seed, step, slot)."""
 
     def __init__(self, folder, split, seq_len):
         meta = read_json(Path(folder) / "meta.json", "run python data.py")
         self.ids = np.memmap(Path(folder) / f"{split}.bin", dtype=meta["dtype"], mode="r")
         self.T = seq_len
-        self.n = (len(self.ids) - seq_len) // (seq_len + 1)
+        self.bos = meta.get("bos")                      # an id, or None
+        self.width = seq_len + (self.bos is None)       # tokens of text in a window
+        self.n = (len(self.ids) - seq_len) // self.width
         if self.n < 1:
             raise UserError(f"the {split} split in {folder} has {len(self.ids)} tokens, fewer than "
                             f"two windows of --seq_len {seq_len}; use more text or a shorter one")
 
     def cut(self, starts):
         """Token windows (B, T+1) that begin at the given places."""
-        windows = [self.ids[start:start + self.T + 1] for start in starts]
-        return torch.from_numpy(np.stack(windows).astype(np.int64))
+        windows = [self.ids[start:start + self.width] for start in starts]
+        windows = torch.from_numpy(np.stack(windows).astype(np.int64))
+        if self.bos is None:
+            return windows
+        return F.pad(windows, (1, 0), value=self.bos)
 
     def batch(self, seed, step, slots, batch_size):
         """Training windows (B, T+1) for these slots of the global batch at `step`."""
         starts = []
         for slot in slots:
             epoch, i = divmod(step * batch_size + slot, self.n)
-            if epoch == 20 and i == 0:
-                print("warning: the training text was read 20 times; more text would help more")
             a, b, phase = walk(seed, epoch, self.n, self.T)
             tile = (a * i + b) % self.n
-            starts.append(tile * (self.T + 1) + phase)
+            starts.append(tile * self.width + phase)
         return self.cut(starts)
 
     def windows(self, count, seed=None):
@@ -313,7 +371,24 @@ class Tokens:
         if seed is not None:
             gen = generator(seed, "windows")
             tiles = np.sort(gen.choice(self.n, count, replace=False))
-        return self.cut(tiles * (self.T + 1))
+        return self.cut(tiles * self.width)
+
+    def epochs(self, steps, batch_size):
+        """How often training of `steps` steps reads the text."""
+        return steps * batch_size / self.n
+
+    def warn(self, steps, batch_size):
+        """Say so before a training that reads the text more than 20 times."""
+        epochs = self.epochs(steps, batch_size)
+        if epochs > 20:
+            print(f"warning: the training text will be read {epochs:,.0f} times; more text would "
+                  "help more", flush=True)
+
+
+def count_bytes(tokenizer, rows):
+    """Bytes of the text in windows (N, T), less the first token of each, which is given."""
+    texts = tokenizer.batch_decode(rows[:, 1:], skip_special_tokens=True)
+    return len("".join(texts).encode())
 
 
 def prefetch(function, keys):
@@ -333,7 +408,7 @@ def main(argv):
     cfg = parse(Config, argv, __doc__)
     tokenizer = None if cfg.model == "toy" else load_tokenizer(cfg.model)
     out, meta = prepare(cfg.data, tokenizer, cfg.out, setup("cpu"), vocab=cfg.vocab,
-                        max_tokens=cfg.max_tokens, tasks=cfg.tasks)
+                        max_tokens=cfg.max_tokens, tasks=cfg.tasks, bos=cfg.bos)
     print(f"{out}: {meta['tokens']['train']:,} training tokens, {meta['tokens']['val']:,} held out")
     return meta
 

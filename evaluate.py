@@ -14,6 +14,7 @@ Shapes: N windows, T tokens.
 import math
 import shutil
 import timeit
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
@@ -95,6 +96,10 @@ def locate(results, cfg):
         f"{layers[best - 1]['chosen']:.0%} of the bootstrap resamples.",
         f"{choices.count(best)} of {len(choices)} variants of its constants choose that layer. The "
         f"score's rank correlation with depth is {depth:+.2f}."]
+    if result.get("equal_windows") or result.get("at_ceiling"):
+        findings.append(
+            f"{result['equal_windows']} windows of the text were left out as copies of others; "
+            f"curvature is near its ceiling 1/eps at layers {result['at_ceiling']}.")
     return findings, layers, "layer score score_low score_high curvature stiffness effective_rank"
 
 
@@ -124,7 +129,10 @@ def generate(results, cfg):
     columns = "method seed calls gen_ppl_at_real_entropy tokens_per_s"
     ours = {}                                           # {(method, calls): log gen-PPL by seed}
     theirs = {}
+    seen = Counter(map(itemgetter("method", "seed"), rows))
     for row in rows:
+        if seen[row["method"], row["seed"]] > 1:        # two models, not two seeds of one
+            row["method"] += f" ({row['folder']})"
         row["gen_ppl_at_real_entropy"] = row["matched"]
         if row["matched"] is not None:                  # it reaches the entropy of real text
             methods = theirs if row["layer"] is None else ours
@@ -154,6 +162,9 @@ def describe(arm):
         words.append(f"alignment of hidden states (w = {arm['align_weight']:g})")
     if arm["ar_weight"] > 0:
         words.append(f"the next-token loss (weight {arm['ar_weight']:g})")
+    shares = [arm.get("mask_min", 0.0), arm.get("mask_max", 1.0)]
+    if shares != [0, 1]:
+        words.append(f"shares of masks in {shares}")
     return " and ".join(words)
 
 
@@ -206,7 +217,8 @@ def cost(results, cfg):
     findings = [
         "Bits per byte of held-out text (an upper bound for converted models). "
         f"{'; '.join(bits)}.",
-        f"Time a token in units of the intact model's {intact:.1f} ms. {'; '.join(ratios)}."]
+        "Wall clock a token, the faster of two runs, in units of the intact model's "
+        f"{intact:.1f} ms. {'; '.join(ratios)}."]
     return findings, rows, ""
 
 
@@ -261,17 +273,13 @@ def overview(rows, path):
 # -------------------------------------------------------------------------------------------------
 # Measurement
 
-def count_bytes(tokenizer, rows):
-    """Bytes of the text in windows (N, T), less the first token of each, which is given."""
-    texts = tokenizer.batch_decode(rows[:, 1:], skip_special_tokens=True)
-    return len("".join(texts).encode())
-
-
 @torch.no_grad()
 def measure(cfg, runs, results, world, dtype):
     """What no stage measures: bits per byte of held-out text and their standard error, ms a token
     of cached greedy generation, and tasks. A converted model has an upper bound of its bits; it
     writes all its tokens at once, in a quarter of the calls, without a cache."""
+    from transformers import GenerationConfig
+
     import hybrid
     from core import masked
 
@@ -290,7 +298,7 @@ def measure(cfg, runs, results, world, dtype):
 
     # 2. A row a model
     rows = []
-    nats_per_bit = math.log(2) * count_bytes(tokenizer, windows)    # of one bit in every byte
+    nats_per_bit = math.log(2) * data.count_bytes(tokenizer, windows)    # of one bit in every byte
 
     def add_row(name, write, nats, error=0.0):
         seconds = timeit.repeat(lambda: write().cpu(), number=1, repeat=2)
@@ -301,8 +309,9 @@ def measure(cfg, runs, results, world, dtype):
         nats = 0.0
         for ids in windows.split(8):
             nats += lm(ids, labels=ids, use_cache=False).loss.item() * ids[:, 1:].numel()
-        write = partial(lm.generate, prompt, max_new_tokens=cfg.new, min_new_tokens=cfg.new,
-                        do_sample=False, pad_token_id=0, attention_mask=torch.ones_like(prompt))
+        # generate() would take penalties from the base's generation_config.json: we replace it
+        lm.generation_config = GenerationConfig(max_new_tokens=cfg.new, pad_token_id=0)
+        write = partial(lm.generate, prompt, attention_mask=torch.ones_like(prompt))
         add_row(name, write, nats)
 
     add_causal("intact", intact)

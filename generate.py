@@ -63,7 +63,7 @@ class Config:
     # hidden-state diffusion
     block_size: int = 64        # tokens sampled together
     nfe: int = 4                # network calls of the first denoising
-    refinements: int = 14       # of each token block
+    refinements: int = 14       # of each token block (0: none)
     alpha: float = 0.6          # weight of the readout
 
 
@@ -165,7 +165,10 @@ def product(upper, readout, alpha, prior):
 
 def token_prior(shards, V):
     """log p (V,) of the tokens of training text (at most 2M). Counts start at one."""
-    rows = data.Tokens(shards, "train", 127).windows(2 ** 14)                   # (N, 128)
+    tokens = data.Tokens(shards, "train", 127)
+    rows = tokens.windows(2 ** 14)                                              # (N, 128)
+    if tokens.bos is not None:
+        rows = rows[:, 1:]                              # the BOS of every window is no text
     counts = torch.bincount(rows.flatten(), minlength=V) + 1.0
     return counts.double().log().log_softmax(0)
 
@@ -260,7 +263,8 @@ def converted_model(cx, student, prompts, temperature):
     masks = prompts.new_full((len(prompts), cx.cfg.new), student.mask_id)
     ids = torch.cat([prompts, masks], dim=1)
     hidden = ids == student.mask_id
-    ids = masked.fill(student, ids, hidden, calls, temperature, cx.cfg.seed, ORDER)
+    ids = masked.fill(student, ids, hidden, calls, temperature=temperature, seed=cx.cfg.seed,
+                      order=ORDER)
     return ids, calls
 
 
@@ -424,7 +428,7 @@ def main(argv):
     trained = check(cfg)
     first = trained[cfg.bridges[0]]
     weights = [backbone.identity(folder) for folder in trained]
-    identity = {"base": first["base"], "weights": weights}
+    identity = {"base": first["base"], "weights": weights, "data": data.identity(cfg.data)}
     result = finished(cfg, identity)
     if result:
         print(table(result))

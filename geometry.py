@@ -11,6 +11,8 @@ z standardises over the candidate layers 1..L-1. The layer with the highest scor
 they are flags, and the variants in result.json repeat the choice with other values. A new proxy is
 one function and one line of PROXIES.
 
+Equal windows of text are left out, because a state's nearest neighbours would be its copies.
+
 Writes result.json and geometry.png.
 
 Shapes: B batch, T tokens, D hidden width, L blocks, C = L - 1 candidate layers, S sequences,
@@ -62,7 +64,27 @@ PRESETS = {
 
 
 # -------------------------------------------------------------------------------------------------
+# The text: does it begin as the model's own training text did?
+
+def warn_of_missing_bos(lm, windows):
+    """Print a warning where windows (N, T) are predicted better if their first token is BOS."""
+    losses = []
+    after_bos = windows.clone()
+    after_bos[:, 0] = lm.config.bos_token_id
+    for ids in (windows, after_bos):
+        losses.append(lm.model(ids, labels=ids, use_cache=False).loss.item())
+    if losses[0] - losses[1] > 0.1:
+        print(f"warning: {losses[0]:.2f} nats a token without BOS, {losses[1]:.2f} after BOS; use "
+              "a tokenizer that adds BOS, and data.py without --no-bos")
+
+
+# -------------------------------------------------------------------------------------------------
 # The hidden states of all layers, in one forward pass
+
+def check_finite(values, name):
+    if not torch.isfinite(values).all():
+        raise UserError(f"{name} is not finite; try --dtype fp32 or other text")
+
 
 @dataclass
 class States:
@@ -124,8 +146,7 @@ def collect(lm, windows, cfg):
     cov = second.div_(N)                                # in place: this is the largest tensor
     for c in range(C):
         cov[c].addr_(mean[c], mean[c], alpha=-1)
-        if not torch.isfinite(cov[c]).all():
-            raise UserError(f"the states of layer {c + 1} are not finite; try --dtype fp32")
+        check_finite(cov[c], f"the covariance of layer {c + 1}")
         pool[c] = torch.cat(pool[c]) - (shift + mean)[c].to(h.dtype)
     anchors = generator(cfg.seed, "anchors").choice(cfg.pool, cfg.anchors, replace=False)
     return States(cov, pool, sequence=in_pool.nonzero()[:, 0], anchors=anchors, norm=norm / N,
@@ -143,12 +164,12 @@ def eigenvalues(S):
 def local_spread(X, near):
     """Largest eigenvalue (A,) of the covariance of an anchor's neighbours `near` (A, k).
 
-    The k x k Gram matrix of the centred neighbours has the same nonzero eigenvalues. In fp32 the
-    solver gives NaN for a matrix that is zero up to rounding, of equal neighbours."""
+    The k x k Gram matrix of the centred neighbours has the same nonzero eigenvalues. Its own are
+    computed in fp64: equal neighbours make it zero up to rounding, and fp32 would give NaN."""
     Y = X[near]                                                                 # (A, k, D)
     Y = Y - Y.mean(1, keepdim=True)
     gram = Y @ Y.mT / Y.shape[1]                                                # (A, k, k)
-    return eigenvalues(gram)[:, 0].nan_to_num(0)
+    return eigenvalues(gram.double())[:, 0].float()
 
 
 def measure(states, c, cfg):
@@ -219,11 +240,14 @@ PROXIES = {
 }
 
 
-def proxies(measured, dim=0):
-    """All proxies (..., C, K) of a Measured for every candidate; C becomes axis `dim`."""
+def proxies(measured):
+    """All proxies (..., C, K) of a Measured for every candidate."""
     columns = []
-    for _, function in PROXIES.values():
-        columns.append(torch.stack([function(m) for m in measured], dim))
+    for name, (_, function) in PROXIES.items():
+        values = [function(m) for m in measured]
+        for layer, value in enumerate(values, 1):
+            check_finite(value, f"{name} of layer {layer}")
+        columns.append(torch.stack(values, -1))
     return torch.stack(columns, -1).cpu()
 
 
@@ -264,7 +288,7 @@ def bootstrap(states, measured, cfg):
         X, _ = states.space(c, cfg.normalize)
         spectra = resampled_spectra(X, states.sequence, counts)                 # (R, D)
         rows.append(Measured(spectra, m.spread[again], m.distance[again], cfg))
-    return proxies(rows, dim=1)
+    return proxies(rows)
 
 
 def choices(table, point):
@@ -298,10 +322,11 @@ def analyse(states, cfg):
     offset = again - again.mean(0)                      # resampled spectra are a little too narrow
     low, high = point + offset.quantile(torch.tensor([0.025, 0.975]), dim=0)
     chosen = torch.bincount(again.argmax(1), minlength=C) / cfg.resamples
+    at_ceiling = [layer for layer, m in enumerate(measured, 1) if curvature(m) > m.inverse(0) / 2]
     names = ["layer", *PROXIES, "score", "score_low", "score_high", "chosen"]
     columns = torch.stack([*x.T, point, low, high, chosen], 1).tolist()
     rows = [dict(zip(names, [layer, *values])) for layer, values in enumerate(columns, 1)]
-    return {"layers": rows, "best_layer": int(point.argmax()) + 1,
+    return {"layers": rows, "best_layer": int(point.argmax()) + 1, "at_ceiling": at_ceiling,
             "margin": float(-point.topk(2).values.diff()),
             "variants": choices(scores, point), "trivial": choices(trivial, point)}
 
@@ -325,12 +350,12 @@ def plot(result, path):
 
 
 def show(result):
-    rows = []
-    for row in result["layers"]:
-        rows.append([f"{value:.4g}" for value in row.values()])
-    print(report.table(list(row), rows))
+    rows = result["layers"]
+    print(report.table(list(rows[0]), [row.values() for row in rows]))
     for choice in result["variants"] + result["trivial"]:
         print(f"layer {choice['best_layer']} is chosen by {choice['name']}")
+    print(f"{result.get('equal_windows', 0)} windows were left out as copies of others; "
+          f"curvature is near its ceiling 1/eps at layers {result.get('at_ceiling', [])}")
 
 
 def choose(cfg):
@@ -345,7 +370,7 @@ def main(argv):
     dtype = pick_dtype(cfg, world.device)
     model = backbone.resolve(cfg.model, cfg.out)
     backbone.read_config(model, cfg.seq_len)            # refuses what is longer than the model
-    identity = {"base": backbone.identity(model)}
+    identity = {"base": backbone.identity(model), "data": data.identity(cfg.data)}
     result = finished(cfg, identity)
     if result:
         show(result)
@@ -358,15 +383,22 @@ def main(argv):
     shards, _ = data.shards_beside(cfg, backbone.load_tokenizer(model), world)
     per_window = cfg.seq_len - cfg.skip
     count = 1 + cfg.tokens // per_window
-    windows = data.Tokens(shards, "val", cfg.seq_len).windows(count, cfg.seed)[:, :-1]
+    held_out = data.Tokens(shards, "val", cfg.seq_len)
+    windows = held_out.windows(count, cfg.seed)[:, :-1].tolist()
+    different = dict.fromkeys(map(tuple, windows))      # equal windows have equal states
+    tokens = len(different) * per_window
+    assert 2 * cfg.k < min(cfg.pool, tokens), "--k must be below half of the states in the pool"
     run = Run(cfg, world, identity)
-    tokens = len(windows) * per_window
     cfg.pool = min(cfg.pool, tokens)                    # a small text has few states
     cfg.anchors = min(cfg.anchors, cfg.pool)
+    copies = len(windows) - len(different)
+    windows = torch.tensor(list(different), device=world.device)                # (S, T)
+    if held_out.bos is None and lm.config.bos_token_id is not None:
+        warn_of_missing_bos(lm, windows[:8, :256])      # short: logits are large
 
     # 2. One forward pass for all layers, then layer by layer
-    states = collect(lm, windows.to(world.device), cfg)                         # (S, T)
-    result = {**identity, **analyse(states, cfg), "tokens": tokens}
+    states = collect(lm, windows, cfg)
+    result = {**identity, **analyse(states, cfg), "tokens": tokens, "equal_windows": copies}
     plot(result, run.out / "geometry.png")
     show(result)
     return run.finish(result)

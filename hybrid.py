@@ -17,6 +17,7 @@ Shapes: B batch, T new tokens, K all tokens (cached ones first), D width of the 
 V vocabulary, L blocks of the backbone, l the replaced layer.
 """
 import copy
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,6 +71,7 @@ class HybridConfig(PretrainedConfig):
         self.base_model = base_model or info.get("model")
         self.nfe = nfe or info.get("nfe_default")       # network calls of the bridge
         super().__init__(**rest)
+        self.load_with = "import hybrid (nanoDiHAL), then AutoModelForCausalLM"
 
 
 class HybridForCausalLM(PreTrainedModel, GenerationMixin):
@@ -125,6 +127,12 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
     def noise_at(self, positions):
         """Noise (..., D) at positions (...): rows of a table that grows with the text."""
         count = int(positions.max()) + 1
+        limit = getattr(self.config, "max_position_embeddings", count)
+        assert count <= limit, f"the base has only {limit} positions"
+        trained = self.config.info.get("seq_len", count)
+        if count > 2 * trained:
+            warnings.warn(f"the bridge was trained on texts of {trained} tokens; beyond twice that "
+                          "length it grows worse", stacklevel=2)
         if count > len(self.noise):
             self.noise = diffusion.position_noise(0, range(2 * count), self.lm.D, positions.device)
         return self.noise[positions]
@@ -140,11 +148,11 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         """The bridge's h[l] (B, T, D) of new tokens, and the `side` that the upper blocks need.
 
         The tokens join the bridge's part of the cache and are not counted yet."""
+        noise = self.noise_at(positions)                # first: it refuses a text that is too long
         h0 = self.lm.embed(input_ids, positions)                                # (B, T, D)
         side = self.lm.side(h0, positions, attention_mask, cache)
         mask = bridge_mask(input_ids, cache.get_seq_length(), attention_mask)
-        z = self.states(h0, input_ids, self.config.nfe, self.noise_at(positions), positions,
-                        mask, cache)
+        z = self.states(h0, input_ids, self.config.nfe, noise, positions, mask, cache)
         if self.config.layer == 0:
             return h0, side             # h[0] is exact: z was sampled for the bridge's cache alone
         return self.net.restore(h0, z, positions).to(h0.dtype), side
@@ -192,6 +200,12 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits,
                                       past_key_values=cache if use_cache else None)
 
+    def get_input_embeddings(self):
+        return self.lm.model.get_input_embeddings()
+
+    def resize_token_embeddings(self, *_, **__):
+        raise NotImplementedError("the vocabulary is the base's: train a bridge on a resized base")
+
     def save_pretrained(self, folder, **ignored):
         """The bridge's files and a config.json that transformers understands."""
         config = self.config
@@ -203,12 +217,12 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
     def from_pretrained(cls, folder, *, config=None, base_model="", dtype=None, device="cpu",
                         **library):
         """Load a saved hybrid. `base_model` says where the base is now, if it moved."""
+        for name in set(library) - {"revision", "trust_remote_code", "adapter_kwargs"}:
+            raise TypeError(f"from_pretrained of a hybrid takes no {name}")
         config = config or HybridConfig.from_pretrained(folder)
+        assert config._attn_implementation is None, "attn_implementation is not taken"
         config.base_model = base_model or config.base_model
         dtype = backbone.as_dtype(dtype)                # "auto" and None stand for fp32
-        library.setdefault("attn_implementation", config._attn_implementation)
-        for name in ("attn_implementation", "device_map", "quantization_config", "torch_dtype"):
-            assert not library.get(name), f"a hybrid has no {name}; it takes device and dtype"
         net, _ = diffusion.load(folder, device)
         return assemble(net, config, device, dtype)
 
@@ -298,7 +312,8 @@ def main(argv):
 
     # Has this very run finished already?
     info = read_json(Path(cfg.bridge) / "bridge.json", "train a bridge with: python bridge.py")
-    identity = {"base": info["base"], "bridge_weights": backbone.identity(cfg.bridge)}
+    identity = {"base": info["base"], "bridge_weights": backbone.identity(cfg.bridge),
+                "data": data.identity(cfg.data)}
     result = finished(cfg, identity)
     if result:
         show(result)

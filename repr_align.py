@@ -12,8 +12,8 @@ the same weights, is frozen and causal, and sees the text without masks. Over th
 
 This is REPR-ALIGN (arXiv 2605.06885). The path term adds weight to tokens that a sampler would
 reveal early, those of high probability. The published code divides it by r, the share of masked
-tokens; this code does not. CE has no weight 1/r either, so the loss is no bound on -log p:
-core/masked.py computes one.
+tokens (--path published); ours does not. CE has no weight 1/r either, so the loss is no bound on
+-log p: core/masked.py computes one.
 
 With --attention block a token sees its token block and the text before it. With --context noisy
 that text is masked, too. With --context causal each pass holds a clean copy of it, at twice the
@@ -59,11 +59,12 @@ class Config:
     # loss
     attention: Literal["bidirectional", "block"] = "bidirectional"  # block: by token blocks
     block_size: int = 16        # tokens of a token block
+    grow_blocks: tuple[int, ...] = ()   # sizes of the token block, at equal shares of the run
     context: Literal["noisy", "causal"] = "noisy"  # text before a token block: masked, or a copy
     ar_weight: float = 0.0      # weight of the next-token loss on the clean copy
     align_weight: float = 10.0  # w (0: no alignment, no teacher)
     align_until: int = 0        # step from which w is 0 (0: none)
-    path: float = 1.0           # weight of the path term
+    path: Literal["none", "plain", "published"] = "plain"   # path term; published: over r
     mask_min: float = 0.0       # share r of masked tokens: uniform between mask_min and mask_max.
     mask_max: float = 1.0       # 0.2: learns tasks that need nearly the whole text (COMPARE)
     # optimisation
@@ -74,7 +75,7 @@ class Config:
     train_tokens: int = 0       # train on this many first tokens of the corpus (0: all)
     lr: float = 0.01            # Muon, for the matrices inside the blocks (0: AdamW there too)
     lr_adam: float = 1e-3       # AdamW, for everything else
-    warmup: int = 20            # steps
+    warmup: int = 20            # steps (0: none)
     shard: bool = False         # spread the blocks over the processes (FSDP2, AdamW alone)
     # measurement
     eval_batches: int = 64      # held-out sequences
@@ -104,23 +105,31 @@ BOUND_CALLS = 4                 # network calls a sequence for the bound on -log
 # Masks and loss
 
 def sample_masks(T, block_size, seed, step, slots, purpose="mask", between=(0.0, 1.0)):
-    """(B, T) bool: which tokens are masked. Every token block of a sequence gets a share r, uniform
-    `between` two bounds, and masks each of its tokens with probability r. The first token stays
-    visible, because no state predicts it. Shares are clipped to [1/500, 1 - 1/500]. Bounds other
-    than 0 and 1 are the clipped schedule of block diffusion (arXiv 2503.09573)."""
+    """(B, T) bool, which tokens are masked, and the shares r (B, T) they were masked with.
+
+    Every token block of a sequence gets a share, uniform `between` two bounds, and masks each of
+    its tokens with that probability. The first token stays visible, because no state predicts it.
+    Shares are clipped to [1/500, 1 - 1/500]. Other bounds than 0 and 1 are the clipped schedule of
+    block diffusion (arXiv 2503.09573)."""
     low, high = between
     blocks = math.ceil(T / block_size)
-    rows = []
+    masks = []
+    shares = []
     for slot in slots:
         gen = generator(seed, purpose, step, slot)
         share = np.full(blocks, low)
         if low < high:
             share = low + (high - low) * gen.random(blocks)
         share = share.clip(1 / 500, 1 - 1 / 500).repeat(block_size)[:T]
-        rows.append(gen.random(T) < share)
-    is_mask = torch.from_numpy(np.stack(rows))
+        shares.append(share)
+        masks.append(gen.random(T) < share)
+    is_mask = torch.from_numpy(np.stack(masks))
     is_mask[:, 0] = False
-    return is_mask
+    return is_mask, torch.from_numpy(np.stack(shares)).float()
+
+
+# Weight of the path term as a function of r (B, T)
+PATHS = {"none": torch.zeros_like, "plain": torch.ones_like, "published": torch.reciprocal}
 
 
 @torch.no_grad()
@@ -131,7 +140,8 @@ def clean_states(teacher, ids):
 
 
 def conversion_loss(student, teacher, ids, is_mask, path, with_ar=False):
-    """(loss, alignment, ar, ce) of ids (B, T) with masks where is_mask (B, T; on the CPU).
+    """(loss, alignment, ar, ce) of ids (B, T) with masks where is_mask (B, T; on the CPU). `path`
+    (B, T), on the CPU too, is the weight of the path term.
 
     All are sums over tokens, so the parts of a batch add up to the batch. loss: CE and path term.
     alignment: distance, mean over the layers; 0 without a teacher. ar: next-token CE of the clean
@@ -142,6 +152,7 @@ def conversion_loss(student, teacher, ids, is_mask, path, with_ar=False):
     zero = torch.zeros((), device=ids.device)
     at = predictors(student.arm, T, as_written=False).to(ids.device)                 # (T-1,)
     # 1. The n masked tokens: row b, token i + 1. Located on the CPU, so that no GPU is waited for
+    path = path[:, 1:][is_mask[:, 1:]].to(ids.device)                                # (n,)
     b, i = is_mask[:, 1:].nonzero().to(ids.device).unbind(1)
     # 2. Alignment: student and teacher layer by layer, never stacked
     alignment = zero
@@ -176,8 +187,8 @@ def validate(student, teacher, rows, world, seed):
     for start in range(0, N, world.size):       # FSDP gathers weights in the passes of all ranks
         i = min(start + world.rank, N - 1)
         r = (i + 0.5) / N
-        is_mask = sample_masks(T, T, seed, 0, [i], "validate", between=(r, r))
-        _, *sums = conversion_loss(student, teacher, rows[i:i + 1], is_mask, 0.0, has_copy)
+        is_mask, share = sample_masks(T, T, seed, 0, [i], "validate", between=(r, r))
+        _, *sums = conversion_loss(student, teacher, rows[i:i + 1], is_mask, share, has_copy)
         if start + world.rank < N:
             totals += torch.tensor([value.item() for value in [*sums, is_mask.sum()]])
     alignment, ar, ce, count = world.sum(totals.tolist())
@@ -256,6 +267,24 @@ def out_folder(cfg):
     return cfg.out or f"out/convert/{name}"
 
 
+def arm_at(cfg, step):
+    """Who sees whom at this step. A conversion that begins with token blocks of 1 and a causal copy
+    begins as the AR model: its first loss is the next-token loss. Larger blocks follow."""
+    sizes = cfg.grow_blocks or (cfg.block_size,)
+    stage = min(step * len(sizes) // cfg.steps, len(sizes) - 1)
+    return Arm(cfg.attention, sizes[stage], cfg.context)
+
+
+def check_growth(cfg):
+    """Set --block_size to the last of --grow_blocks."""
+    sizes = cfg.grow_blocks
+    growing = list(sizes) == sorted(set(sizes)) and min(sizes) > 0
+    divide = all(cfg.seq_len % size == 0 for size in sizes)
+    assert growing and divide and cfg.context == "causal", (
+        "--grow_blocks needs --context causal, and sizes that grow and divide --seq_len")
+    cfg.block_size = sizes[-1]
+
+
 def choose_preset(cfg):
     if cfg.preset != "auto":
         return cfg.preset
@@ -269,7 +298,7 @@ def load_models(cfg, model, tokenizer, world, dtype):
         teacher = backbone.load(model, world.device, dtype)
     lm = backbone.load(model, world.device, torch.float32)
     mask_id = add_mask(lm, tokenizer)
-    student = Student(lm, mask_id, Arm(cfg.attention, cfg.block_size, cfg.context))
+    student = Student(lm, mask_id, arm_at(cfg, cfg.steps))
     student.requires_grad_(True)
     lm.model.get_input_embeddings().requires_grad_(False)   # student.shift learns instead
     lm.model.get_output_embeddings().requires_grad_(False)
@@ -356,6 +385,8 @@ def main(argv):
     if needs_copy and (cfg.attention, cfg.context) != ("block", "causal"):
         raise UserError("--ar_weight needs --context causal, and that needs --attention block")
     assert 0 <= cfg.mask_min < cfg.mask_max <= 1, "masked shares: 0 <= mask_min < mask_max <= 1"
+    if cfg.grow_blocks:
+        check_growth(cfg)
     world = setup(cfg.device)
     slots, micro_batch = split_batch(cfg.batch_size, cfg.micro_batch, world)
     dtype = pick_dtype(cfg, world.device)
@@ -368,7 +399,7 @@ def main(argv):
         return forecast(cfg, world, config, dtype, micro_batch)
     if cfg.shard and world.size == 1:
         raise UserError("--shard spreads weights over processes; start it with torchrun")
-    identity = {"base": backbone.identity(model)}
+    identity = {"base": backbone.identity(model), "data": data.identity(cfg.data)}
     result = finished(cfg, identity)
     if result:
         return show(result, world)
@@ -380,6 +411,8 @@ def main(argv):
     if cfg.train_tokens:
         count = (cfg.train_tokens - cfg.seq_len) // (cfg.seq_len + 1)
         train.n = min(train.n, max(1, count))
+    if world.main:
+        train.warn(cfg.steps, cfg.batch_size)
     held_out = data.Tokens(shards, "val", cfg.seq_len).windows(cfg.eval_batches)
     held_out = held_out[:, :-1].to(world.device)                                # (N, T)
     student, teacher = load_models(cfg, model, tokenizer, world, dtype)
@@ -404,13 +437,16 @@ def main(argv):
     # The loop
     for step in range(state["step"], cfg.steps):
         if step % cfg.eval_every == 0:
+            student.arm = arm_at(cfg, cfg.steps)
             with clock.paused():
                 curve.append([step, *validate(student, teacher, held_out, world, cfg.seed)])
                 run.log(step, cfg.steps, val_loss=curve[-1][1])
         # 1. Masks of the whole batch: the loss is a mean over its masked tokens
+        student.arm = arm_at(cfg, step)
         size = student.arm.size(cfg.seq_len)
-        is_mask = sample_masks(cfg.seq_len, size, cfg.seed, step, range(cfg.batch_size),
-                               between=(cfg.mask_min, cfg.mask_max))
+        is_mask, share = sample_masks(cfg.seq_len, size, cfg.seed, step, range(cfg.batch_size),
+                                      between=(cfg.mask_min, cfg.mask_max))
+        path = PATHS[cfg.path](share)
         count = max(1, is_mask.sum().item())
         w = cfg.align_weight if step < (cfg.align_until or cfg.steps) else 0.0
         # 2. Gradient, one micro-batch after another
@@ -419,7 +455,7 @@ def main(argv):
             ids = train.batch(cfg.seed, step, part, cfg.batch_size)[:, :-1].to(world.device)
             with autocast:
                 loss, alignment, ar, ce = conversion_loss(
-                    student, teacher if w else None, ids, is_mask[part], cfg.path,
+                    student, teacher if w else None, ids, is_mask[part], path[part],
                     with_ar=cfg.ar_weight > 0)
             total = loss / count + w * alignment / count
             total = total + cfg.ar_weight * ar / (cfg.batch_size * (cfg.seq_len - 1))
@@ -444,6 +480,7 @@ def main(argv):
     stop.done()
 
     # The result
+    student.arm = arm_at(cfg, cfg.steps)
     seconds = clock.seconds()
     curve.append([cfg.steps, *validate(student, teacher, held_out, world, cfg.seed)])
     bound = text_likelihood(student, held_out, BOUND_CALLS, cfg.seed)

@@ -16,6 +16,7 @@ Tokens are sampled from the whole distribution, which --top_p alone can cut (the
 
 Shapes: T tokens, D width, V vocabulary. One text at a time.
 """
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Literal
 
 import torch
 
-from core import masked
+from core import backbone, masked
 from core.common import UserError, entry, generator, parse, pick_dtype, setup
 from core.run import atomic, nearby, read_json, recorded
 from generate import generate_blocks, hybrid, token_prior
@@ -41,8 +42,9 @@ class Config:
     seed: int = 0               # every random number is a function of it
     # diffusion
     steps: int = 0              # network calls a token, token block or text (0: its own, 4, 32)
+    bound: float = 0.0          # converted model: entropy of tokens revealed together (0: --steps)
     block_size: int = 0         # tokens that a bridge samples together (0: 32)
-    refinements: int = 14       # of each token block
+    refinements: int = 14       # of each token block (0: none)
     # output
     show: bool = False          # print every step
     gif: str = ""               # write a film of the steps to this file
@@ -96,8 +98,8 @@ def write_blocks(model, ids, cfg, watch):
 
 def write_masks(model, ids, cfg, watch):
     """All masks, the most certain ones first."""
-    steps = masked.fill_steps(model, ids, ids == model.mask_id, cfg.steps or 32, cfg.temperature,
-                              cfg.seed, "confidence", cfg.top_p)
+    sampling = masked.Sampling(cfg.temperature, cfg.seed, top_p=cfg.top_p, bound=cfg.bound)
+    steps = masked.fill_steps(model, ids, ids == model.mask_id, cfg.steps or 32, sampling)
     for ids, hidden in steps:
         watch(ids, hidden)
     return ids
@@ -116,7 +118,9 @@ class Screen:
         self.steps = []             # the text after every step
 
     def __call__(self, ids, hidden):
-        text = self.tokenizer.decode(ids[0]).replace(masked.MASK, "_")
+        text = self.tokenizer.decode(ids[0])
+        if hidden.any():
+            text = text.replace(masked.MASK, "_")
         self.steps.append(text)
         if self.show:
             print(f"{len(self.steps):3d} {text!r}")
@@ -162,8 +166,14 @@ def main(argv):
     dtype = pick_dtype(cfg, world.device)
     model, tokenizer, write = load(Path(cfg.model), world.device, dtype)
 
-    prompt = tokenizer(cfg.prompt)["input_ids"] or [tokenizer.eos_token_id]
-    suffix = tokenizer(cfg.suffix, add_special_tokens=False)["input_ids"]
+    # Bytes are read as UTF-8 in any locale. Special tokens spelled out are text, as in training
+    texts = [os.fsencode(text).decode(errors="replace") for text in (cfg.prompt, cfg.suffix)]
+    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)
+    prompt, suffix = encoded["input_ids"]
+    bos = backbone.bos_id(tokenizer)
+    if bos is not None:
+        prompt = [bos, *prompt]
+    prompt = prompt or [tokenizer.eos_token_id]
     room = model.lm.config.max_position_embeddings - len(prompt) - len(suffix)
     if not 1 <= cfg.new <= room:
         raise UserError(f"--new {cfg.new} must lie in 1..{room}: prompt, --new and --suffix share "

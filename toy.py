@@ -46,7 +46,7 @@ class Config:
     seq_len: int = 128          # tokens a sequence
     lr: float = 0.02            # Muon, for the matrices inside the blocks
     lr_adam: float = 8e-3       # AdamW, for everything else
-    warmup: int = 50            # steps
+    warmup: int = 50            # steps (0: none)
     log_every: int = 50         # steps between log lines
     save_every: int = 500       # steps between checkpoints
     track: Literal[tuple(TRACKERS)] = ""    # tracker that also gets the log
@@ -96,7 +96,8 @@ def main(argv):
     cfg = parse(Config, argv, __doc__, PRESETS)
     world = setup(cfg.device)
     slots, _ = split_batch(cfg.batch_size, 0, world)
-    result = finished(cfg, {})
+    identity = {"data": data.identity(cfg.data)}
+    result = finished(cfg, identity)
     if result:
         print(f"{cfg.out} is finished: {summary(result)}")
         return result
@@ -106,12 +107,14 @@ def main(argv):
     shards, meta = data.prepare(cfg.data, None, Path(cfg.out).parent / "data", world,
                                 vocab=cfg.vocab, tasks=cfg.tasks)
     train = data.Tokens(shards, "train", cfg.seq_len)
+    if world.main:
+        train.warn(cfg.steps, cfg.batch_size)
     held_out = data.Tokens(shards, "val", cfg.seq_len).windows(512).to(world.device)
     lm = backbone.Backbone(model)
     params = list(model.parameters())
     size = sum(p.numel() for p in params)
     flops = backbone.training_flops(size, 0, cfg.layers, model.config, cfg.seq_len)
-    run = Run(cfg, world, {})
+    run = Run(cfg, world, identity)
     optimizers = optim.build(model.named_parameters(), cfg.lr, cfg.lr_adam, WEIGHT_DECAY,
                              inside="layers.", world=world)
     state = run.resume([model], optimizers)
@@ -146,9 +149,11 @@ def main(argv):
     # The result
     seconds = clock.seconds()
     val_loss = validate(lm, held_out)
-    bits = val_loss / math.log(2) * meta["tokens"]["val"] / meta["bytes"]["val"]
+    tokenizer = backbone.load_tokenizer(shards)
+    nats = val_loss * held_out[:, 1:].numel()
+    bits = nats / math.log(2) / data.count_bytes(tokenizer, held_out)
     if world.main:
-        backbone.save_model(model.eval(), backbone.load_tokenizer(shards), run.out)
+        backbone.save_model(model.eval(), tokenizer, run.out)
     world.barrier()
     result = run.finish({
         "val_loss": val_loss, "bits_per_byte": bits,

@@ -24,8 +24,7 @@ The real block i then runs on any h: blocks[i](h, *args, **kwargs). Sides do not
 they serve every pass over the same positions. At every load `check` compares the result with the
 model, bit for bit. A model that fails is refused by name.
 
-Code and pickles from the Hub are never run, because a stranger wrote them. All weights are
-safetensors, and all architectures are the library's.
+Code and pickles from the Hub are never run, because a stranger wrote them.
 
 Letters: B batch, T tokens, K keys, D hidden width, L blocks, V vocabulary.
 """
@@ -429,7 +428,7 @@ def as_dtype(dtype):
 
 def load_tokenizer(folder):
     """The tokenizer of a shard folder, a model folder or a Hub id."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
     if (Path(folder) / "meta.json").exists():
         file = str(Path(folder) / "tokenizer.json")
         return PreTrainedTokenizerFast(tokenizer_file=file, eos_token=EOS)
@@ -440,9 +439,20 @@ def load_tokenizer(folder):
             raise ValueError("it knows no words")       # the library makes one of a bare config
         if tokenizer.eos_token_id is None:
             raise ValueError("it has no end-of-text token")
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        largest = max(set(tokenizer.get_vocab().values()) - special | {tokenizer.eos_token_id})
+        rows = PretrainedConfig.get_config_dict(folder)[0].get("vocab_size", math.inf)
+        if largest >= rows:
+            raise ValueError(f"it has ids up to {largest}, but the model has only {rows} rows")
     except Exception as error:
         raise UserError(f"no tokenizer could be loaded from {folder} ({why(error)})") from None
     return tokenizer
+
+
+def bos_id(tokenizer):
+    """The id of the token that the tokenizer puts before every text (BOS), or None."""
+    bos = tokenizer.bos_token_id
+    return bos if tokenizer("a")["input_ids"][0] == bos else None
 
 
 def tokenizer_hash(tokenizer):
@@ -463,6 +473,7 @@ def save_model(model, tokenizer, out, converted=False, **kwargs):
     if converted:
         config["backbone_type"] = config["model_type"]
         config["model_type"] = TWIN
+        config["load_with"] = "import core.masked (nanoDiHAL), then AutoModelForCausalLM"
     config["dihal"] = read_json(Path(out) / "config.json")["dihal"]
     (new / "config.json").write_text(json.dumps(config, indent=1))
     for file in new.iterdir():

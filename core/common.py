@@ -48,8 +48,10 @@ def entry(main):
         except SystemExit as stop:
             leave_group(stop.code or 0)
             raise
-        except UserError as error:
-            return fail(f"error: {error}", 2)
+        except (UserError, AssertionError) as error:
+            if not error.args:
+                raise                           # an assert without a message is a bug
+            return fail(f"error: {why(error)}", 2)
         except KeyboardInterrupt:
             return fail("stopped; the same command starts again", 130)
         except BrokenPipeError:                 # `| head` has read enough
@@ -138,6 +140,7 @@ def parse(Config, argv, doc="", presets=None, choose=None):
     """Fill the dataclass `Config` from `argv`: field default < preset < flag.
 
     A field may be int, float, str, bool (--x, --no-x), Literal (choices) or tuple[int, ...].
+    An int is at least 1, unless its default is lower or its comment says what 0 means: (0: none).
     `choose` gets the Config of the flags alone and returns the name of the preset."""
     # 1. The flags alone
     parser = make_parser(Config, doc)
@@ -156,19 +159,26 @@ def parse(Config, argv, doc="", presets=None, choose=None):
 
     # 2. The preset
     cfg = Config(**given)
+    settings = {}
     if presets:
         preset = choose(cfg) if choose else cfg.preset
-        cfg = Config(**{**presets.get(preset, {}), **given})
+        settings = presets.get(preset, {})
+        cfg = Config(**{**settings, **given})
         cfg.preset = preset
 
     # 3. Help, check, settings
     if show_help:
         parser.set_defaults(**vars(cfg))
+        for name in settings.keys() - given.keys():
+            parser.set_defaults(**{name: f"{settings[name]} by preset {cfg.preset}"})
         parser.print_help()
         raise SystemExit(0)
-    for name, value in vars(cfg).items():
-        if type(value) is int and value < min(0, getattr(Config, name)):
-            parser.error(f"--{name} must not be negative")
+    for name, (_, comment) in read_comments(Config).items():
+        value = getattr(cfg, name)
+        if type(value) is int:
+            lowest = min(getattr(Config, name), 0 if "(0: " in comment else 1)
+            if value < lowest:
+                parser.error(f"--{name} must be at least {lowest}")
     if leave:
         show_settings(cfg)
         raise SystemExit(0)

@@ -182,7 +182,8 @@ class Bridge(nn.Module):
             inputs[1] = torch.where(flag, self.null, c)
             inputs.append(flag.to(x.dtype))
             if self.config.bidirectional and mask is None:
-                # Visible tokens look back only, as in replacement; unknown ones look everywhere
+                # Visible tokens attend backwards only, unknown ones to all. After the first block
+                # a visible token can know of later ones through an unknown one before it
                 causal = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
                 mask = (causal | flag)[:, None]                                 # (B, 1, T, T)
 

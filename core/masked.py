@@ -201,9 +201,10 @@ def load_converted(folder, device, dtype):
 
 def choose(logits, temperature, top_p, u):
     """Sample tokens (...) from float64 logits (..., V), with u (...) uniform in [0, 1). Temperature
-    0 takes the most likely token. The distribution function is inverted in float64, because one
-    joint float32 Gumbel sample over {tokens, mask} reveals too few tokens (arXiv 2409.02908)."""
-    if temperature == 0:
+    0, like top_p 0, takes the most likely token. The distribution function is inverted in float64:
+    one joint float32 Gumbel sample over {tokens, mask} reveals too few (arXiv 2409.02908)."""
+    assert temperature >= 0, "the temperature must not be negative"
+    if temperature == 0 or top_p <= 0:
         return logits.argmax(-1)
     p = torch.softmax(logits / temperature, -1)
     if top_p < 1:
@@ -243,19 +244,41 @@ def most_certain(score, is_mask, count):
     return is_mask & (rank < count)
 
 
-def fill(model, ids, is_mask, steps, temperature=0.8, seed=0, order="confidence", top_p=1.0):
+def within(entropy, is_mask, bound):
+    """(B, S) bool: the masks of each row to replace together (Ben-Hamu et al. 2025, arXiv
+    2505.24857). They are the surest ones; their entropies (n,), without the largest, add up to at
+    most `bound` nats. That bounds how much they can depend on each other. The surest mask always
+    counts."""
+    values = entropy.new_full(is_mask.shape, torch.inf).masked_scatter(is_mask, entropy)
+    value, place = values.sort(dim=1, stable=True)
+    before = value.cumsum(1) - value
+    return is_mask & torch.zeros_like(is_mask).scatter(1, place, before <= bound)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How masks are filled."""
+    temperature: float = 0.8
+    seed: int = 0
+    order: str = "confidence"   # in ORDERS: which masks come first
+    top_p: float = 1.0
+    bound: float = 0.0          # nats: replace masks `within` it, in the calls that this takes
+
+
+def fill(model, ids, is_mask, steps, **sampling):
     """Fill the masks of ids (B, T) in `steps` network calls. The first token must be visible.
 
     A model with attention by token blocks fills one after the other. Every token block gets its
     share of the calls, at least one, and one more call puts each finished block into the cache.
     Finished tokens cannot attend to later ones."""
-    history = list(fill_steps(model, ids, is_mask, steps, temperature, seed, order, top_p))
+    history = list(fill_steps(model, ids, is_mask, steps, Sampling(**sampling)))
     return history[-1][0]
 
 
 @torch.no_grad()
-def fill_steps(model, ids, is_mask, steps, temperature, seed, order, top_p):
+def fill_steps(model, ids, is_mask, steps, sampling):
     """Yield (ids, is_mask) after every network call of `fill`."""
+    assert sampling.bound >= 0, "the bound of the entropy must not be negative"
     assert not is_mask[:, 0].any(), "the first token must be visible: no state predicts it"
     T = ids.shape[1]
     ids = ids.clone()
@@ -271,7 +294,7 @@ def fill_steps(model, ids, is_mask, steps, temperature, seed, order, top_p):
     for number, lo in enumerate(range(first - first % size, T, size)):
         hi = min(lo + size, T)
         until = steps * int(to_fill[:hi].sum()) // int(to_fill.sum())
-        calls = max(1, until - done)
+        calls = size if sampling.bound else max(1, until - done)
         done = until
         # 1. Finished tokens join the cache. The state at the last one predicts the next token
         if lo > 0:
@@ -290,16 +313,19 @@ def fill_steps(model, ids, is_mask, steps, temperature, seed, order, top_p):
                 normed[:, 0] = before
             logits = model.logits(normed[hidden]).double()                      # (n, V)
             # 3. Sample a token for every mask
-            u = [generator(seed, "fill", number, step, row).random((2, hi - lo))
+            u = [generator(sampling.seed, "fill", number, step, row).random((2, hi - lo))
                  for row in range(len(ids))]
             u = torch.from_numpy(np.stack(u, 1))                                # (2, B, S)
             u = u.to(ids.device)[:, hidden]                                     # (2, n)
-            token = choose(logits, temperature, top_p, u[0])
+            token = choose(logits, sampling.temperature, sampling.top_p, u[0])
             sampled = ids[:, lo:hi].masked_scatter(hidden, token)
             # 4. Reveal the most certain ones. The last call reveals the last masks
-            score = ORDERS[order](logits, token, u[1])                          # (n,)
-            count = -(-hidden.sum(1, keepdim=True) // (calls - step))           # rounded up
-            revealed = most_certain(score, hidden, count)
+            if sampling.bound:
+                revealed = within(-negative_entropy(logits, token, u[1]), hidden, sampling.bound)
+            else:
+                score = ORDERS[sampling.order](logits, token, u[1])             # (n,)
+                count = -(-hidden.sum(1, keepdim=True) // (calls - step))       # rounded up
+                revealed = most_certain(score, hidden, count)
             ids[:, lo:hi] = torch.where(revealed, sampled, ids[:, lo:hi])
             is_mask[:, lo:hi] = hidden & ~revealed
             yield ids.clone(), is_mask.clone()
@@ -384,30 +410,38 @@ class ConvertedForCausalLM(PreTrainedModel):
     def from_pretrained(cls, folder, config=None, dtype=None, device="cpu", revision=None,
                         trust_remote_code=None, adapter_kwargs=None):
         """AutoModelForCausalLM passes the config and the last three. No other argument is taken."""
+        config = config or ConvertedConfig.from_pretrained(folder)
+        assert config._attn_implementation is None, "attn_implementation is not taken"
         dtype = backbone.as_dtype(dtype)
         student, _ = load_converted(folder, torch.device(device), dtype)
-        return cls(ConvertedConfig.from_pretrained(folder), student).eval()
+        return cls(config, student).eval()
 
     def save_pretrained(self, *_, **__):
         raise NotImplementedError("copy the folder that repr_align.py wrote")
 
-    def forward(self, input_ids, attention_mask=None):
-        """Logits (B, T-1, V) of whole texts. Those at i predict token i + 1. Padding is refused,
-        and so are labels: the loss of a masked model is no next-token loss."""
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        """Logits (B, T-1, V) of whole texts. Those at i predict token i + 1. Padding is refused."""
         assert attention_mask is None or attention_mask.all(), "texts must have one length"
+        if labels is not None:
+            raise TypeError("labels: a masked model has no next-token loss")
         normed = self.student.predict(input_ids, input_ids == self.student.mask_id)
         return CausalLMOutput(logits=self.student.logits(normed))
 
-    def generate(self, input_ids, attention_mask=None, max_new_tokens=64, steps=0, **sampling):
-        """Continue prompts (B, P) of one length in `steps` network calls (0: one a new token):
-        ids (B, P + max_new_tokens). sampling: temperature, seed, order and top_p of `fill`."""
+    def generate(self, input_ids, attention_mask=None, max_new_tokens=0, max_length=0, steps=0,
+                 **sampling):
+        """Continue prompts (B, P) of one length in `steps` network calls (0: one a new token), by
+        max_new_tokens, or up to max_length, or by 64 tokens. sampling: temperature, seed, order and
+        top_p of `fill`, which refuses any other argument by name."""
         assert attention_mask is None or attention_mask.all(), "prompts must have one length"
-        mask_id = self.student.mask_id
-        ids = F.pad(input_ids, (0, max_new_tokens), value=mask_id)
+        P = input_ids.shape[1]
+        new = max_new_tokens or 64
+        if max_length and not max_new_tokens:
+            new = max_length - P
         positions = self.student.lm.config.max_position_embeddings
-        assert ids.shape[1] <= positions, f"the model has only {positions} positions"
-        steps = steps or max_new_tokens
-        return fill(self.student, ids, ids == mask_id, steps, **sampling)
+        assert 0 < new <= positions - P, f"{P} + {new} tokens do not fit {positions} positions"
+        mask_id = self.student.mask_id
+        ids = F.pad(input_ids, (0, new), value=mask_id)
+        return fill(self.student, ids, ids == mask_id, steps or new, **sampling)
 
 
 AutoConfig.register(ConvertedConfig.model_type, ConvertedConfig)

@@ -145,8 +145,15 @@ def finished(cfg, identity):
     return result
 
 
-def numbers_of(values):
-    return {name: value for name, value in values.items() if isinstance(value, float)}
+def numbers_of(values, prefix=""):
+    """The numbers of a log line or of a result, by names such as nfe.4.kl."""
+    numbers = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            numbers |= numbers_of(value, f"{prefix}{name}.")
+        elif isinstance(value, float):
+            numbers[prefix + name] = value
+    return numbers
 
 
 class Run:

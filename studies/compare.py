@@ -79,10 +79,15 @@ def label(variant, variants):
     return ", ".join(names) or variant[0]["folder"]
 
 
+def numbers(variant, key):
+    """{pair: number}. A copy of a folder has the seed of the first, and is no run of its own."""
+    return {run["pair"]: number(run, key) for run in variant}
+
+
 def difference(variant, rival, key, margin):
     """The verdict on a variant against its rival by one number, over the pairs that both have."""
-    ours = {run["pair"]: number(run, key) for run in variant}
-    theirs = {run["pair"]: number(run, key) for run in rival}
+    ours = numbers(variant, key)
+    theirs = numbers(rival, key)
     common = sorted(set(ours) & set(theirs))
     gap = paired([ours[pair] for pair in common], [theirs[pair] for pair in common])
     lower = key.split(".")[-1] not in HIGHER_IS_BETTER
@@ -109,9 +114,9 @@ def main(argv):
         columns += [key, f"{key} against {label(rival, variants)}"]
     rows = []
     for variant in variants:
-        row = [label(variant, variants), len(variant)]
+        row = [label(variant, variants), len({run["pair"] for run in variant})]
         for key in keys:
-            row.append(plus_minus([number(run, key) for run in variant], ".4f"))
+            row.append(plus_minus(numbers(variant, key).values(), ".4f"))
             row.append(None if variant is rival else difference(variant, rival, key, cfg.margin))
         rows.append(row)
     text = table(columns, rows)

@@ -132,7 +132,8 @@ def main(argv):
                 subject.student, tokenizer, cfg.seed)
             print(f"{subject.name}, lost without a head (left / right): {heads(subject, sample)}")
         rows.append([subject.name, *gains.values()])
-    means = [report.plus_minus(values, ".2f") for values in zip(*[row[1:] for row in rows[1:]])]
+    numbers = [row[1:] for row in rows[1:]]
+    means = [report.plus_minus(values, ".2f") for values in zip(*numbers)]
     rows[0] += [None, None]                             # the AR model sees no masks
     print(report.table(["model", *gains], [*rows, ["converted", *means]]))
     return rows

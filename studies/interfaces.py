@@ -254,26 +254,27 @@ def show(result):
     for cell in result["cells"]:
         nlls[cell["kind"]].append(cell["nll"])
     rows = []
+    control = nlls.get("causal")                        # None: it was left out
     for cell in result["cells"][:len(nlls)]:            # those of the first seed
         nll = nlls[cell["kind"]]
-        best = cell["true_targets"]
-        gap = report.paired(nll, nlls.get("causal", nll))
-        rows.append([cell["kind"], cell["d"], report.plus_minus(nll, ".3f"),
-                     best and f"{best:.3f}", report.verdict(gap, margin=0.01, unit="nats")])
+        words = control and report.verdict(report.paired(nll, control), margin=0.01, unit="nats")
+        rows.append([cell["kind"], cell["d"], report.plus_minus(nll, ".3f"), cell["true_targets"],
+                     words])
     print(report.table(["target", "d", "NLL", "true targets", "compared with causal"], rows))
 
 
 @entry
 def main(argv):
     cfg = parse(Config, argv, __doc__)
-    kinds = cfg.kinds or list(TARGETS)
+    kinds = list(dict.fromkeys(cfg.kinds or TARGETS))   # a target counts once
     for kind in kinds:
         pick(TARGETS, kind, "--kinds")
     world = setup()
     model = backbone.resolve(cfg.model, cfg.out)
     L = backbone.read_config(model, SEQ_LEN).num_hidden_layers
     layer = bridge.choose_layer(bridge.Config(layer=cfg.layer, out=cfg.out), L)
-    identity = {"base": backbone.identity(model), "layer_number": layer}
+    identity = {"base": backbone.identity(model), "layer_number": layer,
+                "data": data.identity(cfg.data)}
     result = finished(cfg, identity)
     if result:
         show(result)

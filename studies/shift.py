@@ -1,8 +1,9 @@
 """shift.py: does conversion change the circuits of some tasks more than those of others?
 
-    python -m studies.shift out/shift/circuits_0 out/shift/circuits_1   # finished runs of circuits.py
+    python -m studies.shift --runs out/shift/circuits_0 out/shift/circuits_1
 
-Each run compares one AR model with models converted from it. For every task that they solve:
+The runs are finished ones of circuits.py. Each compares one AR model with models converted from it.
+For every task that they solve:
 
     overlap     Jaccard index of the k strongest edges of the AR model and of the converted model
     change      overlap less that of the untrained model: what training did. The untrained model
@@ -119,7 +120,9 @@ def interval(values):
 
 def number_table(table):
     """A line for every kind of model and group of tasks: mean +- spread over models."""
-    keys = list(dict.fromkeys(key for cells in table.values() for key in cells))
+    keys = {}
+    for cells in table.values():
+        keys |= cells
     rows = []
     for (kind, group), cells in table.items():
         row = [kind, group, len(cells["overlap"])]
@@ -172,18 +175,22 @@ def main(argv):
     if argv and not argv[0].startswith("-"):
         argv = ["--runs", *argv]
     cfg = parse(Config, argv, __doc__)
-    tables = {k: [collect(folder, k) for folder in cfg.runs] for k in cfg.k}
+    tables = {}
+    for k in cfg.k:
+        tables[k] = [collect(folder, k) for folder in cfg.runs]
     first = tables[cfg.k[0]]
-    kinds = dict.fromkeys(kind for table in first for kind, _ in table)
-    kinds = [kind for kind in kinds if kind not in ("AR", UNTRAINED)]
+    kinds = {}
+    for table in first:
+        kinds |= {kind: [] for kind, _ in table if kind not in ("AR", UNTRAINED)}
     print(number_table(first[0]))
     print(shift_table(tables, kinds))
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     plot(first, kinds, cfg.k[0], out / "shift.png")
-    gaps = {kind: [gap_of_groups(table, kind, "change") for table in first] for kind in kinds}
-    write_json(out / "result.json", {"k": cfg.k[0], "runs": list(cfg.runs), "shift": gaps})
-    return gaps
+    for kind in kinds:
+        kinds[kind] = [gap_of_groups(table, kind, "change") for table in first]
+    write_json(out / "result.json", {"k": cfg.k[0], "runs": list(cfg.runs), "shift": kinds})
+    return kinds
 
 
 if __name__ == "__main__":

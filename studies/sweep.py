@@ -106,15 +106,15 @@ def predictors(located, layers):
 def correlation(values, depth, errors):
     """Rank correlation of a predictor's values (C,) with minus the errors (C, seeds).
 
-    rho, p: of the mean over seeds. minus_depth: rho minus that of the predictor `depth` (C,).
-    half: half the width of its 95% interval over seeds (None: one seed)."""
+    rho, p: of the mean over seeds. minus_depth: rho of a seed minus that of the predictor `depth`
+    (C,), the mean over seeds. half: half the width of its 95% interval (None: one seed)."""
     by_seed = [report.spearman(values, goal) for goal in -np.array(errors).T]
     by_depth = [report.spearman(depth, goal) for goal in -np.array(errors).T]
     gap = report.paired(by_seed, by_depth)
     goal = -np.mean(errors, 1)                                                  # (C,)
     rho = report.spearman(values, goal)
     return {"rho": rho, "p": report.permutation_p(values, goal), "by_seed": by_seed,
-            "minus_depth": rho - report.spearman(depth, goal),
+            "minus_depth": gap.mean,
             "half": gap.half if gap.n > 1 else None}
 
 
@@ -131,9 +131,9 @@ def show(result):
     print(report.table(["layer", "score", *columns], cells))
     cells = []
     for row in result["correlations"]:
-        half = "-" if row["half"] is None else f"{row['half']:.2f}"
         cells.append([row["predictor"], f"-{row['error']}, {row['objective']}",
-                      f"{row['rho']:+.2f}", f"{row['p']:.4f}", f"{row['minus_depth']:+.2f}", half])
+                      f"{row['rho']:+.2f}", f"{row['p']:.4f}", f"{row['minus_depth']:+.2f}",
+                      row["half"]])
     print(report.table(["predictor", "orders layers by", "rho", "p", "minus depth's", "+-"], cells))
 
 
@@ -156,13 +156,14 @@ def main(argv):
     cfg = parse(Config, argv, __doc__)
     world = setup()
     model = backbone.resolve(cfg.model, cfg.out)
-    identity = {"base": backbone.identity(model), "preset": cfg.preset}
+    identity = {"base": backbone.identity(model), "preset": cfg.preset,
+                "data": data.identity(cfg.data)}
     result = finished(cfg, identity)
     if result:
         show(result)
         return result
     candidates = range(1, backbone.read_config(model).num_hidden_layers)
-    layers = list(cfg.layers or candidates)
+    layers = sorted(set(cfg.layers or candidates))      # a layer counts once
     if not set(layers) <= set(candidates):
         raise UserError(f"--layers must be numbers from 1 to {candidates[-1]}")
     run = Run(cfg, world, identity)

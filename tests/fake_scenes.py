@@ -33,6 +33,9 @@ class BlankText:
     def batch(self, seed, step, slots, batch_size):
         return torch.zeros(len(slots), self.T + 1, dtype=torch.int64)
 
+    def warn(self, steps, batch_size):
+        pass
+
     def windows(self, count, seed=None):
         return torch.zeros(count, self.T + 1, dtype=torch.int64)
 

@@ -192,6 +192,18 @@ def test_refusals(tmp_path, capsys):
     assert not (tmp_path / "g").exists()
 
 
+def test_an_error_of_the_hub_is_shown_whole(monkeypatch):
+    from transformers import PretrainedConfig
+    address = "https://huggingface.co/" + "long/" * 100
+
+    def fails(name):
+        raise OSError(f"nothing there,\nsee {address}.")
+    monkeypatch.setattr(PretrainedConfig, "get_config_dict", fails)
+    with pytest.raises(UserError) as refused:
+        backbone.read_config("some/model")
+    assert f"(nothing there, see {address}.)" in str(refused.value)
+
+
 def test_damaged_weights_are_refused(folder, tmp_path, capsys):
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
@@ -206,6 +218,43 @@ def test_damaged_weights_are_refused(folder, tmp_path, capsys):
     save_file({k: v for k, v in weights.items() if "layers.1.mlp" not in k}, broken / "model.safetensors",
               metadata={"format": "pt"})
     assert "3 tensors are missing" in fails(capsys, *command)
+
+
+def test_the_token_before_every_text(folder):
+    """Only a tokenizer that adds its BOS has one: GPT-2 names a BOS and adds none."""
+    from tokenizers.processors import TemplateProcessing
+    tokenizer = backbone.load_tokenizer(folder)
+    assert backbone.bos_id(tokenizer) is None
+    tokenizer.bos_token = tokenizer.eos_token
+    assert backbone.bos_id(tokenizer) is None
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    for single, bos in (("<s> $A", tokenizer.bos_token_id), ("$A <s>", None)):
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=single, special_tokens=[("<s>", tokenizer.bos_token_id)])
+        assert backbone.bos_id(tokenizer) == bos
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_has_rows(folder, tmp_path):
+    """Refused with both numbers. Special tokens without a row are left alone: no text has them."""
+    tokenizer = backbone.load_tokenizer(folder)
+    largest = max(tokenizer.get_vocab().values())
+    other = shutil.copytree(folder, tmp_path / "model")
+    config = json.loads((other / "config.json").read_text())
+
+    def load(rows):
+        config["vocab_size"] = rows
+        (other / "config.json").write_text(json.dumps(config))
+        return backbone.load_tokenizer(other)
+    with pytest.raises(UserError, match=f"ids up to {largest}, but the model has only {largest} rows"):
+        load(largest)
+    assert backbone.tokenizer_hash(load(largest + 1)) == backbone.tokenizer_hash(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(other)
+    assert load(largest + 1).pad_token_id == largest + 1
+    tokenizer.eos_token = "<pad>"                       # but every document ends with this one
+    tokenizer.save_pretrained(other)
+    with pytest.raises(UserError, match=f"ids up to {largest + 1}"):
+        load(largest + 1)
 
 
 def test_identity_tells_models_of_one_shape_apart(tmp_path):
@@ -252,6 +301,7 @@ def test_a_converted_model_is_no_ar_model_to_the_library(tmp_path, folder):
     backbone.save_model(lm.model, tokenizer, tmp_path, converted=True)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["model_type"] == backbone.TWIN and saved["dihal"] == {"edition": 3}
+    assert saved["load_with"].startswith("import core.masked")
     assert not (tmp_path / ".saving").exists()
     again = backbone.load(tmp_path, CPU, torch.float32)
     ids = IDS[:, :8]

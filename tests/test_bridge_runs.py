@@ -1,6 +1,7 @@
 """Runs of bridge.py: functions of their settings, however they are cut, killed or asked again."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +11,10 @@ from conftest import ROOT, fails, slow
 from safetensors.torch import load_file
 
 import bridge
+import generate
+import geometry
+import hybrid
+import repr_align
 import toy
 from core import common, diffusion
 
@@ -61,6 +66,7 @@ def test_result_of_a_run(home, text, result, capsys):
     assert not (home / "bridge" / "state.pt").exists()
     info = json.loads((home / "bridge" / "bridge.json").read_text())
     assert info["layer"] == 2 and info["nfe_default"] == 4 and info["bridge"]["depth"] == 2
+    assert info["seq_len"] == 32                        # hybrid.py warns far beyond it
     net, again = diffusion.load(home / "bridge", "cpu")
     assert again == info and not any(p.requires_grad for p in net.parameters())
 
@@ -72,6 +78,44 @@ def test_result_of_a_run(home, text, result, capsys):
     assert bridge.main(command(home, text, "bridge")) == json.loads(before)
     assert "NFE 4: FVU" in capsys.readouterr().out
     assert "lr = 0.02 there, 0.5 here" in fails(capsys, bridge.main, *command(home, text, "bridge", "--lr", "0.5"))
+
+
+def test_a_moved_run_is_the_same_run(home, text, result, tmp_path, monkeypatch, capsys):
+    """Model, text and run lie elsewhere and are spelled in another way."""
+    for name in ("toy", "geometry", "data", "bridge"):
+        shutil.copytree(home / name, tmp_path / "moved" / name)
+    shutil.copytree(text, tmp_path / "words")
+    monkeypatch.chdir(tmp_path)
+    argv = command("moved", "words", "bridge/", "--model", f"{tmp_path}/moved/toy/")
+    assert bridge.main(argv) == result
+    (tmp_path / "words" / "more.txt").write_text("another text\n")
+    assert "holds" in fails(capsys, bridge.main, *argv)         # other text is another run
+
+
+def test_a_copied_pipeline_is_the_same_runs(runs, text, tmp_path, monkeypatch):
+    shutil.copytree(runs, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path)
+    model = ["--model", f"{tmp_path}/copy/toy/"]
+    finished = {
+        toy: ("toy", []),
+        geometry: ("geometry", model),
+        bridge: ("bridge", model),
+        hybrid: ("hybrid", ["--bridge", "copy/bridge/", *model]),
+        repr_align: ("convert/w0", ["--align_weight", "0", *model]),
+        generate: ("generate", ["--bridges", "copy/generator/",
+                                "--converted", f"{tmp_path}/copy/convert/w10"])}
+    for stage, (name, flags) in finished.items():       # another run would be refused
+        argv = ["--preset", "tiny", "--data", f"{text}", "--out", f"copy/{name}/", *flags]
+        assert stage.main(argv) == json.loads((runs / name / "result.json").read_text())
+
+
+def test_text_that_is_read_often_is_said_at_the_start(home, text, monkeypatch, capsys):
+    size = json.loads((home / "data" / "meta.json").read_text())["tokens"]["train"]
+    steps = 25 * size // (4 * 33)                               # 4 windows of 33 tokens a step
+    monkeypatch.setattr(common.StopSignal, "poll", lambda self: True)
+    with pytest.raises(SystemExit):
+        bridge.main(command(home, text, "often", "--steps", str(steps)))
+    assert "will be read 25 times" in capsys.readouterr().out
 
 
 def test_generate_turns_on_what_generation_needs(home, text):
@@ -167,6 +211,9 @@ def test_bad_input(home, text, tmp_path, capsys):
     assert "lie in 1..4" in fails(capsys, bridge.main, *good, "--layer", "0")
     assert "lie in 0..4" in fails(capsys, bridge.main, *good, "--layer", "six", "--visible", "mix")
     assert "--nfes" in fails(capsys, bridge.main, *good, "--nfes", "0")
+    assert "--skip must be below" in fails(capsys, bridge.main, *good, "--skip", "32")
+    assert "--calibration must be" in fails(capsys, bridge.main, *good, "--calibration", "1")
+    assert "--batch_size must be" in fails(capsys, bridge.main, *good, "--batch_size", "0")
     assert "--micro_batch" in fails(capsys, bridge.main, *good, "--micro_batch", "3")
     assert "longer than the" in fails(capsys, bridge.main, *good, "--seq_len", "99999")
     elsewhere = [*good, "--out", f"{home}/far/off/x", "--model", f"{home}/toy"]

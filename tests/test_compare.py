@@ -1,4 +1,6 @@
 """studies/compare.py, from results whose answer is known."""
+import shutil
+
 from conftest import fails
 
 from core.run import write_json
@@ -35,6 +37,13 @@ def test_variants_over_seeds(tmp_path):
     assert found["align_weight 10"][3].startswith("better by 0.1 (95% [-0.125, -0.0752], 3 seeds)")
     assert found["align_weight 1"][3].startswith("not known (95%")
     assert found["align_weight 2"][3] == "not known (-1, n = 1)"
+
+
+def test_a_copy_of_a_folder_is_no_other_seed(tmp_path):
+    runs = arms(tmp_path)
+    shutil.copytree(tmp_path / "w2_0", tmp_path / "copy")
+    found = rows(compare.main([*runs, str(tmp_path / "copy"), f"{tmp_path}/w2_0/"]))
+    assert found["align_weight 2"][1:] == ["1", "4.0000", "not known (-1, n = 1)"]
 
 
 def test_another_rival_and_the_keys_of_the_stage(tmp_path):

@@ -12,6 +12,7 @@ import threading
 import time
 import tracemalloc
 import types
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -48,12 +49,40 @@ def read_meta(folder):
     return json.loads((folder / "meta.json").read_text())
 
 
-def make_shards(folder, ids):
+def make_shards(folder, ids, **meta):
     """A folder of shards with the given ids in both splits."""
     folder.mkdir()
     for split in ("train", "val"):
         np.asarray(ids, np.uint16).tofile(folder / f"{split}.bin")
-    (folder / "meta.json").write_text(json.dumps({"dtype": "uint16"}))
+    (folder / "meta.json").write_text(json.dumps({"dtype": "uint16", **meta}))
+    return folder
+
+
+def make_tokenizer(folder, shards, bos=False, **tokens):
+    """Save the BPE of `shards` with more special tokens; with `bos` it begins every text with <s>."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(shards / "tokenizer.json"), **tokens)
+    if bos:
+        tokenizer.add_special_tokens({"bos_token": "<s>"})
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def all_ids(folder):
+    """The ids of both splits of a folder of shards."""
+    dtype = read_meta(folder)["dtype"]
+    splits = [np.fromfile(folder / f"{split}.bin", dtype) for split in ("train", "val")]
+    return np.concatenate(splits)
+
+
+def write_documents(folder, text):
+    """A folder of twelve text files. `text` holds {i}."""
+    folder.mkdir()
+    for i in range(12):
+        (folder / f"{i}.txt").write_text(text.format(i=i), encoding="utf-8")
     return folder
 
 
@@ -121,35 +150,89 @@ def test_text_as_people_have_it(tmp_path, capsys):
     assert texts("empty.csv", b"id,text\n1,one\n2,\n3,two\n") == ["one", "two"]
     assert texts("mark.jsonl", b"\xef\xbb\xbf" + two) == ["one", "two"]
     assert texts("last.jsonl", two + b"\n  \n") == ["one", "two"]
+    assert texts("mark.csv", b"\xef\xbb\xbftext\none\n") == ["one"]
+    for name in ("mark.md", "mark.py"):
+        assert texts(name, b"\xef\xbb\xbfone") == ["one"]
+    for name in ("none.jsonl", "none.csv", "none.txt"):         # their loaders refuse no bytes
+        assert texts(name, b"") == []
     with pytest.raises(UserError, match=r"half.jsonl could not be read as text .*surrogate"):
         texts("half.jsonl", two + b'{"text": "half \\ud800 a pair"}\n')
 
 
+@pytest.mark.parametrize("value, kind", [
+    ("5", "int"), ("0", "int"), ("false", "bool"), ("[]", "list"), ('{"a": "b"}', "dict"),
+    ('"2026-01-31T00:00:00"', "datetime")])
+def test_a_value_that_is_no_text_is_refused_by_name(tmp_path, capsys, value, kind):
+    (tmp_path / "t.jsonl").write_text(f'{{"text": {value}}}\n')
+    message = fails(capsys, data.main, "--data", tmp_path / "t.jsonl", "--out", tmp_path / "out")
+    assert "t.jsonl could not be read as text" in message
+    assert f"column 'text' holds a value of type {kind}" in message
+
+
+def test_one_line_says_what_was_read_and_what_was_skipped(tmp_path, capsys):
+    """A table with a column of text does not hide the other files."""
+    folder = write_documents(tmp_path / "mixed", "document {i}")
+    (folder / "a.csv").write_text("id,text\n1,a row\n2,\n3,another\n")
+    (folder / "b.jsonl").write_text('{"text": null}\n{"text": ""}\n{"text": "a line"}\n')
+    (folder / "c.MD").write_text("# Upper case")
+    (folder / "d.md").write_text("# Lower case")
+    (folder / "e.md").write_text("")
+    (folder / "long.txt").write_text("x" * 2 * data.PIECE + "\n\n")   # cut where it ends
+    (folder / "below").mkdir()
+    for name in ("photo.png", "README", "below/paper.pdf"):
+        (folder / name).write_bytes(b"\0")
+    arguments = ["--data", str(folder), "--vocab", "300", "--out", str(tmp_path / "s")]
+    data.main(arguments)
+    line = "read 13 .txt, 3 .md, 1 .csv, 1 .jsonl; skipped 4 empty documents and 3 other files\n"
+    assert line in capsys.readouterr().out
+    assert (all_ids(tmp_path / "s") == 0).sum() == 13 + 2 + 2 + 1
+    data.main(arguments)
+    assert "skipped" not in capsys.readouterr().out             # said when they are made
+    (tmp_path / "notes").write_text("one\n" * 9000)             # no ending, but given by name
+    data.main(["--data", str(tmp_path / "notes"), "--vocab", "300", "--out", str(tmp_path / "n")])
+    assert "read 1 notes; skipped 0 empty documents and 0 other" in capsys.readouterr().out
+
+
+def test_a_hub_dataset_is_one_place_and_its_empty_rows_are_counted(monkeypatch):
+    monkeypatch.setattr(data, "rows", lambda path, column, name: iter(["a", None, "", "b"]))
+    source = data.resolve("nobody/text-v1.5")
+    seen = Counter()
+    assert list(data.documents(source, seen)) == ["a", "b"]
+    assert data.summary(source, seen) == "read 1 Hub dataset; skipped 2 empty documents"
+
+
 def test_special_tokens_in_the_text_stay_text(tmp_path):
     """One EOS a document, also where the text spells it."""
-    for i in range(12):
-        (tmp_path / f"{i}.txt").write_text(f"document {i} says: write {backbone.EOS} at the end\n")
-    meta = data.main(["--data", str(tmp_path), "--vocab", "300", "--out", str(tmp_path / "s")])
-    ends = 0
-    for split in ("train", "val"):
-        ends += (np.fromfile(tmp_path / "s" / f"{split}.bin", meta["dtype"]) == 0).sum()
-    assert ends == 12
+    folder = write_documents(tmp_path / "t", f"document {{i}} says: write {backbone.EOS} at the end\n")
+    data.main(["--data", str(folder), "--vocab", "300", "--out", str(tmp_path / "s")])
+    assert (all_ids(tmp_path / "s") == 0).sum() == 12
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_the_mask_token_in_the_text_stays_text(tmp_path, shards, special):
+    """A mask token that the tokenizer brings along stands for unknown tokens only."""
+    from tokenizers import AddedToken
+    mask = AddedToken("<mask>", special=special, normalized=False)
+    folder = make_tokenizer(tmp_path / "m", shards, eos_token=backbone.EOS, mask_token=mask)
+    entries = json.loads((folder / "tokenizer.json").read_text())
+    [entry] = [entry for entry in entries["added_tokens"] if entry["content"] == "<mask>"]
+    entry["special"] = special                                  # the library saves True
+    (folder / "tokenizer.json").write_text(json.dumps(entries))
+    text = write_documents(tmp_path / "t", "document {i} says: a <mask> hides a word")
+    data.main(["--data", str(text), "--model", str(folder), "--out", str(tmp_path / "s")])
+    mask_id = backbone.load_tokenizer(folder).mask_token_id
+    assert mask_id is not None and mask_id not in all_ids(tmp_path / "s")
+    assert "a <mask> hides" in texts_of(tmp_path / "s", "train")[0]
 
 
 def test_a_tokenizer_without_end_of_text_is_refused(tmp_path, shards):
-    from transformers import PreTrainedTokenizerFast
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(shards / "tokenizer.json"))
-    tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="it has no end-of-text token"):
-        backbone.load_tokenizer(tmp_path)
+        backbone.load_tokenizer(make_tokenizer(tmp_path / "m", shards))
 
 
 @slow
 def test_a_locale_without_utf8(tmp_path):
-    folder = tmp_path / "texts ü"
-    folder.mkdir()
-    for i in range(12):
-        (folder / f"{i}.txt").write_text(f"document {i} says: naïve\n", encoding="utf-8")
+    folder = write_documents(tmp_path / "texts ü", "document {i} says: naïve\n")
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     command = [sys.executable, "data.py", "--data", str(folder), "--vocab", "300",
                "--out", str(tmp_path / "s")]
@@ -262,6 +345,25 @@ def test_two_processes_with_one_folder_make_it_once(shards, notes, tmp_path, mon
     assert len(made) == 1
 
 
+def test_the_bpe_of_a_text_is_trained_once(tmp_path, shards, notes, monkeypatch):
+    """out/data and out/tasks/data have one tokenizer, if text and size agree."""
+    shutil.copytree(shards, tmp_path / "data")
+    train = data.train_tokenizer
+    trained = []
+
+    def watched(source, vocab):
+        trained.append(vocab)
+        return train(source, vocab)
+    monkeypatch.setattr(data, "train_tokenizer", watched)
+    out = tmp_path / "tasks" / "data"
+    _, meta = data.prepare(str(notes), None, out, WORLD, vocab=512, max_tokens=5000)
+    assert trained == [] and meta["tokenizer"] == read_meta(shards)["tokenizer"]
+    text = write_documents(tmp_path / "text", "document {i}")
+    for i, (source, vocab) in enumerate([(notes, 300), (text, 512)]):
+        data.prepare(str(source), None, tmp_path / f"other{i}" / "data", WORLD, vocab=vocab)
+    assert trained == [300, 512]
+
+
 def test_max_tokens_stops_early(tmp_path, notes, shards):
     tokenizer = backbone.load_tokenizer(shards)
     meta = data.write_shards(data.resolve(str(notes)), tokenizer, tmp_path, max_tokens=5000)
@@ -361,10 +463,59 @@ def test_an_epoch_visits_every_window_once(tmp_path):
 
 
 def test_text_that_is_read_more_than_twenty_times_is_named(tmp_path, capsys):
+    """In advance, and by no call for a batch."""
     tokens = data.Tokens(make_shards(tmp_path / "s", range(100)), "train", 4)
-    for step in range(21 * tokens.n):
-        assert ("read 20 times" in capsys.readouterr().out) == (step == 20 * tokens.n + 1)
-        tokens.batch(0, step, [0], 1)
+    assert tokens.n == 19 and tokens.epochs(38, 5) == 10
+    tokens.batch(0, 20 * tokens.n, [0], 1)
+    tokens.warn(4 * tokens.n, 5)
+    assert capsys.readouterr().out == ""
+    tokens.warn(6 * tokens.n, 5)
+    assert "the training text will be read 30 times" in capsys.readouterr().out
+
+
+def test_a_tokenizer_that_adds_bos_begins_every_window_with_it(tmp_path, shards, notes, capsys):
+    model = make_tokenizer(tmp_path / "m", shards, eos_token=backbone.EOS, bos=True)
+    tokenizer = backbone.load_tokenizer(model)
+    bos = tokenizer.bos_token_id
+    arguments = ["--data", str(notes), "--model", str(model), "--out"]
+    out = tmp_path / "s"
+    assert data.main([*arguments, str(out)])["bos"] == read_meta(out)["bos"] == bos == 512
+    ids = all_ids(out)
+    assert bos not in ids                                       # the files hold the text alone
+    assert np.array_equal(ids, all_ids(shards))
+    for split in ("train", "val"):
+        tokens = data.Tokens(out, split, 32)
+        assert tokens.bos == bos
+        for windows in (tokens.batch(0, 0, range(4), 4), tokens.windows(3), tokens.windows(3, seed=1)):
+            assert windows.shape[1] == 33 and windows.dtype == torch.int64
+            assert (windows[:, 0] == bos).all() and not (windows[:, 1:] == bos).any()
+
+    # 1. Without, in other shards only; a stage takes those that are there
+    there = fails(capsys, data.main, *arguments, out, "--no-bos")
+    assert "holds shards with bos True, but False is asked for" in there
+    plain = tmp_path / "plain"
+    assert data.main([*arguments, str(plain), "--no-bos"])["bos"] is None
+    windows = data.Tokens(plain, "train", 32).windows(3)
+    assert torch.equal(windows, data.Tokens(shards, "train", 32).windows(3))
+    assert "bos False, but True" in fails(capsys, data.main, *arguments, plain)
+    for folder in (out, plain):
+        assert data.prepare(str(notes), tokenizer, folder, WORLD)[1] == read_meta(folder)
+    # 2. A stage that makes them begins with BOS; our own BPE has none
+    assert data.prepare(str(notes), tokenizer, tmp_path / "stage", WORLD)[1]["bos"] == bos
+    assert read_meta(shards)["bos"] is None and data.Tokens(shards, "train", 32).bos is None
+
+
+def test_windows_with_bos_tile_the_text(tmp_path):
+    """T tokens of text in each: an epoch still reads each of them once."""
+    T = 4
+    n = 13
+    tokens = data.Tokens(make_shards(tmp_path / "s", range(n * T + T), bos=999), "train", T)
+    assert tokens.n == n
+    for epoch in range(3):
+        windows = [tokens.batch(0, epoch * n + i, [0], 1)[0] for i in range(n)]
+        read = sorted(torch.stack(windows)[:, 1:].flatten().tolist())
+        assert read == list(range(read[0], read[0] + n * T)) and read[0] < T
+    assert tokens.windows(n)[:, 1:].flatten().tolist() == list(range(n * T))
 
 
 def test_windows_for_evaluation(tmp_path):

@@ -1,9 +1,11 @@
 """evaluate.py: sentences from numbers whose answer is known, and what it measures itself."""
 import json
+import shutil
 
 import pytest
 import torch
 from conftest import fails, slow
+from transformers import GenerationMixin
 
 import evaluate
 from core import masked
@@ -34,6 +36,12 @@ def test_locate():
     first, second = said(evaluate.locate, geometry=result)
     assert "chooses layer 2 of 2 candidates, and does so in 75%" in first
     assert "2 of 3 variants" in second and "correlation with depth is +1.00" in second
+    copied = {**result, "equal_windows": 9, "at_ceiling": [1, 2]}
+    third = said(evaluate.locate, geometry=copied)[2]
+    assert third.startswith("9 windows of the text were left out as copies")
+    assert third.endswith("near its ceiling 1/eps at layers [1, 2].")
+    clean = {**result, "equal_windows": 0, "at_ceiling": []}
+    assert len(said(evaluate.locate, geometry=clean)) == 2
 
 
 @pytest.mark.parametrize("control, words", [
@@ -49,8 +57,12 @@ def test_replace(control, words):
     assert len(said(evaluate.replace, bridge=ours)) == 1
 
 
-def method(name, calls, *levels, layer=None):
-    return [{"method": name, "calls": calls, "layer": layer, "matched": level} for level in levels]
+def method(name, calls, *levels, layer=None, seeds=None, folder="f"):
+    """A row a level; each is another training seed unless `seeds` says otherwise."""
+    row = {"method": name, "calls": calls, "layer": layer}
+    seeds = seeds or range(len(levels))
+    return [{**row, "matched": level, "seed": seed, "folder": f"{folder}{i}"}
+            for i, (level, seed) in enumerate(zip(levels, seeds))]
 
 
 def test_generate_takes_the_best_rival_at_no_more_calls():
@@ -64,6 +76,17 @@ def test_generate_takes_the_best_rival_at_no_more_calls():
     assert "Against lazy, the best rival" in second and "better by 0.389 nats" in second
     result["rows"] = rivals + method("ours", 32, None, layer=1)
     assert "does not reach the entropy" in said(evaluate.generate, generate=result)[0]
+
+
+def test_two_models_of_one_seed_are_two_methods_and_show_their_folders():
+    """They would pass for two seeds of one method, and their rows would look alike."""
+    rows = method("bridge, layer 1", 32, 40.0, 44.0, layer=1, seeds=[0, 0])
+    rows += method("converted", 32, 90.0, 91.0)
+    first, second = said(evaluate.generate, generate={"rows": rows, "real": {"gen_ppl": 33.6}})
+    assert [row["method"] for row in rows] == [
+        "bridge, layer 1 (f0)", "bridge, layer 1 (f1)", "converted", "converted"]
+    assert "bridge, layer 1 (f0) (32 calls) has gen-PPL 40.0" in first
+    assert "not known" in second and "n = 1" in second
 
 
 def test_convert_and_one_training_is_never_enough():
@@ -84,6 +107,10 @@ def test_convert_and_one_training_is_never_enough():
     longer = {**aligned, "steps": 800}          # trained for other steps: no comparison
     assert "against" not in said(evaluate.convert, convert={"a": plain, "b": longer})[1]
     assert len(said(evaluate.convert, convert={"b": longer})) == 1
+    clipped = {**plain, "mask_min": 0.0, "mask_max": 0.2}       # not plain conversion: no rival
+    arms = {"clipped": clipped, "w0": {**aligned, "mask_min": 0.0, "mask_max": 1.0}}
+    first, second, _ = said(evaluate.convert, convert=arms)
+    assert "shares of masks in [0.0, 0.2]" in second and "against" not in first
 
 
 def test_compare():
@@ -105,6 +132,13 @@ def test_names_with_commas_stay_readable():
     assert bits.endswith("intact: 1.500; hybrid, NFE 4: 1.600.") and time.endswith("hybrid, NFE 4: 1.50.")
 
 
+@pytest.mark.parametrize("rows", [{}, {"LOCATE": [{"layer": 1, "score": 0.5}]}, {
+    "REPLACE": [{"model": "regression", "kl": 0.1}], "CONVERT": [{"arm": "w0", "bound": 5.0}]}])
+def test_the_figure_of_few_points(rows, tmp_path):
+    evaluate.overview(rows, tmp_path / "f.png")
+    assert (tmp_path / "f.png").exists()
+
+
 # --------------------------------------------------------------------------------------------------
 # Measurement
 
@@ -116,11 +150,33 @@ class Letters:
 
 def test_bytes_are_those_of_the_windows_less_the_given_token():
     rows = torch.tensor([list(map(ord, window)) for window in ("abcd", "éaéa", "aéaa")])
-    assert evaluate.count_bytes(Letters(), rows) == 3 + 4 + 4
+    assert evaluate.data.count_bytes(Letters(), rows) == 3 + 4 + 4
 
 
 # --------------------------------------------------------------------------------------------------
 # The report
+
+@slow
+def test_speed_is_measured_without_the_settings_of_the_base(runs, tmp_path, monkeypatch):
+    """A base's generation_config.json may hold penalties, which cost time."""
+    shutil.copytree(runs, tmp_path / "out")
+    settings = tmp_path / "out" / "toy" / "generation_config.json"
+    values = json.loads(settings.read_text())
+    settings.write_text(json.dumps({**values, "repetition_penalty": 1.5, "num_beams": 2}))
+    seen = []
+    generate = GenerationMixin.generate
+
+    def spy(self, *args, **kwargs):
+        seen.append(self.generation_config)
+        text = generate(self, *args, **kwargs)
+        assert text.shape == (1, 8)
+        return text
+    monkeypatch.setattr(GenerationMixin, "generate", spy)
+    out = tmp_path / "out"
+    evaluate.main(["--preset", "tiny", "--runs", str(out), "--out", str(tmp_path / "e")])
+    assert len(seen) == 8
+    assert all(config.repetition_penalty is config.num_beams is None for config in seen)
+
 
 @slow
 def test_a_report(runs, tmp_path, monkeypatch, capsys):

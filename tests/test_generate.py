@@ -71,6 +71,23 @@ def test_the_second_token_block_equals_a_joint_pass(alpha):
     assert len(out[:, 19:].unique()) > 1
 
 
+@torch.no_grad()
+def test_what_a_visible_token_knows_of_later_ones():
+    """In the first block nothing; after it what an unknown token before it has seen there."""
+    later = IDS.clone()
+    later[:, 9] += 1 - 2 * (IDS[:, 9] == 63)
+    unknown = (torch.arange(14) == 4).expand(2, 14)
+    t = torch.full((2,), 0.5)
+    x = torch.randn(2, 14, 32, generator=torch.Generator().manual_seed(0))
+    for depth in (1, 2):
+        model = random_hybrid(depth=depth)
+        z = [model.net(x, model.net.condition(model.lm.embed(ids), ids), t, unknown=unknown)
+             for ids in (IDS, later)]
+        changed = (z[0] != z[1]).any(-1)[0].tolist()
+        assert changed[:4] == [False] * 4 and changed[4]
+        assert changed[5:9] == [depth > 1] * 4
+
+
 @pytest.mark.parametrize("family", QUICK)
 def test_rows_and_token_blocks_in_families(family):
     """The prompt stays, a row does not depend on the others, token blocks continue one another, and
@@ -141,10 +158,14 @@ def test_the_product_of_two_experts_is_the_posterior():
 
 def test_the_token_prior(tmp_path, monkeypatch):
     windows = torch.arange(384).view(3, 128) % 4        # 0..3 equally often
-    tokens = SimpleNamespace(windows=lambda count: windows)
+    tokens = SimpleNamespace(windows=lambda count: windows, bos=None)
     monkeypatch.setattr(generate.data, "Tokens", lambda folder, split, T: tokens)
     p = generate.token_prior(tmp_path, 6).exp()
     assert p.tolist() == pytest.approx([97 / 390] * 4 + [1 / 390] * 2)
+    tokens.bos = 5                                      # the first token of every window
+    windows[:, 0] = 5
+    p = generate.token_prior(tmp_path, 6).exp()
+    assert p[5].item() == pytest.approx(1 / 387)
 
 
 def test_network_calls_are_counted():

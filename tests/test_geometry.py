@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -104,8 +105,30 @@ def test_equal_neighbours_have_no_spread():
     states = states_of(torch.stack([X, X, X]))
     result = geometry.analyse(states, SMALL)
     assert all(math.isfinite(row[name]) for row in result["layers"] for name in row)
-    gram = torch.full((1, 16, 16), 5.68e-14)            # the matrix of the report
-    assert geometry.eigenvalues(gram)[0, 0].nan_to_num(0) < 1e-6
+    assert result["at_ceiling"] == [1, 2, 3]            # 1/eps at every layer, and so it is said
+    spread = geometry.measure(states, 0, SMALL).spread
+    assert spread.min() >= 0 and spread.median() < 1e-10
+
+
+def test_small_matrices_are_solved_in_fp64(monkeypatch):
+    """This one is NaN in fp32."""
+    gram = torch.full((1, 16, 16), 5.68e-14)
+    solved = []
+
+    def eigenvalues(S):
+        solved.append(S.dtype)
+        return torch.linalg.eigvalsh(S).flip(-1)
+    assert eigenvalues(gram.double()).isfinite().all()
+    monkeypatch.setattr(geometry, "eigenvalues", eigenvalues)
+    spread = geometry.local_spread(gaussian([1] * 4, n=9), torch.arange(8)[None])
+    assert solved == [torch.float64] * 2 and spread.dtype == torch.float32
+
+
+def test_a_number_that_is_not_finite_is_named_with_its_layer_and_proxy():
+    clouds = torch.stack([gaussian([1] * 8, n=240)] * 3)
+    clouds[1] = 0.0
+    with pytest.raises(geometry.UserError, match="curvature of layer 2 is not finite"):
+        geometry.analyse(states_of(clouds), SMALL)
 
 
 def test_scaling():
@@ -204,6 +227,7 @@ def test_the_interval_is_centred_on_the_score():
     states = states_of(torch.stack(clouds))
     result = geometry.analyse(states, SMALL)
     measured = geometry.locate(states, SMALL)
+    assert result["at_ceiling"] == []
     again = geometry.score(geometry.bootstrap(states, measured, SMALL), SMALL)  # (R, C)
     assert again.shape == (10, 3)
     for c, row in enumerate(result["layers"]):
@@ -243,7 +267,7 @@ def test_states_that_are_not_finite_are_refused_with_their_layer(model_and_windo
     lm, windows = model_and_windows
     broken = backbone.Backbone(tiny_model("qwen3").requires_grad_(False))
     broken.block = lambda h, i, side: lm.block(h, i, side) * (math.inf if i == 1 else 1)
-    with pytest.raises(geometry.UserError, match="layer 2 are not finite"):
+    with pytest.raises(geometry.UserError, match="covariance of layer 2 is not finite"):
         geometry.collect(broken, windows, SMALL)
 
 
@@ -273,6 +297,40 @@ def test_the_same_seed_gives_the_same_scores(runs, tmp_path, text, capsys):
     assert f"layer {first['best_layer']} is chosen by default" in shown
 
 
+def test_equal_windows_are_counted_and_left_out(runs, tmp_path, text, monkeypatch, capsys):
+    """With 90% copies the neighbours of a state are its copies, and curvature is 1/eps."""
+    (tmp_path / "data").symlink_to(runs / "data")
+    windows = geometry.data.Tokens.windows
+    monkeypatch.setattr(geometry.data.Tokens, "windows", lambda self, count, seed:
+                        windows(self, count, seed).repeat(10, 1))
+    argv = [*f"--preset tiny --model {runs}/toy --out {tmp_path}/g --data".split(), str(text)]
+    often = geometry.main(argv)
+    once = json.loads((runs / "geometry" / "result.json").read_text())
+    assert once["equal_windows"] == 0 and often["equal_windows"] == 9 * 19
+    assert often["layers"] == once["layers"] and often["tokens"] == once["tokens"]
+    assert "171 windows were left out as copies" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("gain, warned", [(0.05, False), (1.97, True)])
+def test_a_model_that_misses_its_bos(gain, warned, capsys):
+    lm = SimpleNamespace(config=SimpleNamespace(bos_token_id=2))
+    windows = torch.full((8, 6), 7)
+
+    def model(ids, labels, use_cache):
+        assert ids is labels and (ids[:, 1:] == 7).all()        # the same tokens are predicted
+        return SimpleNamespace(loss=6.70 - gain * (ids[0, 0] == 2))
+    lm.model = model
+    geometry.warn_of_missing_bos(lm, windows)
+    assert (windows == 7).all()
+    shown = capsys.readouterr().out
+    assert ("6.70 nats a token without BOS, 4.73 after BOS" in shown) == warned == bool(shown)
+
+
+def test_a_random_model_misses_no_bos(model_and_windows, capsys):
+    geometry.warn_of_missing_bos(*model_and_windows)
+    assert not capsys.readouterr().out
+
+
 @slow
 def test_a_small_text_shrinks_the_pool(runs, tmp_path, text):
     (tmp_path / "some").mkdir()
@@ -283,14 +341,16 @@ def test_a_small_text_shrinks_the_pool(runs, tmp_path, text):
     assert 500 < geometry.main(flags.split())["tokens"] < 500000
 
 
-def test_what_cannot_be_scored(runs, tmp_path, capsys):
+def test_what_cannot_be_scored(runs, tmp_path, text, capsys):
     assert "toy.py" in fails(capsys, geometry.main, "--out", tmp_path / "g")
-    argv = ["--preset", "tiny", "--model", f"{runs}/toy", "--out", f"{tmp_path}/g"]
+    argv = ["--preset", "tiny", "--model", f"{runs}/toy", "--out", f"{tmp_path}/g", "--data",
+            str(text)]
+    (tmp_path / "data").symlink_to(runs / "data")
     longer = fails(capsys, geometry.main, *argv, "--seq_len", "2000")
     assert "longer than the 1024 positions" in longer
-    with pytest.raises(AssertionError, match="skip"):
-        geometry.main([*argv, "--skip", "32"])
+    assert "--skip must be below" in fails(capsys, geometry.main, *argv, "--skip", "32")
+    assert "--k must be below half" in fails(capsys, geometry.main, *argv, "--k", "128")
+    assert not (tmp_path / "g").exists()
     two = tiny_model("qwen3", num_hidden_layers=2, layer_types=["full_attention"] * 2)
     two.save_pretrained(tmp_path / "two")
-    with pytest.raises(AssertionError, match="three blocks"):
-        geometry.main([*argv, "--model", f"{tmp_path}/two"])
+    assert "three blocks" in fails(capsys, geometry.main, *argv, "--model", tmp_path / "two")

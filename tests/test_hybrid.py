@@ -1,6 +1,7 @@
 """The hybrid is an ordinary causal LM: it saves, loads, generates and never sees the future."""
 import json
 import shutil
+import warnings
 from dataclasses import asdict
 
 import pytest
@@ -274,6 +275,30 @@ def test_the_end_tokens_of_the_base_end_a_text():
         made.generate(TOKENS, max_new_tokens=3, cache_implementation="static", **PLAIN)
 
 
+@torch.no_grad()
+def test_beyond_the_training_length_and_the_positions():
+    """A warning beyond twice the length, one sentence beyond the positions that the base has."""
+    model = random_hybrid()
+    model.config.info["seq_len"] = 10
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(TOKENS[:, :20])
+    with pytest.warns(UserWarning, match="trained on texts of 10 tokens"):
+        model.generate(TOKENS[:, :20], max_new_tokens=2, **PLAIN)
+    model = random_hybrid("gpt2")                       # a table of 64 learned positions
+    model.config.max_position_embeddings = 64           # as `assemble` sets it
+    model(TOKENS.repeat(1, 3)[:, :64])
+    with pytest.raises(AssertionError, match="only 64 positions"):
+        model.generate(TOKENS.repeat(1, 3)[:, :62], max_new_tokens=6, **PLAIN)
+
+
+def test_the_embedding_is_that_of_the_base():
+    model = random_hybrid()
+    assert model.get_input_embeddings() is model.lm.model.get_input_embeddings()
+    with pytest.raises(NotImplementedError, match="vocabulary"):
+        model.resize_token_embeddings(70)
+
+
 def test_casts_are_for_the_upper_blocks():
     for dtype in (torch.bfloat16, torch.float16):
         model = random_hybrid().to(dtype)
@@ -305,6 +330,8 @@ def test_save_and_load_by_the_auto_class(folder):
     model.save_pretrained(folder / "hybrid")
     again = load(folder / "hybrid")
     assert isinstance(again, hybrid.HybridForCausalLM) and torch.equal(again(TOKENS).logits, two)
+    saved = json.loads((folder / "hybrid" / "config.json").read_text())
+    assert saved["load_with"].startswith("import hybrid")
     names = {path.name for path in (folder / "hybrid").iterdir()}
     assert names == {"config.json", "bridge.json", "bridge.safetensors"}    # no weights of the base
 
@@ -325,11 +352,11 @@ def test_arguments_of_from_pretrained(folder):
     values = {torch.bfloat16: torch.bfloat16, "float16": torch.float16, "auto": torch.float32}
     for value, dtype in values.items():
         assert load(folder / "hybrid", dtype=value).lm.model.dtype == dtype
-    refused = {"attn_implementation": "eager", "device_map": "auto",
+    refused = {"attn_implementation": "eager", "device_map": "auto", "torch_dtype": torch.float16,
                "quantization_config": {"bits": 4}}
     for name, value in refused.items():
         for cls in (AutoModelForCausalLM, hybrid.HybridForCausalLM):
-            with pytest.raises(AssertionError, match=name):
+            with pytest.raises((AssertionError, TypeError), match=name):
                 cls.from_pretrained(folder / "hybrid", **{name: value})
 
 

@@ -96,7 +96,7 @@ def test_the_study_runs(runs, tmp_path, capsys, text, monkeypatch):
     for name, value in small.items():
         monkeypatch.setattr(interfaces, name, value)
     argv = ["--model", f"{runs}/toy", "--data", str(text), "--layer", "2", "--seeds", "1",
-            "--steps", "3", "--nfe", "1", "--kinds", *kinds, "--out", f"{tmp_path}/i"]
+            "--steps", "3", "--nfe", "1", "--kinds", *kinds, "hidden", "--out", f"{tmp_path}/i"]
     result = interfaces.main(argv)
     assert [cell["kind"] for cell in result["cells"]] == kinds
     assert all(cell["nll"] > 0 for cell in result["cells"])
@@ -104,6 +104,10 @@ def test_the_study_runs(runs, tmp_path, capsys, text, monkeypatch):
     assert ceilings["hidden"] > 0 and ceilings["causal"] is None and ceilings["simplex"] is None
     shown = capsys.readouterr().out
     assert "| simplex |" in shown and "not known" in shown
+    without = {"cells": [cell for cell in result["cells"] if cell["kind"] != "causal"] * 2}
+    interfaces.show(without)                                # a target is no control of its own
+    shown = capsys.readouterr().out
+    assert shown.count("| - |\n") == 2 and "tie" not in shown
 
     (tmp_path / "i" / "result.json").unlink()               # killed: finished cells stay
     before = (tmp_path / "i" / "hidden_seed0.json").stat().st_mtime_ns

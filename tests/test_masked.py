@@ -1,16 +1,18 @@
 """A masked diffusion LM: nobody sees what they must not, samplers keep their promises, the bound is exact."""
 import itertools
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
 from conftest import CONVERTIBLE, tiny_model
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
+import data
 from core import backbone, masked
 from core.common import UserError
-from core.masked import (ORDERS, TWO_WAY, Arm, Student, fill, fill_steps, one_copy_sees, predictors,
+from core.masked import (ORDERS, TWO_WAY, Arm, Sampling, Student, fill, fill_steps, one_copy_sees, predictors,
                          who_sees)
 
 IDS = torch.randint(3, 60, (3, 16), generator=torch.Generator().manual_seed(0))
@@ -26,7 +28,7 @@ def student(family="qwen3", seed=0, arm=TWO_WAY):
 
 def left_after_calls(s, ids, is_mask, steps, order="confidence"):
     """Numbers of masks (calls, B) that are left after every network call."""
-    filling = fill_steps(s, ids, is_mask, steps, 0.8, 0, order, 1.0)
+    filling = fill_steps(s, ids, is_mask, steps, Sampling(order=order))
     return [left.sum(1).tolist() for _, left in filling]
 
 
@@ -116,6 +118,7 @@ def test_the_mask_row_is_the_mean_row():
         table = lm.model.get_input_embeddings().weight
         assert torch.equal(table[:64], rows) and torch.equal(table[64], rows.mean(0))
     lm = backbone.Backbone(tiny_model("qwen3").requires_grad_(False))            # a spare row
+    lm.model.get_input_embeddings().weight[63] = 0                               # which was never trained
     rows = lm.model.get_input_embeddings().weight.clone()
     assert masked.add_mask(lm, Tokenizer(63)) == 63 and lm.V == 64
     assert torch.equal(lm.model.get_input_embeddings().weight[63], rows.mean(0))
@@ -144,11 +147,33 @@ def test_an_order_is_a_function_and_an_entry(monkeypatch):
     outs = {tuple(fill(s, IDS, HIDE, 6, order=order).flatten().tolist()) for order in ORDERS}
     assert len(outs) == 3
     monkeypatch.setitem(ORDERS, "left", lambda logits, token, u: -torch.arange(len(u), dtype=torch.float64))
-    for _, is_mask in fill_steps(s, IDS, HIDE, 4, 0.8, 0, "left", 1.0):
+    for _, is_mask in fill_steps(s, IDS, HIDE, 4, Sampling(order="left")):
         for row in range(3):
             places = HIDE[row].nonzero()[:, 0].tolist()
             left = is_mask[row].nonzero()[:, 0].tolist()
             assert left == places[len(places) - len(left):]
+
+
+def test_the_surest_masks_within_a_bound():
+    """Entropies 0.1, 0.3, 0.5 and 0.2: sorted and without the largest they add up to 0, .1, .3, .6."""
+    is_mask = torch.tensor([[False, True, True, True, True], [False, False, True, False, False]])
+    entropy = torch.tensor([0.1, 0.5, 0.3, 0.2, 9.0]).double()
+    for bound, places in ((0, [1]), (0.09, [1]), (0.11, [1, 4]), (0.31, [1, 3, 4]), (1, [1, 2, 3, 4])):
+        revealed = masked.within(entropy, is_mask, bound)
+        assert revealed[0].nonzero()[:, 0].tolist() == places and revealed[1].tolist() == is_mask[1].tolist()
+
+
+@pytest.mark.parametrize("arm", ARMS, ids=str)
+def test_an_entropy_bound_reveals_one_mask_or_all(arm):
+    s = student(arm=arm)
+    hide = HIDE if arm == TWO_WAY else torch.arange(16).expand(3, 16) > 5
+    counts = {bound: [left.sum(1) for _, left in fill_steps(s, IDS, hide, 1, Sampling(bound=bound))]
+              for bound in (1e-9, 1e9)}
+    assert len(counts[1e-9]) == hide.sum(1).max()                                # one mask a call
+    assert len(counts[1e9]) == (1 if arm == TWO_WAY else 3)                      # one call a token block
+    assert not counts[1e-9][-1].any() and not counts[1e9][-1].any()
+    with pytest.raises(AssertionError, match="bound of the entropy"):
+        fill(s, IDS, hide, 1, bound=-0.1)
 
 
 def test_sampled_tokens_follow_the_distribution():
@@ -157,7 +182,7 @@ def test_sampled_tokens_follow_the_distribution():
     is_mask = (torch.arange(6) == 5).expand(2000, 6)
     *_, normed = s.states(ids[:1], is_mask[:1])
     p = torch.softmax(s.logits(normed[:, 4]).double() / 3, -1)[0].detach()
-    tokens = fill(s, ids, is_mask, 1, 3.0)[:, 5]
+    tokens = fill(s, ids, is_mask, 1, temperature=3.0)[:, 5]
     frequency = torch.bincount(tokens, minlength=64).double() / 2000
     assert (frequency - p).abs().max() < 5 * (p * (1 - p) / 2000).sqrt().max()
 
@@ -168,6 +193,9 @@ def test_nucleus():
     for top_p, want in ((1.0, p), (0.7, torch.tensor([5, 3, 0, 0]) / 8), (0.1, torch.tensor([1, 0, 0, 0]))):
         token = masked.choose(p.log().expand(10000, 4), 1.0, top_p, u)
         assert torch.allclose(torch.bincount(token, minlength=4) / 10000, want.float(), atol=1e-3)
+    assert masked.choose(p.log(), 1.0, 0.0, u[-1]) == 0                          # the most likely one
+    with pytest.raises(AssertionError, match="negative"):
+        masked.choose(p.log(), -1.0, 1.0, u[-1])
 
 
 def test_one_joint_float32_sample_is_biased_and_two_samples_are_not():
@@ -190,7 +218,7 @@ def test_filling_in_bf16():
         s = student(arm=arm).bfloat16()
         s.shift.data = s.shift.data.float() + 0.5
         hide = torch.arange(16).expand(3, 16) >= 6
-        assert (fill(s, IDS, hide, 3, 1.0) != s.mask_id).all()
+        assert (fill(s, IDS, hide, 3, temperature=1.0) != s.mask_id).all()
 
 
 # -------------------------------------------------------------------------------------------------
@@ -326,3 +354,48 @@ def test_mask_counts_are_uniform():
     for seed in range(20):
         slices, _ = np.histogram(masked.mask_counts([60], 6, seed, 0), [1, 21, 41, 61])
         assert slices.tolist() == [2, 2, 2]
+
+
+# -------------------------------------------------------------------------------------------------
+# As a model of transformers
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A converted model, as repr_align.py leaves it."""
+    out = tmp_path_factory.mktemp("converted")
+    lm = backbone.Backbone(tiny_model("llama", vocab_size=300, max_position_embeddings=90).requires_grad_(False))
+    tokenizer = data.train_tokenizer(data.resolve(__file__), 280)
+    mask_id = masked.add_mask(lm, tokenizer)
+    (out / "config.json").write_text('{"dihal": {"edition": 3}}')
+    backbone.save_model(lm.model, tokenizer, out, converted=True)
+    result = {"mask_id": mask_id, "attention": "bidirectional", "block_size": 16, "context": "noisy"}
+    (out / "result.json").write_text(json.dumps(result))
+    return out
+
+
+def test_arguments_of_from_pretrained(folder):
+    """Obeyed, or refused by name, also through the Auto class."""
+    for load in (AutoModelForCausalLM.from_pretrained, masked.ConvertedForCausalLM.from_pretrained):
+        assert load(folder, dtype=torch.bfloat16).student.lm.model.dtype == torch.bfloat16
+        refused = {"attn_implementation": "eager", "device_map": "auto", "torch_dtype": torch.float16,
+                   "quantization_config": {"bits": 4}}
+        for name, value in refused.items():
+            with pytest.raises((AssertionError, TypeError), match=name):
+                load(folder, **{name: value})
+
+
+def test_arguments_of_generate(folder):
+    """max_new_tokens, max_length and 64 new tokens, as in transformers. The rest is refused by name."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    out = model.generate(IDS, max_new_tokens=4)
+    assert out.shape == (3, 20) and torch.equal(out, model.generate(IDS, max_length=20))
+    assert torch.equal(out, model.generate(IDS, max_new_tokens=4, max_length=99))
+    assert model.generate(IDS, steps=2).shape == (3, 80)
+    for length in (16, 91):
+        with pytest.raises(AssertionError, match=f"16 [+] {length - 16} tokens do not fit 90 positions"):
+            model.generate(IDS, max_length=length)
+    for name in ("num_beams", "top_k", "do_sample"):
+        with pytest.raises(TypeError, match=name):
+            model.generate(IDS, **{name: 2})
+    with pytest.raises(TypeError, match="labels: a masked model has no next-token loss"):
+        model(IDS, labels=IDS)

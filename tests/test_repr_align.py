@@ -19,7 +19,8 @@ from core.masked import MASK, TWO_WAY, Arm, Student, fill, load_converted, text_
 from repr_align import conversion_loss, sample_masks
 
 IDS = torch.randint(3, 60, (3, 16), generator=torch.Generator().manual_seed(0))
-HIDE = sample_masks(16, 16, 0, 0, range(3))
+HIDE, SHARE = sample_masks(16, 16, 0, 0, range(3))
+ONE = torch.ones(3, 16)
 CPU = torch.device("cpu")
 
 
@@ -31,26 +32,27 @@ def student(family="qwen3", seed=0, arm=TWO_WAY):
 # Masks and loss
 
 def test_masks_are_keyed_by_slot_and_spare_the_first_token():
-    whole = sample_masks(64, 64, 0, 0, range(400))
-    assert torch.equal(whole[5:7], sample_masks(64, 64, 0, 0, [5, 6])) and not whole[:, 0].any()
-    assert not torch.equal(whole, sample_masks(64, 64, 0, 1, range(400)))
+    whole, r = sample_masks(64, 64, 0, 0, range(400))
+    assert torch.equal(whole[5:7], sample_masks(64, 64, 0, 0, [5, 6])[0]) and not whole[:, 0].any()
+    assert not torch.equal(whole, sample_masks(64, 64, 0, 1, range(400))[0])
     share = whole[:, 1:].float().mean(1)                                         # about U(0, 1)
     assert share.mean().item() == pytest.approx(0.5, abs=0.05)
     assert share.std().item() == pytest.approx(12 ** -0.5, abs=0.04)
-    fixed = sample_masks(64, 64, 0, 0, range(200), "validate", between=(0.25, 0.25))
+    fixed, r = sample_masks(64, 64, 0, 0, range(200), "validate", between=(0.25, 0.25))
+    assert (r == 0.25).all()
     assert fixed[:, 1:].float().mean().item() == pytest.approx(0.25, abs=0.02)
-    share = sample_masks(512, 512, 0, 0, range(400), between=(0.2, 0.4))[:, 1:].float().mean(1)
+    share = sample_masks(512, 512, 0, 0, range(400), between=(0.2, 0.4))[0][:, 1:].float().mean(1)
     assert share.mean().item() == pytest.approx(0.3, abs=0.01)                   # clipped: U(0.2, 0.4)
     assert share.std().item() == pytest.approx(0.2 / 12 ** 0.5, abs=0.01)
     assert 0.13 < share.min() and share.max() < 0.47
-    by_block = sample_masks(64, 16, 0, 0, range(300)).view(300, 4, 16).float().mean(-1)
+    by_block = sample_masks(64, 16, 0, 0, range(300))[0].view(300, 4, 16).float().mean(-1)
     assert abs(torch.corrcoef(by_block[:, 1:].T)[0, 1]) < 0.2 and by_block.std().item() > 0.25
 
 
 def test_the_loss_by_hand():
     """CE of token i+1 from the state at i, where token i+1 is masked, and nothing else; then the path term."""
     s = student()
-    loss, alignment, _, total_ce = conversion_loss(s, None, IDS, HIDE, path=1.0)
+    loss, alignment, _, total_ce = conversion_loss(s, None, IDS, HIDE, path=ONE)
     h = s.lm.embed(IDS.masked_fill(HIDE, 63))
     logits = s.lm.head(s.lm.through(h, 0, s.lm.L, s.lm.side(h, causal=False)))
     logits[..., 63] = -torch.inf
@@ -62,6 +64,11 @@ def test_the_loss_by_hand():
     assert total_ce.item() == pytest.approx(want, rel=1e-4)
     assert loss.item() == pytest.approx(want + want_path, rel=1e-4)
     assert alignment.item() == 0                                                 # without a teacher
+    published = conversion_loss(s, None, IDS, HIDE, path=repr_align.PATHS["published"](SHARE))
+    r = SHARE[:, 1:][HIDE[:, 1:]]                       # of every masked token
+    b, i = HIDE[:, 1:].nonzero().unbind(1)
+    ce = F.cross_entropy(logits[b, i], IDS[b, i + 1], reduction="none")
+    assert published[0].item() == pytest.approx((ce + torch.exp(-ce) * ce / r).sum().item(), rel=1e-4)
 
 
 class Echo(torch.nn.Module):
@@ -83,15 +90,16 @@ class Echo(torch.nn.Module):
 @pytest.mark.parametrize("sign, penalty", [(1.0, 0.0), (-1.0, 2.0)])
 def test_alignment_is_zero_for_the_teacher_and_two_for_its_negative(sign, penalty):
     teacher = backbone.Backbone(tiny_model("qwen3"))
-    _, alignment, _, _ = conversion_loss(Echo(teacher, sign), teacher, IDS, HIDE, 1.0)
+    _, alignment, _, _ = conversion_loss(Echo(teacher, sign), teacher, IDS, HIDE, ONE)
     assert alignment.item() / HIDE.sum().item() == pytest.approx(penalty, abs=1e-4)
 
 
 @pytest.mark.parametrize("arm", [Arm(), Arm("block", 4, "noisy"), Arm("block", 4, "causal")], ids=str)
 def test_micro_batches_add_up(arm):
     s, teacher = student(arm=arm), backbone.Backbone(tiny_model("qwen3", 1))
-    whole = conversion_loss(s, teacher, IDS, HIDE, 1.0, arm.context == "causal")
-    parts = [conversion_loss(s, teacher, IDS[i:i + 1], HIDE[i:i + 1], 1.0, arm.context == "causal") for i in range(3)]
+    whole = conversion_loss(s, teacher, IDS, HIDE, ONE, arm.context == "causal")
+    parts = [conversion_loss(s, teacher, IDS[i:i + 1], HIDE[i:i + 1], ONE[:1], arm.context == "causal")
+             for i in range(3)]
     for value, shares in zip(whole, zip(*parts, strict=True), strict=True):
         assert sum(share.item() for share in shares) == pytest.approx(value.item(), rel=1e-5)
 
@@ -106,11 +114,11 @@ def test_token_blocks_of_one_after_a_causal_copy_are_the_ar_model(family):
     logits[..., 63] = -torch.inf
     want = F.cross_entropy(logits.flatten(0, 1), IDS[:, 1:].flatten(), reduction="sum").item()
     s.arm = Arm("block", 1, "causal")
-    _, alignment, ar, ce = conversion_loss(s, s.lm, IDS, everything, 0.0, with_ar=True)
+    _, alignment, ar, ce = conversion_loss(s, s.lm, IDS, everything, 0 * ONE, with_ar=True)
     assert ce.item() == pytest.approx(want, rel=1e-5) == ar.item()
     assert alignment.item() == pytest.approx(0, abs=1e-3)
     s.arm = Arm("block", 4, "causal")                                            # the clean copy is the AR model still
-    _, _, ar, ce = conversion_loss(s, s.lm, IDS, everything, 0.0, with_ar=True)
+    _, _, ar, ce = conversion_loss(s, s.lm, IDS, everything, 0 * ONE, with_ar=True)
     assert ar.item() == pytest.approx(want, rel=1e-5) and ce.item() != pytest.approx(want, rel=1e-4)
 
 
@@ -264,6 +272,34 @@ def test_killed_and_resumed_equals_uninterrupted(arms, convert, monkeypatch):
     assert not (folder / "state.pt").exists()
 
 
+GROWING = "--attention block --context causal --steps 4 --eval_batches 1 --eval_every 2"
+
+
+def test_token_blocks_grow_and_a_killed_run_grows_on(convert, monkeypatch):
+    """Two steps at size 2, two at size 4. Where the sizes agree the losses do."""
+    seen = []
+
+    def spied(student, *more, **flags):
+        values = conversion_loss(student, *more, **flags)
+        if torch.is_grad_enabled():
+            seen.append((student.arm.block_size, values[0].item()))
+        return values
+    monkeypatch.setattr(repr_align, "conversion_loss", spied)
+    result, folder = convert("growing", f"{GROWING} --grow_blocks 2 4")
+    grown = list(seen)
+    seen.clear()
+    convert("fixed", f"{GROWING} --block_size 2")
+    assert [size for size, _ in grown] == [2, 2, 4, 4] and grown[:2] == seen[:2]
+    assert result["block_size"] == 4 and load_converted(folder, CPU, torch.float32)[0].arm.block_size == 4
+    polls = iter([False, True])
+    with monkeypatch.context() as patch:
+        patch.setattr(common.StopSignal, "poll", lambda self: next(polls))
+        with pytest.raises(SystemExit):
+            convert("grown_on", f"{GROWING} --grow_blocks 2 4")
+    resumed, other = convert("grown_on", f"{GROWING} --grow_blocks 2 4")
+    assert resumed["curve"] == result["curve"] and same(folder, other)
+
+
 def test_a_finished_run_prints_its_result(arms, text, capsys, monkeypatch):
     monkeypatch.setattr(backbone, "load", lambda *_, **__: pytest.fail("loaded"))
     folder = arms["w10"][1]
@@ -283,6 +319,9 @@ def test_refusals(capsys, base, text, tmp_path):
     argv = f"--preset tiny --model {base} --data {text} --out {tmp_path}/a/b".split()
     for word, flags in (("needs --context causal", "--ar_weight 1"), ("needs --attention block", "--context causal"),
                         ("mask_min < mask_max", "--mask_max 0"), ("mask_min < mask_max", "--mask_min -0.1"),
+                        ("sizes that grow", "--attention block --context causal --grow_blocks 4 2"),
+                        ("sizes that grow", "--attention block --context causal --grow_blocks 2 3"),
+                        ("needs --context causal", "--attention block --grow_blocks 2 4"),
                         ("start it with torchrun", "--shard"), ("invalid choice", "--attention causal"),
                         ("unknown argument --no_shift", "--no_shift")):
         assert word in fails(capsys, repr_align.main, *argv, *flags.split()), flags

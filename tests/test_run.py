@@ -1,4 +1,5 @@
 """Flags, run folders and the optimizer: the plumbing that every stage shares."""
+import importlib
 import json
 import os
 import re
@@ -10,6 +11,8 @@ from typing import Literal
 import pytest
 import torch
 from conftest import fails
+from test_house import parse as parse_toy
+from test_house import pipeline
 
 from core import common, optim, run
 from core.common import StopSignal, UserError, World, entry, parse
@@ -24,6 +27,8 @@ class Config:
     out: str = ""           # folder
     lr: float = 0.1         # rate, at 100% of the peak
     nfes: tuple[int, ...] = (1, 4)  # calls
+    seed: int = 0
+    skip: int = 4           # first positions (0: none)
     # report
     steps: int = 10         # steps
     on: bool = False        # a switch
@@ -59,10 +64,11 @@ def test_field_then_preset_then_flag():
 
 def test_help_shows_what_the_preset_gives(capsys):
     with pytest.raises(SystemExit) as stopped:
-        read("--help")
+        read("--help", "--lr", "0.5")
     text = capsys.readouterr().out
     assert stopped.value.code == 0
-    assert "steps [3]" in text and "calls [(2,)]" in text and "at 100% of the peak" in text
+    assert "steps [3 by preset small]" in text and "calls [(2,) by preset small]" in text
+    assert "at 100% of the peak [0.5]" in text and "a switch [False]" in text
     _, run_flags, report_flags = re.split(r"\nrun:|\nreport:", text)
     assert "--lr" in run_flags and "--steps" in report_flags
 
@@ -77,7 +83,10 @@ def test_a_plain_dry_run_prints_the_settings(capsys):
     (["--step", "3"], "unknown argument --step, did you mean --steps?"),
     (["--dry-run"], "did you mean --dry_run?"),
     (["--zzz"], "unknown argument --zzz; see --help"),
-    (["--steps", "-1"], "--steps must not be negative"),
+    (["--steps", "0"], "--steps must be at least 1"),       # steps // 0, an empty mean
+    (["--log_every", "-1"], "--log_every must be at least 1"),
+    (["--seed", "-1"], "--seed must be at least 0"),
+    (["--skip", "-1"], "--skip must be at least 0"),
     (["--steps", "x"], "invalid int value"),
     (["--preset", "huge"], "invalid choice"),
 ])
@@ -85,6 +94,11 @@ def test_a_wrong_flag_is_one_sentence(argv, words):
     with pytest.raises(UserError) as refused:
         read(*argv)
     assert words in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_zero_is_taken_where_it_means_something():
+    cfg = read("--skip", "0", "--seed", "0", "--lr", "0")
+    assert (cfg.skip, cfg.seed, cfg.lr) == (0, 0, 0.0)
 
 
 def test_a_batch_splits_or_is_refused():
@@ -109,6 +123,7 @@ def test_lookups_and_devices():
 
 @pytest.mark.parametrize("error, code, words", [
     (UserError("no text; pass --data"), 2, "error: no text; pass --data"),
+    (AssertionError("--skip is\ntoo large"), 2, "error: --skip is too large\n"),
     (OSError(28, "No space left on device", "x.pt"), 2, "error: [Errno 28] No space left on device"),
     (KeyboardInterrupt(), 130, "the same command starts again"),
 ])
@@ -121,12 +136,33 @@ def test_entry_turns_an_expected_error_into_a_sentence(capsys, error, code, word
     assert stopped.value.code == code and words in capsys.readouterr().err
 
 
-def test_a_bug_is_seen_whole():
+@pytest.mark.parametrize("bug", [KeyError("a bug"), AssertionError()])
+def test_a_bug_is_seen_whole(bug):
     @entry
     def main(argv):
-        raise KeyError("a bug")
-    with pytest.raises(KeyError):
+        raise bug
+    with pytest.raises(type(bug)):
         main([])
+
+
+def test_the_message_of_a_library_stays_whole():
+    url = "https://huggingface.co/" + "a-long-name/" * 40 + "resolve/main/config.json"
+    assert common.why(OSError(f"Not found:\n  {url}.\n")) == f"Not found: {url}."
+
+
+BARE = ["toy", "geometry", "bridge", "bridge --objective regression", "bridge --generate", "hybrid",
+        "repr_align", "repr_align --align_weight 0", "generate", "circuits"]
+
+
+def test_a_bare_command_asks_for_a_run_that_run_all_made(tmp_path):
+    """So it prints the finished result. The folders of an empty --out have their own tests."""
+    made = [line.rstrip("\t").split("\t") for line in pipeline(tmp_path) if ".py\t" in line]
+    for command in BARE:
+        name, *flags = command.split()
+        stage = importlib.import_module(name)
+        asked = replace(parse_toy(stage, flags), out="")
+        runs = [parse_toy(stage, argv) for script, *argv in made if script == f"{name}.py"]
+        assert asked in [replace(cfg, out="") for cfg in runs], command
 
 
 def test_random_numbers_are_functions_of_their_keys():
@@ -265,6 +301,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, capsys):
     assert json.loads(lines[0])["bins"] == [1, 2]
 
 
+def test_every_number_of_a_log_line_has_a_unit(tmp_path, capsys):
+    started = run.Run(Config(out=str(tmp_path)), WORLD, {})
+    started.progress(5, 10, run.Clock(2.0), tokens=100, flops=1.0, loss=0.5)
+    started.unlock()
+    words = re.findall(r"\| (\w+) ([\d.]+)", capsys.readouterr().out)
+    assert [name for name, _ in words] == ["loss", "tokens_per_s", "mem_gib", "eta_s"]
+    numbers = {name: float(number) for name, number in words}
+    assert numbers["tokens_per_s"] == pytest.approx(250, rel=0.1)       # 5 steps in 2 seconds
+    assert numbers["eta_s"] == pytest.approx(2, rel=0.1) and numbers["mem_gib"] > 0
+
+
 def test_the_state_keeps_what_save_was_given(tmp_path):
     cfg = Config(out=str(tmp_path))
     make(cfg)
@@ -353,10 +400,11 @@ def test_wandb_continues_the_same_run_and_gets_the_final_numbers(tmp_path, monke
     first.log(5, 10, loss=0.25, bins=[1])
     with pytest.raises(SystemExit):
         first.leave(5)
-    run.Run(cfg, WORLD, {}).finish({"val_loss": 0.5, "steps": 10})
+    measured = {"4": {"kl": 0.125, "kl_rows": [0.125]}}
+    run.Run(cfg, WORLD, {}).finish({"val_loss": 0.5, "steps": 10, "nfe": measured})
     assert calls[0]["id"] == calls[3]["id"] and calls[0]["resume"] == "allow"
     assert calls[1:3] == [(5, {"loss": 0.25}), "finished"]
-    assert calls[4:] == [(10, {"val_loss": 0.5}), "finished"]
+    assert calls[4:] == [(10, {"val_loss": 0.5, "nfe.4.kl": 0.125}), "finished"]
 
 
 def test_a_missing_package_is_a_sentence(tmp_path, monkeypatch, capsys):

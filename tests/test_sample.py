@@ -87,6 +87,31 @@ def test_masks_are_filled_before_a_suffix(runs, capsys, converted):
     assert lines[-1] == f"  4 {text!r}"
 
 
+def test_special_tokens_in_a_prompt_are_text(runs, capsys, converted):
+    prompt = f"{masked.MASK}{masked.MASK} x"
+    text, printed = write(capsys, runs, converted, "--prompt", prompt)
+    assert text.startswith(prompt) and text.count(masked.MASK) == 2 and printed == text + "\n"
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_a_prompt_begins_as_the_training_text_does(runs, monkeypatch, adds_bos):
+    """With BOS where the tokenizer adds it. Else an empty prompt is EOS."""
+    from tokenizers.processors import TemplateProcessing
+    model, tokenizer, _ = sample.load(runs / "hybrid", "cpu", torch.float32)
+    first = [tokenizer.eos_token_id]
+    if adds_bos:
+        tokenizer.add_special_tokens({"bos_token": "<s>"})
+        first = [tokenizer.bos_token_id]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", *first)])
+    monkeypatch.setattr(sample, "load", lambda *_: (model, tokenizer, lambda model, ids, *_: ids))
+    plain = tokenizer("import os", add_special_tokens=False)["input_ids"]
+    for prompt, want in (("", first), ("import os", first * adds_bos + plain)):
+        assert sample.main(["--prompt", prompt]) == tokenizer.decode(want)
+    text = sample.main(["--prompt", "na\udcc3\udcafve\udcff"])         # bytes that Python could not decode
+    assert text.removeprefix("<s>") == "naïve\ufffd"
+
+
 def test_the_film_has_a_picture_a_step(runs, capsys, converted, tmp_path):
     write(capsys, runs, converted, "--steps", "4", "--temperature", "5", "--gif",
           f"{tmp_path}/film.gif")
@@ -133,9 +158,11 @@ def test_half_a_character_waits(capsys):
 def test_refusals(runs, capsys, converted, tmp_path):
     assert "hybrid.py" in fails(capsys, sample.main, "--model", tmp_path / "nothing")
     assert "no converted model" in fails(capsys, sample.main, "--model", runs / "toy")
-    for folder, new in (("hybrid", 10 ** 6), (converted, 0), ("generator", 0)):
-        message = fails(capsys, sample.main, "--model", runs / folder, "--new", new)
+    for folder in ("hybrid", converted, "generator"):
+        message = fails(capsys, sample.main, "--model", runs / folder, "--new", 10 ** 6)
         assert "positions" in message and "--new" in message
+        message = fails(capsys, sample.main, "--model", runs / folder, "--temperature", -1)
+        assert "temperature must not be negative" in message
     for folder in ("hybrid", "generator"):
         message = fails(capsys, sample.main, "--model", runs / folder, "--suffix", "x")
         assert "--suffix" in message

@@ -16,6 +16,10 @@ def test_correlation_by_hand():
     assert row["p"] == pytest.approx(2 / 6)                 # of 6 orders two are as good
     assert row["minus_depth"] == pytest.approx(0)
     assert row["half"] == pytest.approx(12.71 * 0.5)        # t(1) x sd / sqrt(2) of 0.5 and -0.5
+    errors = [[0.1, 0.3], [0.2, 0.1], [0.4, 0.2]]           # the centre is that of the interval
+    row = sweep.correlation([3.0, 2.0, 1.0], [2.0, 3.0, 1.0], errors)
+    assert row["minus_depth"] == pytest.approx((1.0 - 0.5 + -0.5 - 0.5) / 2)
+    errors = [[0.1, 0.3], [0.2, 0.2], [0.4, 0.5]]
     one = sweep.correlation([3.0, 2.0, 1.0], [2.0, 3.0, 1.0], [[e] for e, _ in errors])
     assert one["rho"] == pytest.approx(1) and one["half"] is None
     assert one["p"] == pytest.approx(1 / 6)
@@ -32,7 +36,7 @@ def test_predictors_are_the_score_its_variants_and_the_rivals():
 @slow
 def test_the_study_runs_and_resumes(runs, tmp_path, text, capsys):
     argv = ["--preset", "tiny", "--model", f"{runs}/toy", "--data", str(text), "--out",
-            f"{tmp_path}/sweep", "--layers", "1", "3", "--seeds", "1", "--steps", "3",
+            f"{tmp_path}/sweep", "--layers", "3", "1", "3", "--seeds", "1", "--steps", "3",
             "--depth", "1"]
     result = sweep.main(argv)
     assert [row["layer"] for row in result["layers"]] == [1, 3]
