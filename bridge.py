@@ -27,8 +27,8 @@ from torch import nn
 
 import data
 from core import backbone, diffusion, optim
-from core.common import (StopSignal, UserError, entry, generator, normal, parse, pick_dtype, setup,
-                         split_batch)
+from core.common import (Dtype, StopSignal, UserError, entry, generator, normal, parse, pick_dtype,
+                         setup, split_batch)
 from core.diffusion import (Bridge, BridgeConfig, bridge_loss, calibrate, hidden_tokens,
                             noise_levels, position_noise, readout_loss, sample)
 from core.run import TRACKERS, Clock, Run, finished, plan, read_json
@@ -37,14 +37,14 @@ from core.run import TRACKERS, Clock, Run, finished, plan, read_json
 @dataclass
 class Config:
     # what and where
-    preset: Literal["auto", "tiny", "toy", "135m", "0.6b", "8b"] = "auto"  # auto: by model size
+    preset: backbone.Preset = "auto"  # auto: by model size
     model: str = "toy"          # toy (the folder next to --out), a model folder or a Hub id
     data: str = "stdlib"        # see data.py
     out: str = ""               # run folder (empty: out/bridge, regression, generator or bridge_lN)
     layer: str = "auto"         # the layer l; auto: the choice of geometry.py next to --out
     seed: int = 0               # every random number of the training is a function of it
     device: str = "auto"        # auto, cpu, cuda
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU
+    dtype: Dtype = "auto"       # auto: bf16 on a GPU
     compile: bool = False       # torch.compile, block by block
     dry_run: bool = False       # print size, memory and time of this training, then leave
     # what is learned
@@ -89,19 +89,14 @@ PRESETS = {
                ema=0.9995, **LARGE),
 }
 GENERATE = dict(visible="mix", self_condition=True, cooldown=1.0, nfes=(8,))
-for name, settings in list(PRESETS.items()):
-    PRESETS[f"{name}_generate"] = {**settings, **GENERATE}
-PRESETS["toy_generate"] |= dict(depth=4, steps=800, batch_size=8, head_start="none",
+GENERATE_PRESETS = {name: {**settings, **GENERATE} for name, settings in PRESETS.items()}
+GENERATE_PRESETS["toy"] |= dict(depth=4, steps=800, batch_size=8, head_start="none",
                                 calibration=64, eval_batches=64)
 WEIGHT_DECAY = 0.01
 
 
 def choose(cfg):
-    """The name of the preset."""
-    size = cfg.preset
-    if size == "auto":
-        size = backbone.preset_of(cfg.model, cfg.out or "out/bridge")
-    return f"{size}_generate" if cfg.generate else size
+    return backbone.preset_of(cfg.model, cfg.out or "out/bridge")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -321,7 +316,8 @@ def update_ema(ema, bridge, decay, step):
 
 @entry
 def main(argv):
-    cfg = parse(Config, argv, __doc__, PRESETS, choose)
+    presets = GENERATE_PRESETS if "--generate" in argv else PRESETS
+    cfg = parse(Config, argv, __doc__, presets, choose)
     if not cfg.out:
         name = "generator" if cfg.generate else cfg.objective.replace("diffusion", "bridge")
         cfg.out = f"out/{name}" if cfg.layer == "auto" else f"out/{name}_l{cfg.layer}"

@@ -3,9 +3,13 @@
     python data.py                              # the Python standard library: offline, 2.7M tokens
     python data.py --data notes/ --out out/notes        # a text file or folder
     python data.py --data HuggingFaceFW/fineweb-edu --model Qwen/Qwen3-0.6B --max_tokens 1000000000
+    python data.py --data sampled --model DIR --max_tokens 1000000 --out out/sampled/data
 
-The last one streams a Hub dataset. Every stage makes the shards it needs, in the folder `data` next
-to its --out. This command is only needed for other sizes or folders.
+The third one streams a Hub dataset. The last one samples texts from the model itself. Its entropy,
+which meta.json holds, is the lowest loss that any model can have on them.
+
+Every stage makes the shards it needs, in the folder `data` next to its --out. This command is only
+needed for other sizes or folders.
 
 It writes train.bin and val.bin (raw token ids, 16 or 32 bits each, with an EOS after every
 document), tokenizer.json, result.json and, last, meta.json. Memory does not grow with the corpus.
@@ -22,15 +26,16 @@ import sysconfig
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from core import tasks
+from core import backbone, tasks
 from core.backbone import EOS, bos_id, load_tokenizer, tokenizer_hash
 from core.common import UserError, entry, generator, parse, setup, why
 from core.run import atomic, nearby, read_json, write_json
@@ -38,7 +43,7 @@ from core.run import atomic, nearby, read_json, write_json
 
 @dataclass
 class Config:
-    data: str = "stdlib"        # stdlib, a text file or folder, or a Hub dataset ID:CONFIG:COLUMN
+    data: str = "stdlib"        # stdlib, sampled, a text file or folder, or Hub ID:CONFIG:COLUMN
     model: str = "toy"          # whose tokenizer; toy: a BPE trained on this text
     out: str = "out/data"       # folder to write
     vocab: int = 2048           # size of the toy's vocabulary
@@ -64,6 +69,8 @@ def resolve(data):
     """--data -> the source as a small dict. meta.json stores it and later runs compare with it."""
     if data == "stdlib":
         return {"kind": "stdlib", "python": platform.python_version()}
+    if data == "sampled":
+        return {"kind": "sampled"}
     name, config, column = (data + "::").split(":")[:3]
     column = column or "text"
     path = Path(name)
@@ -183,6 +190,66 @@ def pieces(file):
 
 
 # -------------------------------------------------------------------------------------------------
+# Text sampled from a model
+
+@torch.no_grad()
+def sample_batch(model, start, end, T, number, N=64):
+    """N texts of at most T tokens, sampled at temperature 1 after the token `start`.
+
+    ids (N, T'), length (N,) without the final EOS, tokens (N,) with it, and entropy (N,): the sum
+    over these tokens of the entropy of the model's distribution, in nats."""
+    from transformers import DynamicCache
+    ids = torch.full((N, 1), start)
+    alive = torch.ones(N, dtype=torch.bool)
+    length = torch.zeros(N, dtype=torch.int64)
+    tokens = torch.zeros(N, dtype=torch.int64)
+    entropy = torch.zeros(N, dtype=torch.float64)
+    cache = DynamicCache()
+    for t in range(T):
+        p = model(ids[:, -1:], past_key_values=cache).logits[:, -1].double().softmax(-1)  # (N, V)
+        u = torch.tensor(generator(0, "sampled text", number, t).random((N, 1)))
+        token = torch.searchsorted(p.cumsum(-1), u).clamp_max(p.shape[1] - 1)
+        entropy += alive * torch.special.entr(p).sum(-1)
+        tokens += alive
+        alive = alive & (token[:, 0] != end)
+        length += alive
+        ids = torch.cat([ids, token], dim=1)
+        if not alive.any():
+            break
+    return {"ids": ids[:, 1:].contiguous(), "length": length, "tokens": tokens, "entropy": entropy}
+
+
+def sampled(tokenizer, out):
+    """Yield (text, ids) without end. Every batch is kept in out/samples, so that a stopped command
+    goes on."""
+    name = backbone.resolve(tokenizer.name_or_path, out)
+    lm = backbone.load(name, torch.device("cpu"), torch.float32)
+    bos = bos_id(tokenizer)
+    start = tokenizer.eos_token_id if bos is None else bos
+    T = min(512, lm.config.max_position_embeddings)
+    (out / "samples").mkdir(exist_ok=True)
+    for number in count():
+        file = out / "samples" / f"{number:04d}.safetensors"
+        if not file.exists():
+            batch = sample_batch(lm.model, start, tokenizer.eos_token_id, T, number)
+            with atomic(file) as temporary:
+                save_file(batch, temporary)
+        batch = load_file(file)
+        for ids, length in zip(batch["ids"].tolist(), batch["length"].tolist()):
+            yield tokenizer.decode(ids[:length]), ids[:length]
+
+
+def entropy_of(out):
+    """[nats a token, standard error over texts] of the sampled batches."""
+    batches = [load_file(file) for file in sorted((out / "samples").iterdir())]
+    nats = torch.cat([batch["entropy"] for batch in batches])
+    tokens = torch.cat([batch["tokens"] for batch in batches])
+    mean = nats.sum() / tokens.sum()
+    error = (nats - mean * tokens).norm() / tokens.sum()
+    return [mean.item(), error.item()]
+
+
+# -------------------------------------------------------------------------------------------------
 # Documents -> shards
 
 def held_out(text, first):
@@ -230,9 +297,13 @@ def write_shards(source, tokenizer, out, max_tokens=0, share=0.0):
     size = {"train": 0, "val": 0}                   # bytes of text
     task_tokens = 0
     seen = Counter()
+    texts = tokenized(source, tokenizer, seen)
+    if source["kind"] == "sampled":
+        texts = sampled(tokenizer, out)
+    limit = max_tokens or (1_000_000 if source["kind"] == "sampled" else math.inf)
     with (atomic(out / "train.bin") as train_path, atomic(out / "val.bin") as val_path,
           open(train_path, "wb") as train, open(val_path, "wb") as val):
-        for text, ids in tokenized(source, tokenizer, seen):
+        for text, ids in texts:
             split = "val" if held_out(text, first=tokens["val"] == 0) else "train"
             ids = [*ids, tokenizer.eos_token_id]
             while split == "train" and task_tokens < share * (tokens["train"] + len(ids)):
@@ -243,9 +314,10 @@ def write_shards(source, tokenizer, out, max_tokens=0, share=0.0):
             file.write(np.asarray(ids, dtype).tobytes())
             tokens[split] += len(ids)
             size[split] += len(text.encode())
-            if 0 < max_tokens <= tokens["train"]:
+            if tokens["train"] >= limit:
                 break
-        print(summary(source, seen))
+        if seen:
+            print(summary(source, seen))
         if min(tokens.values()) == 0:
             raise UserError("the corpus is empty or a single document; it needs two, one of them "
                             "to hold out")
@@ -271,6 +343,8 @@ def make(source, tokenizer, out, vocab, max_tokens, share, bos):
     meta = write_shards(source, tokenizer, out, max_tokens, share if trained else 0.0)
     meta["vocab"] = vocab if trained else None
     meta["bos"] = bos
+    if source["kind"] == "sampled":
+        meta["entropy"] = entropy_of(out)
     with atomic(out / "tokenizer.json") as temporary:
         tokenizer.backend_tokenizer.save(str(temporary))
     write_json(out / "result.json", meta)
@@ -284,6 +358,7 @@ def prepare(data, tokenizer, out, world, vocab=2048, max_tokens=None, tasks=None
     the wanted ones are refused. max_tokens, tasks or bos None: take the shards as they are."""
     out = Path(out)
     source = resolve(data)
+    assert data != "sampled" or tokenizer, "--data sampled needs the --model that writes the text"
     bos_token = None if tokenizer is None or bos is False else bos_id(tokenizer)
     if world.main and not (out / "meta.json").exists():
         out.mkdir(parents=True, exist_ok=True)

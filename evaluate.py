@@ -20,13 +20,12 @@ from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from statistics import mean
-from typing import Literal
 
 import torch
 
 import data
 from core import backbone
-from core.common import UserError, entry, parse, pick_dtype, setup
+from core.common import Dtype, UserError, entry, parse, pick_dtype, setup
 from core.report import figure, paired, table, unpaired, verdict
 from core.run import provenance, read_json, recorded, write_json, write_text
 
@@ -37,7 +36,7 @@ from core.run import provenance, read_json, recorded, write_json, write_text
 @dataclass
 class Config:
     # what and where
-    preset: Literal["auto", "tiny", "toy", "135m", "0.6b", "8b"] = "auto"  # auto: by model size
+    preset: backbone.Preset = "auto"  # auto: by model size
     runs: str = "out"           # folder that holds the runs of the stages
     out: str = "out/evaluate"   # folder of the report
     margin: float = 0.005       # nats: a smaller difference is a tie
@@ -48,7 +47,7 @@ class Config:
     harness: tuple[str, ...] = ()  # tasks of lm-evaluation-harness
     limit: int = 0              # examples a task (0: all)
     device: str = "auto"        # auto, cpu, cuda
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the models
+    dtype: Dtype = "auto"       # of the models; auto: bf16 on a GPU
 
 
 PRESETS = {"tiny": dict(texts=3, calls=4, new=4), "135m": dict(texts=8, calls=4, new=32)}
@@ -364,9 +363,6 @@ def run_harness(models, students, tokenizer, cfg):
 # Main
 
 def choose(cfg):
-    """The name of the preset."""
-    if cfg.preset != "auto":
-        return cfg.preset
     return backbone.preset_of("", cfg.out, f"{cfg.runs}/bridge")
 
 

@@ -24,7 +24,6 @@ import timeit
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -34,7 +33,7 @@ from transformers import DynamicCache, GenerationConfig
 import data
 import hybrid
 from core import backbone, masked, report
-from core.common import UserError, entry, generator, normal, parse, pick_dtype, setup
+from core.common import Dtype, UserError, entry, generator, normal, parse, pick_dtype, setup
 from core.run import Run, finished, read_json, recorded
 
 COLDEST = 0.4       # limits of the search over temperatures
@@ -48,14 +47,14 @@ ORDER = "entropy"   # a converted model reveals tokens of low entropy first
 @dataclass
 class Config:
     # models, text, output
-    preset: Literal["auto", "tiny", "toy", "135m"] = "auto"  # by model size
+    preset: backbone.Preset = "auto"  # auto: by model size
     bridges: tuple[str, ...] = ("out/generator",)  # bridges trained with --generate
     converted: tuple[str, ...] = ("out/convert/w0", "out/convert/block")  # converted models
     data: str = "stdlib"        # held-out text, see data.py
     out: str = "out/generate"   # run folder
     seed: int = 0               # of all sampling
     device: str = "auto"        # auto, cpu, cuda
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU
+    dtype: Dtype = "auto"       # auto: bf16 on a GPU
     # texts
     texts: int = 24             # held-out texts
     prefix: int = 64            # given tokens of a text
@@ -226,8 +225,7 @@ def predict(lm, ids, start, cache):
     The cache holds the first tokens of ids, and keeps those that are the same in the next call."""
     past = cache.get_seq_length()
     positions = torch.arange(past, ids.shape[1] - 1, device=ids.device)[None]
-    h = lm.embed(ids[:, past:-1], positions)
-    h = lm.through(h, 0, lm.L, lm.side(h, positions, cache=cache))
+    h = lm.hidden(ids[:, past:-1], lm.L, positions, cache=cache)                # (N, ., D)
     backbone.trim(cache, start - 1)
     return lm.head(h[:, start - 1 - past:]).double()
 
@@ -371,13 +369,11 @@ def tokens_per_second(write, prompt, new):
 
 def table(result):
     """Markdown: a line a method and training seed."""
-    lines = [["real text", None, None, None, f"{result['real']['gen_ppl']:.1f}"]]
+    lines = [["real text", None, None, None, result["real"]["gen_ppl"]]]
+    keys = ["method", "seed", "calls", "tokens_per_s", "matched"]
     for row in result["rows"]:
-        matched = row["matched"] and f"{row['matched']:.1f}"
-        speed = f"{row['tokens_per_s']:.0f}"
-        lines.append([row["method"], row["seed"], row["calls"], speed, matched])
-    columns = ["method", "seed", "calls", "tokens/s", "gen-PPL at real entropy"]
-    return report.table(columns, lines)
+        lines.append([row[key] for key in keys])
+    return report.table([*keys[:-1], "gen-PPL at real entropy"], lines)
 
 
 def figure(result, path):
@@ -396,20 +392,18 @@ def figure(result, path):
 # Main
 
 def choose(cfg):
-    if not cfg.bridges:
-        raise UserError("--bridges is empty; train one with: python bridge.py --generate")
-    if cfg.preset != "auto":
-        return cfg.preset
-    return backbone.preset_of("", cfg.out, cfg.bridges[0])
+    return backbone.preset_of("", cfg.out, *cfg.bridges[:1])
 
 
 def check(cfg):
     """{folder: result.json} of the bridges and the converted models. They share one backbone."""
+    if not cfg.bridges:
+        raise UserError("--bridges is empty; train one with: python bridge.py --generate")
     remedy = "train it (bridge.py --generate, repr_align.py), or leave it out"
-    results = {folder: read_json(Path(folder) / "result.json", remedy)
-               for folder in cfg.bridges + cfg.converted}
-    for folder in results:
+    results = {}
+    for folder in cfg.bridges + cfg.converted:
         recorded(folder)                                # refuses a folder of the second edition
+        results[folder] = read_json(Path(folder) / "result.json", remedy)
     if len({result.get("base") for result in results.values()}) > 1:
         raise UserError("these --bridges and --converted models were made from several backbones; "
                         "compare those of one")
@@ -461,8 +455,7 @@ def main(argv):
                    "tokens_per_s": tokens_per_second(write, prompts[:1], cfg.new),
                    "texts": tokenizer.batch_decode(written)}
             rows.append(row)
-            shown = "not reached" if row["matched"] is None else f"{row['matched']:.1f}"
-            run.say(f"{row['method']}: gen-PPL at real entropy {shown}")
+            run.say(f"{row['method']}: {len(points)} temperatures")
 
     # 3. Report
     result = {**identity, "rows": rows, "real": real}

@@ -26,20 +26,20 @@ import torch
 
 import data
 from core import backbone, report
-from core.common import UserError, entry, generator, parse, pick_dtype, setup
+from core.common import Dtype, UserError, entry, generator, parse, pick_dtype, setup
 from core.run import Run, finished
 
 
 @dataclass
 class Config:
     # model, text, output
-    preset: Literal["auto", "tiny", "toy", "135m", "0.6b", "8b"] = "auto"  # auto: by model size
+    preset: backbone.Preset = "auto"  # auto: by model size
     model: str = "toy"          # toy (the folder next to --out), a model folder or a Hub id
     data: str = "stdlib"        # see data.py; held-out text is scored
     out: str = "out/geometry"   # run folder
     seed: int = 0               # of the windows, the pool, the anchors and the resamples
     device: str = "auto"        # auto, cpu, cuda
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the backbone; auto: bf16 on a GPU
+    dtype: Dtype = "auto"       # of the backbone; auto: bf16 on a GPU
     # which states
     tokens: int = 16384         # hidden states of a layer
     seq_len: int = 128          # tokens a sequence
@@ -127,14 +127,12 @@ def collect(lm, windows, cfg):
     norm = torch.zeros(C)
     moved = torch.zeros(C)
     for ids, kept in zip(windows.split(cfg.batch_size), in_pool.split(cfg.batch_size)):
-        h0 = lm.embed(ids)                                                      # (B, T, D)
-        side = lm.side(h0)
-        h = h0
-        start = h0[:, cfg.skip:].flatten(0, 1)                                  # (n, D)
-        for c in range(C):
-            h = lm.block(h, c, side)                    # h[c] -> h[c + 1]
-            pool[c].append(h[:, cfg.skip:][kept])
-            X = h[:, cfg.skip:].flatten(0, 1).float()                           # (n, D)
+        layers = lm.trace(lm.embed(ids))                # h[0], h[1], ..., each (B, T, D)
+        start = next(layers)[:, cfg.skip:].flatten(0, 1)                        # (n, D)
+        for c, h in zip(range(C), layers):
+            h = h[:, cfg.skip:]
+            pool[c].append(h[kept])
+            X = h.flatten(0, 1).float()                                         # (n, D)
             norm[c] += X.norm(dim=-1).sum().cpu()
             moved[c] += (X - start).norm(dim=-1).sum().cpu()
             if len(pool[c]) == 1:
@@ -359,7 +357,7 @@ def show(result):
 
 
 def choose(cfg):
-    return cfg.preset if cfg.preset != "auto" else backbone.preset_of(cfg.model, cfg.out)
+    return backbone.preset_of(cfg.model, cfg.out)
 
 
 @entry

@@ -21,7 +21,6 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -33,19 +32,19 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 import data
 from bridge import measure
 from core import backbone, diffusion
-from core.common import UserError, entry, parse, pick_dtype, setup
+from core.common import Dtype, UserError, entry, parse, pick_dtype, setup
 from core.run import Run, finished, read_json
 
 
 @dataclass
 class Config:
-    preset: Literal["auto", "tiny", "toy", "135m", "0.6b", "8b"] = "auto"  # by model size
+    preset: backbone.Preset = "auto"  # auto: by model size
     bridge: str = "out/bridge"  # folder of a trained bridge
     out: str = "out/hybrid"     # folder to save the hybrid to
     model: str = ""             # where the base model is now, if it moved
     data: str = "stdlib"        # held-out text; see data.py
     device: str = "auto"        # auto, cpu, cuda
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # of the upper blocks; auto: bf16 on a GPU
+    dtype: Dtype = "auto"       # of the upper blocks; auto: bf16 on a GPU
     seq_len: int = 128          # tokens a sequence
     eval_batches: int = 512     # held-out sequences
     skip = 4                    # no flag: the first positions, attention sinks, are not measured
@@ -166,9 +165,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         """Exact h[l] and h[L] (B, T, D) of tokens (B, T) by the intact model, which only a bridge
         that generates keeps. The tokens join its part of the cache and are counted: known tokens
         go through `hidden` first."""
-        h0 = self.lm.embed(ids, positions)
-        side = self.lm.side(h0, positions, None, cache)
-        h = self.lm.through(h0, 0, self.config.layer, side)
+        h = self.lm.hidden(ids, self.config.layer, positions, cache=cache)
         states = self.upper(h, positions, cache)
         count_tokens(cache, h)
         return h, states
@@ -273,10 +270,10 @@ def assemble(net, config, device, dtype):
     return HybridForCausalLM(config, net, lm).eval()
 
 
-def from_bridge(folder, model="", nfe=0, device="cpu", dtype=torch.float32):
-    """HybridForCausalLM of a bridge folder. model="" and nfe=0 stand for the bridge's own."""
+def from_bridge(folder, model="", device="cpu", dtype=torch.float32):
+    """HybridForCausalLM of a bridge folder. model="": the base that the bridge was trained on."""
     net, info = diffusion.load(folder, device)
-    return assemble(net, HybridConfig(info, model, nfe), device, dtype)
+    return assemble(net, HybridConfig(info, model), device, dtype)
 
 
 def load_tokenizer(model):
@@ -292,9 +289,6 @@ def load_tokenizer(model):
 # Main
 
 def choose(cfg):
-    """The name of the preset."""
-    if cfg.preset != "auto":
-        return cfg.preset
     return backbone.preset_of(cfg.model, cfg.out, "" if cfg.model else cfg.bridge)
 
 

@@ -20,12 +20,11 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from core import backbone, masked
-from core.common import UserError, entry, generator, parse, pick_dtype, setup
+from core.common import Dtype, UserError, entry, generator, parse, pick_dtype, setup
 from core.run import atomic, nearby, read_json, recorded
 from generate import generate_blocks, hybrid, token_prior
 
@@ -50,7 +49,7 @@ class Config:
     gif: str = ""               # write a film of the steps to this file
     # machine
     device: str = "auto"        # auto, cpu, cuda
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU
+    dtype: Dtype = "auto"       # auto: bf16 on a GPU
 
 
 # -------------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def build(cfg):
 
 def next_token_loss(lm, ids):
     """Mean cross-entropy in nats over ids (B, T+1)."""
-    logits = lm.head(lm.through(lm.embed(ids[:, :-1]), 0, lm.L))        # (B, T, V)
+    logits = lm.head(lm.hidden(ids[:, :-1], lm.L))                      # (B, T, V)
     return F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
 
 

@@ -36,6 +36,7 @@ import math
 import os
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -46,6 +47,7 @@ from core.run import nearby, read_json
 EOS = "<|endoftext|>"   # end-of-text token of a tokenizer that we train
 TWIN = "nanodihal_twin"  # model_type of a converted model, so that nobody runs it as an AR model
 SIZES = {"toy": 3e7, "135m": 4e8, "0.6b": 3e9, "8b": math.inf}  # preset -> parameters, at most
+Preset = Literal["auto", "tiny", *SIZES]                # of the flag --preset
 
 
 # -------------------------------------------------------------------------------------------------
@@ -185,6 +187,19 @@ class Backbone(nn.Module):
             h = self.block(h, i, side)
         return h
 
+    def hidden(self, ids, layer, positions=None, **kwargs):
+        """h[layer] (B, T, D) of tokens ids (B, T). kwargs are those of `side`."""
+        h = self.embed(ids, positions)
+        return self.through(h, 0, layer, self.side(h, positions, **kwargs))
+
+    def trace(self, h, side=None):
+        """Yield h[0], ..., h[L-1] and the normed h[L], each (B, T, D). They are never stacked."""
+        side = side or self.side(h)
+        for i in range(self.L):
+            yield h
+            h = self.block(h, i, side)
+        yield self.norm(h)
+
     def at(self, ids, layers):
         """(layer, h[layer], h[0], side) for each of the layers, the lowest first, in one pass."""
         h0 = self.embed(ids)
@@ -213,15 +228,8 @@ class Backbone(nn.Module):
 # Checks at load
 
 def probe_ids(lm):
-    """16 random tokens (1, 16), always the same. The global generator is left alone."""
-    gen = torch.Generator().manual_seed(0)
-    return torch.randint(lm.V, (1, 16), generator=gen).to(lm.model.device)
-
-
-def states(lm, ids, positions=None, **kwargs):
-    """The last block's states (B, T, D) of ids. kwargs are those of Backbone.side."""
-    h = lm.embed(ids, positions)
-    return lm.through(h, 0, len(lm.blocks), lm.side(h, positions, **kwargs))
+    """16 different tokens (1, 16)."""
+    return torch.arange(1, 17, device=lm.model.device)[None] * 37 % lm.V
 
 
 def require(lm, test, reason, action="be cut at a layer"):
@@ -243,7 +251,7 @@ def near(a, b):
 
 
 def check(lm):
-    """Compare the cut model with the model itself on 16 random tokens."""
+    """Compare the cut model with the model itself on 16 tokens."""
     from transformers import DynamicCache
     ids = probe_ids(lm)
     other = torch.cat([ids[:, :12], (ids[:, 12:] + 1) % lm.V], 1)
@@ -251,7 +259,7 @@ def check(lm):
 
     def logits(ids, lo=0, hi=16, cache=None):
         positions = torch.arange(lo, hi, device=ids.device)[None]
-        return lm.head(states(lm, ids[:, lo:hi], positions, cache=cache))
+        return lm.head(lm.hidden(ids[:, lo:hi], len(lm.blocks), positions, cache=cache))
 
     def same():
         return equal(logits(ids), lm.model(ids, use_cache=False).logits)
@@ -280,8 +288,8 @@ def check_wide(lm):
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
 
     def same():
-        forwards = states(lm, ids, positions, causal=False)
-        backwards = states(lm, ids.flip(1), positions.flip(1), causal=False)
+        forwards = lm.hidden(ids, lm.L, positions, causal=False)
+        backwards = lm.hidden(ids.flip(1), lm.L, positions.flip(1), causal=False)
         return near(backwards.flip(1), forwards)
 
     reason = "under a mask that shows everything its states still depend on the order of tokens"
@@ -421,9 +429,7 @@ def quiet():
 
 def as_dtype(dtype):
     """The `dtype` of from_pretrained (a dtype, its name, "auto" or None) -> a dtype, else fp32."""
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype, None)
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+    return getattr(torch, str(dtype).removeprefix("torch."), torch.float32)
 
 
 def load_tokenizer(folder):
@@ -484,16 +490,12 @@ def save_model(model, tokenizer, out, converted=False, **kwargs):
 # -------------------------------------------------------------------------------------------------
 # Cost
 
-def head_size(config):
-    """Channels of one head. They need not be D over the number of heads."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
 def training_flops(trained, frozen, layers, config, T):
     """FLOPs a token of training. The whole project counts them here.
 
     A trained parameter costs 6 (forward 2, backward 4), a frozen one 2. Attention costs 12 per
     channel and visible key in each of the `layers` that are trained (two products), and a causal
     token sees T / 2 keys. A frozen layer counts as 1/3, a layer with two-way attention as 2."""
-    channels = config.num_attention_heads * head_size(config)
-    return 6 * trained + 2 * frozen + 6 * layers * channels * T
+    heads = config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 6 * trained + 2 * frozen + 6 * layers * heads * head_size * T

@@ -141,7 +141,7 @@ def parse(Config, argv, doc="", presets=None, choose=None):
 
     A field may be int, float, str, bool (--x, --no-x), Literal (choices) or tuple[int, ...].
     An int is at least 1, unless its default is lower or its comment says what 0 means: (0: none).
-    `choose` gets the Config of the flags alone and returns the name of the preset."""
+    For the preset `auto`, `choose` gets the Config of the flags alone and returns another name."""
     # 1. The flags alone
     parser = make_parser(Config, doc)
     names = list(vars(Config()))
@@ -161,7 +161,9 @@ def parse(Config, argv, doc="", presets=None, choose=None):
     cfg = Config(**given)
     settings = {}
     if presets:
-        preset = choose(cfg) if choose else cfg.preset
+        preset = cfg.preset
+        if choose and preset == "auto":
+            preset = choose(cfg)
         settings = presets.get(preset, {})
         cfg = Config(**{**settings, **given})
         cfg.preset = preset
@@ -242,6 +244,9 @@ def setup(device="auto"):
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=6))    # rank 0 measures alone
     return World(rank, size, device)
+
+
+Dtype = typing.Literal["auto", "fp32", "bf16"]      # of the flag --dtype
 
 
 def pick_dtype(cfg, device):

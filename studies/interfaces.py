@@ -70,10 +70,6 @@ class Target:
     of_next: bool = False       # z is the next token's own; the reader's width is then fitted
 
 
-def state(lm, ids, layer):
-    return lm.through(lm.embed(ids), 0, layer)                                  # (B, T, D)
-
-
 def moments(h):
     """Mean and standard deviation per channel of h (B, T, D)."""
     flat = h.flatten(0, 1)
@@ -88,10 +84,10 @@ def unigrams(lm, rows):
 
 def hidden(lm, layer, rows):
     """h[l] of the last token, read by the pretrained upper blocks"""
-    mean, sd = moments(state(lm, rows, layer)[:, SKIP:])
+    mean, sd = moments(lm.hidden(rows, layer)[:, SKIP:])
     return Target(
         d=lm.D,
-        make=lambda ids: (state(lm, ids[:, :-1], layer) - mean) / sd,
+        make=lambda ids: (lm.hidden(ids[:, :-1], layer) - mean) / sd,
         read=lambda z, width: lm.head(lm.through(z * sd + mean, layer, lm.L)))
 
 
@@ -122,12 +118,12 @@ def components(rows, states, decode):
 
 def latent(lm, layer, rows):
     """the last state in a few dimensions, read by the head"""
-    return components(rows, lambda ids: lm.norm(state(lm, ids, lm.L)), lm.unnormed_head)
+    return components(rows, lambda ids: lm.norm(lm.hidden(ids, lm.L)), lm.unnormed_head)
 
 
 def bottleneck(lm, layer, rows):
     """h[l] in a few dimensions, read by the pretrained upper blocks"""
-    return components(rows, lambda ids: state(lm, ids, layer),
+    return components(rows, lambda ids: lm.hidden(ids, layer),
                       lambda h: lm.head(lm.through(h, layer, lm.L)))
 
 

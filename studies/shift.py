@@ -81,7 +81,7 @@ def placed(task, model):
 
 
 def collect(folder, k):
-    """{(kind, group): {number: [mean over the group's tasks, a value a model]}}."""
+    """{(kind, group): {number: {model: mean over the group's tasks}}} of models that solve all."""
     result = read_json(Path(folder) / "result.json", "finish it first: python circuits.py")
     circuits = read_circuits(folder, k)
     tasks = {name: task for name, task in result["tasks"].items() if task["pairs"]}
@@ -89,22 +89,21 @@ def collect(folder, k):
     table = {}
     for subject, group in product(result["subjects"], groups):
         model = subject["name"]
-        rows = []
-        for name, task in tasks.items():
-            if task["group"] == group and (model, name) in circuits:
-                rows.append(numbers_of(circuits, model, name) | placed(task, model))
-        if rows:
+        names = [name for name, task in tasks.items() if task["group"] == group]
+        if all((model, name) in circuits for name in names):
+            rows = [numbers_of(circuits, model, name) | placed(tasks[name], model)
+                    for name in names]
             cells = table.setdefault((subject["kind"], group), {})
             for key in rows[0]:
-                cells.setdefault(key, []).append(mean(row[key] for row in rows))
+                cells.setdefault(key, {})[model] = mean(row[key] for row in rows)
     return table
 
 
 def gap_of_groups(table, kind, key):
-    """Prefix less global, a value a model."""
-    prefix = table.get((kind, "prefix"), {}).get(key, [])
-    others = table.get((kind, "global"), {}).get(key, [])
-    return [a - b for a, b in zip(prefix, others)]
+    """Prefix less global, a value for each model that solves both groups."""
+    prefix = table.get((kind, "prefix"), {}).get(key, {})
+    others = table.get((kind, "global"), {}).get(key, {})
+    return [prefix[model] - others[model] for model in prefix if model in others]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -127,7 +126,8 @@ def number_table(table):
     for (kind, group), cells in table.items():
         row = [kind, group, len(cells["overlap"])]
         for key in keys:
-            row.append(report.plus_minus(cells[key], ".2f") if key in cells else None)
+            values = list(cells.get(key, {}).values())
+            row.append(report.plus_minus(values, ".2f") if values else None)
         rows.append(row)
     return report.table(["models", "group", "n", *keys], rows)
 
@@ -139,7 +139,7 @@ def shift_table(tables, kinds):
         row = [kind, k]
         for group in ("prefix", "global", "middle"):
             values = runs[0].get((kind, group), {}).get("change")
-            row.append(interval(values) if values else None)
+            row.append(interval(list(values.values())) if values else None)
         for key in ("change", "specific"):
             gaps = [gap_of_groups(table, kind, key) for table in runs]
             row.append(interval(gaps[0]) if gaps[0] else None)
@@ -159,10 +159,11 @@ def plot(tables, kinds, k, path):
             for place, kind in enumerate(kinds):
                 label = kind if i == 0 else None
                 for table in tables:
-                    values = table.get((kind, group), {}).get("overlap", [])
-                    ax.plot([i + 0.15 * place] * len(values), values, f"C{place}o", label=label)
+                    values = table.get((kind, group), {}).get("overlap", {}).values()
+                    ax.plot([i + 0.15 * place] * len(values), list(values), f"C{place}o",
+                            label=label)
                     label = None
-            floor = mean(tables[0][UNTRAINED, group]["overlap"])
+            floor = mean(tables[0][UNTRAINED, group]["overlap"].values())
             ax.plot([i - 0.1, i + 0.5], [floor, floor], color=report.GREY,
                     label=UNTRAINED if i == 0 else None)
         ax.set_xticks(range(len(groups)), groups)

@@ -16,7 +16,6 @@ Shapes: C swept layers, N sequences, T tokens.
 """
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal
 
 import numpy as np
 import torch
@@ -33,7 +32,7 @@ from core.run import Run, finished
 @dataclass
 class Config:
     # model, text, output
-    preset: Literal["auto", "tiny", "toy", "135m", "0.6b", "8b"] = "auto"  # of the runs inside
+    preset: backbone.Preset = "auto"  # of the runs inside
     model: str = "toy"          # toy (the folder next to --out), a model folder or a Hub id
     data: str = "stdlib"        # see data.py
     out: str = "out/sweep"      # run folder; the bridges' folders are inside
@@ -64,10 +63,9 @@ def train(cfg, model, layer, objective):
     """{error: numbers, one a seed} of bridges that bridge.py trains."""
     errors = {name: [] for name in ERRORS}
     for seed in range(cfg.seeds):
-        words = flags(cfg, model, f"{cfg.out}/l{layer}_{objective}_s{seed}")
-        words += ["--layer", str(layer), "--objective", objective, "--seed", str(seed)]
-        words += ["--depth", str(cfg.depth), "--steps", str(cfg.steps)]
-        result = bridge.main([*words, "--batch_size", str(BATCH_SIZE)])
+        words = (f"--layer {layer} --objective {objective} --seed {seed} --depth {cfg.depth} "
+                 f"--steps {cfg.steps} --batch_size {BATCH_SIZE}").split()
+        result = bridge.main([*flags(cfg, model, f"{cfg.out}/l{layer}_{objective}_s{seed}"), *words])
         measured = result["nfe"][str(result["nfe_default"])]
         for name in ERRORS:
             errors[name].append(measured[name])
@@ -113,8 +111,7 @@ def correlation(values, depth, errors):
     gap = report.paired(by_seed, by_depth)
     goal = -np.mean(errors, 1)                                                  # (C,)
     rho = report.spearman(values, goal)
-    return {"rho": rho, "p": report.permutation_p(values, goal), "by_seed": by_seed,
-            "minus_depth": gap.mean,
+    return {"rho": rho, "p": report.permutation_p(values, goal), "minus_depth": gap.mean,
             "half": gap.half if gap.n > 1 else None}
 
 

@@ -82,7 +82,7 @@ def test_two_way_attention_lets_the_future_change_the_past(family):
     other[:, -1] = (other[:, -1] + 1) % 60 + 3
 
     def logits(ids, causal):
-        return lm.head(backbone.states(lm, ids, causal=causal))
+        return lm.head(lm.hidden(ids, lm.L, causal=causal))
     assert torch.equal(logits(IDS, True)[:, :-1], logits(other, True)[:, :-1])
     if family in CAUSAL_ONLY:
         with pytest.raises(UserError, match=f"{family}' cannot be converted"):
@@ -108,8 +108,8 @@ def test_two_copies_of_a_text_in_one_pass(family):
     second = torch.cat([causal - torch.eye(T), torch.eye(T)], 1)
     see = torch.cat([first, second])[None, None] > 0
     positions = torch.arange(T).repeat(2)[None]
-    both = backbone.states(lm, IDS.repeat(1, 2), positions, see=see)
-    plain = backbone.states(lm, IDS)
+    both = lm.hidden(IDS.repeat(1, 2), lm.L, positions, see=see)
+    plain = lm.hidden(IDS, lm.L)
     assert torch.allclose(both[:, :T], plain, atol=1e-4, rtol=1e-4)
     assert torch.allclose(both[:, T:], plain, atol=1e-4, rtol=1e-4)
 
@@ -118,7 +118,7 @@ def test_two_copies_of_a_text_in_one_pass(family):
 def test_the_head_of_one_state_and_the_cache_of_one_layer():
     from transformers import DynamicCache
     lm = backbone.Backbone(tiny_model("llama"))
-    normed = lm.norm(backbone.states(lm, IDS))                                  # (B, T, D)
+    normed = lm.norm(lm.hidden(IDS, lm.L))                                  # (B, T, D)
     one = lm.unnormed_head(normed[0, 3])
     assert torch.allclose(one, lm.unnormed_head(normed)[0, 3], atol=1e-5)       # (V,)
     assert lm.unnormed_head(normed[:0]).shape == (0, 28, lm.V)

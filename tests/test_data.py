@@ -1,6 +1,7 @@
 """Text in, the same tokens out. Batches are a function of (seed, step, slot). Bad text costs one
 sentence."""
 import json
+import math
 import os
 import random
 import re
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, fails, slow
+from conftest import ROOT, fails, slow, tiny_model
 
 import data
 from core import backbone
@@ -538,3 +539,59 @@ def test_prefetch_keeps_the_order_and_passes_errors_on():
     assert next(early) == 0 and threading.active_count() == before + 1
     early.close()                                       # a loop that leaves ends the thread
     assert threading.active_count() == before
+
+
+def test_sampled_text_follows_the_model_and_its_entropy_is_exact():
+    """All texts of at most 3 tokens of a model of 5, token 0 ends: probabilities by enumeration."""
+    model = tiny_model("llama", vocab_size=5, initializer_range=0.3, eos_token_id=0, pad_token_id=0, bos_token_id=0)
+    probability = {}
+    entropy = 0.0
+
+    @torch.no_grad()
+    def walk(text, p):
+        nonlocal entropy
+        q = model(torch.tensor([[0, *text]])).logits[0, -1].double().softmax(-1)
+        entropy += p * torch.special.entr(q).sum().item()
+        for token in range(5):
+            longer = (*text, token)
+            if token == 0 or len(longer) == 3:
+                probability[longer] = p * q[token].item()
+            else:
+                walk(longer, p * q[token].item())
+    walk((), 1.0)
+    assert sum(probability.values()) == pytest.approx(1)
+    counts = dict.fromkeys(probability, 0)
+    N = 20_000
+    batch = data.sample_batch(model, 0, 0, 3, number=0, N=N)
+    for ids, length in zip(batch["ids"].tolist(), batch["length"].tolist(), strict=True):
+        counts[tuple(ids[:length + 1])] += 1
+    for text, p in probability.items():
+        assert counts[text] / N == pytest.approx(p, abs=5 * (p * (1 - p) / N) ** 0.5 + 1e-4)
+    assert batch["entropy"].mean().item() == pytest.approx(entropy, rel=0.01)
+    assert (batch["tokens"] - batch["length"]).sum() == sum(n for text, n in counts.items() if text[-1] == 0)
+
+
+def test_sampled_shards_resume(tmp_path, shards, monkeypatch, capsys):
+    model = make_tokenizer(tmp_path / "m", shards, eos_token=backbone.EOS)
+    vocab = len(backbone.load_tokenizer(model))
+    tiny_model("llama", vocab_size=vocab, max_position_embeddings=24).save_pretrained(model)
+    argv = ["--data", "sampled", "--model", str(model), "--max_tokens", "2000", "--out"]
+    meta = data.main([*argv, str(tmp_path / "whole")])
+    nats, error = meta["entropy"]
+    assert 0.5 * math.log(vocab) < nats < math.log(vocab) and 0 < error < 0.1     # an untrained model
+    ids = all_ids(tmp_path / "whole")
+    honest = data.sample_batch
+
+    def failing(*args):
+        if args[-1] == 1:
+            raise KeyboardInterrupt
+        return honest(*args)
+    monkeypatch.setattr(data, "sample_batch", failing)
+    with pytest.raises(SystemExit):
+        data.main([*argv, str(tmp_path / "stopped")])
+    assert not (tmp_path / "stopped" / "meta.json").exists()
+    monkeypatch.setattr(data, "sample_batch", lambda *args: honest(*args) if args[-1] else pytest.fail("again"))
+    assert data.main([*argv, str(tmp_path / "stopped")])["entropy"] == meta["entropy"]
+    assert np.array_equal(all_ids(tmp_path / "stopped"), ids)
+    assert data.main([*argv, str(tmp_path / "whole")]) == meta                    # finished
+    assert "needs the --model" in fails(capsys, data.main, "--data", "sampled", "--out", tmp_path / "x")

@@ -237,7 +237,6 @@ def test_runs_of_two_models_are_refused(tmp_path, capsys):
 
 
 def test_the_preset():
-    assert evaluate.choose(evaluate.Config(preset="135m")) == "135m"
     assert evaluate.choose(evaluate.Config(runs="none")) == "toy"
 
 

@@ -310,5 +310,5 @@ def test_the_table_takes_what_was_not_reached():
             "matched": 8.04}
     result = {"real": {"gen_ppl": 4.0}, "rows": [row, ours]}
     text = generate.table(result)
-    assert "| lazy Jacobi | - | 8 | 10 | - |" in text
-    assert "| hidden-state diffusion, layer 2 | 1 | 8 | 10 | 8.0 |" in text
+    assert "| lazy Jacobi | - | 8 | 10.2 | - |" in text
+    assert "| hidden-state diffusion, layer 2 | 1 | 8 | 10.2 | 8.04 |" in text

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import tiny_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_tasks import make_pieces
 
 from core import backbone, masked
@@ -58,12 +58,20 @@ def test_a_planted_shift_is_seen(tmp_path, capsys):
     want = [[1 - half, 1 - half, 0.6 - half], [0.6 - half]]
     assert gaps == {"converted": [pytest.approx(x) for x in want]}
     table = shift.collect(tmp_path / "a", 4)
-    assert table["converted", "global"]["change"] == pytest.approx([0, 0, 0])
-    assert table["AR", "prefix"]["overlap"] == [1]
-    assert table["AR", "prefix"]["specific"] == [1]     # other tasks share no edge
-    assert table["converted", "prefix"]["without random"] == pytest.approx([0.95] * 3)
+    assert list(table["converted", "global"]["change"].values()) == pytest.approx([0, 0, 0])
+    assert table["AR", "prefix"]["overlap"] == {"AR": 1}
+    assert table["AR", "prefix"]["specific"] == {"AR": 1}       # other tasks share no edge
+    assert set(table["converted", "prefix"]["without random"].values()) == {0.95}
     assert "+0.53 [" in capsys.readouterr().out         # their mean
     assert (tmp_path / "out" / "shift.png").stat().st_size > 5000
+
+    # A model that solves only a part of a group is left out of it, and of the difference
+    scores = load_file(tmp_path / "a" / "scores.safetensors")
+    del scores["converted, seed 0/0/missing"]
+    save_file(scores, tmp_path / "a" / "scores.safetensors")
+    table = shift.collect(tmp_path / "a", 4)
+    assert len(table["converted", "global"]["change"]) == 2
+    assert shift.gap_of_groups(table, "converted", "change") == pytest.approx(want[0][1:])
 
 
 class Planted:
