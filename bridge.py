@@ -31,7 +31,7 @@ from core.common import (Dtype, StopSignal, UserError, entry, generator, normal,
                          setup, split_batch)
 from core.diffusion import (Bridge, BridgeConfig, bridge_loss, calibrate, hidden_tokens,
                             noise_levels, position_noise, readout_loss, sample)
-from core.run import TRACKERS, Clock, Run, finished, plan, read_json
+from core.run import TRACKERS, Clock, Run, finished, plan, read_json, training_flops
 
 
 @dataclass
@@ -268,7 +268,7 @@ def flops_per_token(bridge, lm, layer, T):
     trained = passes * (count(bridge) - readout)
     frozen = count(lm.blocks[:layer]) + 2 * readout
     layers = passes * len(bridge.blocks) + layer / 3    # a frozen block runs forward only
-    return backbone.training_flops(trained, frozen, layers, lm.config, T)
+    return training_flops(trained, frozen, layers, lm.config, T)
 
 
 def forecast(cfg, world, shape, layer, dtype):

@@ -19,6 +19,7 @@ it, because such a model has never seen text without it.
 Shapes: B sequences, T tokens a sequence.
 """
 import fcntl
+import glob
 import hashlib
 import math
 import platform
@@ -71,7 +72,8 @@ def resolve(data):
         return {"kind": "stdlib", "python": platform.python_version()}
     if data == "sampled":
         return {"kind": "sampled"}
-    name, config, column = (data + "::").split(":")[:3]
+    parts = [data] if Path(data).exists() else data.split(":")
+    name, config, column = (*parts, "", "")[:3]
     column = column or "text"
     path = Path(name)
     if path.exists():
@@ -150,7 +152,7 @@ def read(place, source):
     elif place.stat().st_size == 0:
         yield ""                                        # loaders of tables refuse an empty file
     elif ending in TABLES:
-        yield from rows(TABLES[ending], source["column"], data_files=str(place))
+        yield from rows(TABLES[ending], source["column"], data_files=glob.escape(str(place)))
     elif ending == ".py":
         yield place.read_text(encoding="utf-8-sig")     # drops a byte order mark
     else:
@@ -254,8 +256,8 @@ def entropy_of(out):
 
 def held_out(text, first):
     """Every tenth document goes to val. A hash of its text decides, so that equal documents share a
-    side. The first document always goes to val, so that no corpus is without one."""
-    return first or hashlib.sha256(text.encode()).digest()[0] % 10 == 0
+    side. The text `first` always goes to val, so that no corpus is without one."""
+    return text == first or hashlib.sha256(text.encode()).digest()[0] % 10 == 0
 
 
 def train_tokenizer(source, vocab):
@@ -268,8 +270,9 @@ def train_tokenizer(source, vocab):
     trainer = trainers.BpeTrainer(
         vocab_size=vocab, special_tokens=[EOS], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    numbered = enumerate(documents(source))
-    train = (text for i, text in numbered if not held_out(text, i == 0))
+    texts = documents(source)
+    first = next(texts, "")
+    train = (text for text in texts if not held_out(text, first))
     bpe.train_from_iterator(islice(train, BPE_DOCUMENTS), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS)
 
@@ -296,6 +299,7 @@ def write_shards(source, tokenizer, out, max_tokens=0, share=0.0):
     tokens = {"train": 0, "val": 0}
     size = {"train": 0, "val": 0}                   # bytes of text
     task_tokens = 0
+    first = ""
     seen = Counter()
     texts = tokenized(source, tokenizer, seen)
     if source["kind"] == "sampled":
@@ -304,7 +308,8 @@ def write_shards(source, tokenizer, out, max_tokens=0, share=0.0):
     with (atomic(out / "train.bin") as train_path, atomic(out / "val.bin") as val_path,
           open(train_path, "wb") as train, open(val_path, "wb") as val):
         for text, ids in texts:
-            split = "val" if held_out(text, first=tokens["val"] == 0) else "train"
+            first = first or text
+            split = "val" if held_out(text, first) else "train"
             ids = [*ids, tokenizer.eos_token_id]
             while split == "train" and task_tokens < share * (tokens["train"] + len(ids)):
                 line = [*next(lines), tokenizer.eos_token_id]
@@ -362,14 +367,19 @@ def prepare(data, tokenizer, out, world, vocab=2048, max_tokens=None, tasks=None
     bos_token = None if tokenizer is None or bos is False else bos_id(tokenizer)
     if world.main and not (out / "meta.json").exists():
         out.mkdir(parents=True, exist_ok=True)
+        names = {file.name for file in out.iterdir()}
+        assert not names or ".lock" in names, f"{out} holds other files; choose another --out"
         with open(out / ".lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)            # a second process waits for the first
             if not (out / "meta.json").exists():
+                for file in out.glob(".*.tmp"):         # of a process that was killed
+                    file.unlink()
                 print(f"tokenizing {data} into {out}", flush=True)
                 make(source, tokenizer, out, vocab, max_tokens or 0, tasks or 0.0, bos_token)
     world.barrier()
     meta = read_json(out / "meta.json", "delete that folder and run again")
 
+    assert "dtype" in meta, f"{out}/meta.json is not one of data.py; choose another --out"
     moved = {"path": source.get("path")}                # a folder that moved holds the same text
     there = {**meta, "source": meta["source"] | moved, "bos": meta.get("bos") is not None}
     wanted = {"source": source | moved, "max_tokens": max_tokens,

@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
+import torch.nn.functional as F
 
 import data
 from core import backbone
@@ -64,7 +65,8 @@ def read_runs(runs):
     arms = [f"convert/{path.name}" for path in sorted(runs.glob("convert/*"))]
     results = {}
     for folder in FOLDERS + arms:
-        if (runs / folder / "result.json").exists():
+        is_data = (runs / folder / "meta.json").exists()
+        if (runs / folder / "result.json").exists() and not is_data:
             recorded(runs / folder)                     # refuses a run of the second edition
             results[folder] = read_json(runs / folder / "result.json")
     # The circuits may belong to another model, one that was taught tasks
@@ -133,17 +135,17 @@ def generate(results, cfg):
         if seen[row["method"], row["seed"]] > 1:        # two models, not two seeds of one
             row["method"] += f" ({row['folder']})"
         row["gen_ppl_at_real_entropy"] = row["matched"]
-        if row["matched"] is not None:                  # it reaches the entropy of real text
-            methods = theirs if row["layer"] is None else ours
-            logs = methods.setdefault((row["method"], row["calls"]), [])
-            logs.append(math.log(row["matched"]))
-    if not ours:
+        methods = theirs if row["layer"] is None else ours
+        logs = methods.setdefault((row["method"], row["calls"]), [])
+        logs.append(math.log(row["matched"] or math.inf))   # None: it stays below that entropy
+    if min(map(mean, ours.values()), default=math.inf) == math.inf:
         return ["Hidden-state diffusion does not reach the entropy of real text."], rows, columns
     best, calls = min(ours, key=lambda method: mean(ours[method]))
     logs = ours[best, calls]
     findings = [f"At the entropy of real text, {best} ({calls} calls) has gen-PPL "
                 f"{math.exp(mean(logs)):.1f}; real text has {real:.1f}."]
-    rivals = [method for method in theirs if method[1] <= calls]
+    rivals = [method for method, values in theirs.items()
+              if method[1] <= calls and math.isfinite(mean(values))]
     if rivals:
         rival = min(rivals, key=lambda method: mean(theirs[method]))
         words = verdict(unpaired(logs, theirs[rival]), unit="nats a token")
@@ -205,7 +207,12 @@ def compare(results, cfg):
                 f"On {name} the circuit of {kind} has overlap (Jaccard) {mean(values['ar']):.2f} "
                 f"with that of the AR model; before training it has {untrained:.2f}, and the AR "
                 f"model on other prompts {floor}.")
-    return findings, [{"task": name, **task["solved"]} for name, task in tasks.items()], ""
+    rows = []
+    for name, task in tasks.items():
+        for model, share in task["solved"].items():
+            rows.append({"task": name, "model": model, "solved": share,
+                         "solved in a window": task["solved_in_window"][model]})
+    return findings, rows, ""
 
 
 def cost(results, cfg):
@@ -251,7 +258,7 @@ def copy_figures(runs, folders, out):
     for folder in folders:
         for file in sorted((runs / folder).rglob("*.png")):
             name = "_".join(file.relative_to(runs).parts)
-            shutil.copy(file, out / name)
+            shutil.copyfile(file, out / name)
             links.append(f"![{name}]({name})")
     return "\n".join(links)
 
@@ -307,7 +314,8 @@ def measure(cfg, runs, results, world, dtype):
     def add_causal(name, lm):
         nats = 0.0
         for ids in windows.split(8):
-            nats += lm(ids, labels=ids, use_cache=False).loss.item() * ids[:, 1:].numel()
+            logits = lm(ids, use_cache=False).logits[:, :-1].float().flatten(0, 1)
+            nats += F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum").item()
         # generate() would take penalties from the base's generation_config.json: we replace it
         lm.generation_config = GenerationConfig(max_new_tokens=cfg.new, pad_token_id=0)
         write = partial(lm.generate, prompt, attention_mask=torch.ones_like(prompt))

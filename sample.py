@@ -80,7 +80,11 @@ def write_tokens(model, ids, cfg, watch):
 
 def write_blocks(model, ids, cfg, watch):
     """One token block after another. A step shows the tokens that the bridge's states stand for."""
-    prior = token_prior(nearby(cfg.model, "data"), model.lm.V).to(ids.device)
+    shards = nearby(cfg.model, "data")
+    meta = read_json(shards / "meta.json", "run python data.py")
+    same = meta["tokenizer"] == model.config.info["tokenizer"]
+    assert same, f"{shards} was tokenized for another model; copy the bridge's own shards there"
+    prior = token_prior(shards, model.lm.V).to(ids.device)
     end = ids.shape[1] + cfg.new
     while ids.shape[1] < end:
         def show_guess(z, given=ids):                                           # z (1, n, D)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import data
 from core import backbone, optim
 from core.common import StopSignal, entry, parse, setup, split_batch
-from core.run import TRACKERS, Clock, Run, finished
+from core.run import TRACKERS, Clock, Run, finished, training_flops
 
 
 @dataclass
@@ -113,7 +113,7 @@ def main(argv):
     lm = backbone.Backbone(model)
     params = list(model.parameters())
     size = sum(p.numel() for p in params)
-    flops = backbone.training_flops(size, 0, cfg.layers, model.config, cfg.seq_len)
+    flops = training_flops(size, 0, cfg.layers, model.config, cfg.seq_len)
     run = Run(cfg, world, identity)
     optimizers = optim.build(model.named_parameters(), cfg.lr, cfg.lr_adam, WEIGHT_DECAY,
                              inside="layers.", world=world)

@@ -42,7 +42,7 @@ import torch
 from torch import nn
 
 from core.common import UserError, why
-from core.run import nearby, read_json
+from core.run import nearby, read_json, training_flops  # noqa: F401
 
 EOS = "<|endoftext|>"   # end-of-text token of a tokenizer that we train
 TWIN = "nanodihal_twin"  # model_type of a converted model, so that nobody runs it as an AR model
@@ -446,7 +446,8 @@ def load_tokenizer(folder):
         if tokenizer.eos_token_id is None:
             raise ValueError("it has no end-of-text token")
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        largest = max(set(tokenizer.get_vocab().values()) - special | {tokenizer.eos_token_id})
+        written = {tokenizer.eos_token_id, bos_id(tokenizer) or 0}      # special, and in use
+        largest = max(set(tokenizer.get_vocab().values()) - special | written)
         rows = PretrainedConfig.get_config_dict(folder)[0].get("vocab_size", math.inf)
         if largest >= rows:
             raise ValueError(f"it has ids up to {largest}, but the model has only {rows} rows")
@@ -485,17 +486,3 @@ def save_model(model, tokenizer, out, converted=False, **kwargs):
     for file in new.iterdir():
         os.replace(file, Path(out) / file.name)
     new.rmdir()
-
-
-# -------------------------------------------------------------------------------------------------
-# Cost
-
-def training_flops(trained, frozen, layers, config, T):
-    """FLOPs a token of training. The whole project counts them here.
-
-    A trained parameter costs 6 (forward 2, backward 4), a frozen one 2. Attention costs 12 per
-    channel and visible key in each of the `layers` that are trained (two products), and a causal
-    token sees T / 2 keys. A frozen layer counts as 1/3, a layer with two-way attention as 2."""
-    heads = config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return 6 * trained + 2 * frozen + 6 * layers * heads * head_size * T

@@ -41,6 +41,9 @@ def entry(main):
     """Decorator of every `main(argv)`: an expected error becomes one sentence and an exit code."""
     @functools.wraps(main)
     def wrapped(argv=None):
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")    # a terminal without Unicode
         try:
             result = main(sys.argv[1:] if argv is None else argv)
             leave_group(0)
@@ -240,6 +243,7 @@ def setup(device="auto"):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
+    assert size == 1 or "MASTER_ADDR" in os.environ, "unset WORLD_SIZE, or start it with torchrun"
     if size > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=6))    # rank 0 measures alone

@@ -131,7 +131,10 @@ def paired(ours, theirs):
     mean = sum(gaps) / max(1, n)
     if n < 2 or not math.isfinite(mean):
         return Gap(mean, math.inf, n)
-    return Gap(mean, t975(n - 1) * statistics.stdev(gaps) / n ** 0.5, n)
+    spread = statistics.stdev(gaps)
+    if spread == 0 and mean != 0:                       # copies, or a coarse measure
+        return Gap(mean, math.inf, n)
+    return Gap(mean, t975(n - 1) * spread / n ** 0.5, n)
 
 
 def unpaired(ours, theirs):
@@ -143,7 +146,7 @@ def unpaired(ours, theirs):
     a = statistics.variance(ours) / len(ours)
     b = statistics.variance(theirs) / len(theirs)
     if a + b == 0:
-        return Gap(gap, 0.0, n)
+        return Gap(gap, math.inf if gap else 0.0, n)
     freedom = (a + b) ** 2 / (a ** 2 / (len(ours) - 1) + b ** 2 / (len(theirs) - 1))
     return Gap(gap, t975(freedom) * (a + b) ** 0.5, n)
 
@@ -157,7 +160,7 @@ def verdict(gap, margin=0.0, unit="", what="seeds", lower_is_better=True):
     if gap.n < 2:
         return f"not known ({gap.mean:+.3g}{unit}, n = {gap.n})"
     if not math.isfinite(gap.half):
-        return f"not known (a value is not finite, {gap.n} {what})"
+        return f"not known ({gap.mean:+.3g}{unit}, no spread or not finite, {gap.n} {what})"
     low = gap.mean - gap.half
     high = gap.mean + gap.half
     interval = f"95% [{low:+.3g}, {high:+.3g}]{unit}, {gap.n} {what}"

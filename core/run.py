@@ -69,7 +69,8 @@ def nearby(out, name):
     """The folder `name` next to `out`, or next to its parent: out/convert/w10 belongs to out."""
     near = Path(out).parent / name
     far = Path(out).parent.parent / name
-    return far if far.exists() and not near.exists() else near
+    mark = "meta.json" if name == "data" else "result.json"     # a folder of ours, not ./data
+    return far if (far / mark).exists() and not near.exists() else near
 
 
 def provenance(world):
@@ -295,7 +296,18 @@ TRACKERS = {"": no_tracker, "wandb": wandb_tracker, "tensorboard": tensorboard_t
 
 
 # --------------------------------------------------------------------------------------------------
-# --dry_run of a training script
+# The cost of a training, and --dry_run
+
+def training_flops(trained, frozen, layers, config, T):
+    """FLOPs a token of training. The whole project counts them here.
+
+    A trained parameter costs 6 (forward 2, backward 4), a frozen one 2. Attention costs 12 per
+    channel and visible key in each of the `layers` that are trained (two products), and a causal
+    token sees T / 2 keys. A frozen layer counts as 1/3, a layer with two-way attention as 2."""
+    heads = config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 6 * trained + 2 * frozen + 6 * layers * heads * head_size * T
+
 
 def plan(cfg, world, parameters, flops_per_token, tokens, memory):
     """Print the settings and the cost of a training: `tokens` in all, memory = {part: bytes}."""

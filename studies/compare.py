@@ -27,7 +27,7 @@ class Config:
 
 # What a result.json holds -> the numbers of that stage
 STAGE_KEYS = {"kl": ("kl", "ce_gap", "fvu"), "bound": ("bound",), "val_loss": ("val_loss",)}
-HIGHER_IS_BETTER = {"agree", "solved", "accuracy", "tokens_per_s"}
+HIGHER_IS_BETTER = {"agree", "overlap", "solved", "solved_in_window", "accuracy", "tokens_per_s"}
 
 
 def read_run(folder):
@@ -90,7 +90,7 @@ def difference(variant, rival, key, margin):
     theirs = numbers(rival, key)
     common = sorted(set(ours) & set(theirs))
     gap = paired([ours[pair] for pair in common], [theirs[pair] for pair in common])
-    lower = key.split(".")[-1] not in HIGHER_IS_BETTER
+    lower = HIGHER_IS_BETTER.isdisjoint(key.split("."))
     return verdict(gap, margin, lower_is_better=lower)
 
 

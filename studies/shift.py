@@ -17,6 +17,7 @@ over AR models where several runs are given.
 
 Prints Markdown tables, and writes shift.png and result.json.
 """
+import math
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -112,8 +113,8 @@ def gap_of_groups(table, kind, key):
 def interval(values):
     """Mean and 95% interval as text."""
     gap = report.paired(values, [0.0] * len(values))
-    if gap.n < 2:
-        return f"{gap.mean:+.2f} (n = {gap.n})"
+    if not math.isfinite(gap.half):
+        return f"{gap.mean:+.2f} (n = {gap.n}, spread not known)"
     return f"{gap.mean:+.2f} [{gap.mean - gap.half:+.2f}, {gap.mean + gap.half:+.2f}]"
 
 
@@ -150,24 +151,21 @@ def shift_table(tables, kinds):
     return report.table(columns, rows)
 
 
-def plot(tables, kinds, k, path):
+def plot(table, kinds, k, path):
     """A dot a converted model: overlap with the AR model's circuit, group by group."""
-    groups = list(dict.fromkeys(group for _, group in tables[0]))
+    groups = list(dict.fromkeys(group for _, group in table))
     with report.figure(path, width=5.5) as axes:
         ax = axes[0, 0]
         for i, group in enumerate(groups):
             for place, kind in enumerate(kinds):
-                label = kind if i == 0 else None
-                for table in tables:
-                    values = table.get((kind, group), {}).get("overlap", {}).values()
-                    ax.plot([i + 0.15 * place] * len(values), list(values), f"C{place}o",
-                            label=label)
-                    label = None
-            floor = mean(tables[0][UNTRAINED, group]["overlap"].values())
+                values = table.get((kind, group), {}).get("overlap", {}).values()
+                ax.plot([i + 0.15 * place] * len(values), list(values), f"C{place}o",
+                        label=kind if i == 0 else None)
+            floor = mean(table[UNTRAINED, group]["overlap"].values())
             ax.plot([i - 0.1, i + 0.5], [floor, floor], color=report.GREY,
                     label=UNTRAINED if i == 0 else None)
         ax.set_xticks(range(len(groups)), groups)
-        ax.set(ylim=(0, 1), xlim=(-0.3, len(groups) + 0.7), ylabel=f"Jaccard index of {k} edges",
+        ax.set(ylim=(0, 1), xlim=(-0.3, len(groups) + 0.4), ylabel=f"Jaccard index of {k} edges",
                title="Overlap with the AR model's circuit")
 
 
@@ -176,6 +174,9 @@ def main(argv):
     if argv and not argv[0].startswith("-"):
         argv = ["--runs", *argv]
     cfg = parse(Config, argv, __doc__)
+    results = [read_json(f"{folder}/result.json") for folder in cfg.runs]
+    bases = {result["base"] for result in results}
+    assert len(bases) == len(cfg.runs), "--runs must be of different AR models"
     tables = {}
     for k in cfg.k:
         tables[k] = [collect(folder, k) for folder in cfg.runs]
@@ -187,7 +188,7 @@ def main(argv):
     print(shift_table(tables, kinds))
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    plot(first, kinds, cfg.k[0], out / "shift.png")
+    plot(first[0], kinds, cfg.k[0], out / "shift.png")
     for kind in kinds:
         kinds[kind] = [gap_of_groups(table, kind, "change") for table in first]
     write_json(out / "result.json", {"k": cfg.k[0], "runs": list(cfg.runs), "shift": kinds})

@@ -14,6 +14,7 @@ Writes result.json and sweep.png.
 
 Shapes: C swept layers, N sequences, T tokens.
 """
+import math
 from dataclasses import dataclass
 from itertools import product
 
@@ -63,9 +64,10 @@ def train(cfg, model, layer, objective):
     """{error: numbers, one a seed} of bridges that bridge.py trains."""
     errors = {name: [] for name in ERRORS}
     for seed in range(cfg.seeds):
-        words = (f"--layer {layer} --objective {objective} --seed {seed} --depth {cfg.depth} "
-                 f"--steps {cfg.steps} --batch_size {BATCH_SIZE}").split()
-        result = bridge.main([*flags(cfg, model, f"{cfg.out}/l{layer}_{objective}_s{seed}"), *words])
+        words = flags(cfg, model, f"{cfg.out}/l{layer}_{objective}_s{seed}")
+        words += f"--layer {layer} --objective {objective} --seed {seed}".split()
+        words += f"--depth {cfg.depth} --steps {cfg.steps} --batch_size {BATCH_SIZE}".split()
+        result = bridge.main(words)
         measured = result["nfe"][str(result["nfe_default"])]
         for name in ERRORS:
             errors[name].append(measured[name])
@@ -112,7 +114,7 @@ def correlation(values, depth, errors):
     goal = -np.mean(errors, 1)                                                  # (C,)
     rho = report.spearman(values, goal)
     return {"rho": rho, "p": report.permutation_p(values, goal), "minus_depth": gap.mean,
-            "half": gap.half if gap.n > 1 else None}
+            "half": gap.half if math.isfinite(gap.half) else None}
 
 
 # -------------------------------------------------------------------------------------------------

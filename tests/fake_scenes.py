@@ -12,7 +12,6 @@ import sys
 import tempfile
 import time
 import types
-from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -202,7 +201,11 @@ def convert_run(folder, rank, *flags, masked=1.0, validates=False):
     def prepare(stack, gpu):
         patch(stack, backbone, save_model=lambda *_, **__: None)
         honest = repr_align.text_likelihood
-        patch(stack, repr_align, sample_masks=partial(repr_align.sample_masks, between=(masked, masked)),
+        honest_masks = repr_align.sample_masks
+
+        def sample_masks(*args, **kwargs):
+            return honest_masks(*args, **{**kwargs, "between": (masked, masked)})
+        patch(stack, repr_align, sample_masks=sample_masks,
               text_likelihood=lambda student, rows, *rest: honest(student, rows[:2], *rest))
         if not validates:
             patch(stack, repr_align, validate=lambda *_: [0.0, 0.0], publish=lambda *_: None,

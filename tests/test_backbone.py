@@ -11,6 +11,7 @@ import data
 import geometry
 from core import backbone
 from core.common import UserError
+from core.run import training_flops
 
 CPU = torch.device("cpu")
 IDS = torch.randint(3, 64, (2, 28), generator=torch.Generator().manual_seed(0))
@@ -326,7 +327,7 @@ def test_flops_of_training():
         model(IDS[:1])
     counted = 3 * counter.get_total_flops() / T
     matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2)
-    attention = backbone.training_flops(0, 0, 4, model.config, T)
-    trained = backbone.training_flops(matrices, 0, 4, model.config, T)
+    attention = training_flops(0, 0, 4, model.config, T)
+    trained = training_flops(matrices, 0, 4, model.config, T)
     assert trained + attention == pytest.approx(counted)
-    assert backbone.training_flops(0, matrices, 4 / 3, model.config, T) == pytest.approx(trained / 3)
+    assert training_flops(0, matrices, 4 / 3, model.config, T) == pytest.approx(trained / 3)

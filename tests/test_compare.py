@@ -57,18 +57,18 @@ def test_another_rival_and_the_keys_of_the_stage(tmp_path):
 def test_bridges_are_compared_at_their_default_number_of_calls(tmp_path):
     for seed in (0, 1):
         for objective, n in (("diffusion", 4), ("regression", 1)):
-            numbers = {"kl": 0.1 * n + 0.01 * seed, "ce_gap": 0.1, "fvu": 0.2}
+            numbers = {"kl": 0.1 * n + 0.01 * seed * n, "ce_gap": 0.1, "fvu": 0.2}
             finish(tmp_path / f"{objective}_{seed}", {"nfe": {str(n): numbers}, "nfe_default": n},
                    seed=seed, objective=objective)
     found = rows(compare.main(sorted(map(str, tmp_path.iterdir()))))
-    assert found["objective diffusion"][2] == "0.4050 +- 0.0071"
+    assert found["objective diffusion"][2] == "0.4200 +- 0.0283"
     assert found["objective regression"][3].startswith("better by 0.3")
 
 
 def test_seeds_of_two_base_models_are_pairs_of_their_own(tmp_path):
     for base in "ab":
         for w in (0, 1):
-            finish(tmp_path / f"{base}{w}", {"bound": [w + 1.0]}, base=base, seed=0, w=w)
+            finish(tmp_path / f"{base}{w}", {"bound": [w + 1.0 + 0.01 * w * (base == "a")]}, base=base, seed=0, w=w)
     found = rows(compare.main([*map(str, sorted(tmp_path.iterdir())), "--keys", "bound"]))
     assert found["w 1"][1] == "2" and found["w 1"][3].startswith("worse by 1 (95%")
 
@@ -81,3 +81,10 @@ def test_refusals(tmp_path, capsys):
     assert "by the second edition" in fails(capsys, compare.main, *runs)
     (tmp_path / "empty").mkdir()
     assert "finish that run first" in fails(capsys, compare.main, tmp_path / "empty")
+
+
+def test_more_solved_is_better():
+    runs = [{"pair": (seed, ""), "folder": "x", "result": {"tasks": {"a": {"solved": {"AR": 0.5 + 0.1 * seed}}}}}
+            for seed in range(3)]
+    better = [{**run, "result": {"tasks": {"a": {"solved": {"AR": 0.8 + 0.11 * run["pair"][0]}}}}} for run in runs]
+    assert compare.difference(better, runs, "tasks.a.solved.AR", 0.0).startswith("better")

@@ -22,7 +22,7 @@ import torch
 from conftest import ROOT, fails, slow, tiny_model
 
 import data
-from core import backbone
+from core import backbone, run
 from core.common import UserError, World
 
 WORLD = World(0, 1, torch.device("cpu"))
@@ -595,3 +595,40 @@ def test_sampled_shards_resume(tmp_path, shards, monkeypatch, capsys):
     assert np.array_equal(all_ids(tmp_path / "stopped"), ids)
     assert data.main([*argv, str(tmp_path / "whole")]) == meta                    # finished
     assert "needs the --model" in fails(capsys, data.main, "--data", "sampled", "--out", tmp_path / "x")
+
+
+def test_copies_of_the_first_document_are_held_out_too(tmp_path, capsys):
+    (tmp_path / "dup").mkdir()
+    for name in "ab":
+        (tmp_path / "dup" / f"{name}.txt").write_text("the same words in both files\n" * 40)
+    assert "a single document" in fails(capsys, data.main, "--data", tmp_path / "dup", "--vocab", "300", "--out",
+                                        tmp_path / "o")
+
+
+def test_names_of_tables_are_no_patterns(tmp_path):
+    folder = tmp_path / "notes [2024]"
+    folder.mkdir()
+    for name, word in (("part1", "one"), ("part[1]", "two")):
+        lines = [json.dumps({"text": f"{word} {i} of many words"}) for i in range(40)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    texts = list(data.documents(data.resolve(str(folder))))
+    assert sum(text.startswith("one") for text in texts) == sum(text.startswith("two") for text in texts) == 40
+    (tmp_path / "col:on").mkdir()
+    assert data.resolve(str(tmp_path / "col:on"))["kind"] == "text"
+
+
+def test_a_folder_of_others_is_left_alone(tmp_path, notes, capsys, monkeypatch):
+    """./data is no folder of shards only because out/../data exists."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.bin").write_text("mine")
+    assert run.nearby("out/bridge", "data") == Path("out/data")
+    refused = fails(capsys, data.main, "--data", notes, "--vocab", "300", "--out", "data")
+    assert "holds other files" in refused and (tmp_path / "data" / "train.bin").read_text() == "mine"
+    (tmp_path / "data" / "meta.json").write_text('{"author": "me"}')
+    assert "not one of data.py" in fails(capsys, data.main, "--data", notes, "--vocab", "300", "--out", "data")
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o" / ".lock").write_text("")
+    (tmp_path / "o" / ".train.bin.7.tmp").write_text("left by a killed process")
+    data.main(["--data", str(notes), "--vocab", "300", "--out", "o"])
+    assert not (tmp_path / "o" / ".train.bin.7.tmp").exists()

@@ -116,12 +116,16 @@ def test_convert_and_one_training_is_never_enough():
 def test_compare():
     overlap = {"AR": {"ar": [], "prompts": [0.8, 0.9]}, "untrained": {"ar": [0.75]},
                "converted, w = 0": {"ar": [0.5, 0.6]}}
-    tasks = {"brackets": {"pairs": 8, "overlap": overlap, "solved": {"AR": 1.0}},
-             "missing": {"pairs": 0, "overlap": {}, "solved": {"AR": 0.0}}}
+    tasks = {"brackets": {"pairs": 8, "overlap": overlap, "solved": {"AR": 1.0},
+                          "solved_in_window": {"AR": 0.9}},
+             "missing": {"pairs": 0, "overlap": {}, "solved": {"AR": 0.0},
+                         "solved_in_window": {"AR": 0.0}}}
     first, second = said(evaluate.compare, circuits={"tasks": tasks})
     assert "both solve 1 of 2 tasks (brackets)" in first
     assert "converted, w = 0 has overlap (Jaccard) 0.55" in second
     assert "before training it has 0.75, and the AR model on other prompts 0.85" in second
+    rows = evaluate.compare({"circuits": {"tasks": tasks}}, CFG)[1]
+    assert rows[0] == {"task": "brackets", "model": "AR", "solved": 1.0, "solved in a window": 0.9}
     overlap["AR"]["prompts"] = []               # circuits.py --resamples 1
     assert "on other prompts not measured" in said(evaluate.compare, circuits={"tasks": tasks})[1]
 

@@ -98,7 +98,7 @@ def test_unpaired_is_welchs_t():
     gap = report.unpaired([1.0, 2.0, 3.0], [5.0, 5.0, 5.0])                 # 2 degrees of freedom
     assert gap == Gap(-3.0, pytest.approx(4.30 / math.sqrt(3)), 3)
     assert report.unpaired([1.0], [2.0, 3.0]).half == math.inf
-    assert report.unpaired([1.0, 1.0], [2.0, 2.0]) == Gap(-1.0, 0.0, 2)
+    assert report.unpaired([1.0, 1.0], [2.0, 2.0]) == Gap(-1.0, math.inf, 2)
 
 
 @pytest.mark.parametrize("gap, more, words", [
@@ -133,4 +133,12 @@ def test_a_value_that_is_not_finite_is_not_known():
     for bad in (math.inf, math.nan):
         gap = report.paired([1.0, bad, 2.0], [1.0, bad, 1.0])
         assert gap.half == math.inf
-        assert report.verdict(gap, margin=9) == "not known (a value is not finite, 3 seeds)"
+        assert "no spread or not finite, 3 seeds" in report.verdict(gap, margin=9)
+
+
+def test_equal_values_have_no_interval():
+    """Copies of a run, or a coarse measure: the spread of two equal seeds is not known."""
+    same = report.paired([0.75, 0.75], [0.5, 0.5])
+    assert report.verdict(same).startswith("not known (+0.25, no spread")
+    assert report.verdict(report.unpaired([1.0, 1.0], [1.1, 1.1])).startswith("not known")
+    assert report.verdict(report.paired([0.5, 0.5], [0.5, 0.5]), margin=0.1).startswith("tie")

@@ -259,6 +259,7 @@ def test_one_run_at_a_time(tmp_path):
 
 def test_beside(tmp_path):
     (tmp_path / "geometry").mkdir()
+    (tmp_path / "geometry" / "result.json").write_text("{}")
     assert run.nearby(tmp_path / "bridge", "geometry") == tmp_path / "geometry"
     assert run.nearby(tmp_path / "convert" / "w0", "geometry") == tmp_path / "geometry"
     assert run.nearby(tmp_path / "bridge", "data") == tmp_path / "data"

@@ -24,7 +24,7 @@ def write_run(folder, kept):
     `kept[group]` of 4 edges of every task."""
     tasks = {"induction": "prefix", "missing": "global", "countdown": "global"}
     scores = {}
-    result = {"tasks": {}, "subjects": [{"name": "AR", "kind": "AR"},
+    result = {"base": folder.name, "tasks": {}, "subjects": [{"name": "AR", "kind": "AR"},
                                         {"name": "untrained", "kind": "untrained"}]}
     for number, (task, group) in enumerate(tasks.items()):
         first = 10 * number
