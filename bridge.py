@@ -27,11 +27,11 @@ from torch import nn
 
 import data
 from core import backbone, diffusion, optim
-from core.common import (Dtype, StopSignal, UserError, entry, generator, normal, parse, pick_dtype,
-                         setup, split_batch)
+from core.common import (Dtype, UserError, entry, generator, normal, parse, pick_dtype, setup,
+                         split_batch)
 from core.diffusion import (Bridge, BridgeConfig, bridge_loss, calibrate, hidden_tokens,
                             noise_levels, position_noise, readout_loss, sample)
-from core.run import TRACKERS, Clock, Run, finished, plan, read_json, training_flops
+from core.run import TRACKERS, Run, finished, plan, read_json, training_flops
 
 
 @dataclass
@@ -93,10 +93,6 @@ GENERATE_PRESETS = {name: {**settings, **GENERATE} for name, settings in PRESETS
 GENERATE_PRESETS["toy"] |= dict(depth=4, steps=800, batch_size=8, head_start="none",
                                 calibration=64, eval_batches=64)
 WEIGHT_DECAY = 0.01
-
-
-def choose(cfg):
-    return backbone.preset_of(cfg.model, cfg.out or "out/bridge")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -317,7 +313,7 @@ def update_ema(ema, bridge, decay, step):
 @entry
 def main(argv):
     presets = GENERATE_PRESETS if "--generate" in argv else PRESETS
-    cfg = parse(Config, argv, __doc__, presets, choose)
+    cfg = parse(Config, argv, __doc__, presets, backbone.preset_of)
     if not cfg.out:
         name = "generator" if cfg.generate else cfg.objective.replace("diffusion", "bridge")
         cfg.out = f"out/{name}" if cfg.layer == "auto" else f"out/{name}_l{cfg.layer}"
@@ -342,11 +338,10 @@ def main(argv):
 
     # Data, the frozen lower blocks, the bridge
     tokenizer = backbone.load_tokenizer(model)
-    shards, _ = data.shards_beside(cfg, tokenizer, world)
-    train = data.Tokens(shards, "train", cfg.seq_len)
+    train, held_out = data.splits(cfg, tokenizer, world, cfg.seq_len)
     if world.main:
         train.warn(cfg.steps, cfg.batch_size)
-    held_out = data.Tokens(shards, "val", cfg.seq_len).windows(cfg.eval_batches).to(world.device)
+    held_out = held_out.windows(cfg.eval_batches).to(world.device)             # (N, T+1)
     lm = backbone.load(model, world.device, dtype, blocks=layer)
     bridge = build(cfg, shape, layer).to(world.device)
     bridge.recompute = cfg.recompute
@@ -369,15 +364,12 @@ def main(argv):
     gradients = GradientSum(bridge.parameters(), world)
     tokens = cfg.batch_size * cfg.seq_len
     flops = flops_per_token(bridge, lm, layer, cfg.seq_len)
-    stop = StopSignal(world)
-    clock = Clock(state["seconds"])
     run.say(f"layer {layer} of {lm.L}: {cfg.objective} bridge, {count(bridge):,} parameters")
 
     # The loop. A thread makes the batches, a few steps ahead.
-    steps = range(state["step"], cfg.steps)
     batches = data.prefetch(lambda key: make_batch(cfg, train, lm.D, world.device, *key),
-                            product(steps, parts))
-    for step in steps:
+                            product(range(state["step"], cfg.steps), parts))
+    for step in run.steps(state["step"], cfg.steps):
         # 1. Gradient of the mean loss over the global batch, one micro-batch after another
         total = 0.0
         for part in parts:
@@ -397,21 +389,16 @@ def main(argv):
         is_last = done == cfg.steps
         if done % cfg.log_every == 0 or is_last:
             loss = world.sum([total.item()])[0] / cfg.batch_size
-            run.progress(done, cfg.steps, clock, tokens, flops, loss=loss, gnorm=norm)
+            run.progress(done, cfg.steps, tokens, flops, loss=loss, gnorm=norm)
         saves = done % cfg.save_every == 0
         if saves and not is_last:
-            with clock.paused():
+            with run.clock.paused():
                 val_loss = validate(lm, ema, layer, held_out[:64], cfg, world)
                 run.log(done, cfg.steps, val_loss=val_loss)
-        leaving = stop.poll()
-        if saves or is_last or leaving:
-            run.save(done, clock, [bridge, ema], optimizers)
-        if leaving:
-            run.leave(done)
-    stop.done()
+        run.save(saves or is_last, done, [bridge, ema], optimizers)
 
     # The result: rank 0 alone loads the whole backbone
-    seconds = clock.seconds()
+    seconds = run.clock.seconds()
     val_loss = validate(lm, ema, layer, held_out[:64], cfg, world)
     if not world.main:
         return world.barrier()

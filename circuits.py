@@ -29,7 +29,6 @@ Letters: P pairs (a clean and a corrupted prompt), T tokens, S senders, R receiv
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors.torch import save_file
@@ -53,7 +52,7 @@ WINDOW = 24     # tokens of other lines on each side of a prompt
 @dataclass
 class Config:
     # what and where
-    preset: Literal["auto", "tiny", "toy", "135m", "0.6b", "8b"] = "auto"  # auto: by model size
+    preset: backbone.Preset = "auto"  # auto: by model size
     model: str = "out/tasks/toy"    # the AR model: a folder or a Hub id
     converted: tuple[str, ...] = ("out/tasks/w0",)      # models converted from it
     out: str = "out/circuits"   # run folder
@@ -242,8 +241,7 @@ def plot(result, path):
     """Overlap with the AR model's circuit, task by task (for the AR model: on other prompts)."""
     tasks = [name for name, task in result["tasks"].items() if task["overlap"]]
     kinds = dict.fromkeys(x["kind"] for x in result["subjects"])
-    with report.figure(path, width=3 + len(tasks)) as axes:
-        ax = axes[0, 0]
+    with report.figure(path, width=3 + len(tasks)) as (ax,):
         for place, kind in enumerate(kinds):
             comparison = "prompts" if kind == "AR" else "ar"
             for i, name in enumerate(tasks):
@@ -290,15 +288,9 @@ def load_subjects(model, infos, device):
     return subjects
 
 
-def choose(cfg):
-    if cfg.preset != "auto":
-        return cfg.preset
-    return backbone.preset_of(cfg.model, cfg.out)
-
-
 @entry
 def main(argv):
-    cfg = parse(Config, argv, __doc__, PRESETS, choose)
+    cfg = parse(Config, argv, __doc__, PRESETS, backbone.preset_of)
     for task in cfg.tasks:
         pick(TASKS, task, "--tasks")
     world = setup(cfg.device)

@@ -395,9 +395,10 @@ def prepare(data, tokenizer, out, world, vocab=2048, max_tokens=None, tasks=None
     return out, meta
 
 
-def shards_beside(cfg, tokenizer, world):
-    """The shards of cfg.data in the folder `data` next to cfg.out. Returns (folder, meta)."""
-    return prepare(cfg.data, tokenizer, nearby(cfg.out, "data"), world)
+def splits(cfg, tokenizer, world, seq_len):
+    """Training and held-out text of cfg.data as Tokens, in the folder `data` next to cfg.out."""
+    shards, _ = prepare(cfg.data, tokenizer, nearby(cfg.out, "data"), world)
+    return Tokens(shards, "train", seq_len), Tokens(shards, "val", seq_len)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -458,13 +459,9 @@ class Tokens:
             tiles = np.sort(gen.choice(self.n, count, replace=False))
         return self.cut(tiles * self.width)
 
-    def epochs(self, steps, batch_size):
-        """How often training of `steps` steps reads the text."""
-        return steps * batch_size / self.n
-
     def warn(self, steps, batch_size):
         """Say so before a training that reads the text more than 20 times."""
-        epochs = self.epochs(steps, batch_size)
+        epochs = steps * batch_size / self.n
         if epochs > 20:
             print(f"warning: the training text will be read {epochs:,.0f} times; more text would "
                   "help more", flush=True)

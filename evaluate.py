@@ -268,7 +268,7 @@ PANELS = {"LOCATE": ("layer", "score"), "REPLACE": ("model", "kl"), "CONVERT": (
 
 def overview(rows, path):
     """A dot for every row of three tables: {section: rows}."""
-    with figure(path, columns=3) as (axes,):
+    with figure(path, columns=3) as axes:
         for ax, (section, (label, value)) in zip(axes, PANELS.items()):
             for row in rows.get(section, []):
                 ax.plot(row[value], str(row[label]), "o")
@@ -371,7 +371,7 @@ def run_harness(models, students, tokenizer, cfg):
 # Main
 
 def choose(cfg):
-    return backbone.preset_of("", cfg.out, f"{cfg.runs}/bridge")
+    return backbone.preset_of(cfg, f"{cfg.runs}/bridge")
 
 
 @entry

@@ -34,7 +34,7 @@ import data
 import hybrid
 from core import backbone, masked, report
 from core.common import Dtype, UserError, entry, generator, normal, parse, pick_dtype, setup
-from core.run import Run, finished, read_json, recorded
+from core.run import Run, finished, nearby, read_json, recorded
 
 COLDEST = 0.4       # limits of the search over temperatures
 HOTTEST = 4.0
@@ -378,8 +378,7 @@ def table(result):
 
 def figure(result, path):
     """A dot a row: hidden-state diffusion in blue, its rivals in grey. The line is real text."""
-    with report.figure(path, width=9, height=2.6) as axes:
-        ax = axes[0, 0]
+    with report.figure(path, width=9, height=2.6) as (ax,):
         for row in result["rows"]:
             color = report.GREY if row["layer"] is None else report.BLUE
             ax.plot([row["matched"]], [row["method"]], "o", color=color)
@@ -392,7 +391,7 @@ def figure(result, path):
 # Main
 
 def choose(cfg):
-    return backbone.preset_of("", cfg.out, *cfg.bridges[:1])
+    return backbone.preset_of(cfg, next(iter(cfg.bridges), "none"))
 
 
 def check(cfg):
@@ -432,12 +431,12 @@ def main(argv):
     length = cfg.prefix + cfg.new
     backbone.read_config(first["model"], length)
     tokenizer = backbone.load_tokenizer(first["model"])
-    shards, _ = data.shards_beside(cfg, tokenizer, world)
-    held_out = data.Tokens(shards, "val", length - 1).windows(2 * cfg.texts)    # (2N, T)
-    texts = held_out[::2].to(world.device)              # the others are free to choose settings on
+    _, held_out = data.splits(cfg, tokenizer, world, length - 1)
+    texts = held_out.windows(2 * cfg.texts)[::2]        # the others are free to choose settings on
+    texts = texts.to(world.device)                                              # (N, T)
     prompts = texts[:, :cfg.prefix]
     lm = backbone.load(first["model"], world.device, dtype)
-    prior = token_prior(shards, lm.V).to(world.device)
+    prior = token_prior(nearby(cfg.out, "data"), lm.V).to(world.device)
     cx = Context(cfg, prior, count_calls(cfg))
     run = Run(cfg, world, identity)
     real = measure(lm, texts, cfg.prefix)

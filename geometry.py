@@ -337,7 +337,7 @@ def plot(result, path):
     rows = result["layers"]
     layers = [row["layer"] for row in rows]
     panels = [*PROXIES, "score"]
-    with report.figure(path, columns=len(panels), width=2.75, height=2.8) as (axes,):
+    with report.figure(path, columns=len(panels), width=2.75, height=2.8) as axes:
         for ax, name in zip(axes, panels):
             ax.axvline(result["best_layer"], color=report.RED)
             ax.plot(layers, [row[name] for row in rows], "o-", color=report.BLUE)
@@ -356,13 +356,9 @@ def show(result):
           f"curvature is near its ceiling 1/eps at layers {result.get('at_ceiling', [])}")
 
 
-def choose(cfg):
-    return backbone.preset_of(cfg.model, cfg.out)
-
-
 @entry
 def main(argv):
-    cfg = parse(Config, argv, __doc__, PRESETS, choose)
+    cfg = parse(Config, argv, __doc__, PRESETS, backbone.preset_of)
     world = setup(cfg.device)
     torch.set_float32_matmul_precision("highest")       # TF32 would blur distances of neighbours
     dtype = pick_dtype(cfg, world.device)
@@ -378,10 +374,9 @@ def main(argv):
     assert cfg.skip < cfg.seq_len, "--skip must be below --seq_len"
     lm = backbone.load(model, world.device, dtype)
     assert lm.L >= 3, "a choice needs two candidate layers: a model of three blocks"
-    shards, _ = data.shards_beside(cfg, backbone.load_tokenizer(model), world)
+    _, held_out = data.splits(cfg, backbone.load_tokenizer(model), world, cfg.seq_len)
     per_window = cfg.seq_len - cfg.skip
     count = 1 + cfg.tokens // per_window
-    held_out = data.Tokens(shards, "val", cfg.seq_len)
     windows = held_out.windows(count, cfg.seed)[:, :-1].tolist()
     different = dict.fromkeys(map(tuple, windows))      # equal windows have equal states
     tokens = len(different) * per_window

@@ -289,7 +289,7 @@ def load_tokenizer(model):
 # Main
 
 def choose(cfg):
-    return backbone.preset_of(cfg.model, cfg.out, "" if cfg.model else cfg.bridge)
+    return backbone.preset_of(cfg, "" if cfg.model else cfg.bridge)
 
 
 def show(result):
@@ -317,8 +317,8 @@ def main(argv):
     model = from_bridge(cfg.bridge, cfg.model, device=world.device, dtype=dtype)
     tokenizer = load_tokenizer(model)
     backbone.read_config(model.config.base_model, cfg.seq_len)      # has it enough positions?
-    shards, _ = data.shards_beside(cfg, tokenizer, world)
-    rows = data.Tokens(shards, "val", cfg.seq_len).windows(cfg.eval_batches).to(world.device)
+    _, held_out = data.splits(cfg, tokenizer, world, cfg.seq_len)
+    rows = held_out.windows(cfg.eval_batches).to(world.device)
     run = Run(cfg, world, identity)
     backbone.save_model(model, tokenizer, run.out)
     model = HybridForCausalLM.from_pretrained(run.out, dtype=dtype, device=world.device)

@@ -39,10 +39,10 @@ from transformers import AutoModelForCausalLM
 
 import data
 from core import backbone, optim, report
-from core.common import (StopSignal, UserError, entry, generator, parse, pick_dtype, setup,
+from core.common import (Dtype, UserError, entry, generator, parse, pick_dtype, setup,
                          split_batch)
 from core.masked import Arm, Student, add_mask, predictors, text_likelihood
-from core.run import TRACKERS, Clock, Run, finished, plan
+from core.run import TRACKERS, Run, finished, plan, training_flops
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Config:
     out: str = ""               # run folder (empty: out/convert/w10 by --align_weight, or block)
     seed: int = 0               # every random number is a function of it
     device: str = "auto"        # auto, cpu, cuda
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU
+    dtype: Dtype = "auto"       # auto: bf16 on a GPU
     dry_run: bool = False       # print size, memory and time of this training, then leave
     # loss
     attention: Literal["bidirectional", "block"] = "bidirectional"  # block: by token blocks
@@ -132,13 +132,6 @@ def sample_masks(T, block_size, seed, step, slots, purpose="mask", between=(0.0,
 PATHS = {"none": torch.zeros_like, "plain": torch.ones_like, "published": torch.reciprocal}
 
 
-@torch.no_grad()
-def clean_states(teacher, ids):
-    """The teacher's h[0], ..., h[L-1] and normed h[L] on clean text, causal, one after another."""
-    for layer, h, _, _ in teacher.at(ids, range(teacher.L + 1)):
-        yield h if layer < teacher.L else teacher.norm(h)
-
-
 def conversion_loss(student, teacher, ids, is_mask, path, with_ar=False):
     """(loss, alignment, ar, ce) of ids (B, T) with masks where is_mask (B, T; on the CPU). `path`
     (B, T), on the CPU too, is the weight of the path term.
@@ -156,7 +149,7 @@ def conversion_loss(student, teacher, ids, is_mask, path, with_ar=False):
     b, i = is_mask[:, 1:].nonzero().to(ids.device).unbind(1)
     # 2. Alignment: student and teacher layer by layer, never stacked
     alignment = zero
-    targets = clean_states(teacher, ids) if teacher else repeat(None)
+    targets = teacher.trace(teacher.embed(ids)) if teacher else repeat(None)
     for h, target in zip(student.states(ids, is_mask.to(ids.device)), targets):
         if teacher:
             state = h[b, at[i]].float()                                         # (n, D)
@@ -285,12 +278,6 @@ def check_growth(cfg):
     cfg.block_size = sizes[-1]
 
 
-def choose_preset(cfg):
-    if cfg.preset != "auto":
-        return cfg.preset
-    return backbone.preset_of(cfg.model, out_folder(cfg))
-
-
 def load_models(cfg, model, tokenizer, world, dtype):
     """(student in fp32, teacher or None): the same weights twice."""
     teacher = None
@@ -329,7 +316,7 @@ def flops_per_token(cfg, lm):
     taught = cfg.align_weight > 0
     frozen = lm.V * lm.D + taught * size
     layers = lm.L * (2 * copies + taught / 3)
-    return backbone.training_flops(copies * size, frozen, layers, lm.config, cfg.seq_len)
+    return training_flops(copies * size, frozen, layers, lm.config, cfg.seq_len)
 
 
 def forecast(cfg, world, config, dtype, micro_batch):
@@ -361,11 +348,11 @@ def publish(cfg, run, student, tokenizer, curve):
         weights["state_dict"], _ = WholeState(student.lm.model).state_dict()
     if run.world.main:
         backbone.save_model(student.lm.model, tokenizer, run.out, converted=True, **weights)
-        with report.figure(run.out / "convert.png") as axes:
+        with report.figure(run.out / "convert.png") as (ax,):
             steps, ce, *_ = zip(*curve)
-            axes[0, 0].plot(steps, ce, "o-", color=report.BLUE)
-            axes[0, 0].set(title=f"CONVERT, w = {cfg.align_weight:g} (lower is better)",
-                           xlabel="step", ylabel="nats a masked token")
+            ax.plot(steps, ce, "o-", color=report.BLUE)
+            ax.set(title=f"CONVERT, w = {cfg.align_weight:g} (lower is better)", xlabel="step",
+                   ylabel="nats a masked token")
 
 
 def show(result, world):
@@ -379,7 +366,7 @@ def show(result, world):
 
 @entry
 def main(argv):
-    cfg = parse(Config, argv, __doc__, PRESETS, choose_preset)
+    cfg = parse(Config, argv, __doc__, PRESETS, backbone.preset_of)
     cfg.out = out_folder(cfg)
     needs_copy = cfg.ar_weight > 0 or cfg.context == "causal"
     if needs_copy and (cfg.attention, cfg.context) != ("block", "causal"):
@@ -406,15 +393,13 @@ def main(argv):
 
     # Data, models
     tokenizer = backbone.load_tokenizer(model)
-    shards, _ = data.shards_beside(cfg, tokenizer, world)
-    train = data.Tokens(shards, "train", cfg.seq_len)
+    train, held_out = data.splits(cfg, tokenizer, world, cfg.seq_len)
     if cfg.train_tokens:
         count = (cfg.train_tokens - cfg.seq_len) // (cfg.seq_len + 1)
         train.n = min(train.n, max(1, count))
     if world.main:
         train.warn(cfg.steps, cfg.batch_size)
-    held_out = data.Tokens(shards, "val", cfg.seq_len).windows(cfg.eval_batches)
-    held_out = held_out[:, :-1].to(world.device)                                # (N, T)
+    held_out = held_out.windows(cfg.eval_batches)[:, :-1].to(world.device)      # (N, T)
     student, teacher = load_models(cfg, model, tokenizer, world, dtype)
 
     # Optimizers, resume
@@ -431,14 +416,12 @@ def main(argv):
     parts = [part.tolist() for part in torch.tensor(slots).split(micro_batch)]
     tokens = cfg.batch_size * cfg.seq_len
     flops = flops_per_token(cfg, student.lm)
-    stop = StopSignal(world)
-    clock = Clock(state["seconds"])
 
     # The loop
-    for step in range(state["step"], cfg.steps):
+    for step in run.steps(state["step"], cfg.steps):
         if step % cfg.eval_every == 0:
             student.arm = arm_at(cfg, cfg.steps)
-            with clock.paused():
+            with run.clock.paused():
                 curve.append([step, *validate(student, teacher, held_out, world, cfg.seed)])
                 run.log(step, cfg.steps, val_loss=curve[-1][1])
         # 1. Masks of the whole batch: the loss is a mean over its masked tokens
@@ -470,18 +453,14 @@ def main(argv):
         done = step + 1
         if done % LOG_EVERY == 0 or done == cfg.steps:
             ce, alignment = world.sum(sums.tolist())
-            run.progress(done, cfg.steps, clock, tokens, flops, ce=ce, alignment=alignment,
+            run.progress(done, cfg.steps, tokens, flops, ce=ce, alignment=alignment,
                          gnorm=norm)
-        leaving = stop.poll()
-        if leaving or done % cfg.eval_every == 0 or done == cfg.steps:
-            run.save(done, clock, *saved, curve=curve)
-        if leaving:
-            run.leave(done)
-    stop.done()
+        is_due = done % cfg.eval_every == 0 or done == cfg.steps
+        run.save(is_due, done, *saved, curve=curve)
 
     # The result
     student.arm = arm_at(cfg, cfg.steps)
-    seconds = clock.seconds()
+    seconds = run.clock.seconds()
     curve.append([cfg.steps, *validate(student, teacher, held_out, world, cfg.seed)])
     bound = text_likelihood(student, held_out, BOUND_CALLS, cfg.seed)
     publish(cfg, run, student, tokenizer, curve)

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 
 import data
 from core import backbone, optim
-from core.common import StopSignal, entry, parse, setup, split_batch
-from core.run import TRACKERS, Clock, Run, finished, training_flops
+from core.common import entry, parse, setup, split_batch
+from core.run import TRACKERS, Run, finished, training_flops
 
 
 @dataclass
@@ -118,12 +118,10 @@ def main(argv):
     optimizers = optim.build(model.named_parameters(), cfg.lr, cfg.lr_adam, WEIGHT_DECAY,
                              inside="layers.", world=world)
     state = run.resume([model], optimizers)
-    stop = StopSignal(world)
-    clock = Clock(state["seconds"])
     run.say(f"training {size:,} parameters on a corpus of {meta['tokens']['train']:,} tokens")
 
     # The loop
-    for step in range(state["step"], cfg.steps):
+    for step in run.steps(state["step"], cfg.steps):
         # 1. Gradient of the mean loss over the global batch
         ids = train.batch(cfg.seed, step, slots, cfg.batch_size).to(world.device)       # (b, T+1)
         loss = next_token_loss(lm, ids) * (len(ids) / cfg.batch_size)
@@ -137,17 +135,13 @@ def main(argv):
         done = step + 1
         if done % cfg.log_every == 0 or done == cfg.steps:
             loss = world.sum([loss.item()])[0]
-            run.progress(done, cfg.steps, clock, cfg.batch_size * cfg.seq_len, flops,
+            run.progress(done, cfg.steps, cfg.batch_size * cfg.seq_len, flops,
                          loss=loss, gnorm=norm)
-        leaving = stop.poll()
-        if leaving or done % cfg.save_every == 0 or done == cfg.steps:
-            run.save(done, clock, [model], optimizers)
-        if leaving:
-            run.leave(done)
-    stop.done()
+        is_due = done % cfg.save_every == 0 or done == cfg.steps
+        run.save(is_due, done, [model], optimizers)
 
     # The result
-    seconds = clock.seconds()
+    seconds = run.clock.seconds()
     val_loss = validate(lm, held_out)
     tokenizer = backbone.load_tokenizer(shards)
     nats = val_loss * held_out[:, 1:].numel()

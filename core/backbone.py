@@ -34,7 +34,6 @@ import inspect
 import json
 import math
 import os
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -42,7 +41,7 @@ import torch
 from torch import nn
 
 from core.common import UserError, why
-from core.run import nearby, read_json, training_flops  # noqa: F401
+from core.run import nearby, read_json
 
 EOS = "<|endoftext|>"   # end-of-text token of a tokenizer that we train
 TWIN = "nanodihal_twin"  # model_type of a converted model, so that nobody runs it as an AR model
@@ -200,15 +199,6 @@ class Backbone(nn.Module):
             h = self.block(h, i, side)
         yield self.norm(h)
 
-    def at(self, ids, layers):
-        """(layer, h[layer], h[0], side) for each of the layers, the lowest first, in one pass."""
-        h0 = self.embed(ids)
-        side = self.side(h0)
-        h = h0
-        for lower, layer in pairwise([0, *sorted(layers)]):
-            h = self.through(h, lower, layer, side)
-            yield layer, h, h0, side
-
     def head(self, h):
         """h[L] (B, T, D) -> logits (B, T, V)."""
         return self.unnormed_head(self.norm(h))
@@ -361,13 +351,14 @@ def read_config(name, seq_len=0):
     return config
 
 
-def preset_of(model, out, bridge=""):
-    """The preset behind `--preset auto`: the first of SIZES that the model fits in. With a `bridge`
-    the model is its base. A model that cannot be opened counts as a toy: the stage refuses it."""
+def preset_of(cfg, bridge=""):
+    """The preset behind `--preset auto`: the first of SIZES that cfg.model fits in, or the base of
+    a `bridge`. A model that cannot be opened counts as a toy: the stage refuses it."""
     try:
         if bridge:
-            model = read_json(Path(bridge) / "bridge.json")["model"]
-        config = read_config(resolve(model, out))
+            config = read_config(read_json(Path(bridge) / "bridge.json")["model"])
+        else:
+            config = read_config(resolve(cfg.model, cfg.out or "out/bridge"))
     except UserError:
         return "toy"
     blocks = 12 * config.num_hidden_layers * config.hidden_size ** 2

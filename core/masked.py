@@ -118,19 +118,14 @@ class Student(nn.Module):
         self.shift = nn.Parameter(torch.zeros(lm.D, device=lm.model.device))
 
     def run(self, ids, is_mask, positions, see=None, cache=None):
-        """Yield h[0], ..., h[L-1] and the normed h[L], each (B, K, D). They are never stacked.
-        `see` (K, keys) says who sees whom. None: every token sees every other one."""
+        """Yield h[0], ..., h[L-1] and the normed h[L], each (B, K, D). `see` (K, keys) says who
+        sees whom. None: every token sees every other one."""
         shift = is_mask[..., None] * self.shift
         h = self.lm.embed(ids.masked_fill(is_mask, self.mask_id), positions, shift)
-        yield h
         if see is not None:
             see = see[None, None].to(ids.device)
         side = self.lm.side(h, positions, cache=cache, causal=False, see=see)
-        for i in range(self.lm.L - 1):
-            h = self.lm.block(h, i, side)
-            yield h
-        h = self.lm.block(h, self.lm.L - 1, side)
-        yield self.lm.norm(h)
+        return self.lm.trace(h, side)
 
     def states(self, ids, is_mask, as_written=False):
         """`run` on whole texts ids (B, T) with masks where is_mask (B, T)."""

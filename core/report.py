@@ -1,7 +1,7 @@
 """report.py: tables, figures and the statistics behind every comparison.
 
     table(["layer", "score"], [[1, "4.05"], ...])               # Markdown
-    with figure(path, columns=2) as axes: axes[0, 0].plot(...)  # a PNG, whole or not at all
+    with figure(path, columns=2) as axes: axes[0].plot(...)     # a PNG, whole or not at all
     gap = paired(ours, theirs)                                  # mean difference and its interval
     verdict(gap, unit="nats")                                   # "better by ...", "tie ...", ...
 """
@@ -43,14 +43,14 @@ def cell_text(cell):
 
 @contextlib.contextmanager
 def figure(path, columns=1, width=3.7, height=3.1):
-    """Yield the axes (1, columns) of a figure and write it to `path`. Sizes are a panel's."""
+    """Yield the axes (columns,) of a figure and write it to `path`. Sizes are a panel's."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     size = (width * columns, height)
-    fig, axes = plt.subplots(1, columns, squeeze=False, constrained_layout=True, figsize=size)
+    fig, (axes,) = plt.subplots(1, columns, squeeze=False, constrained_layout=True, figsize=size)
     yield axes
-    for ax in axes.flat:
+    for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.title.set_fontsize(10)
         if ax.get_legend_handles_labels()[0]:

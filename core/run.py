@@ -206,9 +206,9 @@ class Run:
             file.write(json.dumps({"step": step, **values}) + "\n")
         self.track(numbers, step)
 
-    def progress(self, step, steps, clock, tokens, flops, **values):
+    def progress(self, step, steps, tokens, flops, **values):
         """`log` with the speed of `tokens` a step at `flops` a token. mfu: share of the peak."""
-        seconds = clock.seconds()
+        seconds = self.clock.seconds()
         speed = tokens * step / seconds
         peak = peak_flops(self.world.device)
         mfu = speed * flops / (peak * self.world.size) if peak else None
@@ -217,28 +217,42 @@ class Run:
 
     # --- state
 
-    def save(self, step, clock, modules, optimizers, **more):
-        """Write state.pt. Data and noise are functions of the step, so it holds no generator."""
-        state = {**more, "step": step, "seconds": clock.seconds(),
+    def steps(self, first, last):
+        """range(first, last). Meanwhile a signal makes `save` the last act of the process."""
+        self.stop = StopSignal(self.world)
+        yield from range(first, last)
+        self.stop.done()
+
+    def save(self, is_due, step, modules, optimizers, **more):
+        """Write state.pt, if it is due or a signal came; the signal also ends the process. Data and
+        noise are functions of the step, so the file holds no generator."""
+        leaving = self.stop.poll()
+        if not (is_due or leaving):
+            return
+        state = {**more, "step": step, "seconds": self.clock.seconds(),
                  "modules": [module.state_dict() for module in modules],
                  "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
         if self.world.main:
             with atomic(self.out / "state.pt") as temporary, open(temporary, "wb") as file:
                 torch.save(state, file)         # by its name, torch hides that the disk is full
+        if leaving:
+            self.leave(step)
 
     def resume(self, modules, optimizers):
-        """Load state.pt, if there is one. Returns the state: step, seconds and what `save` got."""
-        if not (self.out / "state.pt").exists():
-            return {"step": 0, "seconds": 0.0}
+        """Load state.pt, if there is one, and start the clock. Returns the state: step, seconds and
+        what `save` got."""
+        state = {"step": 0, "seconds": 0.0}
         file = self.out / "state.pt"
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except Exception:               # torch, pickle and zip have an error each for it
-            raise UserError(f"{file} is damaged; delete it to start this run again") from None
-        parts = [*modules, *optimizers]
-        for part, saved in zip(parts, state["modules"] + state["optimizers"], strict=True):
-            part.load_state_dict(saved)
-        self.say(f"resuming at step {state['step']}")
+        if file.exists():
+            try:
+                state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            except Exception:           # torch, pickle and zip have an error each for it
+                raise UserError(f"{file} is damaged; delete it to start this run again") from None
+            parts = [*modules, *optimizers]
+            for part, saved in zip(parts, state["modules"] + state["optimizers"], strict=True):
+                part.load_state_dict(saved)
+            self.say(f"resuming at step {state['step']}")
+        self.clock = Clock(state["seconds"])
         return state
 
     def leave(self, step):

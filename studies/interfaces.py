@@ -277,9 +277,8 @@ def main(argv):
         return result
 
     lm = backbone.load(model, world.device, torch.float32)
-    shards, _ = data.shards_beside(cfg, backbone.load_tokenizer(model), world)
-    tokens = data.Tokens(shards, "train", SEQ_LEN)
-    held_out = data.Tokens(shards, "val", SEQ_LEN).windows(WINDOWS).to(world.device)
+    tokens, held_out = data.splits(cfg, backbone.load_tokenizer(model), world, SEQ_LEN)
+    held_out = held_out.windows(WINDOWS).to(world.device)
     run = Run(cfg, world, identity)
     cells = []
     for seed, kind in product(range(cfg.seeds), kinds):

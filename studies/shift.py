@@ -154,8 +154,7 @@ def shift_table(tables, kinds):
 def plot(table, kinds, k, path):
     """A dot a converted model: overlap with the AR model's circuit, group by group."""
     groups = list(dict.fromkeys(group for _, group in table))
-    with report.figure(path, width=5.5) as axes:
-        ax = axes[0, 0]
+    with report.figure(path, width=5.5) as (ax,):
         for i, group in enumerate(groups):
             for place, kind in enumerate(kinds):
                 values = table.get((kind, group), {}).get("overlap", {}).values()

@@ -140,7 +140,7 @@ def plot(result, path):
     """KL against layer. A red line marks the layer that the score chooses."""
     rows = result["layers"]
     layers = [row["layer"] for row in rows]
-    with report.figure(path, width=5) as ((ax,),):
+    with report.figure(path, width=5) as (ax,):
         colors = {"diffusion": report.BLUE, "regression": report.GREY, TABLE: report.YELLOW}
         for kind, color in colors.items():
             kl = [row[kind]["kl"] for row in rows]                              # (C, seeds)
@@ -169,9 +169,9 @@ def main(argv):
 
     # 1. The predictors, and the errors at every layer
     lm = backbone.load(model, world.device, torch.float32)
-    shards, _ = data.shards_beside(cfg, backbone.load_tokenizer(model), world)
-    ids = data.Tokens(shards, "train", SEQ_LEN).windows(TABLE_TEXT)[:, :-1].to(world.device)
-    held_out = data.Tokens(shards, "val", SEQ_LEN).windows(512).to(world.device)
+    text, held_out = data.splits(cfg, backbone.load_tokenizer(model), world, SEQ_LEN)
+    ids = text.windows(TABLE_TEXT)[:, :-1].to(world.device)
+    held_out = held_out.windows(512).to(world.device)
     located = geometry.main(flags(cfg, model, f"{cfg.out}/geometry"))
     values = predictors(located, layers)
     rows = []

@@ -69,7 +69,7 @@ def patch_inputs(stack):
     from core import backbone
     patch(stack, backbone, load=load_shape, load_tokenizer=load_tokenizer,
           tokenizer_hash=lambda tokenizer: "")
-    patch(stack, data, Tokens=BlankText, shards_beside=lambda *_: (None, {}),
+    patch(stack, data, Tokens=BlankText, prepare=lambda *_, **__: (None, {}),
           prefetch=lambda function, keys: map(function, keys))
 
 
@@ -101,13 +101,13 @@ class Marks:
                 "flops": self.flops[-1] - self.flops[-2], "parts": seconds}
 
 
-def patch_steps(stack, gpu, marks, stage):
-    """Note the ends of steps. A stage makes its StopSignal just before the loop, asks it at the end
+def patch_steps(stack, gpu, marks):
+    """Note the ends of steps. Run.steps makes a StopSignal just before the loop, asks it at the end
     of every step and is done with it after the loop."""
-    from core import optim
+    from core import optim, run
     honest_build = optim.build
 
-    class StopSignal(stage.StopSignal):
+    class StopSignal(run.StopSignal):
         def __init__(self, world):
             super().__init__(world)
             gpu.phase = "train"
@@ -134,7 +134,7 @@ def patch_steps(stack, gpu, marks, stage):
             optimizer.zero_grad()
         return optimizers
 
-    patch(stack, stage, StopSignal=StopSignal)
+    patch(stack, run, StopSignal=StopSignal)
     patch(stack, optim, build=build, step_all=gpu.as_phase(optim.step_all, "optimizer"))
 
 
@@ -160,7 +160,7 @@ def train(stage, argv, rank, prepare):
         argv = [*argv, "--eval_batches", "8", "--out", f"{folder}/run"]
         forecast = stage.main.__wrapped__([*argv, "--dry_run"])
         patch_inputs(stack)
-        patch_steps(stack, gpu, marks, stage)
+        patch_steps(stack, gpu, marks)
         prepare(stack, gpu)
         patch_phases(stack, gpu, [(run.Run, "save", "save"), (stage, "validate", "validate")])
         with gpu:

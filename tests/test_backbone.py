@@ -2,6 +2,7 @@
 at every layer."""
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -278,19 +279,21 @@ def test_a_hub_model_is_known_by_its_commit(tmp_path, monkeypatch):
     assert backbone.resolve("some/model", tmp_path) == "some/model"
     assert backbone.identity("some/model") == commit[:16]
     assert backbone.load("some/model", CPU, torch.float32).L == 4
-    assert backbone.preset_of("some/model", tmp_path) == "toy"
+    assert backbone.preset_of(SimpleNamespace(model="some/model", out=tmp_path)) == "toy"
 
 
 def test_presets_go_by_the_size_of_the_model(tmp_path):
     from transformers import Qwen3Config
     sizes = {"toy": (8, 128, 2048), "135m": (30, 576, 49152), "0.6b": (28, 1024, 151936),
              "8b": (36, 4096, 151936)}
+    cfg = SimpleNamespace(model=str(tmp_path), out="")
     for preset, (L, D, V) in sizes.items():
         Qwen3Config(num_hidden_layers=L, hidden_size=D, vocab_size=V).save_pretrained(tmp_path)
-        assert backbone.preset_of(str(tmp_path), "out") == preset
+        assert backbone.preset_of(cfg) == preset
     (tmp_path / "bridge.json").write_text(json.dumps({"model": str(tmp_path)}))
-    assert backbone.preset_of("", "out", bridge=tmp_path) == "8b"
-    assert backbone.preset_of("no/such/model", "out") == "toy"
+    assert backbone.preset_of(None, bridge=tmp_path) == "8b"
+    cfg.model = "no/such/model"
+    assert backbone.preset_of(cfg) == "toy"
 
 
 def test_a_converted_model_is_no_ar_model_to_the_library(tmp_path, folder):

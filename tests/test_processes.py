@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import time
 import torch
 from core import optim
-from core.common import StopSignal, entry, normal, parse, setup, split_batch
-from core.run import Clock, Run, finished
+from core.common import entry, normal, parse, setup, split_batch
+from core.run import Run, finished
 
 @dataclass
 class Config:
@@ -39,9 +39,8 @@ def main(argv):
     run = Run(cfg, world, {})
     step = run.resume([model], optimizers)["step"]
     slots, _ = split_batch(cfg.batch_size, 0, world)
-    stop = StopSignal(world)
     run.say("training")
-    while step < cfg.steps:
+    for step in run.steps(step, cfg.steps):
         if step == cfg.fail_at and not world.main:
             raise OSError(28, "No space left on device")
         x = torch.stack([normal((16,), world.device, 0, "batch", step, slot) for slot in slots])
@@ -50,15 +49,10 @@ def main(argv):
         (model["head"](x).square().sum() / cfg.batch_size).backward()
         optim.sum_gradients(model.parameters(), world)
         optim.step_all(optimizers, optim.share_at(step, cfg.steps, 2))
-        step += 1
         time.sleep(cfg.pause)
-        leaving = stop.poll()
-        run.save(step, Clock(), [model], optimizers)
-        if leaving:
-            run.leave(step)
-    stop.done()
+        run.save(True, step + 1, [model], optimizers)
     torch.save(model.state_dict(), f"{cfg.out}/weights{world.rank}.pt")
-    run.finish({"steps": step})
+    run.finish({"steps": cfg.steps})
 """
 
 # One interpreter forks them, which saves the seconds of importing torch again. Optimizers load _dynamo.

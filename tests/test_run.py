@@ -15,7 +15,7 @@ from test_house import parse as parse_toy
 from test_house import pipeline
 
 from core import common, optim, run
-from core.common import StopSignal, UserError, World, entry, parse
+from core.common import UserError, World, entry, parse
 
 WORLD = World(0, 1, torch.device("cpu"))
 
@@ -179,7 +179,9 @@ def test_random_numbers_are_functions_of_their_keys():
 def make(cfg, result=None, identity=None):
     """A run in cfg.out with a state at step 3; finished if there is a result."""
     started = run.Run(cfg, WORLD, identity or {"base": "b"})
-    started.save(3, run.Clock(), [torch.nn.Linear(1, 1)], [], curve=[1.0])
+    started.clock = run.Clock()
+    for _ in started.steps(0, 1):
+        started.save(True, 3, [torch.nn.Linear(1, 1)], [], curve=[1.0])
     if result:
         started.finish(result)
     else:
@@ -275,13 +277,13 @@ def train(cfg, steps):
     optimizers = optim.build(model.named_parameters(), 0.02, 1e-3, 0.1)
     started = run.Run(cfg, WORLD, {})
     state = started.resume([model], optimizers)
-    for step in range(state["step"], steps):
+    for step in started.steps(state["step"], steps):
         x = common.normal((16, 8), WORLD.device, 0, "batch", step)
         loss = model["head"](model["blocks"](x)).square().mean()
         loss.backward()
         optim.step_all(optimizers, optim.share_at(step, cfg.steps, 2), 1.0)
         started.log(step + 1, cfg.steps, loss=loss.item(), bins=[1, 2])
-    started.save(steps, run.Clock(), [model], optimizers)
+        started.save(step + 1 == steps, step + 1, [model], optimizers)
     if steps == cfg.steps:
         result = started.finish({"steps": steps, "loss": loss.item()})
         assert result == run.read_json(started.out / "result.json")
@@ -304,7 +306,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, capsys):
 
 def test_every_number_of_a_log_line_has_a_unit(tmp_path, capsys):
     started = run.Run(Config(out=str(tmp_path)), WORLD, {})
-    started.progress(5, 10, run.Clock(2.0), tokens=100, flops=1.0, loss=0.5)
+    started.clock = run.Clock(2.0)
+    started.progress(5, 10, tokens=100, flops=1.0, loss=0.5)
     started.unlock()
     words = re.findall(r"\| (\w+) ([\d.]+)", capsys.readouterr().out)
     assert [name for name, _ in words] == ["loss", "tokens_per_s", "mem_gib", "eta_s"]
@@ -360,8 +363,10 @@ def test_a_full_disk_keeps_the_last_state(tmp_path, monkeypatch, capsys):
 
     @entry
     def main(argv):
-        started.save(5, run.Clock(), [torch.nn.Linear(200, 200)], [])
+        for _ in started.steps(0, 1):
+            started.save(True, 5, [torch.nn.Linear(200, 200)], [])
     started = run.Run(cfg, WORLD, {"base": "b"})
+    started.clock = run.Clock()
     monkeypatch.setattr(run.torch, "save", full)
     assert "No space left on device; free some space" in fails(capsys, main)
     started.unlock()
@@ -371,17 +376,16 @@ def test_a_full_disk_keeps_the_last_state(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("number, code", [(15, 143), (2, 130)])
 def test_a_signal_saves_and_leaves_and_a_second_one_is_ignored(tmp_path, number, code):
-    stop = StopSignal(WORLD)
-    try:
-        assert not stop.poll()
-        for _ in range(3):
-            common.signal.raise_signal(number)
-        assert stop.poll()
-        with pytest.raises(SystemExit) as stopped:
-            run.Run(Config(out=str(tmp_path)), WORLD, {}).leave(5)
-        assert stopped.value.code == code
-    finally:
-        stop.done()
+    started = run.Run(Config(out=str(tmp_path)), WORLD, {})
+    started.resume([], [])
+    with pytest.raises(SystemExit) as stopped:
+        for step in started.steps(0, 10):
+            started.save(False, step, [], [])
+            for _ in range(3 * (step == 5)):
+                common.signal.raise_signal(number)
+    started.stop.done()
+    assert stopped.value.code == code
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 6
     assert common.signal.getsignal(common.signal.SIGINT) is common.signal.default_int_handler
 
 

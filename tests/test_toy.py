@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import data
 import toy
+from core import common
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def test_it_is_an_ordinary_model_folder(folder, text, capsys):
 def test_a_stopped_run_resumes_to_the_same_weights(folder, text, monkeypatch):
     polls = []
     with monkeypatch.context() as patch:
-        patch.setattr(toy.StopSignal, "poll", lambda self: polls.append(1) or len(polls) == 7)
+        patch.setattr(common.StopSignal, "poll", lambda self: polls.append(1) or len(polls) == 7)
         with pytest.raises(SystemExit) as stopped:
             train(text, folder / "stopped")
     assert stopped.value.code == 143
