@@ -243,8 +243,8 @@ def setup(device="auto"):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    assert size == 1 or "MASTER_ADDR" in os.environ, "unset WORLD_SIZE, or start it with torchrun"
     if size > 1 and not dist.is_initialized():
+        assert "MASTER_ADDR" in os.environ, "unset WORLD_SIZE, or start this with torchrun"
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=6))    # rank 0 measures alone
     return World(rank, size, device)
