@@ -481,3 +481,12 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     with pytest.raises(UserError, match="not finite at step 3"):
         optim.step_all([torch.optim.AdamW([p])], 1.0, float("nan"), "step 3")
     assert p.tolist() == [1.0, 1.0]
+
+
+def test_a_left_over_world_size_is_one_sentence(tmp_path, capsys, monkeypatch):
+    """Clusters leave WORLD_SIZE behind in a shell."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    import toy
+    assert "unset WORLD_SIZE" in fails(capsys, toy.main, "--preset", "tiny", "--out", tmp_path / "t")
+    assert not (tmp_path / "t").exists()
