@@ -257,6 +257,14 @@ def test_a_tokenizer_with_more_ids_than_the_model_has_rows(folder, tmp_path):
     tokenizer.save_pretrained(other)
     with pytest.raises(UserError, match=f"ids up to {largest + 1}"):
         load(largest + 1)
+    from tokenizers.processors import TemplateProcessing
+    tokenizer.eos_token = backbone.EOS
+    tokenizer.bos_token = "<pad>"                       # or every text begins with it
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<pad> $A", special_tokens=[("<pad>", largest + 1)])
+    tokenizer.save_pretrained(other)
+    with pytest.raises(UserError, match=f"ids up to {largest + 1}"):
+        load(largest + 1)
 
 
 def test_identity_tells_models_of_one_shape_apart(tmp_path):

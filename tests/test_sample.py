@@ -171,3 +171,12 @@ def test_refusals(runs, capsys, converted, tmp_path):
         (old / "config.json").write_text(json.dumps({"dihal": {"config": {}}}))
         (old / "bridge.json").unlink(missing_ok=True)           # the second edition had none
         assert "second edition" in fails(capsys, sample.main, "--model", old)
+
+
+def test_shards_of_another_tokenizer_are_refused(runs, tmp_path, capsys):
+    """Token frequencies of other shards would be a wrong prior, in silence."""
+    shutil.copytree(runs / "generator", tmp_path / "generator")
+    shutil.copytree(runs / "data", tmp_path / "data")
+    meta = json.loads((tmp_path / "data" / "meta.json").read_text())
+    (tmp_path / "data" / "meta.json").write_text(json.dumps({**meta, "tokenizer": "0" * 16}))
+    assert "tokenized for another model" in fails(capsys, sample.main, "--model", tmp_path / "generator", "--new", "4")
