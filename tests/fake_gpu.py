@@ -468,7 +468,7 @@ def eight_gpus(gpu, rank):
     tables = [cuda_patches(gpu), torch_patches(), compile_patches(gpu), group_patches(gpu, rank),
               model_patches()]
     with contextlib.ExitStack() as stack:
-        place = dict(RANK=str(rank), WORLD_SIZE="8", LOCAL_RANK="0")
+        place = dict(RANK=str(rank), WORLD_SIZE="8", LOCAL_RANK="0", MASTER_ADDR="fake")
         stack.enter_context(mock.patch.dict(os.environ, place))
         for table in tables:
             for target, names in table.items():
