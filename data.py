@@ -8,8 +8,7 @@
 The third one streams a Hub dataset. The last one samples texts from the model itself. Its entropy,
 which meta.json holds, is the lowest loss that any model can have on them.
 
-Every stage makes the shards it needs, in the folder `data` next to its --out. This command is only
-needed for other sizes or folders.
+Every stage makes the shards it needs itself, in the folder `data` next to its --out.
 
 It writes train.bin and val.bin (raw token ids, 16 or 32 bits each, with an EOS after every
 document), tokenizer.json, result.json and, last, meta.json. Memory does not grow with the corpus.
@@ -76,6 +75,7 @@ def resolve(data):
     name, config, column = (*parts, "", "")[:3]
     column = column or "text"
     path = Path(name)
+    assert not (config and path.exists()), f"--data {data}: write {name}::{config}"
     if path.exists():
         digest = hashlib.sha256()
         for file in text_files(path):
@@ -221,17 +221,15 @@ def sample_batch(model, start, end, T, number, N=64):
     return {"ids": ids[:, 1:].contiguous(), "length": length, "tokens": tokens, "entropy": entropy}
 
 
-def sampled(tokenizer, out):
-    """Yield (text, ids) without end. Every batch is kept in out/samples, so that a stopped command
-    goes on."""
-    name = backbone.resolve(tokenizer.name_or_path, out)
-    lm = backbone.load(name, torch.device("cpu"), torch.float32)
+def sampled(tokenizer, folder):
+    """Yield (text, ids) without end. `folder` keeps the batches: a stopped command goes on."""
+    lm = backbone.load(tokenizer.name_or_path, torch.device("cpu"), torch.float32)
     bos = bos_id(tokenizer)
     start = tokenizer.eos_token_id if bos is None else bos
     T = min(512, lm.config.max_position_embeddings)
-    (out / "samples").mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)
     for number in count():
-        file = out / "samples" / f"{number:04d}.safetensors"
+        file = folder / f"{number:04d}.safetensors"
         if not file.exists():
             batch = sample_batch(lm.model, start, tokenizer.eos_token_id, T, number)
             with atomic(file) as temporary:
@@ -241,9 +239,9 @@ def sampled(tokenizer, out):
             yield tokenizer.decode(ids[:length]), ids[:length]
 
 
-def entropy_of(out):
+def entropy_of(folder):
     """[nats a token, standard error over texts] of the sampled batches."""
-    batches = [load_file(file) for file in sorted((out / "samples").iterdir())]
+    batches = [load_file(file) for file in sorted(folder.iterdir())]
     nats = torch.cat([batch["entropy"] for batch in batches])
     tokens = torch.cat([batch["tokens"] for batch in batches])
     mean = nats.sum() / tokens.sum()
@@ -303,7 +301,7 @@ def write_shards(source, tokenizer, out, max_tokens=0, share=0.0):
     seen = Counter()
     texts = tokenized(source, tokenizer, seen)
     if source["kind"] == "sampled":
-        texts = sampled(tokenizer, out)
+        texts = sampled(tokenizer, out / source["base"])
     limit = max_tokens or (1_000_000 if source["kind"] == "sampled" else math.inf)
     with (atomic(out / "train.bin") as train_path, atomic(out / "val.bin") as val_path,
           open(train_path, "wb") as train, open(val_path, "wb") as val):
@@ -349,7 +347,7 @@ def make(source, tokenizer, out, vocab, max_tokens, share, bos):
     meta["vocab"] = vocab if trained else None
     meta["bos"] = bos
     if source["kind"] == "sampled":
-        meta["entropy"] = entropy_of(out)
+        meta["entropy"] = entropy_of(out / source["base"])
     with atomic(out / "tokenizer.json") as temporary:
         tokenizer.backend_tokenizer.save(str(temporary))
     write_json(out / "result.json", meta)
@@ -363,7 +361,9 @@ def prepare(data, tokenizer, out, world, vocab=2048, max_tokens=None, tasks=None
     the wanted ones are refused. max_tokens, tasks or bos None: take the shards as they are."""
     out = Path(out)
     source = resolve(data)
-    assert data != "sampled" or tokenizer, "--data sampled needs the --model that writes the text"
+    if data == "sampled":
+        assert tokenizer, "--data sampled needs the --model that writes the text"
+        source["base"] = backbone.identity(tokenizer.name_or_path)
     bos_token = None if tokenizer is None or bos is False else bos_id(tokenizer)
     if world.main and not (out / "meta.json").exists():
         out.mkdir(parents=True, exist_ok=True)

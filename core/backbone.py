@@ -306,8 +306,8 @@ def resolve(model, out):
             raise UserError(f"there is no toy model near {out}; make it with: python toy.py")
     elif not folder.exists():
         return model                                    # a Hub id
-    result = folder / "result.json"
-    if result.exists() and "mask_id" in read_json(result):
+    config = folder / "config.json"
+    if config.exists() and read_json(config).get("model_type") == TWIN:
         raise UserError(f"{model} is a converted model, not an AR model; pass the one it came from")
     return str(folder.resolve())
 
@@ -320,7 +320,8 @@ def identity(name):
         read_config(name)                               # refuses a name that cannot be opened
         return Path(cached_file(name, "config.json")).parent.name[:16]
     digest = hashlib.sha256(b"false")                   # kept: saved bridges name their base by it
-    for path in sorted(Path(name).glob("*.safetensors")):
+    files = sorted(Path(name).glob("model*.safetensors")) or Path(name).glob("*.safetensors")
+    for path in sorted(files):
         size = path.stat().st_size
         digest.update(str(size).encode())
         with open(path, "rb") as file:
@@ -434,6 +435,8 @@ def load_tokenizer(folder):
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if not tokenizer("a", add_special_tokens=False)["input_ids"]:
             raise ValueError("it knows no words")       # the library makes one of a bare config
+        if not tokenizer.is_fast:
+            raise ValueError("it has no tokenizer.json")
         if tokenizer.eos_token_id is None:
             raise ValueError("it has no end-of-text token")
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}

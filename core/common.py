@@ -230,8 +230,8 @@ class World:
 
 def setup(device="auto"):
     """Join the processes that torchrun started, if any, and pick this process's device."""
-    rank = int(os.environ.get("RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0)) if size > 1 else 0
     pick(dict.fromkeys(["auto", "cpu", "cuda"]), device.split(":")[0], "--device")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

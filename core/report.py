@@ -132,7 +132,7 @@ def paired(ours, theirs):
     if n < 2 or not math.isfinite(mean):
         return Gap(mean, math.inf, n)
     spread = statistics.stdev(gaps)
-    if spread == 0 and mean != 0:                       # copies, or a coarse measure
+    if spread < 1e-9 * abs(mean):                       # copies, or a coarse measure
         return Gap(mean, math.inf, n)
     return Gap(mean, t975(n - 1) * spread / n ** 0.5, n)
 
@@ -145,7 +145,7 @@ def unpaired(ours, theirs):
         return Gap(gap, math.inf, n)
     a = statistics.variance(ours) / len(ours)
     b = statistics.variance(theirs) / len(theirs)
-    if a + b == 0:
+    if a + b <= (1e-9 * gap) ** 2:
         return Gap(gap, math.inf if gap else 0.0, n)
     freedom = (a + b) ** 2 / (a ** 2 / (len(ours) - 1) + b ** 2 / (len(theirs) - 1))
     return Gap(gap, t975(freedom) * (a + b) ** 0.5, n)

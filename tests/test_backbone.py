@@ -188,7 +188,7 @@ def test_refusals(tmp_path, capsys):
         backbone.load_tokenizer(tmp_path / "short")
     with pytest.raises(UserError, match="make it with: python toy.py"):
         backbone.resolve("toy", tmp_path / "g")
-    (tmp_path / "short" / "result.json").write_text(json.dumps({"mask_id": 3}))
+    (tmp_path / "short" / "config.json").write_text(json.dumps({"model_type": backbone.TWIN}))
     with pytest.raises(UserError, match="not an AR model"):
         backbone.resolve(str(tmp_path / "short"), tmp_path / "g")
     assert not (tmp_path / "g").exists()

@@ -594,6 +594,10 @@ def test_sampled_shards_resume(tmp_path, shards, monkeypatch, capsys):
     assert data.main([*argv, str(tmp_path / "stopped")])["entropy"] == meta["entropy"]
     assert np.array_equal(all_ids(tmp_path / "stopped"), ids)
     assert data.main([*argv, str(tmp_path / "whole")]) == meta                    # finished
+    other = shutil.copytree(model, tmp_path / "other")
+    tiny_model("llama", 1, vocab_size=vocab, max_position_embeddings=24).save_pretrained(other)
+    refused = fails(capsys, data.main, *argv[:3], other, *argv[4:], tmp_path / "whole")
+    assert "holds shards with source" in refused                                  # another model's samples
     assert "needs the --model" in fails(capsys, data.main, "--data", "sampled", "--out", tmp_path / "x")
 
 
@@ -613,6 +617,10 @@ def test_names_of_tables_are_no_patterns(tmp_path):
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
     texts = list(data.documents(data.resolve(str(folder))))
     assert sum(text.startswith("one") for text in texts) == sum(text.startswith("two") for text in texts) == 40
+    (tmp_path / "x.jsonl").write_text('{"text": "a", "body": "b"}')
+    with pytest.raises(AssertionError, match="write .*x.jsonl::body"):
+        data.resolve(f"{tmp_path}/x.jsonl:body")
+    assert data.resolve(f"{tmp_path}/x.jsonl::body")["column"] == "body"
     (tmp_path / "col:on").mkdir()
     assert data.resolve(str(tmp_path / "col:on"))["kind"] == "text"
 

@@ -142,3 +142,5 @@ def test_equal_values_have_no_interval():
     assert report.verdict(same).startswith("not known (+0.25, no spread")
     assert report.verdict(report.unpaired([1.0, 1.0], [1.1, 1.1])).startswith("not known")
     assert report.verdict(report.paired([0.5, 0.5], [0.5, 0.5]), margin=0.1).startswith("tie")
+    assert report.verdict(report.paired([0.7, 0.8, 0.9], [0.6, 0.7, 0.8])).startswith("not known")
+    assert report.verdict(report.unpaired([0.1 + 0.2, 0.3], [0.4, 0.4])).startswith("not known")

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -167,7 +168,7 @@ def test_arms_start_alike_and_alignment_pulls(arms):
     assert causal["attention"] == "block" and causal["block_size"] == 8 and causal["context"] == "causal"
 
 
-def test_a_converted_model_is_loaded_as_it_was_saved(arms, base, capsys):
+def test_a_converted_model_is_loaded_as_it_was_saved(arms, base, capsys, tmp_path):
     for name, arm in (("w0", Arm()), ("w10", Arm()), ("causal", Arm("block", 8, "causal"))):
         result, folder = arms[name]
         s, tokenizer = load_converted(folder, CPU, torch.float32)
@@ -185,6 +186,10 @@ def test_a_converted_model_is_loaded_as_it_was_saved(arms, base, capsys):
     with pytest.raises(common.UserError, match="is no converted model"):
         load_converted(base, CPU, torch.float32)
     assert "converted model" in fails(capsys, repr_align.main, "--model", arms["w10"][1], "--out", base.parent / "x/y")
+    shared = shutil.copytree(arms["w10"][1], tmp_path / "shared")
+    (shared / "result.json").unlink()                                            # config.json says what it is
+    with pytest.raises(common.UserError, match="converted model"):
+        backbone.resolve(str(shared), "out/x")
 
 
 @slow

@@ -488,5 +488,8 @@ def test_a_left_over_world_size_is_one_sentence(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     import toy
+    monkeypatch.setenv("RANK", "1")
     assert "unset WORLD_SIZE" in fails(capsys, toy.main, "--preset", "tiny", "--out", tmp_path / "t")
     assert not (tmp_path / "t").exists()
+    monkeypatch.delenv("WORLD_SIZE")
+    assert common.setup("cpu").main                     # RANK alone makes no second process
