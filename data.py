@@ -26,13 +26,12 @@ import sysconfig
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from core import backbone, tasks
@@ -192,64 +191,6 @@ def pieces(file):
 
 
 # -------------------------------------------------------------------------------------------------
-# Text sampled from a model
-
-@torch.no_grad()
-def sample_batch(model, start, end, T, number, N=64):
-    """N texts of at most T tokens, sampled at temperature 1 after the token `start`.
-
-    ids (N, T'), length (N,) without the final EOS, tokens (N,) with it, and entropy (N,): the sum
-    over these tokens of the entropy of the model's distribution, in nats."""
-    from transformers import DynamicCache
-    ids = torch.full((N, 1), start)
-    alive = torch.ones(N, dtype=torch.bool)
-    length = torch.zeros(N, dtype=torch.int64)
-    tokens = torch.zeros(N, dtype=torch.int64)
-    entropy = torch.zeros(N, dtype=torch.float64)
-    cache = DynamicCache()
-    for t in range(T):
-        p = model(ids[:, -1:], past_key_values=cache).logits[:, -1].double().softmax(-1)  # (N, V)
-        u = torch.tensor(generator(0, "sampled text", number, t).random((N, 1)))
-        token = torch.searchsorted(p.cumsum(-1), u).clamp_max(p.shape[1] - 1)
-        entropy += alive * torch.special.entr(p).sum(-1)
-        tokens += alive
-        alive = alive & (token[:, 0] != end)
-        length += alive
-        ids = torch.cat([ids, token], dim=1)
-        if not alive.any():
-            break
-    return {"ids": ids[:, 1:].contiguous(), "length": length, "tokens": tokens, "entropy": entropy}
-
-
-def sampled(tokenizer, folder):
-    """Yield (text, ids) without end. `folder` keeps the batches: a stopped command goes on."""
-    lm = backbone.load(tokenizer.name_or_path, torch.device("cpu"), torch.float32)
-    bos = bos_id(tokenizer)
-    start = tokenizer.eos_token_id if bos is None else bos
-    T = min(512, lm.config.max_position_embeddings)
-    folder.mkdir(exist_ok=True)
-    for number in count():
-        file = folder / f"{number:04d}.safetensors"
-        if not file.exists():
-            batch = sample_batch(lm.model, start, tokenizer.eos_token_id, T, number)
-            with atomic(file) as temporary:
-                save_file(batch, temporary)
-        batch = load_file(file)
-        for ids, length in zip(batch["ids"].tolist(), batch["length"].tolist()):
-            yield tokenizer.decode(ids[:length]), ids[:length]
-
-
-def entropy_of(folder):
-    """[nats a token, standard error over texts] of the sampled batches."""
-    batches = [load_file(file) for file in sorted(folder.iterdir())]
-    nats = torch.cat([batch["entropy"] for batch in batches])
-    tokens = torch.cat([batch["tokens"] for batch in batches])
-    mean = nats.sum() / tokens.sum()
-    error = (nats - mean * tokens).norm() / tokens.sum()
-    return [mean.item(), error.item()]
-
-
-# -------------------------------------------------------------------------------------------------
 # Documents -> shards
 
 def held_out(text, first):
@@ -301,7 +242,8 @@ def write_shards(source, tokenizer, out, max_tokens=0, share=0.0):
     seen = Counter()
     texts = tokenized(source, tokenizer, seen)
     if source["kind"] == "sampled":
-        texts = sampled(tokenizer, out / source["base"])
+        from core import sampled
+        texts = sampled.documents(tokenizer, out / source["base"])
     limit = max_tokens or (1_000_000 if source["kind"] == "sampled" else math.inf)
     with (atomic(out / "train.bin") as train_path, atomic(out / "val.bin") as val_path,
           open(train_path, "wb") as train, open(val_path, "wb") as val):
@@ -347,7 +289,8 @@ def make(source, tokenizer, out, vocab, max_tokens, share, bos):
     meta["vocab"] = vocab if trained else None
     meta["bos"] = bos
     if source["kind"] == "sampled":
-        meta["entropy"] = entropy_of(out / source["base"])
+        from core import sampled
+        meta["entropy"] = sampled.entropy(out / source["base"])
     with atomic(out / "tokenizer.json") as temporary:
         tokenizer.backend_tokenizer.save(str(temporary))
     write_json(out / "result.json", meta)

@@ -26,13 +26,11 @@ from statistics import mean
 import torch
 from safetensors.torch import load_file
 
+from circuits import PARTS, UNTRAINED
 from core import report
 from core.attribution import jaccard, strongest
 from core.common import entry, parse
 from core.run import read_json, write_json
-
-UNTRAINED = "untrained"
-PARTS = ("early", "middle", "late")
 
 
 @dataclass
@@ -83,7 +81,7 @@ def placed(task, model):
 
 def collect(folder, k):
     """{(kind, group): {number: {model: mean over the group's tasks}}} of models that solve all."""
-    result = read_json(Path(folder) / "result.json", "finish it first: python circuits.py")
+    result = read_json(Path(folder) / "result.json")
     circuits = read_circuits(folder, k)
     tasks = {name: task for name, task in result["tasks"].items() if task["pairs"]}
     groups = dict.fromkeys(task["group"] for task in tasks.values())
@@ -173,8 +171,8 @@ def main(argv):
     if argv and not argv[0].startswith("-"):
         argv = ["--runs", *argv]
     cfg = parse(Config, argv, __doc__)
-    results = [read_json(f"{folder}/result.json") for folder in cfg.runs]
-    bases = {result["base"] for result in results}
+    remedy = "finish it first: python circuits.py"
+    bases = {read_json(f"{folder}/result.json", remedy)["base"] for folder in cfg.runs}
     assert len(bases) == len(cfg.runs), "--runs must be of different AR models"
     tables = {}
     for k in cfg.k:

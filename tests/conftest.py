@@ -126,3 +126,22 @@ def runs(tmp_path_factory, text):
     generate.main([*tiny, "--bridges", f"{out}/generator", "--converted", f"{out}/convert/w10",
                    "--out", f"{out}/generate"])
     return out
+
+
+@pytest.fixture(scope="session")
+def notes(tmp_path_factory):
+    """Real text: 40 short modules of the running interpreter's library."""
+    folder = tmp_path_factory.mktemp("notes")
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    for file in [file for file in files if file.stat().st_size < 9000][:40]:
+        shutil.copy(file, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shards(notes, tmp_path_factory):
+    """The folder of shards of `notes`, with a BPE of 512 tokens."""
+    out = tmp_path_factory.mktemp("shards") / "data"
+    import data
+    data.main(["--data", str(notes), "--vocab", "512", "--out", str(out)])
+    return out

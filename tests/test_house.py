@@ -18,8 +18,10 @@ from core import common, run
 
 STAGES = ["data", "toy", "geometry", "bridge", "hybrid", "generate", "repr_align", "circuits",
           "evaluate", "sample"]
-CORE = {"common", "run", "optim", "report", "backbone", "diffusion", "masked", "attribution", "tasks"}
-STUDIES = ["studies.compare", "studies.interfaces", "studies.sweep"]
+CORE = {"common", "run", "optim", "report", "backbone", "diffusion", "masked", "attribution",
+        "tasks", "sampled"}
+STUDIES = ["studies.compare", "studies.induction", "studies.interfaces", "studies.shift",
+           "studies.sweep"]
 COMMANDS = STAGES + STUDIES
 FILES = plainness.files()
 
@@ -72,7 +74,7 @@ def test_the_code_is_plain():
     """The table of docs/log/2026-12.md, first entry. These ceilings may only fall."""
     rows = plainness.table()
     total = {name: sum(row[name] for row in rows.values()) for name in next(iter(rows.values()))}
-    assert total["tokens"] <= 53_450
+    assert total["tokens"] <= 53_440
     assert total["tokens"] / total["code"] <= 11.5
     assert total["wide"] == total["nested"] == total["walrus"] == 0
     assert total["tuples"] <= 10
@@ -274,7 +276,7 @@ def test_files_appear_whole_or_not_at_all(tmp_path):
 
 def test_readme_is_short():
     text = (ROOT / "README.md").read_text()
-    assert len(text.split()) <= 2_000
+    assert len(text.split()) <= 1_700
     assert len(text.splitlines()) <= 220
 
 
