@@ -180,6 +180,10 @@ def validate(lm, bridge, layer, rows, cfg, world):
 # -------------------------------------------------------------------------------------------------
 # Measurement
 
+def check_sequences(rows):
+    assert len(rows) > 1, "an error needs two held-out sequences: --eval_batches, or more text"
+
+
 @torch.no_grad()
 def measure(lm, bridge, layer, rows, calls, cfg):
     """Compare the hybrid with the intact model on held-out rows (N, T+1), positions >= cfg.skip.
@@ -189,6 +193,7 @@ def measure(lm, bridge, layer, rows, calls, cfg):
     nats. ce_intact: next-token loss of the intact model. ce_gap: loss of the hybrid less that, with
     _se, its standard error over sequences. agree: how often both have the same most likely token.
     kl_rows: kl of every sequence."""
+    check_sequences(rows)
     noise = position_noise(0, range(rows.shape[1] - 1), lm.D, rows.device)      # (T, D)
     columns = defaultdict(list)
     for ids in rows.split(1 if lm.V > 2 ** 16 else 8):          # the logits must fit the memory
@@ -213,8 +218,8 @@ def measure(lm, bridge, layer, rows, calls, cfg):
             columns[name] += value[:, cfg.skip:].double().mean(1).tolist()
     result = {name: mean(column) for name, column in columns.items()}
     result["fvu"] = result.pop("error") / result.pop("energy")
-    spread = stdev(columns["ce_gap"]) if len(rows) > 1 else 0.0
-    return {**result, "ce_gap_se": spread / len(rows) ** 0.5, "kl_rows": columns["kl"]}
+    error = stdev(columns["ce_gap"]) / len(rows) ** 0.5
+    return {**result, "ce_gap_se": error, "kl_rows": columns["kl"]}
 
 
 def show(result):
@@ -342,6 +347,7 @@ def main(argv):
     if world.main:
         train.warn(cfg.steps, cfg.batch_size)
     held_out = held_out.windows(cfg.eval_batches).to(world.device)             # (N, T+1)
+    check_sequences(held_out)
     lm = backbone.load(model, world.device, dtype, blocks=layer)
     bridge = build(cfg, shape, layer).to(world.device)
     bridge.recompute = cfg.recompute

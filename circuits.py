@@ -19,8 +19,8 @@ prompts of core/tasks.py that all compared models solve. The index needs a scale
     ceilings    the same model on other prompts; converted models that differ in their seed
 
 Training has changed a circuit only where the index of the converted model differs from that of the
-untrained one. Zeroing asks whether a circuit matters. The three strongest components of the AR
-circuit write nothing, then three random ones.
+untrained one. Zeroing asks which components matter. The three strongest early, middle and late
+ones of a model write nothing, then three random ones.
 
 Writes result.json, scores.safetensors (every edge) and circuits.png (if a task was analysed).
 
@@ -176,8 +176,7 @@ def study(task, subjects, pieces, cfg):
             batch = {name: values[rows] for name, values in batch.items()}
             scores[x.name, s] = attribute(x, batch, cfg.ig_steps, cfg.micro_batch)
             if s == 0 and x in able:
-                result["zeroing"][x.name] = zeroing(x, batch, scores["AR", 0], scores[x.name, 0],
-                                                    cfg)
+                result["zeroing"][x.name] = zeroing(x, batch, scores[x.name, 0], cfg)
         result["profile"][x.name] = profile(scores[x.name, 0], x, cfg.k)
 
     # 4. Overlap of the circuits
@@ -186,30 +185,22 @@ def study(task, subjects, pieces, cfg):
     return result, scores
 
 
-def zeroing(subject, batch, ar_scores, scores, cfg):
+def zeroing(subject, batch, scores, cfg):
     """Share of the pairs, all solved before, that are solved while some components write nothing:
-    the strongest of the AR model's circuit, random ones, and the strongest of the subject itself
-    among its early, middle and late components."""
-    weight = torch.zeros(len(subject.senders), dtype=scores.dtype)
-    for edge in strongest(ar_scores, subject.edges, cfg.k):
-        sender, receiver = divmod(edge, len(subject.receivers))
-        weight[sender] += ar_scores[sender, receiver].abs()
-    names = subject.senders[1:]                         # the embedding stays
-    top = [names[i] for i in weight[1:].topk(ZEROED).indices.tolist()]
-    others = [name for name in names if name not in top]
-    gen = generator(cfg.seed, "controls")
-
+    the subject's own strongest early, middle and late ones, then random ones."""
     def left(components):
         with without(subject, components):
             return solved(subject, batch).double().mean().item()
 
-    controls = [left(gen.choice(others, ZEROED, replace=False)) for _ in range(SAMPLES)]
-    result = {"components": top, "strongest": [left(top)], "random": controls}
     written = dict(zip(subject.senders, (scores.abs() * subject.edges).sum(1).tolist()))
+    names = subject.senders[1:]                         # the embedding stays
+    names = sorted(names, key=written.get, reverse=True)
+    result = {}
     for part in PARTS:
         inside = [name for name in names if depth_of(name, subject.lm.L) == part]
-        inside.sort(key=written.get, reverse=True)
         result[part] = [left(inside[:ZEROED])]
+    gen = generator(cfg.seed, "controls")
+    result["random"] = [left(gen.choice(names, ZEROED, replace=False)) for _ in range(SAMPLES)]
     return result
 
 
@@ -226,15 +217,15 @@ def show(result):
             cells = {**overlap, **numbers["zeroing"].get(name, {})}
             row = [task, name]
             row += [f"{numbers[key][name]:.0%}" for key in ("solved", "solved_in_window")]
-            for column in ("ar", "prompts", "seeds", "strongest", "random", *PARTS):
+            for column in ("ar", "prompts", "seeds", "random", *PARTS):
                 values = cells.get(column)
                 row.append(report.plus_minus(values, ".2f") if values else None)
             rows.append(row)
     columns = ["task", "model", "solved", "in a window", "overlap with AR", "other prompts",
-               "other seed", "without strongest", "random", *PARTS]
+               "other seed", "without random", *PARTS]
     print(report.table(columns, rows))
     print(f"overlap by chance: {result['chance']:.3f}. Last columns: solved without {ZEROED} "
-          "components, the strongest of the AR circuit, random ones, the strongest of each part")
+          "components, random ones and the strongest of each part")
 
 
 def plot(result, path):

@@ -112,16 +112,23 @@ def replace(results, cfg):
         f"A diffusion bridge in place of blocks 1..{result['layer']} ({calls} calls) changes the "
         f"next-token loss by {numbers['ce_gap']:+.4f} nats (standard error "
         f"{numbers['ce_gap_se']:.4f}); the KL from the intact model is {numbers['kl']:.4f}."]
+    columns = "model fvu kl ce_gap ce_gap_se agree"
     rows = [{"model": f"bridge, NFE {nfe}", **row} for nfe, row in result["nfe"].items()]
     if "regression" in results:
-        control = results["regression"]["nfe"]["1"]
+        regression = results["regression"]
+        control = regression["nfe"]["1"]
         rows.append({"model": "regression", **control})
+        training = itemgetter("layer", "parameters", "steps")
+        same_texts = len(numbers["kl_rows"]) == len(control["kl_rows"])
+        if training(result) != training(regression) or not same_texts:
+            findings.append("The regression is no rival: its layer, size, steps or texts differ.")
+            return findings, rows, columns
         gap = paired(numbers["kl_rows"], control["kl_rows"])
         findings.append(
             f"Diffusion against plain regression with the same network (KL {control['kl']:.4f} in "
             f"one call): {verdict(gap, cfg.margin, 'nats', 'texts')}. That is one training of "
             "each; the interval is over texts.")
-    return findings, rows, "model fvu kl ce_gap ce_gap_se agree"
+    return findings, rows, columns
 
 
 def generate(results, cfg):

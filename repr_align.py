@@ -181,7 +181,8 @@ def validate(student, teacher, rows, world, seed):
         i = min(start + world.rank, N - 1)
         r = (i + 0.5) / N
         is_mask, share = sample_masks(T, T, seed, 0, [i], "validate", between=(r, r))
-        _, *sums = conversion_loss(student, teacher, rows[i:i + 1], is_mask, share, has_copy)
+        path = torch.zeros_like(share)
+        _, *sums = conversion_loss(student, teacher, rows[i:i + 1], is_mask, path, has_copy)
         if start + world.rank < N:
             totals += torch.tensor([value.item() for value in [*sums, is_mask.sum()]])
     alignment, ar, ce, count = world.sum(totals.tolist())
@@ -423,6 +424,8 @@ def main(argv):
             student.arm = arm_at(cfg, cfg.steps)
             with run.clock.paused():
                 curve.append([step, *validate(student, teacher, held_out, world, cfg.seed)])
+                assert math.isfinite(curve[-1][1]), (
+                    "the held-out loss is not finite: does the text hold the mask token?")
                 run.log(step, cfg.steps, val_loss=curve[-1][1])
         # 1. Masks of the whole batch: the loss is a mean over its masked tokens
         student.arm = arm_at(cfg, step)

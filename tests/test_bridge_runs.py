@@ -212,6 +212,7 @@ def test_bad_input(home, text, tmp_path, capsys):
     assert "lie in 0..4" in fails(capsys, bridge.main, *good, "--layer", "six", "--visible", "mix")
     assert "--nfes" in fails(capsys, bridge.main, *good, "--nfes", "0")
     assert "--skip must be below" in fails(capsys, bridge.main, *good, "--skip", "32")
+    assert "two held-out sequences" in fails(capsys, bridge.main, *good, "--eval_batches", "1")
     assert "--calibration must be" in fails(capsys, bridge.main, *good, "--calibration", "1")
     assert "--batch_size must be" in fails(capsys, bridge.main, *good, "--batch_size", "0")
     assert "--micro_batch" in fails(capsys, bridge.main, *good, "--micro_batch", "3")

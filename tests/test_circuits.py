@@ -180,15 +180,27 @@ def test_a_study_uses_what_all_able_models_solve(pieces, monkeypatch):
     assert circuits.study("missing", subjects, pieces, cfg)[0]["pairs"] == 0
 
 
-def test_zeroed_components_carry_the_circuit_and_controls_exist():
+def test_the_strongest_components_of_each_part_are_zeroed(monkeypatch):
+    subject = subject_of("llama", num_hidden_layers=4)
+    scores = torch.zeros(subject.edges.shape).double()
+    for name in ("m0", "m1", "a2.1", "m3"):
+        scores[subject.senders.index(name), -1] = 5.0
+    silenced = []
+    honest = circuits.without
+
+    def spied(subject, components):
+        silenced.append(list(components))
+        return honest(subject, components)
+    monkeypatch.setattr(circuits, "without", spied)
+    zeroed = circuits.zeroing(subject, batch_of(), scores, circuits.Config(k=3))
+    early, middle, late = silenced[:3]
+    assert early[0] == "m0" and set(middle[:2]) == {"m1", "a2.1"} and late[0] == "m3"
+    assert len(silenced) == 3 + circuits.SAMPLES == 3 + len(zeroed["random"])
+    assert all(0 <= x <= 1 for x in zeroed["early"] + zeroed["random"])
     subject = subject_of("llama", num_hidden_layers=2)
     scores = torch.zeros(subject.edges.shape).double()
     for name in ("m0", "m1", "a0.0"):
         scores[subject.senders.index(name), -1] = 5.0
-    zeroed = circuits.zeroing(subject, batch_of(), scores, scores, circuits.Config(k=3))
-    assert set(zeroed["components"]) == {"m0", "m1", "a0.0"}
-    assert len(zeroed["random"]) == circuits.SAMPLES
-    assert all(0 <= x <= 1 for x in zeroed["strongest"] + zeroed["random"])
     profile = attribution.profile(scores, subject, k=3)
     assert profile["logits"] == 1 and profile["concentration"] == 1 and profile["early"] == 0
     assert [attribution.depth_of(x, 8) for x in ("a1.0.q", "m2", "m5", "a6.1", "embed")] == \
@@ -226,7 +238,7 @@ def test_the_stage(folders, tmp_path, capsys, monkeypatch):
     for task in result["tasks"].values():
         assert len(task["overlap"]["converted, w = 0"]["ar"]) == 2
         assert task["overlap"]["untrained"]["ar"]
-        assert len(task["zeroing"]["AR"]["components"]) == 3
+        assert set(task["zeroing"]["AR"]) == {"early", "middle", "late", "random"}
         assert set(task["solved"]) == {x["name"] for x in result["subjects"]}
     assert len(result["other_tasks"]) == 2 and 0 < result["chance"] < 1
     assert (out / "circuits.png").stat().st_size > 5000

@@ -25,7 +25,8 @@ def said(section, **results):
 
 def bridge(kl):
     numbers = {"kl_rows": kl, "kl": sum(kl) / len(kl), "ce_gap": 0.1234, "ce_gap_se": 0.01}
-    return {"nfe": {"1": numbers, "4": numbers}, "nfe_default": 4, "layer": 2}
+    return {"nfe": {"1": numbers, "4": numbers}, "nfe_default": 4, "layer": 2, "parameters": 9,
+            "steps": 3}
 
 
 def test_locate():
@@ -55,6 +56,8 @@ def test_replace(control, words):
     assert "blocks 1..2 (4 calls) changes the next-token loss by +0.1234 nats" in first
     assert words in second and "one training of each" in second
     assert len(said(evaluate.replace, bridge=ours)) == 1
+    for other in (bridge([0.1]), {**bridge(control), "layer": 1}, {**bridge(control), "steps": 4}):
+        assert "is no rival" in said(evaluate.replace, bridge=ours, regression=other)[1]
 
 
 def method(name, calls, *levels, layer=None, seeds=None, folder="f"):

@@ -74,7 +74,7 @@ def test_the_code_is_plain():
     """The table of docs/log/2026-12.md, first entry. These ceilings may only fall."""
     rows = plainness.table()
     total = {name: sum(row[name] for row in rows.values()) for name in next(iter(rows.values()))}
-    assert total["tokens"] <= 53_440
+    assert total["tokens"] <= 53_410
     assert total["tokens"] / total["code"] <= 11.5
     assert total["wide"] == total["nested"] == total["walrus"] == 0
     assert total["tuples"] <= 10

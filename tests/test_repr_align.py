@@ -305,6 +305,14 @@ def test_token_blocks_grow_and_a_killed_run_grows_on(convert, monkeypatch):
     assert resumed["curve"] == result["curve"] and same(folder, other)
 
 
+def test_text_that_holds_the_mask_is_refused_before_training(convert, capsys, monkeypatch):
+    """A Unigram tokenizer does not split special tokens that the text spells out."""
+    monkeypatch.setattr(repr_align, "validate", lambda *_: [math.inf, None, None])
+    with pytest.raises(SystemExit):
+        convert("infinite", "--steps 2")
+    assert "does the text hold the mask token" in capsys.readouterr().err
+
+
 def test_a_finished_run_prints_its_result(arms, text, capsys, monkeypatch):
     monkeypatch.setattr(backbone, "load", lambda *_, **__: pytest.fail("loaded"))
     folder = arms["w10"][1]
